@@ -1,0 +1,37 @@
+"""Quantize PyTorch Lightning models truthfully: one callback, an int8 model that a real runtime runs, measured and logged."""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_quant.artifact import Artifact, load
+    from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining, Schedule
+    from lightning_quant.pipeline import quantize
+    from lightning_quant.recipe import Recipe
+
+__version__ = "0.1.0"
+__all__ = [
+    "Artifact",
+    "PostTrainingQuantization",
+    "QuantizationAwareTraining",
+    "Recipe",
+    "Schedule",
+    "load",
+    "quantize",
+]
+# Loaded when first used, so that `import lightning_quant` is quick and loads neither onnx nor a runtime.
+_HOMES = {
+    "Artifact": "artifact",
+    "PostTrainingQuantization": "callbacks",
+    "QuantizationAwareTraining": "callbacks",
+    "Recipe": "recipe",
+    "Schedule": "callbacks",
+    "load": "artifact",
+    "quantize": "pipeline",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

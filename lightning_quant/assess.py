@@ -1,0 +1,126 @@
+"""Measure an artifact: size, speed, operators and parity, each on the file itself."""
+
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant import artifact as artifacts
+from lightning_quant import runtimes
+from lightning_quant.artifact import Artifact
+from lightning_quant.errors import ExportError
+from lightning_quant.export import dynamic_dimensions, export_float
+from lightning_quant.latency import Timing, measure, torch_threads
+from lightning_quant.machine import cpu_name
+from lightning_quant.parity import check_parity
+from lightning_quant.prepare import Prepared
+from lightning_quant.report import LatencyRow, MetricRow, Report
+from lightning_quant.routing import evaluation_mode
+from lightning_quant.signature import make_signature
+
+# Samples that the parity check looks at; every operator of the model is compared on them.
+_PARITY_SAMPLES = 16
+
+
+def assess(
+    prepared: Prepared,
+    artifact: Artifact,
+    *,
+    metrics: tuple[MetricRow, ...] = (),
+    seconds: dict[str, float] | None = None,
+    checkpoint_bytes: int | None = None,
+    threads: int | None = None,
+    notes: tuple[str, ...] = (),
+) -> Report:
+    """Measure an artifact against the float module it came from.
+
+    Args:
+        prepared: the trained or calibrated model, detached and on the CPU.
+        artifact: what was exported from it.
+        metrics: validation metrics, measured elsewhere.
+        seconds: times of the stages so far.
+        checkpoint_bytes: size of the training checkpoint.
+        threads: for all latencies; torch's number of threads by default.
+        notes: what else the reader should know.
+    """
+    seconds = dict(seconds or {})
+    runtime = runtimes.get(prepared.plan.runtime)
+    threads = threads or torch.get_num_threads()
+    loaded = artifacts.load(artifact.path, threads=threads)
+    started = time.perf_counter()
+    parity = check_parity(prepared, loaded, runtime, artifact.model_path, _samples(prepared, _PARITY_SAMPLES))
+    seconds["parity"] = time.perf_counter() - started
+    started = time.perf_counter()
+    latency, remarks = _latency(prepared, loaded, threads)
+    seconds["latency"] = time.perf_counter() - started
+    operators = runtime.count_operators(artifact.model_path)
+    planned = tuple(operator for graph in prepared.plan.graphs for operator in graph.operators)
+    return Report(
+        recipe=prepared.recipe.name,
+        runtime=prepared.plan.runtime,
+        cpu=cpu_name(),
+        threads=threads,
+        versions=artifact.manifest["versions"],
+        float_bytes=tensor_bytes(prepared.root),
+        checkpoint_bytes=checkpoint_bytes,
+        artifact_bytes=artifact.size_bytes,
+        metrics=metrics,
+        latency=latency,
+        parity=parity,
+        still_float=runtime.still_float(planned, operators),
+        operators=operators,
+        seconds=seconds,
+        plan=prepared.plan.to_dict(),
+        notes=(*notes, *remarks),
+    )
+
+
+def tensor_bytes(module: nn.Module) -> int:
+    """Return the bytes of a module's parameters and buffers, shared ones counted once."""
+    tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _latency(prepared: Prepared, loaded: nn.Module, threads: int) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
+    remarks: tuple[str, ...] = ()
+    with tempfile.TemporaryDirectory() as folder, torch_threads(threads), evaluation_mode(prepared.root):
+        try:
+            runtime_float = _load_float(prepared, Path(folder), threads)
+        except ExportError as error:
+            runtime_float, remarks = None, (f"the float model has no peer in {prepared.plan.runtime}: {error}",)
+        captured = prepared.tensors[0].shape[0] if prepared.tensors and prepared.tensors[0].dim() else 1
+        rows = []
+        for batch in dict.fromkeys((1, captured)):
+            args, kwargs = prepared.call(_samples(prepared, batch))
+            contestants: dict[str, Callable[[], Any]] = {"torch": lambda a=args, k=kwargs: prepared.root(*a, **k)}
+            if runtime_float is not None:
+                contestants["float"] = lambda a=args, k=kwargs: runtime_float(*a, **k)
+            contestants["artifact"] = lambda a=args, k=kwargs: loaded(*a, **k)
+            timings: dict[str, Timing] = measure(contestants)
+            rows.append(LatencyRow(batch, timings["torch"], timings.get("float"), timings["artifact"]))
+    return tuple(rows), remarks
+
+
+def _load_float(prepared: Prepared, folder: Path, threads: int) -> nn.Module:
+    path = export_float(prepared, folder)
+    args, kwargs = prepared.call(prepared.tensors)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        output = prepared.root(*args, **kwargs)
+    signature = make_signature(
+        prepared.signature, prepared.spec, prepared.tensors, output, dynamic_dimensions(prepared)
+    )
+    runtime = runtimes.get(prepared.plan.runtime)
+    return runtime.load(folder, {"model": path.name}, signature, threads=threads)
+
+
+def _samples(prepared: Prepared, number: int) -> list[Tensor]:
+    """Return the captured tensors with at most that many samples along every batch dimension."""
+    dynamic = dynamic_dimensions(prepared)
+    names = prepared.spec.names
+    return [
+        t[:number] if dynamic.get(n, {}).get(0) == "batch" else t for n, t in zip(names, prepared.tensors, strict=True)
+    ]

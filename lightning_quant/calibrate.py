@@ -1,0 +1,52 @@
+"""Learn ranges from calls: run the float module while its tensors are observed."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_quant.errors import CalibrationError
+from lightning_quant.prepare import Prepared
+from lightning_quant.routing import device_of, evaluation_mode
+
+
+def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
+    """Observe every quantized tensor while steps run the module in eval mode; return the number of steps.
+
+    Args:
+        prepared: detached; its observers are updated.
+        steps: each calls the module at least once.
+
+    Raises:
+        CalibrationError: there was no step, or a tensor was never seen or is not finite.
+    """
+    number = 0
+    with torch.no_grad(), evaluation_mode(prepared.root), prepared.attached("observe", observing=True):
+        for step in steps:
+            step()
+            number += 1
+    if number == 0:
+        raise CalibrationError("Expected calibration data to yield at least one batch, but it yielded none.")
+    prepared.forget_parameters()
+    prepared.check_observed()
+    return number
+
+
+def as_call(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Read one item of calibration data: a tensor, a tuple or list of positional arguments, or a dict of keywords."""
+    if isinstance(item, dict):
+        return (), item
+    if isinstance(item, tuple | list):
+        return tuple(item), {}
+    return (item,), {}
+
+
+def steps_of(prepared: Prepared, calls: Iterable[Any]) -> Iterable[Callable[[], Any]]:
+    """Yield a step for every item of calibration data."""
+    device = device_of(prepared.root)
+    for item in calls:
+        args, kwargs = as_call(item)
+        args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
+        kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        yield lambda a=args, k=kwargs: prepared.root(*a, **k)

@@ -1,0 +1,171 @@
+"""When fit has ended: take the weights to export, make the artifact, measure it, and log it."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
+
+from lightning_quant import artifact as artifacts
+from lightning_quant.artifact import Artifact
+from lightning_quant.assess import assess
+from lightning_quant.callbacks.base import QuantizationCallback, warn
+from lightning_quant.evaluate import evaluate, weighted_layers
+from lightning_quant.export import export
+from lightning_quant.prepare import Prepared
+from lightning_quant.report import MetricRow, Report
+from lightning_quant.routing import clone, resolve
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The weights to export.
+
+    Attributes:
+        pl_module: an independent copy of the LightningModule with these weights in float32.
+        prepared: the prepared model over its module.
+        checkpoint: the checkpoint file that the weights come from or that training wrote last, if any.
+        notes: what the report should say of the choice.
+    """
+
+    pl_module: LightningModule
+    prepared: Prepared
+    checkpoint: Path | None
+    notes: tuple[str, ...]
+
+
+def choose_weights(
+    callback: QuantizationCallback, trainer: Trainer, pl_module: LightningModule, *, with_ranges: bool
+) -> Deployment:
+    """Copy the last or the best weights; with `with_ranges`, the ranges come from the same checkpoint file."""
+    duplicate = clone(pl_module)
+    prepared = callback.prepared
+    assert prepared is not None
+    checkpoint, notes = _existing(_best_path(trainer) or _last_path(trainer)), ()
+    if callback.weights == "best":
+        notes = _load_best(callback, trainer, duplicate, prepared, with_ranges=with_ranges)
+    _to_float32(duplicate)
+    tensors = [tensor.float() if tensor.is_floating_point() else tensor for tensor in prepared.tensors]
+    bound = prepared.bound_to(resolve(duplicate, callback.path), [tensor.cpu() for tensor in tensors])
+    for observer in bound.observers.values():
+        observer.to(torch.device("cpu"))
+    return Deployment(duplicate.cpu(), bound, checkpoint, notes)
+
+
+def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment) -> Artifact:
+    """Export, evaluate the artifact with the user's validation, report to files, terminal and loggers."""
+    prepared, folder = deployment.prepared, callback.folder(trainer)
+    artifact = export(prepared, folder, dynamic_shapes=callback.dynamic_shapes, seconds=callback.seconds)
+    metrics: tuple[MetricRow, ...] = ()
+    notes = deployment.notes
+    if callback.evaluate:
+        started = time.perf_counter()
+        metrics = _metrics(callback, trainer, deployment, artifact)
+        callback.seconds["evaluate"] = time.perf_counter() - started
+        if not metrics:
+            notes = (*notes, "no validation metrics: the run has no validation loop")
+    report = assess(
+        prepared,
+        artifact,
+        metrics=metrics,
+        seconds=callback.seconds,
+        checkpoint_bytes=deployment.checkpoint.stat().st_size if deployment.checkpoint else None,
+        threads=callback.threads,
+        notes=notes,
+    )
+    artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
+    publish(trainer, report, artifact)
+    return artifact
+
+
+def publish(trainer: Trainer, report: Report, artifact: Artifact) -> None:
+    """Send a report to the terminal and its numbers to every logger of the trainer."""
+    for warning in report.warnings:
+        warn(f"{artifact.path}: {warning}.")
+    rank_zero_info(f"{report}\nArtifact: {artifact.path}")
+    for logger in trainer.loggers:
+        logger.log_metrics(report.scalars(), step=trainer.global_step)
+
+
+def _metrics(
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, artifact: Artifact
+) -> tuple[MetricRow, ...]:
+    pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
+    limit = {"limit_batches": callback.limit_eval_batches}
+    float_values = evaluate(trainer, pl_module, path, **limit)
+    if not float_values:
+        return ()
+    with prepared.attached("frozen"):
+        simulated = evaluate(trainer, pl_module, path, **limit)
+    layers = [
+        operator.weight.rpartition(".")[0]
+        for graph in prepared.plan.graphs
+        for operator in graph.operators
+        if not graph.path
+    ]
+    exported = evaluate(
+        trainer,
+        pl_module,
+        path,
+        _on_cpu(artifacts.load(artifact.path)),
+        quantized_layers=weighted_layers(prepared.root, tuple(layer for layer in layers if layer)),
+        **limit,
+    )
+    return tuple(
+        MetricRow(name, value, simulated.get(name), exported.get(name)) for name, value in float_values.items()
+    )
+
+
+def _on_cpu(module: nn.Module) -> Any:
+    """Call a CPU runtime from any device; it returns tensors to the device of its inputs by itself."""
+    return lambda *args, **kwargs: module(*args, **kwargs)
+
+
+def _load_best(
+    callback: QuantizationCallback,
+    trainer: Trainer,
+    duplicate: LightningModule,
+    prepared: Prepared,
+    *,
+    with_ranges: bool,
+) -> tuple[str, ...]:
+    path = _existing(_best_path(trainer))
+    if path is None:
+        return ("weights are the last ones: no ModelCheckpoint has a best checkpoint",)
+    saved = torch.load(path, map_location="cpu", weights_only=True)
+    state = saved.get("callbacks", {}).get(callback.state_key, {})
+    if with_ranges:
+        if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm"):
+            return (
+                f"weights are the last ones: the best checkpoint {path.name} was saved before fake quantization began",
+            )
+        prepared.load_state_dict(state)
+    duplicate.load_state_dict(saved["state_dict"], assign=True)
+    return (f"weights are the best ones, from {path.name}",)
+
+
+def _best_path(trainer: Trainer) -> str:
+    return getattr(trainer.checkpoint_callback, "best_model_path", "") or ""
+
+
+def _last_path(trainer: Trainer) -> str:
+    return getattr(trainer.checkpoint_callback, "last_model_path", "") or ""
+
+
+def _existing(path: str) -> Path | None:
+    return Path(path) if path and Path(path).is_file() else None
+
+
+def _to_float32(module: nn.Module) -> None:
+    """Give a copy float32 parameters of its own where it shares others with the user's module."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != torch.float32:
+                child._parameters[name] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                child._buffers[name] = buffer.float()

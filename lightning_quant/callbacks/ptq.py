@@ -1,0 +1,123 @@
+"""Post-training quantization as a callback."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from lightning.pytorch import LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_quant.calibrate import calibrate
+from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
+from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
+from lightning_quant.callbacks.training_data import calibration_steps, independent_copy
+from lightning_quant.errors import QuantizationError
+from lightning_quant.export import DynamicShapes
+from lightning_quant.recipe import Recipe
+from lightning_quant.routing import resolve
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What ranges are learned from.
+
+    Attributes:
+        num_batches: how many batches.
+        data: "train", or "validation" where that is wanted by name: metrics on data that chose the ranges flatter.
+        seed: of shuffling and augmentation.
+    """
+
+    num_batches: int = 32
+    data: str = "train"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.data not in ("train", "validation"):
+            raise QuantizationError(
+                f"Expected `calibration.data` to be 'train' or 'validation', but got {self.data!r}."
+            )
+        if self.num_batches < 1:
+            raise QuantizationError(f"Expected `calibration.num_batches` to be positive, but got {self.num_batches}.")
+
+
+class PostTrainingQuantization(QuantizationCallback):
+    """Leave training alone, and when fit ends calibrate, export and measure an integer model.
+
+    Args:
+        recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe`, or a dict of its fields.
+        runtime: where the artifact will run.
+        module: name of the module to quantize; by default the outermost one with convolution or linear layers that
+            `training_step` calls.
+        output_dir: the artifact's folder; "quantized" beside the logs by default. An artifact there is replaced.
+        calibration: which batches ranges are learned from.
+        include: fnmatch patterns on qualified names and layer types of what may be quantized.
+        exclude: likewise, of what stays float.
+        example: what the call to capture comes from: "train_batch" or "example_input_array".
+        weights: "last", or "best": those of ModelCheckpoint's best checkpoint.
+        evaluate: whether to run the validation loop on float, simulated and exported model when fit ends.
+        limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
+        threads: for the latencies in the report; torch's number of threads by default.
+        dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
+
+    Raises:
+        MisconfigurationException: before the first batch, when anything is known to fail, with the way out.
+
+    Example:
+        >>> from lightning.pytorch import Trainer
+        >>> trainer = Trainer(callbacks=[PostTrainingQuantization(output_dir="quantized")], logger=False)
+    """
+
+    def __init__(
+        self,
+        recipe: str | dict[str, Any] | Recipe = "int8",
+        runtime: str = "onnxruntime",
+        *,
+        module: str | None = None,
+        output_dir: str | Path | None = None,
+        calibration: Calibration | dict[str, Any] | None = None,
+        include: list[str] | tuple[str, ...] = ("*",),
+        exclude: list[str] | tuple[str, ...] = (),
+        example: Literal["train_batch", "example_input_array"] = "train_batch",
+        weights: Literal["last", "best"] = "last",
+        evaluate: bool = True,
+        limit_eval_batches: int | float | None = None,
+        threads: int | None = None,
+        dynamic_shapes: DynamicShapes | None = None,
+    ) -> None:
+        super().__init__(
+            recipe,
+            runtime,
+            module=module,
+            output_dir=output_dir,
+            include=include,
+            exclude=exclude,
+            example=example,
+            weights=weights,
+            evaluate=evaluate,
+            limit_eval_batches=limit_eval_batches,
+            threads=threads,
+            dynamic_shapes=dynamic_shapes,
+        )
+        given = Calibration() if calibration is None else calibration
+        self.calibration = _refused_in_callback(lambda: Calibration(**given)) if isinstance(given, dict) else given
+
+    @override
+    def observer(self) -> str:
+        return self.recipe.calibration_observer
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when fit ends: calibrate on the weights to export, then convert, export, measure, log."""
+        deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
+        self._calibrate(trainer, deployment)
+        self.artifact = finish(self, trainer, deployment)
+
+    def _calibrate(self, trainer: Trainer, deployment: Deployment) -> None:
+        started = time.perf_counter()
+        duplicate = independent_copy(trainer, deployment.pl_module)
+        prepared = deployment.prepared.bound_to(resolve(duplicate, self.path))
+        chosen = self.calibration
+        steps = calibration_steps(trainer, duplicate, chosen.num_batches, chosen.seed, chosen.data)
+        calibrate(prepared, steps)
+        self.seconds["calibrate"] = time.perf_counter() - started

@@ -1,0 +1,108 @@
+"""When each phase of quantization-aware training begins."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_quant.errors import QuantizationError
+
+UNITS = ("fraction", "epochs", "steps")
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The points of a training run at which its phases begin: observe, fake quantize, freeze ranges, freeze BatchNorm.
+
+    The defaults suit a fine-tune of two epochs and a training of a hundred alike: ranges are observed on weights that have
+    begun to settle, most of the run trains through rounding, and the end trains what will be exported.
+
+    Attributes:
+        observe: start of observing; before it the model trains in float at no cost.
+        fake_quantize: start of rounding; ranges go on following the data.
+        freeze_observers: start of fixed ranges.
+        freeze_batch_norm: start of BatchNorm using its running statistics, which then stay as they are.
+        unit: "fraction" of the run, in [0, 1]; "epochs", or "steps" of the optimizer, counted from the run's beginning.
+    """
+
+    observe: float = 0.0
+    fake_quantize: float = 0.2
+    freeze_observers: float = 0.7
+    freeze_batch_norm: float = 0.85
+    unit: str = "fraction"
+
+    def __post_init__(self) -> None:
+        points = (self.observe, self.fake_quantize, self.freeze_observers, self.freeze_batch_norm)
+        if self.unit not in UNITS:
+            raise QuantizationError(f"Expected `schedule.unit` to be one of {UNITS}, but got {self.unit!r}.")
+        if min(points) < 0 or list(points) != sorted(points):
+            raise QuantizationError(f"Expected the points of `schedule` to be positive and in order, but got {points}.")
+        if self.unit == "fraction" and self.fake_quantize >= 1:
+            raise QuantizationError(
+                f"Expected `schedule` to reach fake quantization in this run, but `fake_quantize` is {self.fake_quantize} of "
+                "it. Choose a fraction below 1."
+            )
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """A schedule in training batches, or in epochs where their length is unknown.
+
+    Attributes:
+        starts: phase to the position at which it begins.
+        in_epochs: whether positions count epochs.
+    """
+
+    starts: dict[str, float]
+    in_epochs: bool
+
+    def phase(self, trainer: Any) -> str:
+        """Return the phase of the batch that a trainer is about to run."""
+        position = trainer.current_epoch if self.in_epochs else trainer.fit_loop.epoch_loop.total_batch_idx
+        current = "off"
+        for phase, start in self.starts.items():
+            if position >= start:
+                current = phase
+        return current
+
+
+def resolve(schedule: Schedule, trainer: Any) -> Timeline:
+    """Turn a schedule into positions of one trainer's run.
+
+    Raises:
+        QuantizationError: fake quantization would never begin, or a fraction of an endless run was asked for.
+    """
+    batches = trainer.num_training_batches
+    accumulate = trainer.accumulate_grad_batches
+    ends = []
+    if trainer.max_epochs not in (None, -1):
+        ends.append(trainer.max_epochs * batches)
+    if trainer.max_steps not in (None, -1):
+        ends.append(trainer.max_steps * accumulate)
+    end = min(ends, default=math.inf)
+    in_epochs = not math.isfinite(end) and not math.isfinite(batches) and schedule.unit != "steps"
+    if in_epochs:
+        end, scale = float(trainer.max_epochs or math.inf), {"epochs": 1.0}
+    else:
+        scale = {"epochs": batches, "steps": accumulate}
+    if schedule.unit == "fraction" and not 0 < end < math.inf:
+        raise QuantizationError(
+            "Expected a run of known length for `schedule.unit` 'fraction', but it has neither `max_epochs` nor `max_steps`. "
+            "Set one of them, or give the schedule in 'epochs' or 'steps'."
+        )
+    factor = end if schedule.unit == "fraction" else scale[schedule.unit]
+    points = {
+        "observe": schedule.observe,
+        "fake_quantize": schedule.fake_quantize,
+        "frozen": schedule.freeze_observers,
+        "frozen_batch_norm": schedule.freeze_batch_norm,
+    }
+    starts = {phase: math.ceil(point * factor - 1e-9) if point else 0 for phase, point in points.items()}
+    if schedule.unit == "fraction":
+        # A run of a few batches still ends in rounding: `fast_dev_run` must try what the real run will do.
+        starts["fake_quantize"] = min(starts["fake_quantize"], max(end - 1, 0))
+    if starts["fake_quantize"] >= end:
+        raise QuantizationError(
+            f"Expected `schedule` to reach fake quantization in this run, but it begins at {schedule.fake_quantize:g} "
+            f"{schedule.unit} and the run ends before. Train longer or begin earlier."
+        )
+    return Timeline(starts, in_epochs)

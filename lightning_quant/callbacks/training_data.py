@@ -1,0 +1,170 @@
+"""Run a LightningModule's own `training_step` on batches of its own training data, and leave no trace."""
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader
+
+from lightning_quant.capture import Capture, StepStoppedError, capture, isolated_rng, unchanged
+from lightning_quant.errors import CalibrationError, CaptureError
+from lightning_quant.routing import clone
+
+
+def capture_call(trainer: Trainer, pl_module: LightningModule, path: str | None, example: str) -> Capture:
+    """Record one call of the module to quantize.
+
+    Args:
+        trainer: at fit start, with data attached.
+        pl_module: its module; left as it is.
+        path: name of the module to quantize, or None to find it.
+        example: "train_batch" runs `training_step` on a batch; "example_input_array" calls the LightningModule with that.
+    """
+    duplicate = independent_copy(trainer, pl_module)
+    with isolated_rng(), unchanged(pl_module), torch.no_grad():
+        if example == "example_input_array":
+            return capture(duplicate, lambda: _call_example(duplicate), path)
+        batch = next(iter(batches(trainer, pl_module, 1)), None)
+        if batch is None:
+            raise CalibrationError("Expected the train dataloader to yield a batch, but it yields none.")
+        with trainer.precision_plugin.train_step_context():
+            return capture(duplicate, lambda: run_training_step(duplicate, batch, 0), path)
+
+
+def calibration_steps(
+    trainer: Trainer, duplicate: LightningModule, num_batches: int, seed: int, data: str
+) -> Iterator[Callable[[], Any]]:
+    """Yield steps that run a copy of the LightningModule on batches of its data.
+
+    Args:
+        trainer: whose data is meant.
+        duplicate: from `independent_copy`.
+        num_batches: how many.
+        seed: of shuffling, augmentation and whatever else draws random numbers.
+        data: "train", or "validation" when asked for by name.
+    """
+    with isolated_rng(seed), unchanged(duplicate):
+        for index, batch in enumerate(batches(trainer, duplicate, num_batches, data)):
+            run = run_training_step if data == "train" else _run_validation_step
+            yield lambda batch=batch, index=index, run=run: run(duplicate, batch, index)
+
+
+def independent_copy(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
+    """Return a structural copy of a LightningModule that logs nowhere and steps no optimizer; weights are shared."""
+    duplicate = clone(pl_module)
+    duplicate.trainer = trainer
+    for name in ("log", "log_dict", "log_grad_norm"):
+        duplicate.__dict__[name] = _do_nothing
+    for name in ("manual_backward", "backward", "clip_gradients"):
+        duplicate.__dict__[name] = _stop
+    duplicate.__dict__["optimizers"] = lambda *_, **__: _inert_optimizers(trainer)
+    duplicate.__dict__["lr_schedulers"] = _do_nothing
+    return duplicate
+
+
+def run_training_step(duplicate: LightningModule, batch: Any, index: int) -> None:
+    """Run `training_step` of a copy until it ends or wants to use an optimizer."""
+    names = list(inspect.signature(duplicate.training_step).parameters)
+    if "dataloader_iter" in names:
+        raise CaptureError(
+            "Expected `training_step` to take a batch, but it takes `dataloader_iter`. Use `example='example_input_array'`."
+        )
+    try:
+        duplicate.training_step(*(batch, index)[: len(names)])
+    except StepStoppedError:
+        pass
+
+
+def batches(trainer: Trainer, pl_module: LightningModule, number: int, data: str = "train") -> Iterator[Any]:
+    """Yield batches of the trainer's data as `training_step` would get them, without disturbing its loaders."""
+    combined = _combined_loader(trainer, data)
+    with ExitStack() as stack:
+        loaders = pytree.tree_map(lambda loader: _undisturbed(loader, stack), combined.iterables)
+        for count, (batch, _, _) in enumerate(CombinedLoader(loaders, combined._mode)):
+            if count == number:
+                return
+            yield _transferred(trainer, pl_module, batch)
+
+
+def _combined_loader(trainer: Trainer, data: str) -> CombinedLoader:
+    if data == "train":
+        trainer.fit_loop.setup_data()
+        combined = trainer.fit_loop._combined_loader
+    else:
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+        combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
+    if combined is None:
+        raise CalibrationError(f"Expected the trainer to have {data} data, but there is no {data} dataloader.")
+    return combined
+
+
+def _undisturbed(loader: Any, stack: ExitStack) -> Any:
+    """Return a loader over the same data that runs in this process and whose generators are put back."""
+    if not isinstance(loader, DataLoader):
+        return loader
+    for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+        generator = getattr(owner, "generator", None)
+        if isinstance(generator, torch.Generator):
+            stack.callback(generator.set_state, generator.get_state())
+    probe = copy.copy(loader)
+    probe.__dict__.update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
+    probe.__dict__["_DataLoader__multiprocessing_context"] = None
+    return probe
+
+
+def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
+    return pl_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
+
+
+def _run_validation_step(duplicate: LightningModule, batch: Any, index: int) -> None:
+    names = list(inspect.signature(duplicate.validation_step).parameters)
+    duplicate.validation_step(*(batch, index)[: len(names)])
+
+
+def _call_example(duplicate: LightningModule) -> None:
+    example = duplicate.example_input_array
+    if example is None:
+        raise CaptureError("Expected the LightningModule to have an `example_input_array`, but it is None.")
+    device = next((p.device for p in duplicate.parameters()), torch.device("cpu"))
+    example = pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), example)
+    if isinstance(example, dict):
+        duplicate(**example)
+    elif isinstance(example, tuple):
+        duplicate(*example)
+    else:
+        duplicate(example)
+
+
+class _InertOptimizer:
+    """Stands in for the user's optimizers: the first thing that would change something ends the step."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "step":
+            raise StepStoppedError
+        return _do_nothing if name in ("zero_grad", "toggle_model") else getattr(self.optimizer, name)
+
+
+def _inert_optimizers(trainer: Trainer) -> Any:
+    wrapped = [_InertOptimizer(optimizer) for optimizer in trainer.optimizers]
+    return wrapped[0] if len(wrapped) == 1 else wrapped
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _stop(*args: Any, **kwargs: Any) -> None:
+    raise StepStoppedError

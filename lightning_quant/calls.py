@@ -1,0 +1,146 @@
+"""The signature of a captured call: which tensors go in under which names, and what is constant.
+
+A call `(args, kwargs)` is bound to the forward's signature with its defaults, flattened, and split into tensors, which
+become inputs of graphs and model files, and constants, which are baked in and must be the same in every later call.
+"""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_quant.errors import CaptureError
+
+_CONSTANTS = (type(None), bool, int, float, str, complex, torch.dtype, torch.device, torch.Size)
+
+
+class _Immutable:
+    """Shared by copies: PyTorch's tree specs cannot be deep-copied quietly, and need not be."""
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+@dataclass(frozen=True)
+class ResultSpec(_Immutable):
+    """How leaves make up a result."""
+
+    treespec: Any
+
+    def build(self, leaves: list[Any]) -> Any:
+        """Return the result made of these leaves."""
+        return pytree.tree_unflatten(leaves, self.treespec)
+
+
+@dataclass(frozen=True)
+class CallSpec(_Immutable):
+    """Shape of one call: `treespec` and, per leaf, an input's name or a constant.
+
+    Attributes:
+        treespec: how the leaves make up the bound arguments.
+        names: one name per tensor leaf, from the argument and the path inside it ("batch.image" is "batch_image").
+        positions: index of each tensor leaf among all leaves.
+        constants: `(index, value)` of every other leaf.
+    """
+
+    treespec: Any
+    names: tuple[str, ...]
+    positions: tuple[int, ...]
+    constants: tuple[tuple[int, Any], ...]
+
+    def key(self) -> str:
+        """Return a text equal for calls that one graph can serve."""
+        return f"{self.treespec}|{self.positions}|{self.constants}"
+
+    def arguments(self, tensors: list[Any]) -> dict[str, Any]:
+        """Return the bound arguments with these tensors in place."""
+        leaves: list[Any] = [None] * (len(self.positions) + len(self.constants))
+        for index, value in self.constants:
+            leaves[index] = value
+        for index, tensor in zip(self.positions, tensors, strict=True):
+            leaves[index] = tensor
+        return pytree.tree_unflatten(leaves, self.treespec)
+
+
+def flatten_call(
+    signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[CallSpec, list[Tensor]]:
+    """Bind a call to a signature and return its spec and its tensors in order.
+
+    Raises:
+        CaptureError: the call does not fit the signature, or an argument is of a type that cannot be baked in.
+    """
+    try:
+        bound = signature.bind(*args, **kwargs)
+    except TypeError as error:
+        raise CaptureError(f"Expected a call that fits `forward{signature}`, but got one where {error}.") from error
+    bound.apply_defaults()
+    for value in pytree.tree_leaves(dict(bound.arguments)):
+        if dataclasses.is_dataclass(value) and not isinstance(value, type):
+            pytree.register_dataclass(type(value))
+    paths, treespec = pytree.tree_flatten_with_path(dict(bound.arguments))
+    tensors, names, positions, constants = [], [], [], []
+    for index, (path, leaf) in enumerate(paths):
+        if isinstance(leaf, Tensor):
+            tensors.append(leaf)
+            names.append(_name(path))
+            positions.append(index)
+        elif isinstance(leaf, _CONSTANTS):
+            constants.append((index, leaf))
+        else:
+            raise CaptureError(
+                f"Expected `{_name(path)}` to be made of tensors, numbers, strings, lists, dicts and dataclasses, "
+                f"but got {type(leaf).__name__}. Quantize a child module that receives tensors: `module=...`."
+            )
+    return CallSpec(treespec, tuple(_unique(names)), tuple(positions), tuple(constants)), tensors
+
+
+def rebuild_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return args and kwargs that pass the bound arguments to a function of that signature."""
+    bound = inspect.BoundArguments(signature, dict(arguments))  # type: ignore[arg-type]
+    return bound.args, bound.kwargs
+
+
+def forward_signature(function: Callable[..., Any]) -> inspect.Signature:
+    """Return the signature of a forward, without annotations so that it can be compared and stored."""
+    signature = inspect.signature(function)
+    parameters = [p.replace(annotation=inspect.Parameter.empty) for p in signature.parameters.values()]
+    return inspect.Signature(parameters)
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Apply a function to every tensor of nested lists, tuples, dicts and registered dataclasses."""
+    return pytree.tree_map_only(Tensor, function, tree)
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    parts = []
+    for entry in path:
+        part = next(str(getattr(entry, a)) for a in ("key", "idx", "name") if hasattr(entry, a))
+        parts.append("".join(c if c.isalnum() else "_" for c in part))
+    return "_".join(parts)
+
+
+def _unique(names: list[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    result = []
+    for name in names:
+        count = seen.get(name, 0)
+        seen[name] = count + 1
+        result.append(name if count == 0 else f"{name}_{count}")
+    return result
+
+
+def output_names(output: Any) -> list[str]:
+    """Return a name for every tensor of a result: its path in it, or "output"."""
+    leaves = [(path, leaf) for path, leaf in pytree.tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)]
+    names = []
+    for path, _ in leaves:
+        name = _name(path) if path else "output"
+        names.append(f"output_{name}" if name[0].isdigit() else name)
+    return _unique(names)

@@ -1,0 +1,160 @@
+"""Stage 1: find the module to quantize and record one real call of it.
+
+A step function runs on a structural clone while hooks record; weights are shared with the original, buffers and
+attributes are not, so that nothing of the run is left behind.
+"""
+
+import difflib
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from lightning_quant.calls import map_tensors
+from lightning_quant.errors import CaptureError
+from lightning_quant.graph.analyze import has_weights
+
+
+@dataclass(frozen=True)
+class Capture:
+    """One real call of one module.
+
+    Attributes:
+        path: qualified name of the module inside the one that was searched; empty for that one itself.
+        args: positional arguments, detached copies.
+        kwargs: keyword arguments, likewise.
+    """
+
+    path: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+class StepStoppedError(BaseException):
+    """Ends a step that has shown enough. No `Exception`, so that no handler in user code swallows it."""
+
+
+def capture(root: nn.Module, step: Callable[[], Any], path: str | None = None) -> Capture:
+    """Run a step of `root` and record the first call of a module.
+
+    Args:
+        root: the module that the step calls; a clone whose attributes may change.
+        step: runs it; may raise `StepStoppedError` to end early.
+        path: qualified name of the module; by default the outermost one with layers to quantize that the step calls.
+
+    Raises:
+        CaptureError: no such module, it was not called, or several independent ones were.
+    """
+    if path is not None:
+        find_module(root, path)
+    calls = _record(root, step, path)
+    if path is not None:
+        if path not in calls:
+            raise CaptureError(
+                f"Expected the training step to call `module` {path!r}, but it calls {sorted(calls) or 'none'}."
+            )
+        return Capture(path, *calls[path])
+    found = _trainable_only(root, list(calls))
+    if not found:
+        raise CaptureError(
+            f"Expected {type(root).__name__} to call a module with convolution or linear layers in its training step, but "
+            "it calls none. Name it with `module=...`."
+        )
+    if len(found) > 1:
+        raise CaptureError(
+            f"Expected one module to quantize, but the training step calls {len(found)} independent ones: "
+            f"{', '.join(map(repr, found))}. Choose with `module=...`, or call them inside one `forward`."
+        )
+    return Capture(found[0], *calls[found[0]])
+
+
+def find_module(root: nn.Module, path: str) -> nn.Module:
+    """Return the submodule of that name; the empty path is the root itself.
+
+    Raises:
+        CaptureError: there is none; the message offers the closest names.
+    """
+    names = [name for name, _ in root.named_modules(remove_duplicate=False)]
+    if path in names:
+        return root.get_submodule(path)
+    close = difflib.get_close_matches(path, [name for name in names if name], n=3, cutoff=0.5)
+    hint = (
+        f"Did you mean {' or '.join(map(repr, close))}?"
+        if close
+        else f"Children are {[n for n, _ in root.named_children()]}."
+    )
+    raise CaptureError(f"Expected `module` to name a module of {type(root).__name__}, but got {path!r}. {hint}")
+
+
+@contextmanager
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
+    """Give Python's, NumPy's and torch's generators back as they were; inside, they start from `seed` when given."""
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng():
+        if seed is not None:
+            random.seed(seed)
+            np.random.seed(seed % 2**32)
+            torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python_state)
+            np.random.set_state(numpy_state)
+
+
+@contextmanager
+def unchanged(root: nn.Module) -> Iterator[None]:
+    """Give the parameters of a module, which clones share, their gradients and `requires_grad` back."""
+    before = [(parameter, parameter.requires_grad, parameter.grad) for parameter in root.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, requires_grad, grad in before:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = grad
+
+
+def _record(root: nn.Module, step: Callable[[], Any], path: str | None) -> dict[str, tuple[Any, Any]]:
+    calls: dict[str, tuple[Any, Any]] = {}
+    active: list[str] = []
+
+    def enter(name: str, args: Any, kwargs: Any) -> None:
+        if not active and name not in calls:
+            calls[name] = map_tensors(lambda tensor: tensor.detach().clone(), (args, kwargs))
+            if name == path:
+                raise StepStoppedError
+        active.append(name)
+
+    handles = []
+    for name, module in root.named_modules():
+        wanted = name == path if path is not None else has_weights(module) and not _is_scoring(module)
+        if wanted:
+            handles += [
+                module.register_forward_pre_hook(
+                    lambda _, a, k, n=name: enter(n, a, k), with_kwargs=True, prepend=True
+                ),
+                module.register_forward_hook(lambda *_: active.pop() and None, always_call=True),
+            ]
+    try:
+        step()
+    except StepStoppedError:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return calls
+
+
+def _is_scoring(module: nn.Module) -> bool:
+    return any(base.__name__ in ("Metric", "MetricCollection", "_Loss") for base in type(module).__mro__)
+
+
+def _trainable_only(root: nn.Module, names: list[str]) -> list[str]:
+    """Leave out frozen modules, such as teachers and perceptual losses, beside modules that learn."""
+    learning = [name for name in names if any(p.requires_grad for p in root.get_submodule(name).parameters())]
+    return learning or names

@@ -1,0 +1,232 @@
+"""Stage 4: from fake quantization to the QDQ graph: int8 weights, int32 biases, quantize and dequantize pairs on edges.
+
+The result is an ordinary float module with `quantized_decomposed` operators, the one form that every runtime reads. It
+shares what stays float with the user's module and holds no other copy of a weight.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+
+from lightning_quant.calls import ResultSpec, flatten_call
+from lightning_quant.errors import ExportError
+from lightning_quant.graph import operations as ops
+from lightning_quant.graph.analyze import Island
+from lightning_quant.graph.plan import Operator
+from lightning_quant.graph.trace import trace
+from lightning_quant.prepare import Prepared, fetch, identify
+from lightning_quant.routing import clone, evaluation_mode, replace_submodule, resolve
+
+_INT32 = torch.iinfo(torch.int32)
+# Decibels by which the QDQ graph may differ from the fake-quantized model: float32 sums in another order only.
+_MINIMUM_AGREEMENT_DB = 30.0
+
+
+class BoundGraph(nn.Module):
+    """A graph over flat tensors that is called like the module it was traced from."""
+
+    def __init__(self, graph_module: fx.GraphModule, island: Island, output_spec: ResultSpec) -> None:
+        super().__init__()
+        self.graph_module = graph_module
+        self.signature, self.output_spec = island.signature, output_spec
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        _, tensors = flatten_call(self.signature, args, kwargs)
+        return self.output_spec.build(self.graph_module(*tensors))
+
+
+class QuantizedLayer(nn.Module):
+    """A convolution or linear layer with an int8 weight and an int32 bias, in QDQ form.
+
+    Attributes:
+        weight: `(out_channels, ...)`, int8.
+        weight_scale: `(out_channels,)`, float32.
+        bias: `(out_channels,)`, int32, in steps of `bias_scale`.
+        bias_scale: `(out_channels,)`, input scale times weight scale.
+    """
+
+    def __init__(
+        self, kind: str, options: dict[str, Any], weight: Tensor, scale: Tensor, bias: Tensor, bias_scale: Tensor
+    ) -> None:
+        super().__init__()
+        self.kind, self.options = kind, options
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", bias)
+        self.register_buffer("bias_scale", bias_scale)
+        self.register_buffer("zero_points", torch.zeros_like(scale, dtype=torch.int64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
+        weight = dequantize(self.weight, self.weight_scale, self.zero_points, 0, -128, 127, torch.int8)
+        bias = dequantize(self.bias, self.bias_scale, self.zero_points, 0, _INT32.min, _INT32.max, torch.int32)
+        if self.kind == "linear":
+            # A matrix product of two dimensions has an integer kernel with bias in every runtime; more dimensions do not.
+            flat = x.flatten(0, -2) if x.dim() > 2 else x
+            y = F.linear(flat, weight, bias)
+            return y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
+        return getattr(F, self.kind)(x, weight, bias, **self.options)
+
+
+def convert(prepared: Prepared) -> nn.Module:
+    """Return the QDQ module of a trained or calibrated model, in eval mode, with the call signature of the original.
+
+    Raises:
+        CalibrationError: an edge was never observed; the message names it.
+    """
+    import torch.ao.quantization.fx._decomposed  # noqa: F401  registers the quantized_decomposed operators
+
+    prepared.check_observed()
+    root = clone(prepared.root)
+    root.__dict__.pop("forward", None)
+    root.eval()
+    for path in sorted(prepared.islands, key=lambda path: -path.count(".") - bool(path)):
+        island = prepared.islands[path]
+        module = resolve(root, path)
+        module.__dict__.pop("forward", None)
+        bound = _convert_island(prepared, island, module)
+        if not path:
+            return bound.eval()
+        replace_submodule(root, path, bound)
+    return root.eval()
+
+
+def check_agreement(prepared: Prepared, converted: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
+    """Return by how many decibels the QDQ module agrees with the fake-quantized one on a call.
+
+    Raises:
+        ExportError: they differ by more than float32 rounding and the integer steps it tips over explain.
+    """
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with evaluation_mode(prepared.root), prepared.attached("frozen"):
+            expected = prepared.root(*args, **kwargs)
+        actual = converted(*args, **kwargs)
+    agreement = signal_to_noise(expected, actual)
+    if not agreement >= _MINIMUM_AGREEMENT_DB:
+        raise ExportError(
+            f"Expected the converted model to agree with the fake-quantized one by {_MINIMUM_AGREEMENT_DB} dB, but got "
+            f"{agreement:.1f} dB. Please report this with your model's plan."
+        )
+    return agreement
+
+
+def signal_to_noise(reference: Any, other: Any) -> float:
+    """Return 10 log10 of signal over noise power in decibels, over all float tensors of two equal structures.
+
+    Infinite when they are equal; NaN when one holds values that are not finite.
+    """
+    signal = noise = 0.0
+    for expected, actual in zip(pytree.tree_leaves(reference), pytree.tree_leaves(other), strict=True):
+        if isinstance(expected, Tensor) and expected.is_floating_point():
+            expected, actual = expected.detach().double().cpu(), actual.detach().double().cpu()
+            signal += expected.square().sum().item()
+            noise += (expected - actual).square().sum().item()
+    if noise == 0:
+        return float("inf")
+    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
+
+
+def _convert_island(prepared: Prepared, island: Island, module: nn.Module) -> BoundGraph:
+    traced = trace(module, island.spec, island.tensors, set(island.opaque))
+    graph = traced.graph
+    nodes = {node.meta["key"]: node for node in graph.nodes if "key" in node.meta}
+    layers: dict[str, nn.Module] = {}
+    for operator in island.plan.operators:
+        if operator.weight:
+            name = f"quantized_{len(layers)}"
+            layers[name] = _convert_layer(prepared, identify(island.path, operator.key), operator, nodes, module)
+            _replace_layer(graph, operator, nodes, name)
+        elif operator.kind == "global_avg_pool":
+            _pool_with_static_window(nodes[operator.key])
+        if operator.activation and operator.quantized_output:
+            _drop(nodes[operator.activation])
+    for edge in island.plan.edges:
+        scale, zero_point = prepared.parameters_of(identify(island.path, edge.key))
+        _insert_pair(graph, nodes[edge.key], scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
+    for name, layer in layers.items():
+        module.add_module(name, layer)
+    graph_module = fx.GraphModule(module, graph)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.delete_all_unused_submodules()
+    graph_module.recompile()
+    return BoundGraph(graph_module, island, traced.output_spec)
+
+
+@torch.no_grad()
+def _convert_layer(
+    prepared: Prepared, identity: str, operator: Operator, nodes: dict[str, fx.Node], module: nn.Module
+) -> QuantizedLayer:
+    """Fold BatchNorm into a layer and quantize it. `module` gives strides and padding, the user's module the weights."""
+    weight = fetch(resolve(prepared.root, identity.partition(":")[0]), operator.weight)
+    gain, bias, scale = prepared.folded_scales(identity)
+    input_scale = prepared.input_scale(identity)
+    weight = weight.float()
+    shape = (-1, *[1] * (weight.dim() - 1))
+    if gain is not None:
+        weight = weight * gain.view(shape)
+    limit = prepared.recipe.weight.quant_max
+    integers = torch.round(weight / scale.view(shape)).clamp_(-limit, limit).to(torch.int8)
+    bias_scale = scale * input_scale
+    int_bias = torch.round(bias / bias_scale).to(torch.int32)
+    options = _layer_options(nodes[operator.key], operator, module)
+    tensors = (integers, scale, int_bias, bias_scale)
+    return QuantizedLayer(operator.kind, options, *(tensor.detach().cpu() for tensor in tensors))
+
+
+def _layer_options(node: fx.Node, operator: Operator, module: nn.Module) -> dict[str, Any]:
+    if operator.kind == "linear":
+        return {}
+    names = ("stride", "padding", "dilation", "groups")
+    if node.op == "call_module":
+        layer = module.get_submodule(str(node.target))
+        return {name: getattr(layer, name) for name in names}
+    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
+    return {name: ops.argument(node, 3 + i, name, defaults[name]) for i, name in enumerate(names)}
+
+
+def _replace_layer(graph: fx.Graph, operator: Operator, nodes: dict[str, fx.Node], name: str) -> None:
+    node = nodes[operator.key]
+    node.args, node.op, node.target, node.kwargs = (ops.argument(node, 0, "input"),), "call_module", name, {}
+    if operator.batch_norm:
+        _drop(nodes[operator.batch_norm])
+        nodes[operator.batch_norm] = node
+        if operator.output == operator.batch_norm:
+            nodes[operator.output] = node
+
+
+def _drop(node: fx.Node) -> None:
+    """Let readers of a node read its input: a clipping activation, say, that the range of its output takes over."""
+    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    node.meta["dropped"] = node.args[0]
+
+
+def _pool_with_static_window(node: fx.Node) -> None:
+    """Write a global average as a window pool, which has an integer kernel where a mean over dimensions has none."""
+    source = node.args[0]
+    shape = source.meta["fake"].shape[2:]  # type: ignore[union-attr]
+    keep = node.meta["fake"].dim() == 2 + len(shape)
+    name = f"avg_pool{len(shape)}d"
+    with node.graph.inserting_before(node):
+        pooled = node.graph.call_function(getattr(F, name), (source, tuple(shape)))
+        pooled.meta = dict(node.meta)
+        result = pooled if keep else node.graph.call_function(torch.flatten, (pooled, 1))
+    node.replace_all_uses_with(result)
+    node.meta["dropped"] = result
+
+
+def _insert_pair(graph: fx.Graph, node: fx.Node, scale: float, zero_point: int, quant_max: int) -> None:
+    while "dropped" in node.meta:
+        node = node.meta["dropped"]
+    readers = list(node.users)
+    grid = (scale, zero_point, 0, quant_max, torch.uint8)
+    with graph.inserting_after(node):
+        quantized = graph.call_function(torch.ops.quantized_decomposed.quantize_per_tensor.default, (node, *grid))
+    with graph.inserting_after(quantized):
+        dequantized = graph.call_function(
+            torch.ops.quantized_decomposed.dequantize_per_tensor.default, (quantized, *grid)
+        )
+    for reader in readers:
+        reader.replace_input_with(node, dequantized)

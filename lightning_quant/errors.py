@@ -1,0 +1,41 @@
+"""The errors and warnings that this package raises, each with the way out in its message."""
+
+
+class QuantizationError(ValueError):
+    """Base of every error that this package raises on purpose."""
+
+
+class CaptureError(QuantizationError):
+    """The module to quantize, or one real call of it, could not be found."""
+
+
+class UntraceableError(QuantizationError):
+    """A forward does something that a graph cannot hold, such as branching on a tensor's values."""
+
+
+class PlanError(QuantizationError):
+    """Nothing can be quantized as asked: no supported layer, or a pattern that matches nothing."""
+
+
+class CalibrationError(QuantizationError):
+    """Ranges could not be learned: no batch, non-finite values, or a tensor that was never observed."""
+
+
+class ExportError(QuantizationError):
+    """The converted model does not export, or disagrees with the model that was trained or calibrated."""
+
+
+class ArtifactError(QuantizationError):
+    """A folder is not an artifact, is damaged, or cannot be written."""
+
+
+class EvaluationError(QuantizationError):
+    """The model under evaluation was not the one that ran."""
+
+
+class MissingRuntimeError(QuantizationError):
+    """The runtime is not installed; the message carries the pip command."""
+
+
+class NoEffectWarning(UserWarning):
+    """Something that was asked for changed nothing, or made matters worse."""

@@ -1,0 +1,130 @@
+"""Stage 7: the user's own validation, on a copy of the LightningModule with another model in place of its module."""
+
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
+from torch import nn
+
+from lightning_quant.errors import EvaluationError
+from lightning_quant.routing import clone, resolve, route, unroute
+
+_ACCELERATORS = {"CUDAAccelerator": "gpu", "MPSAccelerator": "mps"}
+
+
+class CountedCalls:
+    """Passes calls on and counts them."""
+
+    def __init__(self, target: Callable[..., Any]) -> None:
+        self.target, self.num_calls = target, 0
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.num_calls += 1
+        return self.target(*args, **kwargs)
+
+    def __deepcopy__(self, memo: Any) -> "CountedCalls":
+        return self
+
+
+def evaluate(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    path: str,
+    target: Callable[..., Any] | None = None,
+    *,
+    quantized_layers: tuple[str, ...] = (),
+    limit_batches: int | float | None = None,
+) -> dict[str, float]:
+    """Run the validation loop of a LightningModule and return its metrics.
+
+    Args:
+        trainer: whose validation data, precision and limits are used; it is not disturbed.
+        pl_module: left as it is; a copy is evaluated.
+        path: qualified name of the quantized module.
+        target: called in its place; None evaluates the module as it is, routed or not.
+        quantized_layers: names, relative to the module, of layers that must not run beside the target.
+        limit_batches: number or share of validation batches; the trainer's own limit by default.
+
+    Raises:
+        EvaluationError: validation never called the target, or ran a quantized layer in float beside it.
+    """
+    loaders = _validation_loaders(trainer)
+    if loaders is None:
+        return {}
+    duplicate = clone(pl_module)
+    # Lightning's cache of metrics by id, which a copy must not inherit.
+    duplicate._metric_attributes = None
+    module = resolve(duplicate, path)
+    counted = CountedCalls(target) if target is not None else None
+    beside: set[str] = set()
+    if counted is not None:
+        unroute(module)
+        route(module, counted)
+        for name in quantized_layers:
+            module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: beside.add(name))
+    with _quiet():
+        evaluator = _small_trainer(trainer, limit_batches)
+        results = evaluator.validate(duplicate, dataloaders=loaders, verbose=False)
+    _check_calls(counted, beside, path)
+    return {name: float(value) for result in results for name, value in result.items()}
+
+
+def _check_calls(counted: CountedCalls | None, beside: set[str], path: str) -> None:
+    if counted is None:
+        return
+    name = repr(path) if path else "its own forward"
+    if counted.num_calls == 0:
+        raise EvaluationError(
+            f"Expected `validation_step` to call {name}, but it never did: its metrics would be those of float."
+        )
+    if beside:
+        raise EvaluationError(
+            f"Expected `validation_step` to use {name} through its forward alone, but {sorted(beside)} ran in float beside "
+            "it. Call the module itself, or pass `evaluate=False`."
+        )
+
+
+def _validation_loaders(trainer: Trainer) -> Any:
+    if trainer.val_dataloaders is None and trainer.limit_val_batches and trainer.enable_validation:
+        trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    return trainer.val_dataloaders
+
+
+def _small_trainer(trainer: Trainer, limit_batches: int | float | None) -> Trainer:
+    device = trainer.strategy.root_device
+    return type(trainer)(
+        accelerator=_ACCELERATORS.get(type(trainer.accelerator).__name__, "cpu"),
+        devices=1 if device.index is None else [device.index],
+        precision=trainer.precision,
+        limit_val_batches=trainer.limit_val_batches if limit_batches is None else limit_batches,
+        logger=DummyLogger(),
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what a Trainer says of devices and workers; the user has read it at the start of fit."""
+    loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("lightning.pytorch", "pytorch_lightning")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def weighted_layers(root: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
+    """Return those names that are modules."""
+    known = dict(root.named_modules())
+    return tuple(name for name in names if name in known)

@@ -1,0 +1,120 @@
+"""Stage 5: from a prepared model to an artifact, and the trial of it before training."""
+
+import copy
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from lightning_quant import artifact as artifacts
+from lightning_quant import runtimes
+from lightning_quant.artifact import Artifact
+from lightning_quant.convert import check_agreement, convert
+from lightning_quant.errors import QuantizationError
+from lightning_quant.observers import MinMax
+from lightning_quant.prepare import Prepared
+from lightning_quant.routing import clone
+from lightning_quant.signature import make_signature
+
+DynamicShapes = dict[str, dict[int, str]]
+
+
+def export(
+    prepared: Prepared,
+    output_dir: Path,
+    *,
+    dynamic_shapes: DynamicShapes | None = None,
+    seconds: dict[str, float] | None = None,
+) -> Artifact:
+    """Convert a trained or calibrated model, check it against its simulation, and write the artifact.
+
+    Args:
+        prepared: detached, every edge observed.
+        output_dir: the artifact's folder; an artifact there is replaced.
+        dynamic_shapes: input name to dimension to its name, beside the batch and what varied in the calls seen.
+        seconds: gets the time of the stages under "convert" and "export".
+
+    Raises:
+        CalibrationError: an edge was never observed.
+        ExportError: the converted model disagrees with the simulation, or does not export.
+    """
+    seconds = {} if seconds is None else seconds
+    runtime = runtimes.get(prepared.plan.runtime)
+    started = time.perf_counter()
+    args, kwargs = prepared.call([tensor.cpu() for tensor in prepared.tensors])
+    converted = convert(prepared)
+    check_agreement(prepared, converted, args, kwargs)
+    seconds["convert"] = time.perf_counter() - started
+    started = time.perf_counter()
+    dynamic = dynamic_dimensions(prepared, dynamic_shapes)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        output = converted(*args, **kwargs)
+    signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic)
+    with artifacts.staging(output_dir) as folder:
+        staged = folder / runtime.MODEL_FILE
+        runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
+        content = {
+            "recipe": prepared.recipe.name,
+            "runtime": prepared.plan.runtime,
+            "signature": signature.to_dict(),
+            "plan": prepared.plan.to_dict(),
+        }
+        written = artifacts.write(output_dir, staged, content)
+    seconds["export"] = time.perf_counter() - started
+    return written
+
+
+def trial_export(prepared: Prepared, *, dynamic_shapes: DynamicShapes | None = None) -> None:
+    """Export with made-up ranges into a temporary folder and load the result: what fails here would fail after training.
+
+    Raises:
+        ExportError: the module does not export; the message says why.
+    """
+    runtime = runtimes.get(prepared.plan.runtime)
+    trial = copy.copy(prepared)
+    trial.observers = {identity: MinMax() for identity in prepared.observers}
+    trial.forget_parameters()
+    for observer in trial.observers.values():
+        observer.update(torch.tensor([0.0, 1.0]))
+    converted = convert(trial)
+    with tempfile.TemporaryDirectory() as folder:
+        staged = Path(folder) / runtime.MODEL_FILE
+        dynamic = dynamic_dimensions(prepared, dynamic_shapes)
+        runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
+        runtime.check(staged)
+
+
+def export_float(prepared: Prepared, folder: Path) -> Path:
+    """Write the float model in the runtime's own format, as the peer of latency comparisons."""
+    runtime = runtimes.get(prepared.plan.runtime)
+    root = clone(prepared.root).eval()
+    path = folder / f"float_{runtime.MODEL_FILE}"
+    runtime.export(
+        root, prepared.signature, prepared.spec, prepared.tensors, path, dynamic=dynamic_dimensions(prepared)
+    )
+    return path
+
+
+def dynamic_dimensions(prepared: Prepared, chosen: DynamicShapes | None = None) -> DynamicShapes:
+    """Return input name to dimension to its name for all dimensions that may vary.
+
+    These are the batch (the first dimension of every input that has the first input's size there), what differed between
+    calls, and what the user chose. Dimensions that varied and had one size in the captured call get one name.
+
+    Raises:
+        QuantizationError: a chosen input or dimension does not exist.
+    """
+    sizes = {name: tuple(tensor.shape) for name, tensor in zip(prepared.spec.names, prepared.tensors, strict=True)}
+    batch = next((size[0] for size in sizes.values() if size), None)
+    result: DynamicShapes = {name: {0: "batch"} for name, size in sizes.items() if size and size[0] == batch}
+    for name, dimension in sorted(prepared.varying):
+        result.setdefault(name, {}).setdefault(dimension, f"size_{sizes[name][dimension]}")
+    for name, dimensions in (chosen or {}).items():
+        for dimension, label in dimensions.items():
+            if name not in sizes or not 0 <= int(dimension) < len(sizes[name]):
+                raise QuantizationError(
+                    f"Expected `dynamic_shapes` to name inputs out of {sizes}, but got {name!r}: {dimension}."
+                )
+            result.setdefault(name, {})[int(dimension)] = label
+    return result

@@ -1,0 +1,228 @@
+"""Split a module into traceable graphs and make the plan of all of them."""
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.calls import CallSpec, flatten_call, forward_signature
+from lightning_quant.errors import PlanError, UntraceableError
+from lightning_quant.graph import operations as ops
+from lightning_quant.graph.patterns import Matcher, OperatorTable, Selection, matches
+from lightning_quant.graph.plan import GraphPlan, Plan, Row
+from lightning_quant.graph.trace import Traced, trace
+from lightning_quant.routing import clone, evaluation_mode, resolve
+
+# Their forward hands the weights to a fused kernel; no graph of ours could change them there.
+_INDIVISIBLE = frozenset({"attention", "lstm", "gru", "rnn", "embedding", "bilinear"})
+
+
+@dataclass(frozen=True)
+class Island:
+    """A traceable part of the module; the whole module when its path is empty.
+
+    Attributes:
+        path: where it is, relative to the module to quantize.
+        signature: the signature of its forward.
+        spec: its captured call.
+        tensors: the tensors of that call.
+        plan: its operators and edges.
+        keys: site in the user's code to key, to find the same operators in a graph traced in training mode.
+        opaque: paths, relative to the island, that are called as they are.
+    """
+
+    path: str
+    signature: inspect.Signature
+    spec: CallSpec
+    tensors: list[Tensor]
+    plan: GraphPlan
+    keys: dict[Any, str]
+    opaque: frozenset[str]
+
+    def __deepcopy__(self, memo: Any) -> "Island":
+        return self
+
+
+@dataclass(frozen=True)
+class Analysis:
+    """The plan of a module and the islands that carry it out.
+
+    Attributes:
+        plan: for readers and runtimes.
+        islands: the graphs.
+        signature: of the module's own forward.
+        spec: of the captured call.
+        tensors: of the captured call.
+    """
+
+    plan: Plan
+    islands: tuple[Island, ...]
+    signature: inspect.Signature
+    spec: CallSpec
+    tensors: list[Tensor]
+
+
+class _Splitter:
+    def __init__(self, root: nn.Module, call: tuple[Any, Any], table: OperatorTable, selection: Selection) -> None:
+        self.root, self.table, self.selection = root, table, selection
+        self.calls: dict[str, tuple[Any, Any]] = {"": call}
+        self.islands: list[Island] = []
+        self.rows: list[Row] = []
+        self.reason = ""
+        self._record_done = False
+
+    def split(self, path: str) -> None:
+        """Trace the module at a path; where that fails, the largest of its descendants that can be traced."""
+        module = resolve(self.root, path)
+        args, kwargs = self._call_of(path)
+        try:
+            signature = own_signature(module)
+            spec, tensors = flatten_call(signature, args, kwargs)
+            traced = trace(module, spec, tensors)
+        except (UntraceableError, ValueError) as error:
+            self.reason = self.reason or str(error)
+            self._refuse(path, module, str(error))
+            return
+        matcher = Matcher(traced.graph, module, self.table, self.selection, path)
+        self.rows += matcher.rows()
+        inner = sorted(_opaque_with_weights(traced, module))
+        if matcher.plan.operators:
+            keys = {node.meta["site"]: node.meta["key"] for node in traced.graph.nodes if "site" in node.meta}
+            opaque = frozenset(traced.opaque) | frozenset(inner)
+            self.islands.append(Island(path, signature, spec, tensors, matcher.plan, keys, opaque))
+        for name in inner:
+            full = join(path, name)
+            if name in traced.opaque:
+                self._refuse(full, resolve(self.root, full), traced.opaque[name], listed=True)
+            elif full in self._called():
+                self.split(full)
+
+    def _refuse(self, path: str, module: nn.Module, reason: str, *, listed: bool = False) -> None:
+        if not listed:
+            self.rows.append(Row(path or "(forward)", type(module).__name__, "float", reason))
+        for name, child in module.named_children():
+            full = join(path, name)
+            for inner in _outermost(full, child, self._called()):
+                self.split(inner)
+
+    def _call_of(self, path: str) -> tuple[Any, Any]:
+        return self.calls[path] if path in self.calls else self._called()[path]
+
+    def _called(self) -> dict[str, tuple[Any, Any]]:
+        """Return the first call of every submodule, from one real forward of a clone."""
+        if not self._record_done:
+            self._record_done = True
+            self.calls.update(record_calls(self.root, *self.calls[""]))
+        return self.calls
+
+
+def analyze(
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    table: OperatorTable,
+    selection: Selection,
+    *,
+    recipe: str,
+    runtime: str,
+    module: str = "",
+) -> Analysis:
+    """Make the plan of one module from one call, in eval mode; the module is left as it was.
+
+    Raises:
+        PlanError: nothing can be quantized, or a pattern matches no operator.
+    """
+    signature = own_signature(root)
+    spec, tensors = flatten_call(signature, args, kwargs)
+    splitter = _Splitter(root, (args, kwargs), table, selection)
+    with evaluation_mode(root):
+        splitter.split("")
+    rows = splitter.rows + list(_never_called(root, splitter.rows))
+    _check_patterns(selection, rows)
+    plan = Plan(recipe, runtime, module, tuple(island.plan for island in splitter.islands), tuple(rows))
+    if not plan.num_quantized:
+        raise PlanError(_nothing(root, rows, splitter.reason))
+    return Analysis(plan, tuple(splitter.islands), signature, spec, tensors)
+
+
+def own_signature(module: nn.Module) -> inspect.Signature:
+    """Return the signature of a module's own forward, routed or not."""
+    return forward_signature(type(module).forward.__get__(module))
+
+
+def record_calls(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Run one forward on a clone and return the first call of each of its submodules by path."""
+    copy = clone(root)
+    calls: dict[str, tuple[Any, Any]] = {}
+    for path, child in copy.named_modules():
+
+        def hook(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
+            calls.setdefault(path, (args, kwargs))
+
+        child.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        copy(*args, **kwargs)
+    return calls
+
+
+def join(*parts: str) -> str:
+    """Join dotted paths, leaving out empty ones."""
+    return ".".join(part for part in parts if part)
+
+
+def _outermost(path: str, module: nn.Module, called: dict[str, Any]) -> Iterator[str]:
+    """Yield the outermost called modules with weights at or under a path."""
+    if not has_weights(module):
+        return
+    if path in called:
+        yield path
+        return
+    for name, child in module.named_children():
+        yield from _outermost(join(path, name), child, called)
+
+
+def has_weights(module: nn.Module) -> bool:
+    """Tell whether a convolution or linear layer is at or under a module."""
+    return any(ops._MODULES.get(type(child)) in ops.WEIGHTED for child in module.modules())
+
+
+def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
+    """Return the modules that the graph calls as a whole although layers with weights are inside."""
+    found = set()
+    for node in traced.graph.nodes:
+        if node.op != "call_module":
+            continue
+        kind = ops.describe(node, module).kind
+        if kind == "other" and has_weights(module.get_submodule(str(node.target))):
+            found.add(str(node.target))
+    return found
+
+
+def _never_called(root: nn.Module, rows: list[Row]) -> Iterator[Row]:
+    listed = [row.name.partition("#")[0] for row in rows]
+    for path, child in root.named_modules(remove_duplicate=False):
+        is_weighted = ops._MODULES.get(type(child)) in ops.WEIGHTED
+        if is_weighted and not any(name == path or name.startswith(f"{path}.") for name in listed):
+            reason = "inside a layer that runs as a whole" if any(path.startswith(f"{n}.") for n in listed) else ""
+            yield Row(path, type(child).__name__, "float", reason or "the captured call never reaches it")
+
+
+def _check_patterns(selection: Selection, rows: list[Row]) -> None:
+    for argument, patterns in (("include", selection.include), ("exclude", selection.exclude)):
+        for pattern in patterns:
+            if not any(matches(pattern, row.name, row.kind) for row in rows):
+                names = ", ".join(row.name for row in rows[:8])
+                raise PlanError(
+                    f"Expected `{argument}` to hold patterns on names or layer types, but got {pattern!r}, which matches "
+                    f"nothing. Names here are {names}{', ...' if len(rows) > 8 else ''}."
+                )
+
+
+def _nothing(root: nn.Module, rows: list[Row], reason: str) -> str:
+    weighted = [row for row in rows if row.reason]
+    listing = "; ".join(f"{row.name} ({row.kind}): {row.reason}" for row in weighted[:5])
+    cause = listing or reason or "it has no convolution or linear layer"
+    return f"Expected {type(root).__name__} to have something to quantize, but there is nothing: {cause}."

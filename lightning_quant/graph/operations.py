@@ -1,0 +1,192 @@
+"""Names for what graph nodes do, whatever their spelling: module, function or method."""
+
+import math
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, fx, nn
+
+_MODULES: dict[type, str] = {
+    nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d",
+    nn.ConvTranspose1d: "conv_transpose1d", nn.ConvTranspose2d: "conv_transpose2d", nn.ConvTranspose3d: "conv_transpose3d",
+    nn.Linear: "linear", nn.Bilinear: "bilinear",
+    nn.BatchNorm1d: "batch_norm", nn.BatchNorm2d: "batch_norm", nn.BatchNorm3d: "batch_norm", nn.SyncBatchNorm: "batch_norm",
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardtanh: "hardtanh", nn.LeakyReLU: "leaky_relu", nn.PReLU: "prelu",
+    nn.ELU: "elu", nn.SELU: "selu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Mish: "mish", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh",
+    nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid", nn.Softmax: "softmax", nn.LogSoftmax: "log_softmax",
+    nn.Softplus: "softplus",
+    nn.MaxPool1d: "max_pool", nn.MaxPool2d: "max_pool", nn.MaxPool3d: "max_pool", nn.AdaptiveMaxPool2d: "adaptive_max_pool",
+    nn.AvgPool1d: "avg_pool", nn.AvgPool2d: "avg_pool", nn.AvgPool3d: "avg_pool",
+    nn.AdaptiveAvgPool1d: "global_avg_pool", nn.AdaptiveAvgPool2d: "global_avg_pool",
+    nn.Flatten: "reshape", nn.Unflatten: "reshape", nn.Identity: "reshape", nn.Dropout: "reshape", nn.Dropout1d: "reshape",
+    nn.Dropout2d: "reshape", nn.Dropout3d: "reshape", nn.PixelShuffle: "reshape", nn.ChannelShuffle: "reshape",
+    nn.ZeroPad1d: "pad", nn.ZeroPad2d: "pad", nn.ConstantPad1d: "pad", nn.ConstantPad2d: "pad",
+    nn.MultiheadAttention: "attention", nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn", nn.Embedding: "embedding",
+    nn.LayerNorm: "layer_norm", nn.GroupNorm: "group_norm",
+}  # fmt: skip
+_FUNCTIONS: dict[Any, str] = {
+    F.conv1d: "conv1d", F.conv2d: "conv2d", F.conv3d: "conv3d", torch.conv1d: "conv1d", torch.conv2d: "conv2d",
+    F.conv_transpose1d: "conv_transpose1d", F.conv_transpose2d: "conv_transpose2d", F.linear: "linear",
+    F.batch_norm: "functional_batch_norm",
+    F.relu: "relu", torch.relu: "relu", F.relu6: "relu6", F.hardtanh: "hardtanh", torch.clamp: "clamp", torch.clip: "clamp",
+    F.leaky_relu: "leaky_relu", F.prelu: "prelu", F.elu: "elu", F.selu: "selu", F.gelu: "gelu", F.silu: "silu", F.mish: "mish",
+    F.sigmoid: "sigmoid", torch.sigmoid: "sigmoid", F.tanh: "tanh", torch.tanh: "tanh", F.hardswish: "hardswish",
+    F.hardsigmoid: "hardsigmoid", F.softmax: "softmax", torch.softmax: "softmax", F.log_softmax: "log_softmax",
+    F.softplus: "softplus",
+    operator.add: "add", torch.add: "add", operator.mul: "mul", torch.mul: "mul", operator.sub: "sub", torch.sub: "sub",
+    torch.cat: "cat", torch.concat: "cat", torch.concatenate: "cat",
+    torch.matmul: "matmul", operator.matmul: "matmul", torch.bmm: "matmul",
+    F.scaled_dot_product_attention: "attention",
+    F.max_pool1d: "max_pool", F.max_pool2d: "max_pool", F.max_pool3d: "max_pool", torch.max_pool2d: "max_pool",
+    F.avg_pool1d: "avg_pool", F.avg_pool2d: "avg_pool", F.adaptive_avg_pool1d: "global_avg_pool",
+    F.adaptive_avg_pool2d: "global_avg_pool", torch.mean: "global_avg_pool", F.adaptive_max_pool2d: "adaptive_max_pool",
+    torch.flatten: "reshape", torch.reshape: "reshape", torch.permute: "reshape", torch.transpose: "reshape",
+    torch.squeeze: "reshape", torch.unsqueeze: "reshape", F.dropout: "reshape", F.dropout2d: "reshape",
+    F.pixel_shuffle: "reshape", F.pad: "pad",
+}  # fmt: skip
+_METHODS = {
+    "relu": "relu", "clamp": "clamp", "clip": "clamp", "sigmoid": "sigmoid", "tanh": "tanh", "softmax": "softmax",
+    "log_softmax": "log_softmax", "add": "add", "mul": "mul", "sub": "sub", "matmul": "matmul", "bmm": "matmul",
+    "mean": "global_avg_pool", "flatten": "reshape", "view": "reshape", "reshape": "reshape", "permute": "reshape",
+    "transpose": "reshape", "squeeze": "reshape", "unsqueeze": "reshape", "contiguous": "reshape",
+}  # fmt: skip
+
+WEIGHTED = frozenset(
+    {"conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
+)
+ACTIVATIONS = frozenset({
+    "relu", "relu6", "hardtanh", "clamp", "leaky_relu", "prelu", "elu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh",
+    "hardswish", "hardsigmoid", "softmax", "log_softmax", "softplus",
+})  # fmt: skip
+LISTED = WEIGHTED | ACTIVATIONS | frozenset({
+    "batch_norm", "functional_batch_norm", "add", "mul", "sub", "cat", "max_pool", "avg_pool", "global_avg_pool",
+    "adaptive_max_pool", "matmul", "attention", "lstm", "gru", "rnn", "embedding", "layer_norm", "group_norm", "bilinear",
+})  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A node of a traced graph, described.
+
+    Attributes:
+        kind: what it does ("conv2d", "reshape", ...), or "other".
+        layer: the layer's type name, or the operation's name for functions and methods.
+        weight: qualified name of the weight of a weighted kind, empty when it is no parameter.
+        bias: qualified name of its bias.
+    """
+
+    kind: str
+    layer: str
+    weight: str = ""
+    bias: str = ""
+
+
+def describe(node: fx.Node, root: nn.Module) -> Operation:
+    """Describe one node of a graph traced from `root`."""
+    if node.op == "call_module":
+        return _describe_module(str(node.target), root.get_submodule(str(node.target)))
+    if node.op == "call_function":
+        kind = _FUNCTIONS.get(node.target, "other")
+        if kind in WEIGHTED:
+            return Operation(
+                kind, _name(node), _parameter(argument(node, 1, "weight")), _parameter(argument(node, 2, "bias"))
+            )
+        return Operation(_checked(kind, node), _name(node))
+    if node.op == "call_method":
+        return Operation(_checked(_METHODS.get(str(node.target), "other"), node), str(node.target))
+    return Operation("other", node.op)
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """Return an argument of a call by position or keyword."""
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def bounds(node: fx.Node, root: nn.Module, kind: str) -> tuple[float, float] | None:
+    """Return the constant lower and upper bound of a clipping activation; None when they are not constant."""
+    if kind == "relu":
+        return 0.0, math.inf
+    if kind == "relu6":
+        return 0.0, 6.0
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        return float(module.min_val), float(module.max_val)  # type: ignore[arg-type]
+    names = ("min_val", "max_val", -1.0, 1.0) if kind == "hardtanh" else ("min", "max", None, None)
+    low, high = argument(node, 1, names[0], names[2]), argument(node, 2, names[1], names[3])
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
+    return (float(low), float(high)) if isinstance(low, int | float) and isinstance(high, int | float) else None
+
+
+def is_float(node: Any) -> bool:
+    """Tell whether a node's value is a floating-point tensor."""
+    fake = node.meta.get("fake") if isinstance(node, fx.Node) else None
+    return isinstance(fake, Tensor) and fake.is_floating_point()
+
+
+def tensor_inputs(node: fx.Node) -> list[fx.Node]:
+    """Return the nodes of the floating-point tensors that a node reads, in order."""
+    return [source for source in node.all_input_nodes if is_float(source)]
+
+
+def multiply_adds(node: fx.Node, kind: str, weight: Tensor | None) -> int:
+    """Return the multiply-adds of one call at the traced shapes; 0 for what is neither weighted nor a matmul."""
+    output = node.meta.get("fake")
+    if not isinstance(output, Tensor):
+        return 0
+    if kind == "matmul":
+        return output.numel() * tensor_inputs(node)[0].meta["fake"].shape[-1]
+    if weight is None:
+        return 0
+    if kind.startswith("conv_transpose"):
+        return tensor_inputs(node)[0].meta["fake"].numel() * weight[0].numel()
+    return output.numel() * weight[0].numel()
+
+
+def _describe_module(path: str, module: nn.Module) -> Operation:
+    kind = _MODULES.get(type(module), "other")
+    name = type(module).__name__
+    if kind in WEIGHTED:
+        return Operation(kind, name, f"{path}.weight", f"{path}.bias" if module.bias is not None else "")
+    if kind == "global_avg_pool" and module.output_size not in (1, (1, 1)):
+        return Operation("adaptive_avg_pool", name)
+    if kind == "pad" and isinstance(module, nn.ConstantPad1d | nn.ConstantPad2d) and module.value != 0:
+        return Operation("other", name)
+    if kind == "max_pool" and module.return_indices:
+        return Operation("other", name)
+    return Operation(kind, name)
+
+
+def _checked(kind: str, node: fx.Node) -> str:
+    """Narrow a kind by its arguments: a pad with zeros, a mean over all places, an addition without a factor."""
+    if kind == "pad":
+        zeros = argument(node, 2, "mode", "constant") == "constant" and not argument(node, 3, "value", 0)
+        return "pad" if zeros else "other"
+    if kind == "global_avg_pool" and not _is_global(node):
+        return "other"
+    if kind in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
+        return "other"
+    if kind == "max_pool" and argument(node, 6, "return_indices", False):
+        return "other"
+    return kind
+
+
+def _is_global(node: fx.Node) -> bool:
+    fake = node.args[0].meta.get("fake") if node.args and isinstance(node.args[0], fx.Node) else None
+    if not isinstance(fake, Tensor) or fake.dim() < 3:
+        return False
+    if "adaptive" in _name(node):
+        return argument(node, 1, "output_size") in (1, (1, 1), [1, 1], (1,))
+    dim = argument(node, 1, "dim")
+    dims = [dim] if isinstance(dim, int) else list(dim) if isinstance(dim, tuple | list) else []
+    return sorted(d % fake.dim() for d in dims) == list(range(2, fake.dim()))
+
+
+def _parameter(node: Any) -> str:
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else ""
+
+
+def _name(node: fx.Node) -> str:
+    return getattr(node.target, "__name__", str(node.target))

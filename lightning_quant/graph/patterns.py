@@ -1,0 +1,335 @@
+"""Match a traced graph against a runtime's operator table: which operators run in integers, which tensors are quantized.
+
+Three passes over the nodes: fuse chains around the main operators, decide forwards which elementwise operators could run
+in integers because all they read is near integers, and decide backwards which of them should because somebody reads the
+result in integers.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
+
+from torch import fx, nn
+
+from lightning_quant.graph import operations as ops
+from lightning_quant.graph.plan import Edge, GraphPlan, Operator, Row
+from lightning_quant.graph.trace import has_hooks
+
+
+@dataclass(frozen=True)
+class OperatorTable:
+    """What one runtime executes in integers.
+
+    Attributes:
+        weighted: kinds with an integer kernel for weight and input.
+        fused_activations: clipping activations that the output's range takes over.
+        float_output: kinds whose integer kernel may answer in float.
+        own_scale: other kinds with an integer kernel that has its own output scale.
+        shared_scale: kinds that move values without changing them: input and output share one scale.
+        reasons: kind to reason, for kinds that stay float.
+    """
+
+    weighted: frozenset[str]
+    fused_activations: frozenset[str]
+    float_output: frozenset[str]
+    own_scale: frozenset[str]
+    shared_scale: frozenset[str]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which operators the user wants quantized: fnmatch patterns on qualified names and on layer types."""
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def refusal(self, name: str, layer: str) -> str:
+        """Return why an operator is not wanted, or an empty text."""
+        if not any(matches(pattern, name, layer) for pattern in self.include):
+            return "not in `include`"
+        excluded_by = next((pattern for pattern in self.exclude if matches(pattern, name, layer)), None)
+        return f'excluded by "{excluded_by}"' if excluded_by is not None else ""
+
+
+def matches(pattern: str, name: str, layer: str) -> bool:
+    """Tell whether a pattern names an operator, by qualified name (a module names all inside it) or layer type."""
+    return fnmatchcase(name, pattern) or fnmatchcase(layer, pattern) or name.startswith(f"{pattern}.")
+
+
+@dataclass
+class _Unit:
+    """A main node with what is fused around it, on its way to an `Operator`."""
+
+    main: fx.Node
+    operation: ops.Operation
+    source: list[fx.Node]
+    tail: fx.Node
+    pad: fx.Node | None = None
+    batch_norm: fx.Node | None = None
+    activation: fx.Node | None = None
+
+
+class Matcher:
+    """Matches one graph; `plan` and `rows` are the result."""
+
+    def __init__(
+        self, graph: fx.Graph, root: nn.Module, table: OperatorTable, selection: Selection, path: str = ""
+    ) -> None:
+        self.graph, self.root, self.table, self.selection, self.path = graph, root, table, selection, path
+        self.operations = {node: ops.describe(node, root) for node in graph.nodes}
+        self.reasons: dict[fx.Node, str] = {}
+        self.units: dict[fx.Node, _Unit] = {}
+        self.fused: dict[fx.Node, _Unit] = {}
+        self._match_weighted()
+        self._match_elementwise()
+        self.edges: dict[fx.Node, Edge] = {}
+        self.operators = self._decide()
+
+    @property
+    def plan(self) -> GraphPlan:
+        """The operators and edges of this graph."""
+        return GraphPlan(self.path, tuple(self.operators), tuple(self.edges.values()))
+
+    def name(self, node: fx.Node) -> str:
+        """Return the qualified name of a node for readers and patterns."""
+        key = node.meta["key"]
+        return ".".join(part for part in (self.path, key) if part)
+
+    def rows(self) -> list[Row]:
+        """Return a row for every operator that the plan lists, in the order of execution."""
+        quantized = {unit.main for unit in self.units.values()}
+        rows = []
+        for node in self.graph.nodes:
+            operation = self.operations[node]
+            if operation.kind not in ops.LISTED and not self._holds_weights(node):
+                continue
+            weight = self._parameter(operation.weight)
+            macs = ops.multiply_adds(node, operation.kind, weight)
+            row = Row(self.name(node), operation.layer, "float", self._float_reason(node), macs)
+            if node in quantized:
+                row = replace(row, action="int8", reason="")
+            elif node in self.fused:
+                row = replace(row, action="fused", reason=f"into {self.name(self.fused[node].main)}")
+            elif node in self.edges:
+                row = replace(row, action="int8", reason="same scale as its input")
+            rows.append(row)
+        return rows
+
+    # --- forwards: what could run in integers
+
+    def _match_weighted(self) -> None:
+        for node in self.graph.nodes:
+            operation = self.operations[node]
+            if operation.kind not in ops.WEIGHTED:
+                continue
+            reason = self._weighted_refusal(node, operation)
+            if reason:
+                self.reasons[node] = reason
+                continue
+            unit = _Unit(node, operation, [ops.argument(node, 0, "input")], node)
+            self._fuse_pad(unit)
+            self._fuse_batch_norm(unit)
+            self._fuse_activation(unit)
+            self._accept(unit)
+
+    def _weighted_refusal(self, node: fx.Node, operation: ops.Operation) -> str:
+        unwanted = self.selection.refusal(self.name(node), operation.layer)
+        if unwanted:
+            return unwanted
+        if operation.kind not in self.table.weighted:
+            return self.table.reasons.get(operation.kind, f"the runtime has no integer {operation.kind}")
+        if not operation.weight:
+            return "its weight is computed in forward"
+        if not ops.is_float(node):
+            return "its shapes are unknown"
+        if (
+            node.op == "call_module"
+            and getattr(self.root.get_submodule(str(node.target)), "padding_mode", "zeros") != "zeros"
+        ):
+            return "padding other than zeros"
+        if node.op == "call_function" and not operation.bias and ops.argument(node, 2, "bias") is not None:
+            return "its bias is computed in forward"
+        return ""
+
+    def _fuse_pad(self, unit: _Unit) -> None:
+        pad = unit.source[0]
+        if self.operations[pad].kind != "pad" or len(pad.users) != 1 or not unit.operation.kind.startswith("conv"):
+            return
+        fake = pad.meta.get("fake")
+        amounts = (
+            ops.argument(pad, 1, "pad") if pad.op != "call_module" else self.root.get_submodule(str(pad.target)).padding
+        )
+        places = fake.dim() - 2 if hasattr(fake, "dim") else 0
+        if (
+            isinstance(amounts, tuple | list)
+            and len(amounts) <= 2 * places
+            and all(isinstance(a, int) and a >= 0 for a in amounts)
+        ):
+            unit.pad, unit.source = pad, [pad.args[0]]  # type: ignore[list-item]
+
+    def _fuse_batch_norm(self, unit: _Unit) -> None:
+        user = _only_user(unit.tail)
+        if user is None or self.operations[user].kind != "batch_norm":
+            return
+        module = self.root.get_submodule(str(user.target))
+        if module.running_mean is None:
+            self.reasons[user] = "it keeps no running statistics to fold"
+        elif has_hooks(module):
+            self.reasons[user] = "hooks on it see its own input and output"
+        elif unit.operation.kind == "linear" and unit.tail.meta["fake"].dim() != 2:
+            self.reasons[user] = "it normalizes another dimension than the linear layer's features"
+        else:
+            unit.batch_norm = unit.tail = user
+
+    def _fuse_activation(self, unit: _Unit) -> None:
+        user = _only_user(unit.tail)
+        if user is None or self.operations[user].kind not in self.table.fused_activations:
+            return
+        limits = ops.bounds(user, self.root, self.operations[user].kind)
+        if limits is None or not limits[0] <= 0 <= limits[1]:
+            self.reasons[user] = "its bounds are not constant or leave out zero"
+        elif not (user.op == "call_module" and has_hooks(self.root.get_submodule(str(user.target)))):
+            unit.activation = unit.tail = user
+
+    def _match_elementwise(self) -> None:
+        near = {unit.tail for unit in self.units.values()}
+        near |= {source for unit in self.units.values() for source in unit.source}
+        for node in self.graph.nodes:
+            kind = self.operations[node].kind
+            sources = ops.tensor_inputs(node)
+            if node in self.units or node in self.fused or not sources or not ops.is_float(node):
+                continue
+            all_near = all(source in near for source in sources)
+            if kind in self.table.own_scale:
+                reason = self._elementwise_refusal(node, sources, all_near)
+                if reason:
+                    self.reasons[node] = reason
+                    continue
+                unit = _Unit(node, self.operations[node], sources, node)
+                if kind in ("add", "mul"):
+                    self._fuse_activation(unit)
+                self._accept(unit)
+                near.add(unit.tail)
+            elif all_near and (kind in self.table.shared_scale or kind in ops.ACTIVATIONS or kind == "pad"):
+                near.add(node)
+
+    def _elementwise_refusal(self, node: fx.Node, sources: list[fx.Node], all_near: bool) -> str:
+        kind = self.operations[node].kind
+        unwanted = self.selection.refusal(self.name(node), self.operations[node].layer)
+        if unwanted:
+            return unwanted
+        operands = ops.argument(node, 0, "tensors") if kind == "cat" else node.args[:2]
+        if kind in ("add", "mul", "matmul", "cat") and not all(ops.is_float(operand) for operand in operands):
+            return "an operand is a constant or no float tensor"
+        if not all_near:
+            return "not everything it reads comes from integer operators"
+        return ""
+
+    def _accept(self, unit: _Unit) -> None:
+        self.units[unit.main] = unit
+        for node in (unit.pad, unit.batch_norm, unit.activation):
+            if node is not None:
+                self.fused[node] = unit
+
+    # --- backwards: what should run in integers, and the edges between
+
+    def _decide(self) -> list[Operator]:
+        wanted: set[fx.Node] = set()
+        shared: list[fx.Node] = []
+        for node in reversed(self.graph.nodes):
+            unit = self.units.get(node)
+            if unit is not None:
+                if self._is_worth(unit, wanted):
+                    wanted.update(unit.source)
+                else:
+                    self._drop(unit)
+            elif node in wanted and self.operations[node].kind in self.table.shared_scale and ops.is_float(node):
+                source = node.args[0]
+                if isinstance(source, fx.Node) and self._ends_near(source):
+                    wanted.add(source)
+                    shared.append(node)
+        units = [unit for node in self.graph.nodes if (unit := self.units.get(node)) is not None]
+        for unit in units:
+            if unit.tail in wanted or unit.operation.kind not in self.table.float_output:
+                wanted.add(unit.tail)
+        groups: dict[fx.Node, str] = {}
+        for node in reversed(shared):
+            groups[node] = groups.get(node.args[0], node.args[0].meta["key"])  # type: ignore[union-attr, arg-type]
+        for node in self.graph.nodes:
+            if node in wanted:
+                key = node.meta["key"]
+                self.edges[node] = Edge(key, groups.get(node, key), observed=node not in groups)
+        return [self._operator(unit) for unit in units]
+
+    def _is_worth(self, unit: _Unit, wanted: set[fx.Node]) -> bool:
+        if unit.operation.weight or unit.tail in wanted:
+            return True
+        if unit.operation.kind in ("add", "mul", "cat", "matmul"):
+            return any(user.op != "output" for user in unit.tail.users)
+        return False
+
+    def _drop(self, unit: _Unit) -> None:
+        del self.units[unit.main]
+        self.reasons[unit.main] = "nothing reads its result in integers"
+        for node in [node for node, owner in self.fused.items() if owner is unit]:
+            del self.fused[node]
+
+    def _ends_near(self, node: fx.Node) -> bool:
+        """Tell whether moving values back through shared-scale nodes ends at something that is quantized anyway."""
+        while self.operations[node].kind in self.table.shared_scale and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        tails = {unit.tail for unit in self.units.values()}
+        sources = {source for unit in self.units.values() for source in unit.source}
+        return ops.is_float(node) and (node in tails or (node in sources and node.op != "placeholder"))
+
+    def _operator(self, unit: _Unit) -> Operator:
+        def key(node: fx.Node | None) -> str:
+            return node.meta["key"] if node is not None else ""
+
+        operands = unit.main.args[0] if unit.operation.kind == "cat" else unit.source
+        return Operator(
+            key=key(unit.main),
+            kind=unit.operation.kind,
+            inputs=tuple(key(source) for source in operands),  # type: ignore[union-attr, arg-type]
+            output=key(unit.tail),
+            quantized_output=unit.tail in self.edges,
+            weight=unit.operation.weight,
+            bias=unit.operation.bias,
+            pad=key(unit.pad),
+            batch_norm=key(unit.batch_norm),
+            activation=key(unit.activation),
+        )
+
+    # --- words
+
+    def _float_reason(self, node: fx.Node) -> str:
+        kind = self.operations[node].kind
+        if node in self.reasons:
+            return self.reasons[node]
+        if kind in self.table.reasons:
+            return self.table.reasons[kind]
+        if kind == "batch_norm":
+            return "no convolution or linear layer directly before it to fold into"
+        if kind in self.table.fused_activations:
+            return "no operator directly before it to fuse into"
+        if kind in self.table.shared_scale:
+            return "its input or its readers are float"
+        return (
+            f"the runtime has no integer {kind}"
+            if kind != "other"
+            else "not a known layer type; its forward runs as it is"
+        )
+
+    def _holds_weights(self, node: fx.Node) -> bool:
+        return node.op == "call_module" and any(True for _ in self.root.get_submodule(str(node.target)).parameters())
+
+    def _parameter(self, name: str) -> nn.Parameter | None:
+        if not name:
+            return None
+        owner, _, attribute = name.rpartition(".")
+        return getattr(self.root.get_submodule(owner), attribute)
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None

@@ -1,0 +1,117 @@
+"""The plan: what happens to each operator of a module, or the reason it stays float. Data only, no tensors."""
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Edge:
+    """A tensor that is quantized: the result of one node, shared by all its readers.
+
+    Attributes:
+        key: key of the node that produces it.
+        group: edges of one group share scale and zero point (the input and output of a max-pool, say).
+        observed: whether its own values count for the group's range; a max-pool's output is covered by its input.
+    """
+
+    key: str
+    group: str
+    observed: bool = True
+
+
+@dataclass(frozen=True)
+class Operator:
+    """One operator that runs in integers, with what is fused into it.
+
+    Attributes:
+        key: key of the node that does the main work.
+        kind: "conv2d", "linear", "add", "max_pool", ...
+        inputs: keys of the edges it reads, in order.
+        output: key of the node whose result it produces, after all fused nodes.
+        quantized_output: whether that result is an edge; a linear layer may answer in float.
+        weight: qualified name of the weight parameter, empty when there is none.
+        bias: qualified name of the bias parameter, empty when there is none.
+        pad: key of a fused zero padding.
+        batch_norm: key of a fused batch normalization.
+        activation: key of a fused activation.
+    """
+
+    key: str
+    kind: str
+    inputs: tuple[str, ...]
+    output: str
+    quantized_output: bool = True
+    weight: str = ""
+    bias: str = ""
+    pad: str = ""
+    batch_norm: str = ""
+    activation: str = ""
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the plan for a reader.
+
+    Attributes:
+        name: qualified name of the layer, or of the module and operation ("layer1.0.add").
+        kind: layer type or operation.
+        action: "int8", "fused" (into the operator that `reason` names) or "float".
+        reason: why, for everything that is not int8.
+        macs: multiply-adds of one captured call.
+    """
+
+    name: str
+    kind: str
+    action: str
+    reason: str = ""
+    macs: int = 0
+
+
+@dataclass(frozen=True)
+class GraphPlan:
+    """The part of a plan that concerns one traced graph: the module itself, or an island inside it."""
+
+    path: str
+    operators: tuple[Operator, ...]
+    edges: tuple[Edge, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe and a runtime make of one module.
+
+    Attributes:
+        recipe: name of the recipe.
+        runtime: name of the runtime.
+        module: qualified name of the module inside the LightningModule; empty for the whole.
+        graphs: one per traced graph.
+        rows: one per operator, in the order of execution.
+    """
+
+    recipe: str
+    runtime: str
+    module: str
+    graphs: tuple[GraphPlan, ...]
+    rows: tuple[Row, ...]
+
+    @property
+    def num_quantized(self) -> int:
+        """Number of operators that run in integers."""
+        return sum(len(graph.operators) for graph in self.graphs)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the module's multiply-adds that run in integers, in [0, 1]."""
+        total = sum(row.macs for row in self.rows)
+        return sum(row.macs for row in self.rows if row.action == "int8") / total if total else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested dicts and lists that JSON can hold."""
+        return {**asdict(self), "coverage": self.coverage}
+
+    def __str__(self) -> str:
+        from lightning_quant.tables import text_table
+
+        rows = [(r.name, r.kind, r.action, r.reason, f"{r.macs:,}" if r.macs else "") for r in self.rows]
+        head = f"{self.num_quantized} operators in {self.recipe}, {self.coverage:.1%} of the multiply-adds"
+        return f"{head}\n{text_table(('layer', 'kind', 'runs in', 'reason', 'multiply-adds'), rows)}"

@@ -1,0 +1,239 @@
+"""From a module to an fx graph whose nodes carry stable keys, shapes, and the place in the user's code they come from.
+
+The graph calls the user's own submodules by path, so it holds neither modules nor tensors. Tracing runs on a structural
+clone under fake tensors: nothing of the user's module changes and nothing is computed.
+"""
+
+import inspect
+import operator
+import os
+import sys
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
+
+from lightning_quant.calls import CallSpec, ResultSpec, rebuild_call
+from lightning_quant.errors import UntraceableError
+from lightning_quant.graph.normalize import functionalize
+from lightning_quant.routing import clone
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+
+
+@dataclass
+class Traced:
+    """A graph over flat tensors.
+
+    Attributes:
+        graph: placeholders are the call's tensors in order, the output is the flat list of result leaves.
+        output_spec: how those leaves make up the result.
+        opaque: path to reason of the modules that were left out because they cannot be traced.
+    """
+
+    graph: fx.Graph
+    output_spec: ResultSpec
+    opaque: dict[str, str]
+
+
+class _ShapedProxy(fx.Proxy):
+    """A proxy that knows rank, dtype and device, which no input of a deployed model changes."""
+
+    @property
+    def fake(self) -> Any:
+        return self.node.meta.get("fake")
+
+    @property
+    def ndim(self) -> int:
+        return self._known("ndim")
+
+    def dim(self) -> int:
+        return self._known("ndim")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._known("dtype")
+
+    @property
+    def device(self) -> torch.device:
+        return self._known("device")
+
+    def is_floating_point(self) -> bool:
+        return self._known("dtype").is_floating_point
+
+    def __len__(self) -> int:
+        if isinstance(self.fake, tuple | list):
+            return len(self.fake)
+        return super().__len__()
+
+    def __iter__(self) -> Any:
+        if isinstance(self.fake, tuple | list):
+            return iter([self[index] for index in range(len(self.fake))])
+        return super().__iter__()
+
+    def _known(self, name: str) -> Any:
+        if not isinstance(self.fake, Tensor):
+            raise UntraceableError(f"`.{name}` of a value of unknown kind is needed")
+        return getattr(self.fake, name)
+
+
+class _Tracer(fx.Tracer):
+    def __init__(self, spec: CallSpec, tensors: list[Tensor], opaque: set[str]) -> None:
+        super().__init__(param_shapes_constant=False)
+        self.proxy_buffer_attributes = True
+        self.spec, self.tensors, self.opaque = spec, tensors, opaque
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.scopes: list[str] = [""]
+        self.calls: dict[str, int] = defaultdict(int)
+        self.counts: dict[Any, int] = defaultdict(int)
+        self.sites: dict[Any, int] = defaultdict(int)
+        self.output_spec: ResultSpec | None = None
+        self.failure: tuple[str, Exception] | None = None
+        self.propagating = False
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _ShapedProxy(node, self)
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if module_qualified_name in self.opaque or has_hooks(m) or parametrize.is_parametrized(m):
+            return True
+        if type(m).__call__ is not nn.Module.__call__:
+            return True
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
+        if self.propagating:
+            return forward(*args, **kwargs)
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return super().call_module(m, forward, args, kwargs)
+        number = self.calls[path]
+        self.calls[path] += 1
+        self.scopes.append(path if number == 0 else f"{path}({number})")
+        try:
+            return super().call_module(m, forward, args, kwargs)
+        except Exception as error:
+            # The innermost forward that raised is at fault; fx itself raises another error on the way out.
+            self.failure = self.failure or (path, error)
+            raise
+        finally:
+            self.scopes.pop()
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
+        return attr_val if self.propagating else super().getattr(attr, attr_val, parameter_proxy_cache)
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in self.spec.names]
+        signature = inspect.signature(type(self.root).forward)
+
+        def run(root: nn.Module, *inputs: Any) -> Any:
+            args, kwargs = rebuild_call(
+                signature, {**_self_argument(signature, root), **self.spec.arguments(list(inputs))}
+            )
+            leaves, treespec = pytree.tree_flatten(type(root).forward(*args, **kwargs))
+            self.output_spec = ResultSpec(treespec)
+            return leaves
+
+        return run, [self.root, *proxies]
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> fx.Proxy:
+        proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
+        proxy.node.meta["fake"] = self._propagate(kind, target, args, kwargs)
+        self._label(proxy.node)
+        return proxy
+
+    def _propagate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        if kind == "placeholder":
+            index = sum(1 for node in self.graph.nodes if node.op == "placeholder") - 1
+            return self.mode.from_tensor(self.tensors[index].detach())
+        if kind == "get_attr":
+            return operator.attrgetter(target)(self.root)
+        args, kwargs = pytree.tree_map_only(fx.Proxy, lambda p: p.node.meta.get("fake"), (args, kwargs))
+        self.propagating = True
+        try:
+            with self.mode, torch.no_grad():
+                if kind == "call_module":
+                    return self.root.get_submodule(target).forward(*args, **kwargs)
+                if kind == "call_method":
+                    return getattr(args[0], target)(*args[1:], **kwargs)
+                return target(*args, **kwargs)
+        except Exception as error:
+            return error
+        finally:
+            self.propagating = False
+
+    def _label(self, node: fx.Node) -> None:
+        scope = self.scopes[-1]
+        if node.op == "call_module":
+            name = base = str(node.target)
+        else:
+            base = operation_name(node)
+            name = f"{scope}.{base}" if scope else base
+        count = self.counts[name]
+        self.counts[name] += 1
+        node.meta["key"] = name if count == 0 else f"{name}#{count}"
+        site = (scope, base, _user_line() if node.op.startswith("call_") else None)
+        node.meta["site"] = (*site, self.sites[site])
+        self.sites[site] += 1
+
+
+def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[str] | None = None) -> Traced:
+    """Trace a module under its present train and eval flags.
+
+    A descendant whose own forward cannot be traced becomes one opaque call, and tracing goes on around it.
+
+    Raises:
+        UntraceableError: the root's own forward cannot be traced; the message says why.
+    """
+    reasons: dict[str, str] = {}
+    opaque = set(opaque or ())
+    while True:
+        copy = clone(root)
+        copy.__dict__.pop("forward", None)
+        tracer = _Tracer(spec, tensors, opaque)
+        try:
+            graph = tracer.trace(copy)
+            functionalize(graph, copy)
+        except Exception as error:  # whatever a user's forward raises when run on proxies
+            culprit, cause = tracer.failure or (getattr(error, "scope", ""), error)
+            reason = str(cause.__context__ or cause).split("\n")[0]
+            if not culprit or culprit in opaque:
+                raise UntraceableError(f"{type(root).__name__}.forward cannot be traced: {reason}") from error
+            opaque.add(culprit)
+            reasons[culprit] = reason
+            continue
+        return Traced(graph, tracer.output_spec, reasons)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether calling the module runs hooks, which inlining it would skip."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+def operation_name(node: fx.Node) -> str:
+    """Return a short name of what a node does: "add", "flatten", "conv2d"."""
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", str(node.target))
+        return {"iadd": "add", "imul": "mul", "_ops.add": "add"}.get(name, name)
+    return str(node.target)
+
+
+def _user_line() -> tuple[str, int] | None:
+    """Return file and line of the innermost frame of the user's code that led to the present operation."""
+    frame = sys._getframe(3)
+    while frame is not None and (frame.f_code.co_filename, frame.f_code.co_name) != (__file__, "run"):
+        if not frame.f_code.co_filename.startswith((_TORCH, __file__)):
+            return frame.f_code.co_filename, frame.f_lineno
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _self_argument(signature: inspect.Signature, root: nn.Module) -> dict[str, Any]:
+    return {next(iter(signature.parameters)): root}

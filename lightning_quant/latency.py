@@ -1,0 +1,72 @@
+"""How long a call takes on this machine: contestants in turn, warm-up, medians and quartiles."""
+
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one contestant over all rounds.
+
+    Attributes:
+        median_ms: the middle of all rounds.
+        low_ms: lower quartile.
+        high_ms: upper quartile.
+        num_rounds: how many rounds counted.
+    """
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    num_rounds: int
+
+    def __str__(self) -> str:
+        return f"{self.median_ms:.3g} ({self.low_ms:.3g} to {self.high_ms:.3g})"
+
+
+def measure(
+    contestants: Mapping[str, Callable[[], Any]], *, min_rounds: int = 7, max_rounds: int = 50, budget_s: float = 3.0
+) -> dict[str, Timing]:
+    """Time contestants in turn, so that all of them see the same drift of the machine.
+
+    Args:
+        contestants: name to a call without arguments.
+        min_rounds: rounds that count at least; two more warm up.
+        max_rounds: rounds that count at most.
+        budget_s: seconds after which no further round begins.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in contestants}
+    started = time.perf_counter()
+    with torch.no_grad():
+        for turn in range(max_rounds + 2):
+            if turn >= min_rounds + 2 and time.perf_counter() - started > budget_s:
+                break
+            for name, call in contestants.items():
+                before = time.perf_counter()
+                call()
+                elapsed = time.perf_counter() - before
+                if turn >= 2:
+                    samples[name].append(1000 * elapsed)
+    return {name: _timing(values) for name, values in samples.items()}
+
+
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """Run torch on that many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _timing(values: list[float]) -> Timing:
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return Timing(middle, low, high, len(values))

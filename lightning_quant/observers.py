@@ -1,0 +1,223 @@
+"""Ranges from data: each observer sees tensors and answers with the range `(low, high)` to quantize.
+
+A new observer is one class here. Every observer keeps a fixed amount of memory whatever it has seen, in plain tensors
+that move with `to` and are saved by `state`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.recipe import Recipe
+
+
+class Observer(ABC):
+    """Collects statistics of one tensor; `low` and `high` are 0-dim float32 tensors once something was seen."""
+
+    def __init__(self) -> None:
+        self.low: Tensor | None = None
+        self.high: Tensor | None = None
+        self.num_updates = 0
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take one tensor of any shape and float dtype into account; an empty tensor changes nothing."""
+        if x.numel() == 0:
+            return
+        low, high = torch.aminmax(x.detach())
+        self._update(x.detach(), low.float(), high.float())
+        self.num_updates += 1
+
+    @abstractmethod
+    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None: ...
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Return the range to quantize, both 0-dim float32.
+
+        Raises:
+            CalibrationError: nothing was seen, or what was seen is not finite.
+        """
+        if self.low is None or self.high is None:
+            raise CalibrationError("nothing was observed")
+        return self.low, self.high
+
+    def state(self) -> dict[str, Tensor | int]:
+        """Return what `load_state` needs: tensors and ints only, safe for `torch.load(weights_only=True)`."""
+        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor | int)}
+
+    def load_state(self, state: dict[str, Tensor | int]) -> None:
+        """Take over a saved state."""
+        for name, value in state.items():
+            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
+
+    def to(self, device: torch.device) -> None:
+        """Move the statistics to a device."""
+        for name, value in vars(self).items():
+            if isinstance(value, Tensor):
+                setattr(self, name, value.to(device))
+
+
+class MinMax(Observer):
+    """The lowest and the highest value ever seen."""
+
+    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        self.low = low if self.low is None else torch.minimum(self.low, low)
+        self.high = high if self.high is None else torch.maximum(self.high, high)
+
+
+class MovingAverage(Observer):
+    """Exponential average of each batch's extremes, for training, where weights move.
+
+    The weight of a new batch is `max(momentum, 1 / number of batches)`: a plain mean at first, so that the first batch
+    does not dominate. A smaller momentum lags behind activations that grow while a network learns, and clips them.
+    Source: Jacob et al. 2018, arXiv:1712.05877, section 3.1 (the moving average).
+    """
+
+    def __init__(self, momentum: float = 0.05) -> None:
+        super().__init__()
+        self.momentum = momentum
+
+    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        if self.low is None or self.high is None:
+            self.low, self.high = low, high
+            return
+        weight = max(self.momentum, 1 / (self.num_updates + 1))
+        self.low = torch.lerp(self.low, low, weight)
+        self.high = torch.lerp(self.high, high, weight)
+
+
+class Histogram(MinMax):
+    """A streaming histogram of `NUM_BINS` bins whose span doubles when data falls outside; counts are never lost.
+
+    Doubling merges neighbouring bins pairwise, so a bin keeps its exact count and the memory stays fixed.
+    """
+
+    NUM_BINS = 2048
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Tensor | None = None
+        self.span_low: Tensor | None = None
+        self.span_high: Tensor | None = None
+
+    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        if not torch.isfinite(low + high):
+            raise CalibrationError("non-finite values")
+        super()._update(x, low, high)
+        if self.counts is None:
+            margin = torch.clamp(high - low, min=1e-8 * torch.maximum(low.abs(), high.abs()).item() + 1e-12)
+            self.span_low, self.span_high = low, low + margin
+            self.counts = torch.zeros(self.NUM_BINS, dtype=torch.float64, device=x.device)
+        while low < self.span_low:
+            self._double(to_the_left=True)
+        while high > self.span_high:
+            self._double(to_the_left=False)
+        self.counts += self._bin_counts(x)
+
+    def _bin_counts(self, x: Tensor) -> Tensor:
+        x = x.float().flatten()
+        if x.device.type == "cpu":
+            return torch.histc(x, self.NUM_BINS, self.span_low.item(), self.span_high.item()).double()
+        index = ((x - self.span_low) / (self.span_high - self.span_low) * self.NUM_BINS).long()
+        return torch.bincount(index.clamp_(0, self.NUM_BINS - 1), minlength=self.NUM_BINS).double()
+
+    def _double(self, *, to_the_left: bool) -> None:
+        merged = self.counts.view(-1, 2).sum(1)
+        empty = torch.zeros_like(merged)
+        width = self.span_high - self.span_low
+        if to_the_left:
+            self.span_low = self.span_low - width
+            self.counts = torch.cat([empty, merged])
+        else:
+            self.span_high = self.span_high + width
+            self.counts = torch.cat([merged, empty])
+
+    def _edges(self) -> Tensor:
+        steps = torch.arange(self.NUM_BINS + 1, dtype=torch.float64, device=self.counts.device) / self.NUM_BINS
+        return self.span_low.double() + steps * (self.span_high - self.span_low).double()
+
+
+class Percentile(Histogram):
+    """The range that leaves out an equal share of extreme values on both sides.
+
+    Args:
+        percentile: share of all values kept inside, in percent, in (50, 100]. Zero always stays inside.
+    """
+
+    def __init__(self, percentile: float = 99.99) -> None:
+        super().__init__()
+        if not 50 < percentile <= 100:
+            raise QuantizationError(f"Expected `percentile` to be in (50, 100], but got {percentile}.")
+        self.percentile = percentile
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Return the percentile range, never wider than the data."""
+        low, high = super().range()
+        cumulative = self.counts.cumsum(0) / self.counts.sum()
+        tail = (1 - self.percentile / 100) / 2
+        edges = self._edges()
+        last = self.NUM_BINS - 1
+        first_kept = int(torch.searchsorted(cumulative, tail, right=True).clamp(max=last))
+        last_kept = int(torch.searchsorted(cumulative, 1 - tail).clamp(max=last))
+        return torch.maximum(low, edges[first_kept].float()), torch.minimum(high, edges[last_kept + 1].float())
+
+
+class MeanSquaredError(Histogram):
+    """The range with the least expected squared rounding and clipping error under the histogram.
+
+    Both ends are shrunk on a grid of `NUM_CANDIDATES` steps, one after the other, until neither improves.
+    Source: Choukroun et al. 2019, arXiv:1902.06822, equation 2 (minimal MSE), here by search over a histogram.
+    """
+
+    NUM_CANDIDATES = 100
+
+    def __init__(self, num_levels: int = 256) -> None:
+        super().__init__()
+        self.num_levels = num_levels
+
+    def range(self) -> tuple[Tensor, Tensor]:
+        """Return the range of least expected squared error, never wider than the data."""
+        low, high = (end.double() for end in super().range())
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        edges = self._edges()
+        centres = ((edges[:-1] + edges[1:]) / 2).clamp(low, high)
+        occupied = self.counts > 0
+        centres, weights = centres[occupied], self.counts[occupied]
+        shrink = torch.linspace(0.02, 1, self.NUM_CANDIDATES, dtype=torch.float64, device=low.device)
+        best_low, best_high = low, high
+        for _ in range(3):
+            best_high = self._best(centres, weights, best_low.expand_as(shrink), high * shrink)[1]
+            best_low = self._best(centres, weights, low * shrink, best_high.expand_as(shrink))[0]
+            if low == 0 or high == 0:
+                break
+        return best_low.float(), best_high.float()
+
+    def _best(self, centres: Tensor, weights: Tensor, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
+        scale = ((highs - lows) / (self.num_levels - 1)).clamp(min=1e-30).unsqueeze(1)
+        zero_point = torch.round(-lows.unsqueeze(1) / scale)
+        quantized = torch.clamp(torch.round(centres / scale) + zero_point, 0, self.num_levels - 1)
+        error = ((quantized - zero_point) * scale - centres).square() @ weights
+        best = int(error.argmin())
+        return lows[best], highs[best]
+
+
+OBSERVERS: dict[str, Callable[[Recipe], Observer]] = {
+    "min_max": lambda recipe: MinMax(),
+    "moving_average": lambda recipe: MovingAverage(),
+    "percentile": lambda recipe: Percentile(recipe.percentile),
+    "mse": lambda recipe: MeanSquaredError(recipe.activation.quant_max + 1),
+}
+
+
+def build(name: str, recipe: Recipe) -> Observer:
+    """Return a fresh observer of that name with the recipe's settings.
+
+    Raises:
+        QuantizationError: the name is unknown.
+    """
+    if name not in OBSERVERS:
+        raise QuantizationError(f"Expected an observer out of {sorted(OBSERVERS)}, but got {name!r}.")
+    return OBSERVERS[name](recipe)

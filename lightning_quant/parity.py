@@ -1,0 +1,108 @@
+"""Does the artifact compute what was simulated? Operator by operator on equal inputs, and from end to end."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.convert import signal_to_noise
+from lightning_quant.prepare import Prepared
+from lightning_quant.routing import evaluation_mode
+from lightning_quant.signature import tensor_leaves
+
+# Share of an operator's values that must lie within one step of the simulation, given equal inputs.
+MINIMUM_SHARE = 0.999
+# Decibels by which simulation and artifact must be closer to each other than simulation and float.
+MINIMUM_MARGIN_DB = 10.0
+
+
+@dataclass(frozen=True)
+class Parity:
+    """How far an artifact agrees with its simulation.
+
+    Attributes:
+        worst_operator: the edge whose producer agrees least; empty when there was none to compare.
+        worst_share: its share of values within one quantization step, given equal inputs, in [0, 1].
+        quantization_db: signal-to-noise of float against simulated, in decibels: what quantization costs.
+        artifact_db: signal-to-noise of simulated against artifact, in decibels.
+        equal_argmax: share of equal predictions where the result is class scores `(batch, classes)`, else None.
+    """
+
+    worst_operator: str
+    worst_share: float
+    quantization_db: float
+    artifact_db: float
+    equal_argmax: float | None
+
+    @property
+    def failures(self) -> list[str]:
+        """What is wrong, in plain words; empty when the artifact is what was simulated."""
+        found = []
+        if not self.worst_share >= MINIMUM_SHARE:
+            found.append(
+                f"at {self.worst_operator} only {self.worst_share:.2%} of the values are within one step of the simulation"
+            )
+        if not self.artifact_db >= self.quantization_db + MINIMUM_MARGIN_DB:
+            found.append(
+                f"the artifact is {self.artifact_db:.1f} dB from its simulation, which is {self.quantization_db:.1f} dB from "
+                f"float: less than {MINIMUM_MARGIN_DB:.0f} dB between them"
+            )
+        return found
+
+
+def check_parity(
+    prepared: Prepared, artifact: nn.Module, runtime: ModuleType, model_path: Path, tensors: list[Tensor]
+) -> Parity:
+    """Run float, simulated and exported model on the captured call and compare.
+
+    Args:
+        prepared: the trained or calibrated model, detached.
+        artifact: the loaded artifact.
+        runtime: its runtime's module.
+        model_path: its model file.
+        tensors: the tensors of the call, as many samples as wanted.
+    """
+    args, kwargs = prepared.call(tensors)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
+        float_output = prepared.root(*args, **kwargs)
+        with prepared.attached("frozen"), prepared.recording() as edges:
+            simulated = prepared.root(*args, **kwargs)
+        exported = artifact(*args, **kwargs)
+    inputs = dict(zip(prepared.spec.names, tensors, strict=True))
+    name, share = _worst_operator(runtime, model_path, inputs, edges)
+    simulated_leaves, exported_leaves = tensor_leaves(simulated), tensor_leaves(exported)
+    return Parity(
+        worst_operator=name,
+        worst_share=share,
+        quantization_db=signal_to_noise(tensor_leaves(float_output), simulated_leaves),
+        artifact_db=signal_to_noise(simulated_leaves, exported_leaves),
+        equal_argmax=_equal_argmax(simulated_leaves, exported_leaves),
+    )
+
+
+def _worst_operator(
+    runtime: ModuleType, model_path: Path, inputs: dict[str, Tensor], edges: list[tuple[str, Tensor]]
+) -> tuple[str, float]:
+    expected = [integers.cpu().numpy() for _, integers in edges]
+    actual = runtime.run_forced(model_path, inputs, expected)
+    worst = ("", 1.0)
+    for (identity, _), ours, theirs in zip(edges, expected, actual, strict=True):
+        share = float((np.abs(ours.astype(np.int16) - theirs.astype(np.int16)) <= 1).mean()) if ours.size else 1.0
+        if share < worst[1] or not worst[0]:
+            worst = (identity, share)
+    return worst
+
+
+def _equal_argmax(simulated: list[Any], exported: list[Any]) -> float | None:
+    if (
+        len(simulated) != 1
+        or simulated[0].dim() != 2
+        or simulated[0].shape[1] < 2
+        or not simulated[0].is_floating_point()
+    ):
+        return None
+    return (simulated[0].argmax(1) == exported[0].argmax(1)).float().mean().item()

@@ -1,0 +1,78 @@
+"""The whole path without a Trainer: calibrate, convert, export, measure."""
+
+import itertools
+import os
+import time
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_quant import artifact as artifacts
+from lightning_quant import recipe as recipes
+from lightning_quant.artifact import Artifact
+from lightning_quant.assess import assess
+from lightning_quant.calibrate import as_call, calibrate, steps_of
+from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.export import DynamicShapes, export
+from lightning_quant.graph.patterns import Selection
+from lightning_quant.prepare import prepare
+from lightning_quant.recipe import Recipe
+
+
+def quantize(
+    model: nn.Module,
+    recipe: str | Recipe = "int8",
+    runtime: str = "onnxruntime",
+    *,
+    calibration_data: Iterable[Any] | None = None,
+    output_dir: str | os.PathLike[str] | None = None,
+    include: tuple[str, ...] | list[str] = ("*",),
+    exclude: tuple[str, ...] | list[str] = (),
+    dynamic_shapes: DynamicShapes | None = None,
+    threads: int | None = None,
+) -> Artifact:
+    """Quantize a trained float module and write the artifact; the module itself stays as it is.
+
+    Args:
+        model: the float module.
+        recipe: numerics, by name or object.
+        runtime: where the artifact will run.
+        calibration_data: calls, each a tensor, a tuple of arguments or a dict of keyword arguments. Batches as in
+            training; a few hundred samples are enough.
+        output_dir: the artifact's folder; "quantized" in the working directory by default. An artifact there is replaced.
+        include: fnmatch patterns on qualified names and layer types of what may be quantized.
+        exclude: likewise, of what stays float.
+        dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
+        threads: for the latencies in the report; torch's number of threads by default.
+
+    Raises:
+        QuantizationError: an argument is wrong or a stage failed; nothing is half written.
+    """
+    if calibration_data is None:
+        raise QuantizationError("Expected `calibration_data` to hold at least one call, but got None.")
+    folder = Path(output_dir if output_dir is not None else "quantized")
+    artifacts.check_folder(folder)
+    calls = iter(calibration_data)
+    first = next(calls, None)
+    if first is None:
+        raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
+    recipe = recipes.get(recipe)
+    seconds: dict[str, float] = {}
+    started = time.perf_counter()
+    prepared = prepare(
+        model,
+        *as_call(first),
+        recipe=recipe,
+        runtime=runtime,
+        selection=Selection(tuple(include), tuple(exclude)),
+        observer=recipe.calibration_observer,
+    )
+    seconds["capture"] = time.perf_counter() - started
+    started = time.perf_counter()
+    calibrate(prepared, steps_of(prepared, itertools.chain([first], calls)))
+    seconds["calibrate"] = time.perf_counter() - started
+    artifact = export(prepared, folder, dynamic_shapes=dynamic_shapes, seconds=seconds)
+    report = assess(prepared, artifact, seconds=seconds, threads=threads)
+    return artifacts.add_report(artifact, report.to_dict(), report.to_markdown())

@@ -1,0 +1,220 @@
+"""What quantization cost and gained: numbers with their origin, for terminals, files and loggers."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from lightning_quant.latency import Timing
+from lightning_quant.parity import Parity
+from lightning_quant.plan_summary import summarize
+from lightning_quant.tables import text_table
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One validation metric of the float, the simulated and the exported model; None where it was not measured."""
+
+    name: str
+    float_value: float | None
+    simulated: float | None
+    artifact: float | None
+
+    @property
+    def delta(self) -> float | None:
+        """Artifact minus float, in the metric's unit."""
+        return None if self.artifact is None or self.float_value is None else self.artifact - self.float_value
+
+
+@dataclass(frozen=True)
+class LatencyRow:
+    """Time of one call at one batch size.
+
+    Attributes:
+        batch: number of samples.
+        torch_float: the float module in torch eager.
+        runtime_float: the float module exported to the artifact's runtime; None when it does not export.
+        artifact: the artifact.
+    """
+
+    batch: int
+    torch_float: Timing
+    runtime_float: Timing | None
+    artifact: Timing
+
+    @property
+    def best_float_ms(self) -> float:
+        """Median of the faster float peer."""
+        return min(self.torch_float.median_ms, *([self.runtime_float.median_ms] if self.runtime_float else []))
+
+    @property
+    def speedup(self) -> float:
+        """Best float median divided by the artifact's median."""
+        return self.best_float_ms / self.artifact.median_ms
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that was measured of one artifact.
+
+    Attributes:
+        recipe: its recipe.
+        runtime: its runtime.
+        cpu: name of the processor.
+        threads: number of threads of every contestant.
+        versions: of the libraries that took part.
+        float_bytes: bytes of the float parameters and buffers of the module.
+        checkpoint_bytes: size of the training checkpoint on disk; None when there is none.
+        artifact_bytes: size of the model on disk.
+        metrics: the user's validation metrics.
+        latency: by batch size.
+        parity: artifact against simulation; None when it was not checked.
+        still_float: kind to number of planned integer operators that the runtime runs in float.
+        operators: operator type to number in the optimized session.
+        seconds: stage to time it took.
+        plan: the plan as nested dicts.
+        notes: what else a reader should know.
+    """
+
+    recipe: str
+    runtime: str
+    cpu: str
+    threads: int
+    versions: dict[str, str | None]
+    float_bytes: int
+    checkpoint_bytes: int | None
+    artifact_bytes: int
+    metrics: tuple[MetricRow, ...]
+    latency: tuple[LatencyRow, ...]
+    parity: Parity | None
+    still_float: dict[str, int]
+    operators: dict[str, int]
+    seconds: dict[str, float]
+    plan: dict[str, Any]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def size_ratio(self) -> float:
+        """Artifact divided by float parameters and buffers, in bytes."""
+        return self.artifact_bytes / self.float_bytes
+
+    @property
+    def warnings(self) -> list[str]:
+        """What went wrong, in plain words, worst first."""
+        found = [f"parity FAILED: {failure}" for failure in self.parity.failures] if self.parity else []
+        if self.size_ratio > 1:
+            found.append(f"the artifact is larger than the float model: {self.size_ratio:.2f} times its bytes")
+        found += [
+            f"the artifact is slower than float at batch {row.batch}: {1 / row.speedup:.2f} times the time"
+            for row in self.latency
+            if row.speedup < 1
+        ]
+        found += [f"{count} planned int8 {kind} still run in float" for kind, count in self.still_float.items()]
+        return found
+
+    def scalars(self) -> dict[str, float]:
+        """Return the numbers for a logger: `quant/<quantity>`."""
+        values: dict[str, float | None] = {
+            "quant/float_bytes": self.float_bytes,
+            "quant/artifact_bytes": self.artifact_bytes,
+            "quant/size_ratio": self.size_ratio,
+            "quant/checkpoint_bytes": self.checkpoint_bytes,
+            "quant/coverage": self.plan["coverage"],
+        }
+        for row in self.metrics:
+            name = row.name.replace(" ", "_")
+            values |= {f"quant/float/{name}": row.float_value, f"quant/simulated/{name}": row.simulated}
+            values |= {f"quant/artifact/{name}": row.artifact, f"quant/delta/{name}": row.delta}
+        for time in self.latency:
+            values[f"quant/latency_ms/batch_{time.batch}"] = time.artifact.median_ms
+            values[f"quant/float_latency_ms/batch_{time.batch}"] = time.best_float_ms
+            values[f"quant/speedup/batch_{time.batch}"] = time.speedup
+        if self.parity is not None:
+            values["quant/parity_worst_share"] = self.parity.worst_share
+            values["quant/parity_failed"] = float(bool(self.parity.failures))
+        values |= {f"quant/seconds/{stage}": value for stage, value in self.seconds.items()}
+        return {name: float(value) for name, value in values.items() if value is not None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested dicts and lists that JSON can hold."""
+        derived = {"size_ratio": self.size_ratio, "warnings": self.warnings, "scalars": self.scalars()}
+        return _finite({**dataclasses.asdict(self), **derived})
+
+    def to_markdown(self) -> str:
+        """Return the report as it stands in report.md and in the terminal."""
+        parts = [f"# {self.recipe} on {self.runtime}"]
+        parts += [f"**Warning:** {warning}." for warning in self.warnings]
+        parts += [self._summary(), self._metric_table(), self._latency_table(), self._parity_text()]
+        parts += [f"Note: {note}." for note in self.notes]
+        parts += [summarize(self.plan, self.operators), self._seconds_text()]
+        return "\n\n".join(part for part in parts if part) + "\n"
+
+    def __str__(self) -> str:
+        return self.to_markdown()
+
+    def _summary(self) -> str:
+        rows = [("float weights", _bytes(self.float_bytes), "1.00")]
+        if self.checkpoint_bytes:
+            rows.append(
+                (
+                    "training checkpoint",
+                    _bytes(self.checkpoint_bytes),
+                    f"{self.checkpoint_bytes / self.float_bytes:.2f}",
+                )
+            )
+        rows.append(("artifact", _bytes(self.artifact_bytes), f"{self.size_ratio:.2f}"))
+        return text_table(("size on disk", "bytes", "ratio"), rows)
+
+    def _metric_table(self) -> str:
+        if not self.metrics:
+            return ""
+        rows = [
+            (r.name, *map(_number, (r.float_value, r.simulated, r.artifact)), _number(r.delta, sign=True))
+            for r in self.metrics
+        ]
+        return text_table(("validation", "float", "simulated", "artifact", "delta"), rows)
+
+    def _latency_table(self) -> str:
+        if not self.latency:
+            return ""
+        rows = [
+            (str(r.batch), str(r.torch_float), str(r.runtime_float or "-"), str(r.artifact), f"{r.speedup:.2f}")
+            for r in self.latency
+        ]
+        header = ("batch", "torch float, ms", f"{self.runtime} float, ms", "artifact, ms", "times faster")
+        where = f"Median (quartiles) on {self.threads} thread{'s' * (self.threads != 1)}, {self.cpu}."
+        return f"{text_table(header, rows)}\n\n{where}"
+
+    def _parity_text(self) -> str:
+        if self.parity is None:
+            return ""
+        parity = self.parity
+        text = (
+            f"Parity {'FAILED' if parity.failures else 'ok'}: every operator has at least {parity.worst_share:.2%} of its values "
+            f"within one step of the simulation; simulated against artifact {parity.artifact_db:.1f} dB, float against "
+            f"simulated {parity.quantization_db:.1f} dB"
+        )
+        if parity.equal_argmax is not None:
+            text += f"; {parity.equal_argmax:.1%} equal predictions"
+        return f"{text}."
+
+    def _seconds_text(self) -> str:
+        return "Seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()) + "."
+
+
+def _bytes(value: int) -> str:
+    return f"{value:,}"
+
+
+def _number(value: float | None, *, sign: bool = False) -> str:
+    return "-" if value is None else f"{value:+.4f}" if sign else f"{value:.4f}"
+
+
+def _finite(value: Any) -> Any:
+    """Write infinities and NaN as text, which JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and value - value != 0:
+        return str(value)
+    return value

@@ -1,0 +1,100 @@
+"""Run something else in place of a module's forward, and copy modules without copying their weights.
+
+The one mechanism for prepared graphs, simulations and artifacts: a callable object in the instance's `__dict__`. A module
+assigned there would register as a child; a callable object leaves type, attributes and `state_dict` as they are.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_quant.errors import QuantizationError
+
+
+def route(module: nn.Module, target: Callable[..., Any]) -> None:
+    """Let `module(...)` run `target(...)`; hooks of the module still run.
+
+    Raises:
+        QuantizationError: the module's forward is already routed elsewhere.
+    """
+    if "forward" in module.__dict__:
+        raise QuantizationError(
+            f"Expected {type(module).__name__} to have its own forward, but an instance attribute `forward` "
+            f"({type(module.__dict__['forward']).__name__}) stands in its way. Remove it before quantizing."
+        )
+    module.__dict__["forward"] = target
+
+
+def unroute(module: nn.Module) -> None:
+    """Give a module its own forward back; does nothing when it already has it."""
+    module.__dict__.pop("forward", None)
+
+
+@contextmanager
+def routed(module: nn.Module, target: Callable[..., Any]) -> Iterator[None]:
+    """Route a module for the time of a block, whatever was routed before."""
+    before = module.__dict__.pop("forward", None)
+    route(module, target)
+    try:
+        yield
+    finally:
+        unroute(module)
+        if before is not None:
+            module.__dict__["forward"] = before
+
+
+def clone(module: nn.Module) -> Any:
+    """Return an independent structural copy that shares the parameters' memory and owns its buffers and attributes.
+
+    Data sets, loaders and arrays that hang on the module are shared. Tensors with a history (a loss kept on the
+    module, say) are detached, since they cannot be copied.
+    """
+    memo: dict[int, Any] = {}
+    for child in module.modules():
+        for parameter in child._parameters.values():
+            if parameter is not None:
+                memo[id(parameter)] = parameter
+        for value in pytree.tree_leaves(list(child.__dict__.values())):
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+            elif isinstance(value, Dataset | DataLoader | np.ndarray):
+                memo[id(value)] = value
+    return copy.deepcopy(module, memo)
+
+
+@contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module tree into eval mode, flag by flag, and put every flag back afterwards."""
+    flags = [(child, child.training) for child in module.modules()]
+    for child, _ in flags:
+        child.training = False
+    try:
+        yield
+    finally:
+        for child, training in flags:
+            child.training = training
+
+
+def resolve(root: nn.Module, path: str) -> nn.Module:
+    """Return the submodule at a dotted path; the empty path is the root itself."""
+    return root.get_submodule(path) if path else root
+
+
+def replace_submodule(root: nn.Module, path: str, new: nn.Module) -> None:
+    """Put another module at a dotted, non-empty path."""
+    parent, _, name = path.rpartition(".")
+    resolve(root, parent)._modules[name] = new
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Return the device of the module's first parameter or buffer; the CPU when it has none."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        return tensor.device
+    return torch.device("cpu")

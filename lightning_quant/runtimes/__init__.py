@@ -1,0 +1,34 @@
+"""WHERE a quantized model runs: one file per runtime, and the file name is the runtime's name.
+
+A runtime module offers `TABLE`, `REQUIRES`, `check()`, `export(...)` and `load(...)` as in `onnxruntime.py`.
+"""
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from lightning_quant.errors import MissingRuntimeError, QuantizationError
+
+
+def names() -> list[str]:
+    """Return the names of all runtimes of this version."""
+    return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def get(name: str) -> ModuleType:
+    """Return a runtime's module.
+
+    Raises:
+        QuantizationError: no runtime has that name.
+        MissingRuntimeError: it is not installed here; the message carries the pip command.
+    """
+    if name not in names():
+        raise QuantizationError(f"Expected `runtime` to be one of {names()} but got {name!r}.")
+    runtime = importlib.import_module(f"{__name__}.{name}")
+    missing = [package for package in runtime.REQUIRES if importlib.util.find_spec(package) is None]
+    if missing:
+        raise MissingRuntimeError(
+            f"Expected `runtime` {name!r} to be installed, but {', '.join(missing)} is missing: "
+            f"pip install {' '.join(runtime.REQUIRES)}"
+        )
+    return runtime

@@ -1,0 +1,299 @@
+"""Runtime `onnxruntime`: QDQ models as ONNX files that ONNX Runtime fuses into its integer kernels.
+
+What the table says was tried on ONNX Runtime 1.31, CPU, with counts from the optimized model:
+- QLinearConv needs the output quantized; clips and ReLUs after it must be gone from the graph (the output's range clips),
+  or conv and clip fuse in float first. LeakyReLU after a conv fuses in float too unless the conv's output is quantized.
+- A zero pad between DequantizeLinear and Conv is merged into the conv's own padding.
+- A mean over all places stays a float ReduceMean; an average pool over the whole window is QLinearAveragePool.
+- QLinearConcat takes inputs of different scales, so they need not share one.
+- Linear on more than two dimensions becomes MatMulIntegerToFloat and a float bias; flattened to two it is one QGemm.
+- There is no integer kernel for ConvTranspose, BatchNormalization, HardSwish, Gelu or PRelu on the CPU.
+"""
+
+import collections
+import contextlib
+import inspect
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.calls import CallSpec, output_names, rebuild_call
+from lightning_quant.errors import ExportError
+from lightning_quant.graph.patterns import OperatorTable
+from lightning_quant.graph.plan import Operator
+from lightning_quant.signature import Signature, tensor_leaves
+
+REQUIRES = ("onnxruntime", "onnx", "onnxscript")
+MODEL_FILE = "model.onnx"
+_FLOAT_ONLY = "ONNX Runtime has no integer kernel for it on the CPU"
+TABLE = OperatorTable(
+    weighted=frozenset({"conv1d", "conv2d", "linear"}),
+    fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
+    float_output=frozenset({"linear", "matmul"}),
+    own_scale=frozenset({"add", "mul", "matmul", "cat", "avg_pool", "global_avg_pool", "leaky_relu", "sigmoid"}),
+    shared_scale=frozenset({"reshape", "max_pool"}),
+    reasons=dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv3d", "hardswish", "hardsigmoid", "gelu", "silu", "mish", "prelu", "elu", "selu", "tanh", "softplus", "layer_norm", "group_norm", "attention", "sub"), _FLOAT_ONLY) | {"softmax": "kept float: eight bits are too few for its tails", "log_softmax": _FLOAT_ONLY},
+)  # fmt: skip
+# Integer operators of an optimized session that carry out each kind.
+_INTEGER_OPERATORS = {
+    "conv1d": ("QLinearConv",),
+    "conv2d": ("QLinearConv",),
+    "linear": ("QGemm", "MatMulIntegerToFloat", "QLinearMatMul"),
+    "matmul": ("QLinearMatMul", "MatMulIntegerToFloat"),
+    "add": ("QLinearAdd",),
+    "mul": ("QLinearMul",),
+    "cat": ("QLinearConcat",),
+    "avg_pool": ("QLinearAveragePool", "QLinearGlobalAveragePool"),
+    "global_avg_pool": ("QLinearAveragePool", "QLinearGlobalAveragePool"),
+    "leaky_relu": ("QLinearLeakyRelu",),
+    "sigmoid": ("QLinearSigmoid",),
+}
+
+
+class _Flat(nn.Module):
+    """Takes and gives flat tensors, as ONNX graphs do."""
+
+    def __init__(self, module: nn.Module, signature: inspect.Signature, spec: CallSpec) -> None:
+        super().__init__()
+        self.module, self.signature, self.spec = module, signature, spec
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        args, kwargs = rebuild_call(self.signature, self.spec.arguments(list(tensors)))
+        return tuple(tensor_leaves(self.module(*args, **kwargs)))
+
+
+class OnnxRuntimeModule(nn.Module):
+    """An ONNX file that is called like the module it came from; tensors come back on the device of the inputs.
+
+    Attributes:
+        session: the `onnxruntime.InferenceSession`.
+        signature: how it is called.
+    """
+
+    def __init__(
+        self, path: Path, signature: Signature, *, threads: int | None = None, providers: list[str] | None = None
+    ) -> None:
+        super().__init__()
+        self.session = session(path, threads=threads, providers=providers)
+        self.signature = signature
+        self._names = [info.name for info in self.session.get_inputs()]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = self.signature.flatten(args, kwargs)
+        dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
+        values = [_to_numpy(tensor, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+        # An input that the result does not depend on is no input of the graph.
+        named = {i.name: v for i, v in zip(self.signature.inputs, values, strict=True) if i.name in self._names}
+        outputs = [torch.from_numpy(output) for output in self.session.run(None, named)]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        return self.signature.unflatten([output.to(device) for output in outputs])
+
+
+def export(
+    module: nn.Module,
+    signature: inspect.Signature,
+    spec: CallSpec,
+    tensors: list[Tensor],
+    path: Path,
+    *,
+    dynamic: dict[str, dict[int, str]],
+) -> None:
+    """Write a module as an ONNX file.
+
+    Args:
+        module: QDQ or float module in eval mode, on any device.
+        signature: of its forward.
+        spec: of the call to export.
+        tensors: of that call; sizes of dynamic dimensions are only examples.
+        path: file to write; weights of more than 2 GB go into a second file beside it.
+        dynamic: input name to dimension to its name, for dimensions that may vary.
+
+    Raises:
+        ExportError: PyTorch's exporter refuses the module, with its reason.
+    """
+    dims = {name: torch.export.Dim(name) for dimensions in dynamic.values() for name in dimensions.values()}
+    shapes = tuple({i: dims[n] for i, n in dynamic.get(name, {}).items()} or None for name in spec.names)
+    examples = [_widen(tensor, dynamic.get(name, {})).cpu() for name, tensor in zip(spec.names, tensors, strict=True)]
+    flat = _Flat(module, signature, spec).eval()
+    with torch.no_grad():
+        example_output = module(*_call(flat, examples)[0], **_call(flat, examples)[1])
+    try:
+        with _quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                flat,
+                tuple(examples),
+                dynamo=True,
+                dynamic_shapes=(shapes,) if any(shapes) else None,
+                input_names=list(spec.names),
+                output_names=output_names(example_output),
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, torch.onnx.OnnxExporterError, RuntimeError) as error:
+        raise ExportError(
+            f"Expected the module to export to ONNX, but PyTorch's exporter says: {_first_line(error)}. Name a child "
+            'module that exports (`module="..."`), or exclude what does not.'
+        ) from error
+    _strip(program.model)  # type: ignore[union-attr]
+    program.save(path)  # type: ignore[union-attr]
+
+
+def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> OnnxRuntimeModule:
+    """Load an artifact's model file; options are `threads` and `providers`."""
+    return OnnxRuntimeModule(folder / files["model"], signature, **options)
+
+
+def check(path: Path) -> None:
+    """Start a session of a written file once.
+
+    Raises:
+        ExportError: ONNX Runtime refuses it.
+    """
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NotImplemented, RuntimeException
+
+    try:
+        session(path, threads=1)
+    except (Fail, InvalidGraph, NotImplemented, RuntimeException) as error:
+        raise ExportError(
+            f"Expected ONNX Runtime to run the exported model, but it says: {_first_line(error)}"
+        ) from error
+
+
+def session(
+    path: Path, *, threads: int | None = None, providers: list[str] | None = None, optimized: Path | None = None
+) -> Any:
+    """Start a session on `threads` threads (ONNX Runtime's default when None), on the CPU unless told otherwise."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    if optimized is not None:
+        options.optimized_model_filepath = str(optimized)
+    return onnxruntime.InferenceSession(str(path), options, providers=providers or ["CPUExecutionProvider"])
+
+
+def count_operators(path: Path) -> dict[str, int]:
+    """Return how often each operator type occurs in the session that ONNX Runtime makes of a file."""
+    import onnx
+
+    with tempfile.TemporaryDirectory() as folder:
+        optimized = Path(folder) / "optimized.onnx"
+        session(path, threads=1, optimized=optimized)
+        graph = onnx.load(optimized, load_external_data=False).graph
+    return dict(collections.Counter(node.op_type for node in graph.node))
+
+
+def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
+    """Return kind to number of planned integer operators for which the session has no integer operator."""
+    left = dict(counts)
+    missing: dict[str, int] = {}
+    for operator in operators:
+        name = next((name for name in _INTEGER_OPERATORS[operator.kind] if left.get(name, 0)), None)
+        if name is None:
+            missing[operator.kind] = missing.get(operator.kind, 0) + 1
+        else:
+            left[name] -= 1
+    return missing
+
+
+def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -> list[np.ndarray]:
+    """Run every operator on its own, on given inputs, in one session.
+
+    Each quantized tensor of the file is cut: its readers get the given integers, and what its producer makes of *its*
+    given inputs is an output.
+
+    Args:
+        path: an ONNX file in QDQ form.
+        inputs: the model's own inputs by name.
+        edges: integers of every quantized tensor in the order of execution, uint8.
+
+    Returns:
+        the integers that the operators computed, in the same order.
+
+    Raises:
+        ExportError: the file has another number of quantized tensors.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    types = {init.name: init.data_type for init in model.graph.initializer}
+    quantize = [
+        n for n in model.graph.node if n.op_type == "QuantizeLinear" and types.get(n.input[2]) == onnx.TensorProto.UINT8
+    ]
+    if len(quantize) != len(edges):
+        raise ExportError(f"Expected {len(edges)} quantized tensors in the exported file, but got {len(quantize)}.")
+    forced = {node.output[0]: f"forced_{index}" for index, node in enumerate(quantize)}
+    for node in model.graph.node:
+        node.input[:] = [forced.get(name, name) for name in node.input]
+    del model.graph.output[:]
+    make = onnx.helper.make_tensor_value_info
+    model.graph.output.extend(make(name, onnx.TensorProto.UINT8, None) for name in forced)
+    model.graph.input.extend(
+        make(name, onnx.TensorProto.UINT8, edge.shape) for name, edge in zip(forced.values(), edges, strict=True)
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        onnx.save(model, Path(folder) / MODEL_FILE, save_as_external_data=model.ByteSize() > 2**30)
+        running = session(Path(folder) / MODEL_FILE)
+    values = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
+    values.update(zip(forced.values(), edges, strict=True))
+    return running.run(None, {info.name: values[info.name] for info in running.get_inputs()})
+
+
+def _to_numpy(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    return np.ascontiguousarray(tensor.detach().to("cpu", dtype).numpy())
+
+
+def _widen(tensor: Tensor, dimensions: dict[int, str]) -> Tensor:
+    """Repeat a tensor to size 2 along dynamic dimensions of size 1, which the exporter would take for constants."""
+    repeats = [2 if index in dimensions and size == 1 else 1 for index, size in enumerate(tensor.shape)]
+    return tensor.detach().repeat(repeats) if 2 in repeats else tensor.detach()
+
+
+def _call(flat: _Flat, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    return rebuild_call(flat.signature, flat.spec.arguments(tensors))
+
+
+def _strip(model: Any) -> None:
+    """Remove the exporter's notes, which name files of the machine and outweigh the weights of a small model."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in (*node.inputs, *node.outputs):
+            if value is not None:
+                value.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence the exporter's remarks on packages that are not installed and on its own deprecations."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
+    loggers.append(registration)
+    levels.append(registration.level)
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)
+
+
+def _first_line(error: BaseException) -> str:
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,223 @@
+"""The call signature of an artifact: what goes in and comes out, in a form that JSON holds and no user code is needed for."""
+
+import dataclasses
+import inspect
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from lightning_quant.calls import CallSpec, flatten_call, output_names
+from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+
+_KINDS = {kind.name: kind for kind in inspect._ParameterKind}
+
+
+class Record(dict):
+    """The fields of a dataclass that an artifact returns: readable by key, by attribute and by position."""
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return self[name]
+        except KeyError:
+            raise AttributeError(f"no field {name!r} among {list(self)}") from None
+
+    def __getitem__(self, key: Any) -> Any:
+        return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor of a signature: a dimension is a size, or a name when it may vary."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How to call an artifact.
+
+    Attributes:
+        parameters: `(name, kind, default)` of every parameter of the captured forward.
+        inputs: the tensors, in the order of the model file's inputs.
+        constants: captured values of all other leaves, which later calls must repeat.
+        outputs: the tensors that come back, in the order of the model file's outputs.
+        structure: nested description of the result, with `{"tensor": i}` for the i-th output.
+    """
+
+    parameters: tuple[tuple[str, str, Any], ...]
+    inputs: tuple[TensorInfo, ...]
+    constants: tuple[Any, ...]
+    outputs: tuple[TensorInfo, ...]
+    structure: Any = field(default_factory=dict)
+
+    def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+        """Return the tensors of a call in order.
+
+        Raises:
+            QuantizationError: the call does not fit what was captured; the message says where.
+        """
+        spec, tensors = flatten_call(self._inspect(), args, kwargs)
+        names = tuple(info.name for info in self.inputs)
+        if spec.names != names:
+            raise QuantizationError(f"Expected tensors {names} as in the captured call, but got {spec.names}.")
+        constants = tuple(_plain(value) for _, value in spec.constants)
+        if constants != self.constants:
+            raise QuantizationError(
+                f"Expected the constants of the captured call, {self.constants}, but got {constants}: they are part of the "
+                "exported model. Export again from a call with these values."
+            )
+        for info, tensor in zip(self.inputs, tensors, strict=True):
+            _check_shape(info, tensor)
+        return tensors
+
+    def unflatten(self, tensors: list[Tensor]) -> Any:
+        """Return the result that these output tensors make up."""
+        return _build(self.structure, tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested dicts and lists that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @staticmethod
+    def from_dict(values: dict[str, Any]) -> "Signature":
+        """Read what `to_dict` wrote.
+
+        Raises:
+            ArtifactError: a field is missing or of another type.
+        """
+        try:
+            return Signature(
+                parameters=tuple((str(n), str(k), d) for n, k, d in values["parameters"]),
+                inputs=tuple(_info(info) for info in values["inputs"]),
+                constants=tuple(_freeze(value) for value in values["constants"]),
+                outputs=tuple(_info(info) for info in values["outputs"]),
+                structure=values["structure"],
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ArtifactError(
+                f"Expected a call signature in the manifest, but {error!r} is wrong with it."
+            ) from error
+
+    def _inspect(self) -> inspect.Signature:
+        empty = inspect.Parameter.empty
+        return inspect.Signature(
+            [
+                inspect.Parameter(name, _KINDS[kind], default=empty if default == "required" else _default(default))
+                for name, kind, default in self.parameters
+            ]
+        )
+
+
+def make_signature(
+    signature: inspect.Signature, spec: CallSpec, tensors: list[Tensor], output: Any, dynamic: dict[str, dict[int, str]]
+) -> Signature:
+    """Describe a call and its result.
+
+    Args:
+        signature: of the captured forward.
+        spec: of the captured call.
+        tensors: of the captured call.
+        output: what the captured call returned.
+        dynamic: input name to dimension to its name, for dimensions that may vary.
+    """
+    parameters = tuple((p.name, p.kind.name, _default_of(p)) for p in signature.parameters.values())
+    inputs = tuple(
+        _describe(name, tensor, dynamic.get(name, {})) for name, tensor in zip(spec.names, tensors, strict=True)
+    )
+    leaves: list[Tensor] = []
+    structure = _structure(output, leaves)
+    outputs = tuple(_describe(name, leaf, {}) for name, leaf in zip(output_names(output), leaves, strict=True))
+    constants = tuple(_plain(value) for _, value in spec.constants)
+    return Signature(parameters, inputs, constants, outputs, structure)
+
+
+def tensor_leaves(output: Any) -> list[Tensor]:
+    """Return the tensors of a result in the order in which they are exported."""
+    leaves: list[Tensor] = []
+    _structure(output, leaves)
+    return leaves
+
+
+def _structure(value: Any, leaves: list[Tensor]) -> Any:
+    if isinstance(value, Tensor):
+        leaves.append(value)
+        return {"tensor": len(leaves) - 1}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = (
+            value.items()
+            if isinstance(value, dict)
+            else ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        )
+        return {"record": {name: _structure(item, leaves) for name, item in items}}
+    if isinstance(value, dict):
+        return {"dict": [[key, _structure(item, leaves)] for key, item in value.items()]}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return {"record": {name: _structure(getattr(value, name), leaves) for name in value._fields}}
+    if isinstance(value, list | tuple):
+        return {type(value).__name__: [_structure(item, leaves) for item in value]}
+    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
+        raise ExportError("Expected forward to return tensors, but it returns a number computed from a dynamic shape.")
+    if value is None or isinstance(value, bool | int | float | str):
+        return {"constant": value}
+    raise ExportError(
+        f"Expected forward to return tensors in lists, dicts or dataclasses, but got {type(value).__name__}."
+    )
+
+
+def _build(structure: Any, tensors: list[Tensor]) -> Any:
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        return tensors[content]
+    if kind == "constant":
+        return content
+    if kind == "record":
+        return Record({name: _build(item, tensors) for name, item in content.items()})
+    if kind == "dict":
+        return {key: _build(item, tensors) for key, item in content}
+    items = [_build(item, tensors) for item in content]
+    return tuple(items) if kind == "tuple" else items
+
+
+def _describe(name: str, tensor: Tensor, dynamic: dict[int, str]) -> TensorInfo:
+    shape = tuple(dynamic.get(index, int(size)) for index, size in enumerate(tensor.shape))
+    return TensorInfo(name, str(tensor.dtype).removeprefix("torch."), shape)
+
+
+def _check_shape(info: TensorInfo, tensor: Tensor) -> None:
+    fits = len(info.shape) == tensor.dim() and all(
+        isinstance(size, str) or size == actual for size, actual in zip(info.shape, tensor.shape, strict=True)
+    )
+    if not fits:
+        raise QuantizationError(f"Expected `{info.name}` to have shape {info.shape}, but got {tuple(tensor.shape)}.")
+
+
+def _info(values: dict[str, Any]) -> TensorInfo:
+    return TensorInfo(str(values["name"]), str(values["dtype"]), tuple(values["shape"]))
+
+
+def _default_of(parameter: inspect.Parameter) -> Any:
+    if parameter.default is inspect.Parameter.empty:
+        return "required"
+    leaves = pytree.tree_leaves(parameter.default)
+    return (
+        {"value": parameter.default}
+        if all(x is None or isinstance(x, bool | int | float | str) for x in leaves)
+        else "required"
+    )
+
+
+def _default(default: Any) -> Any:
+    return _freeze(default["value"])
+
+
+def _plain(value: Any) -> Any:
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
+
+
+def _freeze(value: Any) -> Any:
+    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value
