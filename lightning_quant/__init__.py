@@ -1,4 +1,4 @@
-"""Quantize PyTorch Lightning models truthfully: one callback, an int8 model that a real runtime runs, measured and logged."""
+"""Quantize PyTorch Lightning models truthfully: one callback, an int8 model on disk, measured and logged."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

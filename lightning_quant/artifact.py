@@ -1,7 +1,7 @@
 """Stage 6: the folder on disk: model file, manifest, report.
 
-Model files carry their content's hash in their name. Replacing manifest.json is the commit: a crash before it leaves the
-old artifact, a crash after it the new one. Hashes prove that files are whole, not where they come from.
+Model files carry their content's hash in their name. Replacing manifest.json is the commit: a crash before it leaves
+the old artifact, a crash after it the new one. Hashes prove that files are whole, not where they come from.
 """
 
 import hashlib
@@ -79,7 +79,8 @@ def check_folder(path: Path) -> None:
         raise ArtifactError(f"Expected `output_dir` to be a folder, but {path} is a file.")
     if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
         raise ArtifactError(
-            f"Expected `output_dir` to be empty or an artifact of ours, but {path} holds other files. Choose another folder."
+            f"Expected `output_dir` to be empty or an artifact of ours, but {path} holds other files. "
+            "Choose another folder."
         )
     if path.is_dir() and (path / MANIFEST).is_file():
         read(path)

@@ -1,5 +1,6 @@
 """Measure an artifact: size, speed, operators and parity, each on the file itself."""
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable
@@ -96,10 +97,10 @@ def _latency(prepared: Prepared, loaded: nn.Module, threads: int) -> tuple[tuple
         rows = []
         for batch in dict.fromkeys((1, captured)):
             args, kwargs = prepared.call(_samples(prepared, batch))
-            contestants: dict[str, Callable[[], Any]] = {"torch": lambda a=args, k=kwargs: prepared.root(*a, **k)}
+            contestants: dict[str, Callable[[], Any]] = {"torch": functools.partial(prepared.root, *args, **kwargs)}
             if runtime_float is not None:
-                contestants["float"] = lambda a=args, k=kwargs: runtime_float(*a, **k)
-            contestants["artifact"] = lambda a=args, k=kwargs: loaded(*a, **k)
+                contestants["float"] = functools.partial(runtime_float, *args, **kwargs)
+            contestants["artifact"] = functools.partial(loaded, *args, **kwargs)
             timings: dict[str, Timing] = measure(contestants)
             rows.append(LatencyRow(batch, timings["torch"], timings.get("float"), timings["artifact"]))
     return tuple(rows), remarks

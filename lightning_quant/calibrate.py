@@ -1,5 +1,6 @@
 """Learn ranges from calls: run the float module while its tensors are observed."""
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -28,8 +29,8 @@ def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
             number += 1
     if number == 0:
         raise CalibrationError("Expected calibration data to yield at least one batch, but it yielded none.")
-    prepared.forget_parameters()
-    prepared.check_observed()
+    prepared.ranges.forget_parameters()
+    prepared.ranges.check()
     return number
 
 
@@ -49,4 +50,4 @@ def steps_of(prepared: Prepared, calls: Iterable[Any]) -> Iterable[Callable[[], 
         args, kwargs = as_call(item)
         args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
         kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
-        yield lambda a=args, k=kwargs: prepared.root(*a, **k)
+        yield functools.partial(prepared.root, *args, **kwargs)

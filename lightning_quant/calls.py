@@ -102,7 +102,7 @@ def flatten_call(
 
 def rebuild_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """Return args and kwargs that pass the bound arguments to a function of that signature."""
-    bound = inspect.BoundArguments(signature, dict(arguments))  # type: ignore[arg-type]
+    bound = inspect.BoundArguments(signature, dict(arguments))
     return bound.args, bound.kwargs
 
 

@@ -62,8 +62,8 @@ def capture(root: nn.Module, step: Callable[[], Any], path: str | None = None) -
     found = _trainable_only(root, list(calls))
     if not found:
         raise CaptureError(
-            f"Expected {type(root).__name__} to call a module with convolution or linear layers in its training step, but "
-            "it calls none. Name it with `module=...`."
+            f"Expected {type(root).__name__} to call a module with convolution or linear layers in its training step, "
+            "but it calls none. Name it with `module=...`."
         )
     if len(found) > 1:
         raise CaptureError(

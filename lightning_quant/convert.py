@@ -15,10 +15,10 @@ from lightning_quant.calls import ResultSpec, flatten_call
 from lightning_quant.errors import ExportError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
-from lightning_quant.graph.plan import Operator
+from lightning_quant.graph.plan import Operator, identify, path_of
 from lightning_quant.graph.trace import trace
-from lightning_quant.prepare import Prepared, fetch, identify
-from lightning_quant.routing import clone, evaluation_mode, replace_submodule, resolve
+from lightning_quant.prepare import Prepared
+from lightning_quant.routing import clone, evaluation_mode, fetch, replace_submodule, resolve
 
 _INT32 = torch.iinfo(torch.int32)
 # Decibels by which the QDQ graph may differ from the fake-quantized model: float32 sums in another order only.
@@ -34,6 +34,7 @@ class BoundGraph(nn.Module):
         self.signature, self.output_spec = island.signature, output_spec
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the graph on a call of the captured structure."""
         _, tensors = flatten_call(self.signature, args, kwargs)
         return self.output_spec.build(self.graph_module(*tensors))
 
@@ -60,11 +61,12 @@ class QuantizedLayer(nn.Module):
         self.register_buffer("zero_points", torch.zeros_like(scale, dtype=torch.int64))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Compute with dequantized weight and bias."""
         dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
         weight = dequantize(self.weight, self.weight_scale, self.zero_points, 0, -128, 127, torch.int8)
         bias = dequantize(self.bias, self.bias_scale, self.zero_points, 0, _INT32.min, _INT32.max, torch.int32)
         if self.kind == "linear":
-            # A matrix product of two dimensions has an integer kernel with bias in every runtime; more dimensions do not.
+            # A matrix product of two dimensions has an integer kernel with bias in every runtime; more have not.
             flat = x.flatten(0, -2) if x.dim() > 2 else x
             y = F.linear(flat, weight, bias)
             return y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
@@ -79,7 +81,7 @@ def convert(prepared: Prepared) -> nn.Module:
     """
     import torch.ao.quantization.fx._decomposed  # noqa: F401  registers the quantized_decomposed operators
 
-    prepared.check_observed()
+    prepared.ranges.check()
     root = clone(prepared.root)
     root.__dict__.pop("forward", None)
     root.eval()
@@ -144,7 +146,7 @@ def _convert_island(prepared: Prepared, island: Island, module: nn.Module) -> Bo
         if operator.activation and operator.quantized_output:
             _drop(nodes[operator.activation])
     for edge in island.plan.edges:
-        scale, zero_point = prepared.parameters_of(identify(island.path, edge.key))
+        scale, zero_point = prepared.ranges.parameters(identify(island.path, edge.key))
         _insert_pair(graph, nodes[edge.key], scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
     for name, layer in layers.items():
         module.add_module(name, layer)
@@ -159,20 +161,17 @@ def _convert_island(prepared: Prepared, island: Island, module: nn.Module) -> Bo
 def _convert_layer(
     prepared: Prepared, identity: str, operator: Operator, nodes: dict[str, fx.Node], module: nn.Module
 ) -> QuantizedLayer:
-    """Fold BatchNorm into a layer and quantize it. `module` gives strides and padding, the user's module the weights."""
-    weight = fetch(resolve(prepared.root, identity.partition(":")[0]), operator.weight)
-    gain, bias, scale = prepared.folded_scales(identity)
-    input_scale = prepared.input_scale(identity)
-    weight = weight.float()
+    """Fold BatchNorm into a layer and quantize it; `module` has its strides and padding, the prepared its weights."""
+    folded = prepared.folded(identity)
+    weight = fetch(resolve(prepared.root, path_of(identity)), operator.weight).float()
     shape = (-1, *[1] * (weight.dim() - 1))
-    if gain is not None:
-        weight = weight * gain.view(shape)
+    if folded.gain is not None:
+        weight = weight * folded.gain.view(shape)
     limit = prepared.recipe.weight.quant_max
-    integers = torch.round(weight / scale.view(shape)).clamp_(-limit, limit).to(torch.int8)
-    bias_scale = scale * input_scale
-    int_bias = torch.round(bias / bias_scale).to(torch.int32)
+    integers = torch.round(weight / folded.scale.view(shape)).clamp_(-limit, limit).to(torch.int8)
+    int_bias = torch.round(folded.bias / folded.bias_step).to(torch.int32)
     options = _layer_options(nodes[operator.key], operator, module)
-    tensors = (integers, scale, int_bias, bias_scale)
+    tensors = (integers, folded.scale, int_bias, folded.bias_step)
     return QuantizedLayer(operator.kind, options, *(tensor.detach().cpu() for tensor in tensors))
 
 

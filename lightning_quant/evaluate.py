@@ -23,6 +23,7 @@ class CountedCalls:
         self.target, self.num_calls = target, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Pass one call on."""
         self.num_calls += 1
         return self.target(*args, **kwargs)
 
@@ -83,8 +84,8 @@ def _check_calls(counted: CountedCalls | None, beside: set[str], path: str) -> N
         )
     if beside:
         raise EvaluationError(
-            f"Expected `validation_step` to use {name} through its forward alone, but {sorted(beside)} ran in float beside "
-            "it. Call the module itself, or pass `evaluate=False`."
+            f"Expected `validation_step` to use {name} through its forward alone, but {sorted(beside)} ran in float "
+            "beside it. Call the module itself, or pass `evaluate=False`."
         )
 
 

@@ -1,6 +1,5 @@
 """Stage 5: from a prepared model to an artifact, and the trial of it before training."""
 
-import copy
 import tempfile
 import time
 from pathlib import Path
@@ -12,8 +11,8 @@ from lightning_quant import runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.convert import check_agreement, convert
 from lightning_quant.errors import QuantizationError
-from lightning_quant.observers import MinMax
 from lightning_quant.prepare import Prepared
+from lightning_quant.ranges import Ranges
 from lightning_quant.routing import clone
 from lightning_quant.signature import make_signature
 
@@ -66,16 +65,15 @@ def export(
 
 
 def trial_export(prepared: Prepared, *, dynamic_shapes: DynamicShapes | None = None) -> None:
-    """Export with made-up ranges into a temporary folder and load the result: what fails here would fail after training.
+    """Export with made-up ranges into a temporary folder and load the result: what fails here would fail later.
 
     Raises:
         ExportError: the module does not export; the message says why.
     """
     runtime = runtimes.get(prepared.plan.runtime)
-    trial = copy.copy(prepared)
-    trial.observers = {identity: MinMax() for identity in prepared.observers}
-    trial.forget_parameters()
-    for observer in trial.observers.values():
+    trial = prepared.bound_to(prepared.root)
+    trial.ranges = Ranges(prepared.ranges.edges, prepared.recipe, "min_max")
+    for observer in trial.ranges.observers.values():
         observer.update(torch.tensor([0.0, 1.0]))
     converted = convert(trial)
     with tempfile.TemporaryDirectory() as folder:
@@ -99,8 +97,8 @@ def export_float(prepared: Prepared, folder: Path) -> Path:
 def dynamic_dimensions(prepared: Prepared, chosen: DynamicShapes | None = None) -> DynamicShapes:
     """Return input name to dimension to its name for all dimensions that may vary.
 
-    These are the batch (the first dimension of every input that has the first input's size there), what differed between
-    calls, and what the user chose. Dimensions that varied and had one size in the captured call get one name.
+    These are the batch (the first dimension of every input that has the first input's size there), what differed
+    between calls, and what the user chose. Dimensions that varied and had one size in the captured call get one name.
 
     Raises:
         QuantizationError: a chosen input or dimension does not exist.

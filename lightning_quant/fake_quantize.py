@@ -47,7 +47,7 @@ class _Affine(torch.autograd.Function):
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (x,) = ctx.saved_tensors
         return torch.ops.aten.hardtanh_backward(grad, x, *ctx.bounds), None, None, None
 
@@ -74,7 +74,7 @@ class _PerChannel(torch.autograd.Function):
         return (weight.float() / scale).round_().mul_(scale).to(weight.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return grad, None
 
 
@@ -107,8 +107,8 @@ def weight_scale(
 ) -> Tensor:
     """Return the scale of each weight channel, large enough that the folded bias fits an int32.
 
-    A bias is stored in steps of `input_scale * gain * scale`. Where the weights of a channel are (nearly) zero that step
-    is so small that the bias would wrap around; the scale is stretched there until it fits.
+    A bias is stored in steps of `input_scale * gain * scale`. Where the weights of a channel are (nearly) zero that
+    step is so small that the bias would wrap around; the scale is stretched there until it fits.
 
     Args:
         maximum: `(out_channels,)`, largest magnitudes of the weights before folding.

@@ -99,18 +99,17 @@ class Histogram(MinMax):
 
     def __init__(self) -> None:
         super().__init__()
-        self.counts: Tensor | None = None
-        self.span_low: Tensor | None = None
-        self.span_high: Tensor | None = None
+        self.counts = torch.zeros(self.NUM_BINS, dtype=torch.float64)
+        self.span_low = self.span_high = torch.tensor(0.0)
 
     def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         if not torch.isfinite(low + high):
             raise CalibrationError("non-finite values")
         super()._update(x, low, high)
-        if self.counts is None:
+        if self.num_updates == 0:
             margin = torch.clamp(high - low, min=1e-8 * torch.maximum(low.abs(), high.abs()).item() + 1e-12)
             self.span_low, self.span_high = low, low + margin
-            self.counts = torch.zeros(self.NUM_BINS, dtype=torch.float64, device=x.device)
+            self.counts = self.counts.to(x.device)
         while low < self.span_low:
             self._double(to_the_left=True)
         while high > self.span_high:

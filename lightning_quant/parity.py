@@ -44,12 +44,13 @@ class Parity:
         found = []
         if not self.worst_share >= MINIMUM_SHARE:
             found.append(
-                f"at {self.worst_operator} only {self.worst_share:.2%} of the values are within one step of the simulation"
+                f"at {self.worst_operator} only {self.worst_share:.2%} of the values are within one step of the "
+                "simulation"
             )
         if not self.artifact_db >= self.quantization_db + MINIMUM_MARGIN_DB:
             found.append(
-                f"the artifact is {self.artifact_db:.1f} dB from its simulation, which is {self.quantization_db:.1f} dB from "
-                f"float: less than {MINIMUM_MARGIN_DB:.0f} dB between them"
+                f"the artifact is {self.artifact_db:.1f} dB from its simulation, which is {self.quantization_db:.1f} "
+                f"dB from float: less than {MINIMUM_MARGIN_DB:.0f} dB between them"
             )
         return found
 

@@ -41,7 +41,8 @@ def quantize(
         runtime: where the artifact will run.
         calibration_data: calls, each a tensor, a tuple of arguments or a dict of keyword arguments. Batches as in
             training; a few hundred samples are enough.
-        output_dir: the artifact's folder; "quantized" in the working directory by default. An artifact there is replaced.
+        output_dir: the artifact's folder; "quantized" in the working directory by default. An artifact there
+            is replaced.
         include: fnmatch patterns on qualified names and layer types of what may be quantized.
         exclude: likewise, of what stays float.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.

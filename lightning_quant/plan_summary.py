@@ -11,12 +11,12 @@ def summarize(plan: dict[str, Any], operators: dict[str, int]) -> str:
     integer = [row for row in rows if row["action"] == "int8"]
     fused = sum(row["action"] == "fused" for row in rows)
     parts = [
-        f"{len(integer)} operators run in int8 with {fused} more fused into them: {plan['coverage']:.1%} of the multiply-adds."
+        f"{len(integer)} operators run in int8 with {fused} more fused into them: {plan['coverage']:.1%} of the "
+        "multiply-adds."
     ]
     if operators:
-        counted = ", ".join(
-            f"{count} {name}" for name, count in sorted(operators.items(), key=lambda item: (-item[1], item[0]))
-        )
+        by_number = sorted(operators.items(), key=lambda item: (-item[1], item[0]))
+        counted = ", ".join(f"{count} {name}" for name, count in by_number)
         parts.append(f"The runtime's optimized session: {counted}.")
     left = [(row["name"], row["kind"], row["reason"]) for row in rows if row["action"] == "float"]
     if left:

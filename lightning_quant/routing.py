@@ -1,7 +1,7 @@
 """Run something else in place of a module's forward, and copy modules without copying their weights.
 
-The one mechanism for prepared graphs, simulations and artifacts: a callable object in the instance's `__dict__`. A module
-assigned there would register as a child; a callable object leaves type, attributes and `state_dict` as they are.
+The one mechanism for prepared graphs, simulations and artifacts: a callable object in the instance's `__dict__`. A
+module assigned there would register as a child; a callable object leaves type, attributes and `state_dict` as they are.
 """
 
 import copy
@@ -98,3 +98,22 @@ def device_of(module: nn.Module) -> torch.device:
     for tensor in (*module.parameters(), *module.buffers()):
         return tensor.device
     return torch.device("cpu")
+
+
+def fetch(root: nn.Module, name: str) -> Tensor:
+    """Return the parameter, buffer or plain tensor attribute of a qualified name."""
+    owner, _, attribute = name.rpartition(".")
+    return getattr(resolve(root, owner), attribute)
+
+
+@contextmanager
+def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
+    """Let attributes of one instance hide its parameters or methods for the time of a block."""
+    before = {name: module.__dict__[name] for name in values if name in module.__dict__}
+    module.__dict__.update(values)
+    try:
+        yield
+    finally:
+        for name in values:
+            module.__dict__.pop(name)
+        module.__dict__.update(before)

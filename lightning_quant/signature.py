@@ -1,4 +1,4 @@
-"""The call signature of an artifact: what goes in and comes out, in a form that JSON holds and no user code is needed for."""
+"""The call signature of an artifact: what goes in and comes out, in JSON, without need of the user's code."""
 
 import dataclasses
 import inspect
@@ -68,8 +68,8 @@ class Signature:
         constants = tuple(_plain(value) for _, value in spec.constants)
         if constants != self.constants:
             raise QuantizationError(
-                f"Expected the constants of the captured call, {self.constants}, but got {constants}: they are part of the "
-                "exported model. Export again from a call with these values."
+                f"Expected the constants of the captured call, {self.constants}, but got {constants}: they are part of "
+                "the exported model. Export again from a call with these values."
             )
         for info, tensor in zip(self.inputs, tensors, strict=True):
             _check_shape(info, tensor)

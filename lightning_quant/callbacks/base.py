@@ -71,9 +71,8 @@ class QuantizationCallback(Callback):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(
-            recipe=self.recipe.name, runtime=self.runtime, module=self.module, output_dir=str(self.output_dir)
-        )
+        identity = {"recipe": self.recipe.name, "module": self.module, "output_dir": str(self.output_dir)}
+        return self._generate_state_key(runtime=self.runtime, **identity)
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -96,6 +95,14 @@ class QuantizationCallback(Callback):
         """Return the artifact's folder: `output_dir`, or "quantized" beside the logs."""
         return Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "quantized")
 
+    def require_prepared(self) -> Prepared:
+        """Return the prepared model, which exists from fit start on."""
+        if self.prepared is None:
+            raise MisconfigurationException(
+                f"Expected {type(self).__name__} to have seen `on_fit_start`, but it has not."
+            )
+        return self.prepared
+
     def observer(self) -> str:
         """Return the name of the observer for activations."""
         raise NotImplementedError
@@ -105,8 +112,8 @@ class QuantizationCallback(Callback):
         strategy = type(trainer.strategy).__name__
         if strategy not in _SINGLE_PROCESS:
             raise QuantizationError(
-                f"Expected a strategy out of {_SINGLE_PROCESS}, but got {strategy}. Train on one device, or quantize the "
-                "trained checkpoint afterwards with `lightning_quant.quantize`."
+                f"Expected a strategy out of {_SINGLE_PROCESS}, but got {strategy}. Train on one device, or quantize "
+                "the trained checkpoint afterwards with `lightning_quant.quantize`."
             )
         if self.module is not None and trainer.lightning_module is not None and _is_configured(pl_module):
             find_module(pl_module, self.module)

@@ -43,16 +43,15 @@ def choose_weights(
 ) -> Deployment:
     """Copy the last or the best weights; with `with_ranges`, the ranges come from the same checkpoint file."""
     duplicate = clone(pl_module)
-    prepared = callback.prepared
-    assert prepared is not None
-    checkpoint, notes = _existing(_best_path(trainer) or _last_path(trainer)), ()
+    prepared = callback.require_prepared()
+    checkpoint = _existing(_best_path(trainer) or _last_path(trainer))
+    notes: tuple[str, ...] = ()
     if callback.weights == "best":
         notes = _load_best(callback, trainer, duplicate, prepared, with_ranges=with_ranges)
     _to_float32(duplicate)
     tensors = [tensor.float() if tensor.is_floating_point() else tensor for tensor in prepared.tensors]
     bound = prepared.bound_to(resolve(duplicate, callback.path), [tensor.cpu() for tensor in tensors])
-    for observer in bound.observers.values():
-        observer.to(torch.device("cpu"))
+    bound.ranges.to(torch.device("cpu"))
     return Deployment(duplicate.cpu(), bound, checkpoint, notes)
 
 
@@ -95,12 +94,12 @@ def _metrics(
     callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, artifact: Artifact
 ) -> tuple[MetricRow, ...]:
     pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
-    limit = {"limit_batches": callback.limit_eval_batches}
-    float_values = evaluate(trainer, pl_module, path, **limit)
+    limit = callback.limit_eval_batches
+    float_values = evaluate(trainer, pl_module, path, limit_batches=limit)
     if not float_values:
         return ()
     with prepared.attached("frozen"):
-        simulated = evaluate(trainer, pl_module, path, **limit)
+        simulated = evaluate(trainer, pl_module, path, limit_batches=limit)
     layers = [
         operator.weight.rpartition(".")[0]
         for graph in prepared.plan.graphs
@@ -113,7 +112,7 @@ def _metrics(
         path,
         _on_cpu(artifacts.load(artifact.path)),
         quantized_layers=weighted_layers(prepared.root, tuple(layer for layer in layers if layer)),
-        **limit,
+        limit_batches=limit,
     )
     return tuple(
         MetricRow(name, value, simulated.get(name), exported.get(name)) for name, value in float_values.items()

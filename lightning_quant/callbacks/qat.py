@@ -17,9 +17,9 @@ from lightning_quant.recipe import Recipe
 class QuantizationAwareTraining(QuantizationCallback):
     """Train through rounding, and export an integer model when fit ends.
 
-    Only the module's `forward` is routed to a graph with fake quantization while fit runs: type, parameters, `state_dict`,
-    optimizers and checkpoints are those of the float model, and so is the module after fit, with weights that were
-    trained through rounding.
+    Only the module's `forward` is routed to a graph with fake quantization while fit runs: type, parameters,
+    `state_dict`, optimizers and checkpoints are those of the float model, and so is the module after fit, with weights
+    that were trained through rounding.
 
     Args:
         recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe`, or a dict of its fields.
@@ -78,7 +78,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         )
         given = Schedule() if schedule is None else schedule
         self.schedule = _refused_in_callback(lambda: Schedule(**given)) if isinstance(given, dict) else given
-        self.timeline: Timeline | None = None
+        self.timeline = Timeline({}, in_epochs=False)
         # A checkpoint's state arrives before fit start, when there is nothing yet to put it into.
         self._restored: dict[str, Any] | None = None
 
@@ -92,28 +92,28 @@ class QuantizationAwareTraining(QuantizationCallback):
         super().on_fit_start(trainer, pl_module)
         self.timeline = _refused_in_callback(resolve, self.schedule, trainer)
         if self._restored is not None:
-            _refused_in_callback(self.prepared.load_state_dict, self._restored)
+            _refused_in_callback(self.require_prepared().load_state_dict, self._restored)
         elif trainer.ckpt_path:
             rank_zero_info(
                 "QuantizationAwareTraining: the checkpoint has no quantizer state, so observing begins anew."
             )
-        self.prepared.attach()
+        self.require_prepared().attach()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before a training batch: set the phase and let ranges follow this batch."""
-        phase = self.timeline.phase(trainer)
-        if phase != self.prepared.phase:
-            self.prepared.set_phase(phase)
+        prepared, phase = self.require_prepared(), self.timeline.phase(trainer)
+        if phase != prepared.phase:
+            prepared.set_phase(phase)
             rank_zero_info(f"QuantizationAwareTraining: {phase.replace('_', ' ')} from step {trainer.global_step}.")
-        self.prepared.observing = True
+        prepared.observing = True
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Called after a training batch: nothing outside training moves the ranges."""
-        self.prepared.observing = False
+        self.require_prepared().observing = False
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -123,7 +123,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit ends: convert, export, measure, log."""
-        self.prepared.detach()
+        self.require_prepared().detach()
         deployment = choose_weights(self, trainer, pl_module, with_ranges=True)
         self.artifact = finish(self, trainer, deployment)
 

@@ -13,8 +13,8 @@ UNITS = ("fraction", "epochs", "steps")
 class Schedule:
     """The points of a training run at which its phases begin: observe, fake quantize, freeze ranges, freeze BatchNorm.
 
-    The defaults suit a fine-tune of two epochs and a training of a hundred alike: ranges are observed on weights that have
-    begun to settle, most of the run trains through rounding, and the end trains what will be exported.
+    The defaults suit a fine-tune of two epochs and a training of a hundred alike: ranges are observed while weights
+    settle, most of the run trains through rounding, and the end trains what will be exported.
 
     Attributes:
         observe: start of observing; before it the model trains in float at no cost.
@@ -38,8 +38,8 @@ class Schedule:
             raise QuantizationError(f"Expected the points of `schedule` to be positive and in order, but got {points}.")
         if self.unit == "fraction" and self.fake_quantize >= 1:
             raise QuantizationError(
-                f"Expected `schedule` to reach fake quantization in this run, but `fake_quantize` is {self.fake_quantize} of "
-                "it. Choose a fraction below 1."
+                f"Expected `schedule` to reach fake quantization in this run, but `fake_quantize` is "
+                f"{self.fake_quantize} of it. Choose a fraction below 1."
             )
 
 
@@ -86,8 +86,8 @@ def resolve(schedule: Schedule, trainer: Any) -> Timeline:
         scale = {"epochs": batches, "steps": accumulate}
     if schedule.unit == "fraction" and not 0 < end < math.inf:
         raise QuantizationError(
-            "Expected a run of known length for `schedule.unit` 'fraction', but it has neither `max_epochs` nor `max_steps`. "
-            "Set one of them, or give the schedule in 'epochs' or 'steps'."
+            "Expected a run of known length for `schedule.unit` 'fraction', but it has neither `max_epochs` nor "
+            "`max_steps`. Set one of them, or give the schedule in 'epochs' or 'steps'."
         )
     factor = end if schedule.unit == "fraction" else scale[schedule.unit]
     points = {
@@ -96,7 +96,9 @@ def resolve(schedule: Schedule, trainer: Any) -> Timeline:
         "frozen": schedule.freeze_observers,
         "frozen_batch_norm": schedule.freeze_batch_norm,
     }
-    starts = {phase: math.ceil(point * factor - 1e-9) if point else 0 for phase, point in points.items()}
+    starts: dict[str, float] = {
+        phase: math.ceil(point * factor - 1e-9) if point else 0 for phase, point in points.items()
+    }
     if schedule.unit == "fraction":
         # A run of a few batches still ends in rounding: `fast_dev_run` must try what the real run will do.
         starts["fake_quantize"] = min(starts["fake_quantize"], max(end - 1, 0))

@@ -1,9 +1,10 @@
 """Run a LightningModule's own `training_step` on batches of its own training data, and leave no trace."""
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ def capture_call(trainer: Trainer, pl_module: LightningModule, path: str | None,
         trainer: at fit start, with data attached.
         pl_module: its module; left as it is.
         path: name of the module to quantize, or None to find it.
-        example: "train_batch" runs `training_step` on a batch; "example_input_array" calls the LightningModule with that.
+        example: "train_batch" runs `training_step` on a batch; "example_input_array" calls the
+            LightningModule with that.
     """
     duplicate = independent_copy(trainer, pl_module)
     with isolated_rng(), unchanged(pl_module), torch.no_grad():
@@ -53,7 +55,7 @@ def calibration_steps(
     with isolated_rng(seed), unchanged(duplicate):
         for index, batch in enumerate(batches(trainer, duplicate, num_batches, data)):
             run = run_training_step if data == "train" else _run_validation_step
-            yield lambda batch=batch, index=index, run=run: run(duplicate, batch, index)
+            yield functools.partial(run, duplicate, batch, index)
 
 
 def independent_copy(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
@@ -74,12 +76,11 @@ def run_training_step(duplicate: LightningModule, batch: Any, index: int) -> Non
     names = list(inspect.signature(duplicate.training_step).parameters)
     if "dataloader_iter" in names:
         raise CaptureError(
-            "Expected `training_step` to take a batch, but it takes `dataloader_iter`. Use `example='example_input_array'`."
+            "Expected `training_step` to take a batch, but it takes `dataloader_iter`. "
+            "Use `example='example_input_array'`."
         )
-    try:
+    with suppress(StepStoppedError):
         duplicate.training_step(*(batch, index)[: len(names)])
-    except StepStoppedError:
-        pass
 
 
 def batches(trainer: Trainer, pl_module: LightningModule, number: int, data: str = "train") -> Iterator[Any]:

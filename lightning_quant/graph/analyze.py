@@ -216,8 +216,8 @@ def _check_patterns(selection: Selection, rows: list[Row]) -> None:
             if not any(matches(pattern, row.name, row.kind) for row in rows):
                 names = ", ".join(row.name for row in rows[:8])
                 raise PlanError(
-                    f"Expected `{argument}` to hold patterns on names or layer types, but got {pattern!r}, which matches "
-                    f"nothing. Names here are {names}{', ...' if len(rows) > 8 else ''}."
+                    f"Expected `{argument}` to hold patterns on names or layer types, but got {pattern!r}, which "
+                    f"matches nothing. Names here are {names}{', ...' if len(rows) > 8 else ''}."
                 )
 
 

@@ -1,4 +1,4 @@
-"""Turn in-place operations of a traced graph into ordinary ones, so that a quantizer can stand between any two nodes."""
+"""Turn in-place operations of a graph into ordinary ones, so that a quantizer can stand between any two nodes."""
 
 import operator
 from typing import Any
@@ -78,7 +78,7 @@ def _writes(node: fx.Node, root: nn.Module) -> bool:
 
 def _replace(node: fx.Node, root: nn.Module) -> None:
     if node.op == "call_function":
-        node.target = _FUNCTIONS.get(node.target, node.target)  # type: ignore[arg-type]
+        node.target = _FUNCTIONS.get(node.target, node.target)  # type: ignore[arg-type, assignment]
         node.kwargs = {name: value for name, value in node.kwargs.items() if name != "inplace"}
     elif node.op == "call_method":
         if hasattr(torch.Tensor, str(node.target)[:-1]):

@@ -11,17 +11,22 @@ from torch import Tensor, fx, nn
 
 _MODULES: dict[type, str] = {
     nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d",
-    nn.ConvTranspose1d: "conv_transpose1d", nn.ConvTranspose2d: "conv_transpose2d", nn.ConvTranspose3d: "conv_transpose3d",
+    nn.ConvTranspose1d: "conv_transpose1d", nn.ConvTranspose2d: "conv_transpose2d",
+    nn.ConvTranspose3d: "conv_transpose3d",
     nn.Linear: "linear", nn.Bilinear: "bilinear",
-    nn.BatchNorm1d: "batch_norm", nn.BatchNorm2d: "batch_norm", nn.BatchNorm3d: "batch_norm", nn.SyncBatchNorm: "batch_norm",
+    nn.BatchNorm1d: "batch_norm", nn.BatchNorm2d: "batch_norm", nn.BatchNorm3d: "batch_norm",
+    nn.SyncBatchNorm: "batch_norm",
     nn.ReLU: "relu", nn.ReLU6: "relu6", nn.Hardtanh: "hardtanh", nn.LeakyReLU: "leaky_relu", nn.PReLU: "prelu",
-    nn.ELU: "elu", nn.SELU: "selu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Mish: "mish", nn.Sigmoid: "sigmoid", nn.Tanh: "tanh",
+    nn.ELU: "elu", nn.SELU: "selu", nn.GELU: "gelu", nn.SiLU: "silu", nn.Mish: "mish", nn.Sigmoid: "sigmoid",
+    nn.Tanh: "tanh",
     nn.Hardswish: "hardswish", nn.Hardsigmoid: "hardsigmoid", nn.Softmax: "softmax", nn.LogSoftmax: "log_softmax",
     nn.Softplus: "softplus",
-    nn.MaxPool1d: "max_pool", nn.MaxPool2d: "max_pool", nn.MaxPool3d: "max_pool", nn.AdaptiveMaxPool2d: "adaptive_max_pool",
+    nn.MaxPool1d: "max_pool", nn.MaxPool2d: "max_pool", nn.MaxPool3d: "max_pool",
+    nn.AdaptiveMaxPool2d: "adaptive_max_pool",
     nn.AvgPool1d: "avg_pool", nn.AvgPool2d: "avg_pool", nn.AvgPool3d: "avg_pool",
     nn.AdaptiveAvgPool1d: "global_avg_pool", nn.AdaptiveAvgPool2d: "global_avg_pool",
-    nn.Flatten: "reshape", nn.Unflatten: "reshape", nn.Identity: "reshape", nn.Dropout: "reshape", nn.Dropout1d: "reshape",
+    nn.Flatten: "reshape", nn.Unflatten: "reshape", nn.Identity: "reshape", nn.Dropout: "reshape",
+    nn.Dropout1d: "reshape",
     nn.Dropout2d: "reshape", nn.Dropout3d: "reshape", nn.PixelShuffle: "reshape", nn.ChannelShuffle: "reshape",
     nn.ZeroPad1d: "pad", nn.ZeroPad2d: "pad", nn.ConstantPad1d: "pad", nn.ConstantPad2d: "pad",
     nn.MultiheadAttention: "attention", nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn", nn.Embedding: "embedding",
@@ -31,8 +36,10 @@ _FUNCTIONS: dict[Any, str] = {
     F.conv1d: "conv1d", F.conv2d: "conv2d", F.conv3d: "conv3d", torch.conv1d: "conv1d", torch.conv2d: "conv2d",
     F.conv_transpose1d: "conv_transpose1d", F.conv_transpose2d: "conv_transpose2d", F.linear: "linear",
     F.batch_norm: "functional_batch_norm",
-    F.relu: "relu", torch.relu: "relu", F.relu6: "relu6", F.hardtanh: "hardtanh", torch.clamp: "clamp", torch.clip: "clamp",
-    F.leaky_relu: "leaky_relu", F.prelu: "prelu", F.elu: "elu", F.selu: "selu", F.gelu: "gelu", F.silu: "silu", F.mish: "mish",
+    F.relu: "relu", torch.relu: "relu", F.relu6: "relu6", F.hardtanh: "hardtanh", torch.clamp: "clamp",
+    torch.clip: "clamp",
+    F.leaky_relu: "leaky_relu", F.prelu: "prelu", F.elu: "elu", F.selu: "selu", F.gelu: "gelu", F.silu: "silu",
+    F.mish: "mish",
     F.sigmoid: "sigmoid", torch.sigmoid: "sigmoid", F.tanh: "tanh", torch.tanh: "tanh", F.hardswish: "hardswish",
     F.hardsigmoid: "hardsigmoid", F.softmax: "softmax", torch.softmax: "softmax", F.log_softmax: "log_softmax",
     F.softplus: "softplus",
@@ -58,12 +65,13 @@ WEIGHTED = frozenset(
     {"conv1d", "conv2d", "conv3d", "linear", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d"}
 )
 ACTIVATIONS = frozenset({
-    "relu", "relu6", "hardtanh", "clamp", "leaky_relu", "prelu", "elu", "selu", "gelu", "silu", "mish", "sigmoid", "tanh",
-    "hardswish", "hardsigmoid", "softmax", "log_softmax", "softplus",
+    "relu", "relu6", "hardtanh", "clamp", "leaky_relu", "prelu", "elu", "selu", "gelu", "silu", "mish", "sigmoid",
+    "tanh", "hardswish", "hardsigmoid", "softmax", "log_softmax", "softplus",
 })  # fmt: skip
 LISTED = WEIGHTED | ACTIVATIONS | frozenset({
     "batch_norm", "functional_batch_norm", "add", "mul", "sub", "cat", "max_pool", "avg_pool", "global_avg_pool",
-    "adaptive_max_pool", "matmul", "attention", "lstm", "gru", "rnn", "embedding", "layer_norm", "group_norm", "bilinear",
+    "adaptive_max_pool", "matmul", "attention", "lstm", "gru", "rnn", "embedding", "layer_norm", "group_norm",
+    "bilinear",
 })  # fmt: skip
 
 

@@ -1,15 +1,15 @@
-"""Match a traced graph against a runtime's operator table: which operators run in integers, which tensors are quantized.
+"""Match a graph against a runtime's operator table: which operators run in integers, which tensors are quantized.
 
-Three passes over the nodes: fuse chains around the main operators, decide forwards which elementwise operators could run
-in integers because all they read is near integers, and decide backwards which of them should because somebody reads the
-result in integers.
+Three passes over the nodes: fuse chains around the main operators, decide forwards which elementwise operators could
+run in integers because all they read is near integers, and decide backwards which of them should because somebody reads
+the result in integers.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.plan import Edge, GraphPlan, Operator, Row
@@ -160,7 +160,7 @@ class Matcher:
         amounts = (
             ops.argument(pad, 1, "pad") if pad.op != "call_module" else self.root.get_submodule(str(pad.target)).padding
         )
-        places = fake.dim() - 2 if hasattr(fake, "dim") else 0
+        places = fake.dim() - 2 if isinstance(fake, Tensor) else 0
         if (
             isinstance(amounts, tuple | list)
             and len(amounts) <= 2 * places
@@ -255,7 +255,8 @@ class Matcher:
                 wanted.add(unit.tail)
         groups: dict[fx.Node, str] = {}
         for node in reversed(shared):
-            groups[node] = groups.get(node.args[0], node.args[0].meta["key"])  # type: ignore[union-attr, arg-type]
+            source = ops.argument(node, 0, "input")
+            groups[node] = groups.get(source, source.meta["key"])
         for node in self.graph.nodes:
             if node in wanted:
                 key = node.meta["key"]

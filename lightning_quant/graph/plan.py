@@ -115,3 +115,13 @@ class Plan:
         rows = [(r.name, r.kind, r.action, r.reason, f"{r.macs:,}" if r.macs else "") for r in self.rows]
         head = f"{self.num_quantized} operators in {self.recipe}, {self.coverage:.1%} of the multiply-adds"
         return f"{head}\n{text_table(('layer', 'kind', 'runs in', 'reason', 'multiply-adds'), rows)}"
+
+
+def identify(path: str, key: str) -> str:
+    """Return the name of an edge or operator among all graphs of a plan."""
+    return f"{path}:{key}"
+
+
+def path_of(identity: str) -> str:
+    """Return the path of the graph that an identified edge or operator belongs to."""
+    return identity.partition(":")[0]

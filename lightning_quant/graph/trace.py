@@ -73,7 +73,7 @@ class _ShapedProxy(fx.Proxy):
 
     def __iter__(self) -> Any:
         if isinstance(self.fake, tuple | list):
-            return iter([self[index] for index in range(len(self.fake))])
+            return iter([operator.getitem(self, index) for index in range(len(self.fake))])
         return super().__iter__()
 
     def _known(self, name: str) -> Any:
@@ -95,6 +95,12 @@ class _Tracer(fx.Tracer):
         self.output_spec: ResultSpec | None = None
         self.failure: tuple[str, Exception] | None = None
         self.propagating = False
+
+    def result_spec(self) -> ResultSpec:
+        """Return how the traced leaves make up the result, once traced."""
+        if self.output_spec is None:
+            raise UntraceableError("forward returned nothing")
+        return self.output_spec
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _ShapedProxy(node, self)
@@ -207,7 +213,7 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
             opaque.add(culprit)
             reasons[culprit] = reason
             continue
-        return Traced(graph, tracer.output_spec, reasons)
+        return Traced(graph, tracer.result_spec(), reasons)
 
 
 def has_hooks(module: nn.Module) -> bool:

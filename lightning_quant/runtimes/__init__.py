@@ -4,6 +4,7 @@ A runtime module offers `TABLE`, `REQUIRES`, `check()`, `export(...)` and `load(
 """
 
 import importlib
+import importlib.util
 import pkgutil
 from types import ModuleType
 

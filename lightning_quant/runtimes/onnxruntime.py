@@ -1,8 +1,9 @@
 """Runtime `onnxruntime`: QDQ models as ONNX files that ONNX Runtime fuses into its integer kernels.
 
 What the table says was tried on ONNX Runtime 1.31, CPU, with counts from the optimized model:
-- QLinearConv needs the output quantized; clips and ReLUs after it must be gone from the graph (the output's range clips),
-  or conv and clip fuse in float first. LeakyReLU after a conv fuses in float too unless the conv's output is quantized.
+- QLinearConv needs the output quantized; clips and ReLUs after it must be gone from the graph (the output's range
+  clips), or conv and clip fuse in float first. LeakyReLU after a conv fuses in float too unless the conv's output is
+  quantized.
 - A zero pad between DequantizeLinear and Conv is merged into the conv's own padding.
 - A mean over all places stays a float ReduceMean; an average pool over the whole window is QLinearAveragePool.
 - QLinearConcat takes inputs of different scales, so they need not share one.
@@ -32,15 +33,31 @@ from lightning_quant.signature import Signature, tensor_leaves
 
 REQUIRES = ("onnxruntime", "onnx", "onnxscript")
 MODEL_FILE = "model.onnx"
-_FLOAT_ONLY = "ONNX Runtime has no integer kernel for it on the CPU"
+_WITHOUT_KERNEL = (
+    *(
+        "conv_transpose1d",
+        "conv_transpose2d",
+        "conv_transpose3d",
+        "conv3d",
+        "attention",
+        "sub",
+        "layer_norm",
+        "group_norm",
+    ),
+    *("hardswish", "hardsigmoid", "gelu", "silu", "mish", "prelu", "elu", "selu", "tanh", "softplus", "log_softmax"),
+)
+_REASONS = {
+    **dict.fromkeys(_WITHOUT_KERNEL, "ONNX Runtime has no integer kernel for it on the CPU"),
+    "softmax": "kept float: eight bits are too few for its tails",
+}
 TABLE = OperatorTable(
     weighted=frozenset({"conv1d", "conv2d", "linear"}),
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset({"linear", "matmul"}),
     own_scale=frozenset({"add", "mul", "matmul", "cat", "avg_pool", "global_avg_pool", "leaky_relu", "sigmoid"}),
     shared_scale=frozenset({"reshape", "max_pool"}),
-    reasons=dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv3d", "hardswish", "hardsigmoid", "gelu", "silu", "mish", "prelu", "elu", "selu", "tanh", "softplus", "layer_norm", "group_norm", "attention", "sub"), _FLOAT_ONLY) | {"softmax": "kept float: eight bits are too few for its tails", "log_softmax": _FLOAT_ONLY},
-)  # fmt: skip
+    reasons=_REASONS,
+)
 # Integer operators of an optimized session that carry out each kind.
 _INTEGER_OPERATORS = {
     "conv1d": ("QLinearConv",),
@@ -86,6 +103,7 @@ class OnnxRuntimeModule(nn.Module):
         self._names = [info.name for info in self.session.get_inputs()]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the session on a call of the captured structure."""
         tensors = self.signature.flatten(args, kwargs)
         dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
         values = [_to_numpy(tensor, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]

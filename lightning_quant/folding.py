@@ -1,0 +1,81 @@
+"""Fold BatchNorm into the layer before it: the arithmetic that fake quantization and convert share.
+
+Weights are rounded per output channel, and so is what folding multiplies: rounding commutes with the gain, so that in
+training the unfolded weight is rounded and no gamma is divided by.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.fake_quantize import BIAS_LIMIT, SMALLEST_SCALE, channel_maximum, weight_scale
+from lightning_quant.routing import fetch, resolve
+
+
+@dataclass(frozen=True)
+class Folded:
+    """A layer's bias and scales with its BatchNorm folded in, `(out_channels,)` float32 each.
+
+    Attributes:
+        gain: factor on each channel of the weight; None without BatchNorm.
+        bias: after folding, zeros when there is none.
+        scale: of the folded weight.
+        unfolded_scale: of the weight before folding; the same integers, and a scale that does not vanish with the gain.
+        bias_step: value of one step of the int32 bias: input scale times weight scale.
+    """
+
+    gain: Tensor | None
+    bias: Tensor
+    scale: Tensor
+    unfolded_scale: Tensor
+    bias_step: Tensor
+
+    @property
+    def bias_error(self) -> Tensor:
+        """What rounding the bias to int32 adds to it."""
+        return torch.round(self.bias / self.bias_step) * self.bias_step - self.bias
+
+
+@torch.no_grad()
+def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None, input_scale: Tensor, quant_max: int) -> Folded:
+    """Fold a BatchNorm (or None) into a layer and choose the weight scales.
+
+    The gain is gamma / sqrt(var + eps), the bias (bias - mean) * gain + beta. Source: Jacob et al. 2018,
+    arXiv:1712.05877, equation 14.
+
+    Args:
+        weight: `(out_channels, ...)`, before folding.
+        bias: `(out_channels,)` or None.
+        norm: with running statistics.
+        input_scale: 0-dim, scale of the tensor that the layer reads.
+        quant_max: 127 for 8-bit weights, 63 for 7-bit weights.
+    """
+    gain, shift = (None, bias) if norm is None else _gain_and_bias(bias, norm)
+    unfolded = weight_scale(channel_maximum(weight), quant_max, gain=gain, bias=shift, input_scale=input_scale)
+    scale = unfolded if gain is None else unfolded * gain.abs()
+    shift = torch.zeros_like(scale) if shift is None else shift.float()
+    # Where the gain is zero so is the scale; the bias still needs a step that int32 can count.
+    scale = torch.maximum(scale, (shift.abs() / (input_scale * BIAS_LIMIT)).clamp(min=SMALLEST_SCALE))
+    return Folded(gain, shift, scale, unfolded, scale * input_scale)
+
+
+def fold_at(module: nn.Module, names: tuple[str, str, str], input_scale: Tensor, quant_max: int) -> Folded:
+    """Fold the layer and BatchNorm of these names (weight, bias, norm; empty when there is none) in a module."""
+    weight, bias, norm = names
+    return fold(
+        fetch(module, weight),
+        fetch(module, bias) if bias else None,
+        resolve(module, norm) if norm else None,
+        input_scale,
+        quant_max,
+    )
+
+
+def _gain_and_bias(bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
+    mean, variance = fetch(norm, "running_mean").float(), fetch(norm, "running_var").float()
+    gain = torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
+    if norm.weight is not None:
+        gain = gain * fetch(norm, "weight").float()
+    shift = (-mean if bias is None else bias.float() - mean) * gain
+    return gain, shift if norm.bias is None else shift + fetch(norm, "bias").float()

@@ -1,0 +1,96 @@
+"""Put quantizers into a traced graph and make it a function.
+
+The function takes the module, the `Prepared` and the call's tensors: it holds no module and no tensor of its own.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from lightning_quant.calls import CallSpec, ResultSpec
+from lightning_quant.graph.analyze import Island
+from lightning_quant.graph.operations import argument
+from lightning_quant.graph.plan import identify
+from lightning_quant.graph.trace import trace
+
+
+@dataclass(frozen=True)
+class Instrumented:
+    """A graph with quantizers as a function, and how its leaves make up the result."""
+
+    function: Callable[..., Any]
+    output_spec: ResultSpec
+
+
+def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
+    """Trace a module under its present flags and put the quantizers in."""
+    traced = trace(module, spec, tensors, set(island.opaque))
+    graph = traced.graph
+    nodes = list(graph.nodes)
+    keys = {}
+    for node in nodes:
+        key = island.keys.get(node.meta.get("site"))
+        if key is not None:
+            keys[key] = node
+    with graph.inserting_before(nodes[0]):
+        prepared = graph.placeholder("prepared_")
+    for operator in island.plan.operators:
+        if operator.weight and operator.key in keys:
+            _quantize_weight(graph, prepared, keys[operator.key], identify(island.path, operator.key))
+        if operator.batch_norm in keys:
+            norm = keys[operator.batch_norm]
+            identity = identify(island.path, operator.key)
+            _call(
+                graph,
+                prepared,
+                norm,
+                "run_batch_norm",
+                (identity, _module_reference(graph, norm), argument(norm, 0, "input")),
+            )
+    for edge in island.plan.edges:
+        if edge.key in keys:
+            _quantize_edge(graph, prepared, keys[edge.key], identify(island.path, edge.key))
+    graph.lint()
+    return Instrumented(_function_of(graph), traced.output_spec)
+
+
+def _module_reference(graph: fx.Graph, node: fx.Node) -> fx.Node:
+    """Insert a reference to the module that a node calls, looked up in the user's tree at each call."""
+    with graph.inserting_before(node):
+        return graph.create_node("get_attr", str(node.target))
+
+
+def _quantize_weight(graph: fx.Graph, prepared: fx.Node, node: fx.Node, identity: str) -> None:
+    if node.op == "call_module":
+        _call(
+            graph, prepared, node, "run_layer", (identity, _module_reference(graph, node), argument(node, 0, "input"))
+        )
+        return
+    for method, position in (("quantize_weight", 1), ("quantize_bias", 2)):
+        parameter = argument(node, position, method.removeprefix("quantize_"))
+        if parameter is not None:
+            with graph.inserting_before(node):
+                rounded = graph.call_method(method, (prepared, identity, parameter))
+            node.replace_input_with(parameter, rounded)
+
+
+def _call(graph: fx.Graph, prepared: fx.Node, node: fx.Node, method: str, args: tuple[Any, ...]) -> None:
+    with graph.inserting_before(node):
+        node.op, node.target, node.args, node.kwargs = "call_method", method, (prepared, *args), {}
+
+
+def _quantize_edge(graph: fx.Graph, prepared: fx.Node, node: fx.Node, identity: str) -> None:
+    readers = list(node.users)
+    with graph.inserting_after(node):
+        rounded = graph.call_method("quantize_edge", (prepared, identity, node))
+    for reader in readers:
+        reader.replace_input_with(node, rounded)
+
+
+def _function_of(graph: fx.Graph) -> Callable[..., Any]:
+    code = graph.python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<lightning_quant graph>", "exec"), namespace)
+    return namespace["forward"]
