@@ -14,15 +14,15 @@ from torch.utils import _pytree as pytree
 from lightning_quant.calls import ResultSpec, flatten_call
 from lightning_quant.errors import ExportError
 from lightning_quant.graph import operations as ops
-from lightning_quant.graph.analyze import Island
+from lightning_quant.graph.analyze import Island, has_weights
 from lightning_quant.graph.plan import Operator, identify, path_of
 from lightning_quant.graph.trace import trace
 from lightning_quant.prepare import Prepared
 from lightning_quant.routing import clone, evaluation_mode, fetch, replace_submodule, resolve
 
 _INT32 = torch.iinfo(torch.int32)
-# Decibels by which the QDQ graph may differ from the fake-quantized model: float32 sums in another order only.
-_MINIMUM_AGREEMENT_DB = 30.0
+_TOLERANCE_DB = 3.0
+_ENOUGH_DB = 40.0
 
 
 class BoundGraph(nn.Module):
@@ -100,16 +100,19 @@ def check_agreement(prepared: Prepared, converted: nn.Module, args: tuple[Any, .
     """Return by how many decibels the QDQ module agrees with the fake-quantized one on a call.
 
     Raises:
-        ExportError: they differ by more than float32 rounding and the integer steps it tips over explain.
+        ExportError: they are farther apart than the fake-quantized model is from float. (Both compute the same integers
+            but for ties, which float32 sums in another order tip over.)
     """
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        with evaluation_mode(prepared.root), prepared.attached("frozen"):
-            expected = prepared.root(*args, **kwargs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
+        float_output = prepared.root(*args, **kwargs)
+        with prepared.attached("frozen"):
+            simulated = prepared.root(*args, **kwargs)
         actual = converted(*args, **kwargs)
-    agreement = signal_to_noise(expected, actual)
-    if not agreement >= _MINIMUM_AGREEMENT_DB:
+    agreement = signal_to_noise(simulated, actual)
+    needed = min(signal_to_noise(float_output, simulated) - _TOLERANCE_DB, _ENOUGH_DB)
+    if not agreement >= needed:
         raise ExportError(
-            f"Expected the converted model to agree with the fake-quantized one by {_MINIMUM_AGREEMENT_DB} dB, but got "
+            f"Expected the converted model to agree with the fake-quantized one by {needed:.1f} dB, but got "
             f"{agreement:.1f} dB. Please report this with your model's plan."
         )
     return agreement
@@ -135,6 +138,7 @@ def _convert_island(prepared: Prepared, island: Island, module: nn.Module) -> Bo
     traced = trace(module, island.spec, island.tensors, set(island.opaque))
     graph = traced.graph
     nodes = {node.meta["key"]: node for node in graph.nodes if "key" in node.meta}
+    _shield_float_layers(prepared, island, nodes, module)
     layers: dict[str, nn.Module] = {}
     for operator in island.plan.operators:
         if operator.weight:
@@ -163,15 +167,11 @@ def _convert_layer(
 ) -> QuantizedLayer:
     """Fold BatchNorm into a layer and quantize it; `module` has its strides and padding, the prepared its weights."""
     folded = prepared.folded(identity)
-    weight = fetch(resolve(prepared.root, path_of(identity)), operator.weight).float()
-    shape = (-1, *[1] * (weight.dim() - 1))
-    if folded.gain is not None:
-        weight = weight * folded.gain.view(shape)
-    limit = prepared.recipe.weight.quant_max
-    integers = torch.round(weight / folded.scale.view(shape)).clamp_(-limit, limit).to(torch.int8)
-    int_bias = torch.round(folded.bias / folded.bias_step).to(torch.int32)
+    weight = fetch(resolve(prepared.root, path_of(identity)), operator.weight)
+    integers = folded.integers(weight, prepared.recipe.weight.quant_max).to(torch.int8)
+    bias = folded.bias_integers.to(torch.int32)
     options = _layer_options(nodes[operator.key], operator, module)
-    tensors = (integers, folded.scale, int_bias, folded.bias_step)
+    tensors = (integers, folded.scale, bias, folded.bias_step)
     return QuantizedLayer(operator.kind, options, *(tensor.detach().cpu() for tensor in tensors))
 
 
@@ -214,6 +214,41 @@ def _pool_with_static_window(node: fx.Node) -> None:
         result = pooled if keep else node.graph.call_function(torch.flatten, (pooled, 1))
     node.replace_all_uses_with(result)
     node.meta["dropped"] = result
+
+
+def _shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.Node], module: nn.Module) -> None:
+    """Keep runtimes from quantizing the weights of float layers that read a quantized tensor.
+
+    ONNX Runtime does so, per tensor and unasked, when such a layer reads DequantizeLinear directly (its transformer
+    WeightBiasQuantization, 1.20 to 1.31). A clip to the tensor's own range changes nothing and stands between them.
+    """
+    edges = {edge.key for edge in island.plan.edges}
+    for node in list(nodes.values()):
+        if node.meta["key"] in island.plan.weighted or not _runs_weights(node, module):
+            continue
+        for source in ops.tensor_inputs(node):
+            origin = source
+            while origin.meta["key"] not in edges and ops.describe(origin, module).kind in (
+                "reshape",
+                "max_pool",
+                "pad",
+            ):
+                origin = origin.args[0]  # type: ignore[assignment]
+            if origin.meta["key"] not in edges:
+                continue
+            scale, zero_point = prepared.ranges.parameters(identify(island.path, origin.meta["key"]))
+            low = (-zero_point - 1) * scale
+            high = (prepared.recipe.activation.quant_max - zero_point + 1) * scale
+            with node.graph.inserting_before(node):
+                clipped = node.graph.call_function(torch.clamp, (source, low.item(), high.item()))
+            node.replace_input_with(source, clipped)
+
+
+def _runs_weights(node: fx.Node, module: nn.Module) -> bool:
+    operation = ops.describe(node, module)
+    if operation.kind in ops.WEIGHTED:
+        return True
+    return node.op == "call_module" and has_weights(module.get_submodule(str(node.target)))
 
 
 def _insert_pair(graph: fx.Graph, node: fx.Node, scale: float, zero_point: int, quant_max: int) -> None:

@@ -32,9 +32,17 @@ class Folded:
     bias_step: Tensor
 
     @property
-    def bias_error(self) -> Tensor:
-        """What rounding the bias to int32 adds to it."""
-        return torch.round(self.bias / self.bias_step) * self.bias_step - self.bias
+    def bias_integers(self) -> Tensor:
+        """The bias in whole steps, `(out_channels,)`, in the int32 range."""
+        return torch.round(self.bias / self.bias_step)
+
+    def integers(self, weight: Tensor, quant_max: int) -> Tensor:
+        """Return the folded weight in whole steps, float32, of the weight's shape."""
+        shape = (-1, *[1] * (weight.dim() - 1))
+        weight = weight.detach().float()
+        if self.gain is not None:
+            weight = weight * self.gain.view(shape)
+        return torch.round(weight / self.scale.view(shape)).clamp_(-quant_max, quant_max)
 
 
 @torch.no_grad()

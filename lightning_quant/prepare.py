@@ -5,7 +5,7 @@ Observers and ranges are plain tensors outside the module.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from lightning_quant import integer, runtimes
 from lightning_quant import recipe as recipes
-from lightning_quant import runtimes
 from lightning_quant.calls import flatten_call, rebuild_call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
@@ -70,6 +70,8 @@ class Prepared:
         self.varying: set[tuple[str, int]] = set()
         self.recorded: list[tuple[str, Tensor]] | None = None
         self._graphs: dict[Any, Instrumented] = {}
+        # Edge to the integers, without zero point and not clipped, that its producer has just computed for it.
+        self._integers: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_graphs": {}}
@@ -123,6 +125,11 @@ class Prepared:
         """Whether tensors are rounded in this phase."""
         return self.phase in PHASES[2:]
 
+    @property
+    def computes_integers(self) -> bool:
+        """Whether operators compute what integer kernels compute: in evaluation, where no gradient is asked for."""
+        return self.quantizes and not self.root.training and not torch.is_grad_enabled()
+
     def call(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return args and kwargs of the captured call with these tensors in place of its own."""
         return rebuild_call(self.signature, self.spec.arguments(list(tensors)))
@@ -133,7 +140,7 @@ class Prepared:
         other.root = root
         other.tensors = self.tensors if tensors is None else tensors
         other.phase, other.observing = "off", False
-        other._graphs = {}
+        other._graphs, other._integers = {}, {}
         return other
 
     def state_dict(self) -> dict[str, Any]:
@@ -172,23 +179,15 @@ class Prepared:
         if not self.quantizes:
             return x
         scale, zero_point = self.ranges.parameters(identity)
-        rounded = fake_quantize(x, scale, zero_point, self.recipe.activation.quant_max)
+        quant_max, integers = self.recipe.activation.quant_max, self._integers.pop(identity, None)
+        if integers is None:
+            rounded = fake_quantize(x, scale, zero_point, quant_max)
+        else:
+            rounded = (integers.clamp(-zero_point.item(), quant_max - zero_point.item()) * scale).to(x.dtype)
         if self.recorded is not None:
             integers = torch.round(rounded.detach().float() / scale + zero_point)
             self.recorded.append((identity, integers.to(torch.uint8)))
         return rounded
-
-    def quantize_weight(self, identity: str, weight: Tensor) -> Tensor:
-        """Round a weight for the input range and the BatchNorm that it meets."""
-        if not self.quantizes:
-            return weight
-        return fake_quantize_weight(weight, self.folded(identity).unfolded_scale)
-
-    def quantize_bias(self, identity: str, bias: Tensor) -> Tensor:
-        """Round a bias to the steps of its int32 form; where a BatchNorm is fused, that one's is rounded instead."""
-        if not self.quantizes or self.operators[identity].batch_norm:
-            return bias
-        return bias + self.folded(identity).bias_error.to(bias.dtype)
 
     def folded(self, identity: str) -> Folded:
         """Return bias and scales of a weighted operator as they are exported; the same in training and in convert."""
@@ -198,29 +197,64 @@ class Prepared:
         return fold_at(resolve(self.root, path), names, input_scale, self.recipe.weight.quant_max)
 
     def run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
-        """Call a layer, hooks and all, with a rounded weight and bias in place of its own."""
+        """Call a layer, hooks and all, with a rounded weight in place of its own."""
         if not self.quantizes:
             return layer(x)
 
-        def forward(*args: Any) -> Any:
-            # Read here, after hooks such as pruning have set it.
-            rounded = {"weight": self.quantize_weight(identity, fetch(layer, "weight"))}
-            if layer.bias is not None:
-                rounded["bias"] = self.quantize_bias(identity, fetch(layer, "bias"))
-            with shadowed(layer, rounded):
-                return type(layer).forward(layer, *args)
+        def forward(x: Tensor) -> Tensor:
+            def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                with shadowed(layer, {"weight": weight, "bias": bias}):
+                    return type(layer).forward(layer, x)
+
+            # Weights are read here, after hooks such as pruning have set them.
+            bias = fetch(layer, "bias") if layer.bias is not None else None
+            return self._run_weighted(identity, x, fetch(layer, "weight"), bias, call)
 
         with shadowed(layer, {"forward": forward}):
             return layer(x)
 
-    def run_batch_norm(self, identity: str, norm: nn.Module, x: Tensor) -> Tensor:
-        """Call a fused BatchNorm; with running statistics, its bias is rounded as the exported model's will be."""
-        if not self.quantizes or (norm.training and self.phase != "frozen_batch_norm"):
+    def run_function(
+        self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Call a functional layer with a rounded weight."""
+        function = getattr(F, self.operators[identity].kind)
+        if not self.quantizes:
+            return function(x, weight, bias, *args, **kwargs)
+        return self._run_weighted(identity, x, weight, bias, lambda x, w, b: function(x, w, b, *args, **kwargs))
+
+    def _run_weighted(
+        self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor]
+    ) -> Tensor:
+        folded = self.folded(identity)
+        if not self.computes_integers:
+            return call(x, fake_quantize_weight(weight, folded.unfolded_scale), bias)
+        operator, path = self.operators[identity], path_of(identity)
+        input_scale, _ = self.ranges.parameters(identify(path, operator.inputs[0]))
+        sums = call(torch.round(x.float() / input_scale), folded.integers(weight, self.recipe.weight.quant_max), None)
+        shape = (-1,) if operator.kind == "linear" else (-1, *[1] * (sums.dim() - 2))
+        sums, step = sums + folded.bias_integers.view(shape), folded.bias_step.view(shape)
+        if operator.quantized_output:
+            output = identify(path, operator.output)
+            self._integers[output] = integer.requantize(sums, step, self.ranges.parameters(output)[0])
+        return (sums * step).to(x.dtype)
+
+    def run_add(self, identity: str, first: Tensor, second: Tensor) -> Tensor:
+        """Add two quantized tensors."""
+        operator, path = self.operators[identity], path_of(identity)
+        if self.computes_integers and operator.quantized_output:
+            output = identify(path, operator.output)
+            one, other = (self.ranges.parameters(identify(path, key)) for key in operator.inputs)
+            self._integers[output] = integer.add(first, second, (one, other), self.ranges.parameters(output))
+        return first + second
+
+    def run_batch_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Call a BatchNorm that is fused into the layer before it, unless that one computed it in integers already."""
+        if self.computes_integers:
+            return x
+        if self.phase != "frozen_batch_norm":
             return norm(x)
         mean, variance = fetch(norm, "running_mean"), fetch(norm, "running_var")
-        error = self.folded(identity).bias_error.to(mean.dtype)
-        bias = error if norm.bias is None else fetch(norm, "bias") + error
-        return F.batch_norm(x, mean, variance, norm.weight, bias, False, 0.0, norm.eps)  # type: ignore[arg-type]
+        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)  # type: ignore[arg-type]
 
     def _note_sizes(self, names: tuple[str, ...], tensors: list[Tensor]) -> None:
         for name, tensor, captured in zip(names, tensors, self.tensors, strict=False):

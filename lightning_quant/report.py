@@ -190,8 +190,8 @@ class Report:
         parity = self.parity
         text = (
             f"Parity {'FAILED' if parity.failures else 'ok'}: every operator has at least {parity.worst_share:.2%} of "
-            f"its values within one step of the simulation; simulated against artifact {parity.artifact_db:.1f} dB, float against "
-            f"simulated {parity.quantization_db:.1f} dB"
+            f"its values within one step of the simulation; simulated against artifact {parity.artifact_db:.1f} dB, "
+            f"float against simulated {parity.quantization_db:.1f} dB"
         )
         if parity.equal_argmax is not None:
             text += f"; {parity.equal_argmax:.1%} equal predictions"

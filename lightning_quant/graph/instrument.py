@@ -39,16 +39,12 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
     for operator in island.plan.operators:
         if operator.weight and operator.key in keys:
             _quantize_weight(graph, prepared, keys[operator.key], identify(island.path, operator.key))
+        if operator.kind == "add" and len(operator.inputs) == 2 and operator.key in keys:
+            node = keys[operator.key]
+            _call(graph, prepared, node, "run_add", (identify(island.path, operator.key), *node.args[:2]))
         if operator.batch_norm in keys:
             norm = keys[operator.batch_norm]
-            identity = identify(island.path, operator.key)
-            _call(
-                graph,
-                prepared,
-                norm,
-                "run_batch_norm",
-                (identity, _module_reference(graph, norm), argument(norm, 0, "input")),
-            )
+            _call(graph, prepared, norm, "run_batch_norm", (_module_reference(graph, norm), argument(norm, 0, "input")))
     for edge in island.plan.edges:
         if edge.key in keys:
             _quantize_edge(graph, prepared, keys[edge.key], identify(island.path, edge.key))
@@ -68,12 +64,11 @@ def _quantize_weight(graph: fx.Graph, prepared: fx.Node, node: fx.Node, identity
             graph, prepared, node, "run_layer", (identity, _module_reference(graph, node), argument(node, 0, "input"))
         )
         return
-    for method, position in (("quantize_weight", 1), ("quantize_bias", 2)):
-        parameter = argument(node, position, method.removeprefix("quantize_"))
-        if parameter is not None:
-            with graph.inserting_before(node):
-                rounded = graph.call_method(method, (prepared, identity, parameter))
-            node.replace_input_with(parameter, rounded)
+    node.op, node.target = "call_method", "run_function"
+    node.args, node.kwargs = (
+        (prepared, identity, *node.args),
+        {"x" if k == "input" else k: v for k, v in node.kwargs.items()},
+    )
 
 
 def _call(graph: fx.Graph, prepared: fx.Node, node: fx.Node, method: str, args: tuple[Any, ...]) -> None:

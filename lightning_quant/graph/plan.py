@@ -75,6 +75,11 @@ class GraphPlan:
     operators: tuple[Operator, ...]
     edges: tuple[Edge, ...]
 
+    @property
+    def weighted(self) -> frozenset[str]:
+        """Keys of the operators that carry weights."""
+        return frozenset(operator.key for operator in self.operators if operator.weight)
+
 
 @dataclass(frozen=True)
 class Plan:
