@@ -20,14 +20,16 @@ class Schedule:
         observe: start of observing; before it the model trains in float at no cost.
         fake_quantize: start of rounding; ranges go on following the data.
         freeze_observers: start of fixed ranges.
-        freeze_batch_norm: start of BatchNorm using its running statistics, which then stay as they are.
+        freeze_batch_norm: start of BatchNorm using its running statistics, which then stay as they are; never by
+            default. It wants a learning rate that has come down: at a constant one, networks have collapsed within an
+            epoch, in float as well.
         unit: "fraction" of the run, in [0, 1]; "epochs", or "steps" of the optimizer, counted from the run's beginning.
     """
 
     observe: float = 0.0
     fake_quantize: float = 0.2
-    freeze_observers: float = 0.7
-    freeze_batch_norm: float = 0.85
+    freeze_observers: float = 0.8
+    freeze_batch_norm: float = math.inf
     unit: str = "fraction"
 
     def __post_init__(self) -> None:
@@ -96,9 +98,7 @@ def resolve(schedule: Schedule, trainer: Any) -> Timeline:
         "frozen": schedule.freeze_observers,
         "frozen_batch_norm": schedule.freeze_batch_norm,
     }
-    starts: dict[str, float] = {
-        phase: math.ceil(point * factor - 1e-9) if point else 0 for phase, point in points.items()
-    }
+    starts = {phase: _start(point, factor) for phase, point in points.items()}
     if schedule.unit == "fraction":
         # A run of a few batches still ends in rounding: `fast_dev_run` must try what the real run will do.
         starts["fake_quantize"] = min(starts["fake_quantize"], max(end - 1, 0))
@@ -108,3 +108,7 @@ def resolve(schedule: Schedule, trainer: Any) -> Timeline:
             f"{schedule.unit} and the run ends before. Train longer or begin earlier."
         )
     return Timeline(starts, in_epochs)
+
+
+def _start(point: float, factor: float) -> float:
+    return math.ceil(point * factor - 1e-9) if 0 < point < math.inf else point

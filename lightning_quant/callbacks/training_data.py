@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -30,7 +30,7 @@ def capture_call(trainer: Trainer, pl_module: LightningModule, path: str | None,
             LightningModule with that.
     """
     duplicate = independent_copy(trainer, pl_module)
-    with isolated_rng(), unchanged(pl_module), torch.no_grad():
+    with isolated_rng(), unchanged(pl_module), _loaders_set_up_later(trainer), torch.no_grad():
         if example == "example_input_array":
             return capture(duplicate, lambda: _call_example(duplicate), path)
         batch = next(iter(batches(trainer, pl_module, 1)), None)
@@ -92,6 +92,16 @@ def batches(trainer: Trainer, pl_module: LightningModule, number: int, data: str
             if count == number:
                 return
             yield _transferred(trainer, pl_module, batch)
+
+
+@contextmanager
+def _loaders_set_up_later(trainer: Trainer) -> Iterator[None]:
+    """Let the trainer set up its training data again at its own time, with the random numbers of that time."""
+    before = trainer.fit_loop._combined_loader
+    try:
+        yield
+    finally:
+        trainer.fit_loop._combined_loader = before
 
 
 def _combined_loader(trainer: Trainer, data: str) -> CombinedLoader:
