@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_quant.bias_correction import InputMeans
 from lightning_quant.errors import CalibrationError
 from lightning_quant.prepare import Prepared
 from lightning_quant.routing import device_of, evaluation_mode
@@ -23,7 +24,13 @@ def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
         CalibrationError: there was no step, or a tensor was never seen or is not finite.
     """
     number = 0
-    with torch.no_grad(), evaluation_mode(prepared.root), prepared.attached("observe", observing=True):
+    means = InputMeans() if prepared.recipe.bias_correction else None
+    with (
+        torch.no_grad(),
+        prepared.measuring(means),
+        evaluation_mode(prepared.root),
+        prepared.attached("observe", observing=True),
+    ):
         for step in steps:
             step()
             number += 1
@@ -31,6 +38,8 @@ def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
         raise CalibrationError("Expected calibration data to yield at least one batch, but it yielded none.")
     prepared.ranges.forget_parameters()
     prepared.ranges.check()
+    if means is not None:
+        prepared.correct_biases(means)
     return number
 
 

@@ -7,6 +7,7 @@ Observers and ranges are plain tensors outside the module.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from lightning_quant import integer, runtimes
 from lightning_quant import recipe as recipes
+from lightning_quant.bias_correction import InputMeans, bias_correction
 from lightning_quant.calls import flatten_call, rebuild_call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
@@ -52,6 +54,8 @@ class Prepared:
             running statistics), in the order of training.
         observing: whether tensors that pass update the ranges, in phases that have not frozen them.
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
+        input_means: when set, gets the means of what weighted operators read while observing.
+        bias_corrections: operator to what is added to its folded bias, `(out_channels,)`.
         recorded: when a list, every tensor that is rounded is appended to it as `(edge, integers)`.
     """
 
@@ -69,6 +73,8 @@ class Prepared:
         self.observing = False
         self.varying: set[tuple[str, int]] = set()
         self.recorded: list[tuple[str, Tensor]] | None = None
+        self.input_means: InputMeans | None = None
+        self.bias_corrections: dict[str, Tensor] = {}
         self._graphs: dict[Any, Instrumented] = {}
         # Edge to the integers, without zero point and not clipped, that its producer has just computed for it.
         self._integers: dict[str, Tensor] = {}
@@ -109,6 +115,15 @@ class Prepared:
             yield self.recorded
         finally:
             self.recorded = None
+
+    @contextmanager
+    def measuring(self, means: InputMeans | None) -> Iterator[None]:
+        """Let observed calls also count for the means of what weighted operators read."""
+        self.input_means = means
+        try:
+            yield
+        finally:
+            self.input_means = None
 
     def set_phase(self, phase: str) -> None:
         """Change the phase.
@@ -194,11 +209,23 @@ class Prepared:
         operator, path = self.operators[identity], path_of(identity)
         input_scale, _ = self.ranges.parameters(identify(path, operator.inputs[0]))
         names = (operator.weight, operator.bias, operator.batch_norm.partition("#")[0])
-        return fold_at(resolve(self.root, path), names, input_scale, self.recipe.weight.quant_max)
+        folded = fold_at(resolve(self.root, path), names, input_scale, self.recipe.weight.quant_max)
+        correction = self.bias_corrections.get(identity)
+        return folded if correction is None else replace(folded, bias=folded.bias + correction.to(folded.bias))
+
+    @torch.no_grad()
+    def correct_biases(self, means: InputMeans) -> None:
+        """Correct every bias for the rounding of its weights, from the means of what the operators read."""
+        self.bias_corrections.clear()
+        for identity, mean in means.means.items():
+            weight = fetch(resolve(self.root, path_of(identity)), self.operators[identity].weight)
+            correction = bias_correction(weight, self.folded(identity), mean, self.recipe.weight.quant_max)
+            self.bias_corrections[identity] = correction
 
     def run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
         """Call a layer, hooks and all, with a rounded weight in place of its own."""
         if not self.quantizes:
+            self._note_input(identity, x)
             return layer(x)
 
         def forward(x: Tensor) -> Tensor:
@@ -219,6 +246,7 @@ class Prepared:
         """Call a functional layer with a rounded weight."""
         function = getattr(F, self.operators[identity].kind)
         if not self.quantizes:
+            self._note_input(identity, x)
             return function(x, weight, bias, *args, **kwargs)
         return self._run_weighted(identity, x, weight, bias, lambda x, w, b: function(x, w, b, *args, **kwargs))
 
@@ -255,6 +283,10 @@ class Prepared:
             return norm(x)
         mean, variance = fetch(norm, "running_mean"), fetch(norm, "running_var")
         return F.batch_norm(x, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)  # type: ignore[arg-type]
+
+    def _note_input(self, identity: str, x: Tensor) -> None:
+        if self.observing and self.input_means is not None:
+            self.input_means.update(identity, self.operators[identity].kind, x)
 
     def _note_sizes(self, names: tuple[str, ...], tensors: list[Tensor]) -> None:
         for name, tensor, captured in zip(names, tensors, self.tensors, strict=False):

@@ -46,6 +46,7 @@ class Recipe:
         calibration_observer: how post-training calibration turns data into ranges, a name from
             `lightning_quant.observers`: "min_max", "moving_average", "percentile" or "mse".
         training_observer: the same for quantization-aware training.
+        bias_correction: whether calibration takes the mean of the weights' rounding error out of the biases.
         percentile: share of the values, in percent, that the "percentile" observer keeps inside the range.
     """
 
@@ -54,6 +55,7 @@ class Recipe:
     activation: IntegerSpec = field(default_factory=IntegerSpec)
     calibration_observer: str = "mse"
     training_observer: str = "moving_average"
+    bias_correction: bool = True
     percentile: float = 99.99
 
 
