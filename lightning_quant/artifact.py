@@ -158,6 +158,8 @@ def read(path: str | os.PathLike[str]) -> Artifact:
             f"{manifest['format_version']}: upgrade lightning_quant."
         )
     files, hashes = manifest.get("files"), manifest.get("sha256")
+    if not isinstance(manifest.get("runtime"), str) or not isinstance(manifest.get("signature"), dict):
+        raise ArtifactError(f"Expected {folder / MANIFEST} to name a runtime and a signature, but it does not.")
     if not isinstance(files, dict) or not isinstance(hashes, dict) or "model" not in files:
         raise ArtifactError(f"Expected {folder / MANIFEST} to name its files, but it does not.")
     for name in files.values():

@@ -26,7 +26,6 @@ def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
     number = 0
     means = InputMeans() if prepared.recipe.bias_correction else None
     with (
-        torch.no_grad(),
         prepared.measuring(means),
         evaluation_mode(prepared.root),
         prepared.attached("observe", observing=True),
@@ -59,4 +58,4 @@ def steps_of(prepared: Prepared, calls: Iterable[Any]) -> Iterable[Callable[[], 
         args, kwargs = as_call(item)
         args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
         kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
-        yield functools.partial(prepared.root, *args, **kwargs)
+        yield torch.no_grad()(functools.partial(prepared.root, *args, **kwargs))

@@ -97,7 +97,7 @@ def flatten_call(
                 f"Expected `{_name(path)}` to be made of tensors, numbers, strings, lists, dicts and dataclasses, "
                 f"but got {type(leaf).__name__}. Quantize a child module that receives tensors: `module=...`."
             )
-    return CallSpec(treespec, tuple(_unique(names)), tuple(positions), tuple(constants)), tensors
+    return CallSpec(treespec, tuple(unique_names(names)), tuple(positions), tuple(constants)), tensors
 
 
 def rebuild_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -126,7 +126,8 @@ def _name(path: tuple[Any, ...]) -> str:
     return "_".join(parts)
 
 
-def _unique(names: list[str]) -> list[str]:
+def unique_names(names: list[str]) -> list[str]:
+    """Tell equal names apart by a number."""
     seen: dict[str, int] = {}
     result = []
     for name in names:
@@ -134,13 +135,3 @@ def _unique(names: list[str]) -> list[str]:
         seen[name] = count + 1
         result.append(name if count == 0 else f"{name}_{count}")
     return result
-
-
-def output_names(output: Any) -> list[str]:
-    """Return a name for every tensor of a result: its path in it, or "output"."""
-    leaves = [(path, leaf) for path, leaf in pytree.tree_flatten_with_path(output)[0] if isinstance(leaf, Tensor)]
-    names = []
-    for path, _ in leaves:
-        name = _name(path) if path else "output"
-        names.append(f"output_{name}" if name[0].isdigit() else name)
-    return _unique(names)

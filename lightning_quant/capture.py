@@ -130,15 +130,19 @@ def _record(root: nn.Module, step: Callable[[], Any], path: str | None) -> dict[
                 raise StepStoppedError
         active.append(name)
 
+    def leave() -> None:
+        active.pop()
+
+    scoring = [name for name, module in root.named_modules() if _is_scoring(module)]
     handles = []
     for name, module in root.named_modules():
-        wanted = name == path if path is not None else has_weights(module) and not _is_scoring(module)
+        wanted = name == path if path is not None else has_weights(module) and not _is_inside(name, scoring)
         if wanted:
             handles += [
                 module.register_forward_pre_hook(
                     lambda _, a, k, n=name: enter(n, a, k), with_kwargs=True, prepend=True
                 ),
-                module.register_forward_hook(lambda *_: active.pop() and None, always_call=True),
+                module.register_forward_hook(lambda *_: leave(), always_call=True),
             ]
     try:
         step()
@@ -148,6 +152,10 @@ def _record(root: nn.Module, step: Callable[[], Any], path: str | None) -> dict[
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _is_inside(name: str, others: list[str]) -> bool:
+    return any(name == other or name.startswith(f"{other}.") for other in others)
 
 
 def _is_scoring(module: nn.Module) -> bool:

@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 
+from lightning_quant.capture import isolated_rng
 from lightning_quant.errors import EvaluationError
 from lightning_quant.routing import clone, resolve, route, unroute
 
@@ -67,11 +69,36 @@ def evaluate(
         route(module, counted)
         for name in quantized_layers:
             module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: beside.add(name))
-    with _quiet():
+    _lend_transfer_hooks(trainer, duplicate)
+    # The same random numbers for every candidate: what differs then is the candidate.
+    with _quiet(), isolated_rng(0):
         evaluator = _small_trainer(trainer, limit_batches)
         results = evaluator.validate(duplicate, dataloaders=loaders, verbose=False)
     _check_calls(counted, beside, path)
     return {name: float(value) for result in results for name, value in result.items()}
+
+
+class _DataModuleLender(Callback):
+    """Lets `validation_step` see the datamodule without another setup and teardown of it."""
+
+    def __init__(self, datamodule: Any) -> None:
+        self.datamodule = datamodule
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when validation begins: lend the datamodule."""
+        trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when validation ends: take it back before teardown."""
+        trainer.datamodule = None  # type: ignore[attr-defined]
+
+
+def _lend_transfer_hooks(trainer: Trainer, duplicate: LightningModule) -> None:
+    """Let the copy transfer batches as the datamodule would."""
+    datamodule = getattr(trainer, "datamodule", None)
+    for name in ("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"):
+        if datamodule is not None and is_overridden(name, datamodule):
+            duplicate.__dict__[name] = getattr(datamodule, name)
 
 
 def _check_calls(counted: CountedCalls | None, beside: set[str], path: str) -> None:
@@ -103,6 +130,7 @@ def _small_trainer(trainer: Trainer, limit_batches: int | float | None) -> Train
         precision=trainer.precision,
         limit_val_batches=trainer.limit_val_batches if limit_batches is None else limit_batches,
         logger=DummyLogger(),
+        callbacks=[_DataModuleLender(getattr(trainer, "datamodule", None))],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,

@@ -13,7 +13,7 @@ from lightning_quant.convert import check_agreement, convert
 from lightning_quant.errors import QuantizationError
 from lightning_quant.prepare import Prepared
 from lightning_quant.ranges import Ranges
-from lightning_quant.routing import clone
+from lightning_quant.routing import clone, to_float32
 from lightning_quant.signature import make_signature
 
 DynamicShapes = dict[str, dict[int, str]]
@@ -71,7 +71,10 @@ def trial_export(prepared: Prepared, *, dynamic_shapes: DynamicShapes | None = N
         ExportError: the module does not export; the message says why.
     """
     runtime = runtimes.get(prepared.plan.runtime)
-    trial = prepared.bound_to(prepared.root)
+    root = clone(prepared.root)
+    to_float32(root)
+    tensors = [tensor.float() if tensor.is_floating_point() else tensor for tensor in prepared.tensors]
+    trial = prepared.bound_to(root, tensors)
     trial.ranges = Ranges(prepared.ranges.edges, prepared.recipe, "min_max")
     for observer in trial.ranges.observers.values():
         observer.update(torch.tensor([0.0, 1.0]))
@@ -79,7 +82,7 @@ def trial_export(prepared: Prepared, *, dynamic_shapes: DynamicShapes | None = N
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder) / runtime.MODEL_FILE
         dynamic = dynamic_dimensions(prepared, dynamic_shapes)
-        runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
+        runtime.export(converted, prepared.signature, prepared.spec, tensors, staged, dynamic=dynamic)
         runtime.check(staged)
 
 

@@ -100,15 +100,17 @@ class Histogram(MinMax):
     def __init__(self) -> None:
         super().__init__()
         self.counts = torch.zeros(self.NUM_BINS, dtype=torch.float64)
-        self.span_low = self.span_high = torch.tensor(0.0)
+        # Wider than float32, in which a narrow span around a large value would have no width.
+        self.span_low = self.span_high = torch.tensor(0.0, dtype=torch.float64)
 
     def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
         if not torch.isfinite(low + high):
             raise CalibrationError("non-finite values")
         super()._update(x, low, high)
+        low, high = low.double(), high.double()
         if self.num_updates == 0:
-            margin = torch.clamp(high - low, min=1e-8 * torch.maximum(low.abs(), high.abs()).item() + 1e-12)
-            self.span_low, self.span_high = low, low + margin
+            self.span_low = low
+            self.span_high = high + (1e-6 * torch.maximum(low.abs(), high.abs()) + 1e-30)
             self.counts = self.counts.to(x.device)
         while low < self.span_low:
             self._double(to_the_left=True)
@@ -117,9 +119,9 @@ class Histogram(MinMax):
         self.counts += self._bin_counts(x)
 
     def _bin_counts(self, x: Tensor) -> Tensor:
-        x = x.float().flatten()
+        x = x.flatten()
         if x.device.type == "cpu":
-            return torch.histc(x, self.NUM_BINS, self.span_low.item(), self.span_high.item()).double()
+            return torch.histc(x.double(), self.NUM_BINS, self.span_low.item(), self.span_high.item())
         index = ((x - self.span_low) / (self.span_high - self.span_low) * self.NUM_BINS).long()
         return torch.bincount(index.clamp_(0, self.NUM_BINS - 1), minlength=self.NUM_BINS).double()
 
@@ -136,7 +138,7 @@ class Histogram(MinMax):
 
     def _edges(self) -> Tensor:
         steps = torch.arange(self.NUM_BINS + 1, dtype=torch.float64, device=self.counts.device) / self.NUM_BINS
-        return self.span_low.double() + steps * (self.span_high - self.span_low).double()
+        return self.span_low + steps * (self.span_high - self.span_low)
 
 
 class Percentile(Histogram):

@@ -44,7 +44,7 @@ class LatencyRow:
     @property
     def best_float_ms(self) -> float:
         """Median of the faster float peer."""
-        return min(self.torch_float.median_ms, *([self.runtime_float.median_ms] if self.runtime_float else []))
+        return min(timing.median_ms for timing in (self.torch_float, self.runtime_float) if timing is not None)
 
     @property
     def speedup(self) -> float:

@@ -117,3 +117,14 @@ def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
         for name in values:
             module.__dict__.pop(name)
         module.__dict__.update(before)
+
+
+def to_float32(module: nn.Module) -> None:
+    """Give a copy float32 parameters of its own where it shares others with the user's module."""
+    for child in module.modules():
+        for name, parameter in child._parameters.items():
+            if parameter is not None and parameter.is_floating_point() and parameter.dtype != torch.float32:
+                child._parameters[name] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
+        for name, buffer in child._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                child._buffers[name] = buffer.float()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_quant.calls import CallSpec, flatten_call, output_names
+from lightning_quant.calls import CallSpec, flatten_call, unique_names
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
@@ -143,23 +143,36 @@ def tensor_leaves(output: Any) -> list[Tensor]:
     return leaves
 
 
-def _structure(value: Any, leaves: list[Tensor]) -> Any:
+def output_names(output: Any) -> list[str]:
+    """Return a name for every tensor of a result: its path in it, or "output"."""
+    names: list[str] = []
+    _structure(output, [], names)
+    return unique_names(names)
+
+
+def _structure(value: Any, leaves: list[Tensor], names: list[str] | None = None, path: str = "") -> Any:
+    def inside(key: Any, item: Any) -> Any:
+        return _structure(item, leaves, names, f"{path}_{key}" if path else str(key))
+
     if isinstance(value, Tensor):
         leaves.append(value)
+        if names is not None:
+            name = "".join(c if c.isalnum() else "_" for c in path) or "output"
+            names.append(f"output_{name}" if name[0].isdigit() else name)
         return {"tensor": len(leaves) - 1}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = (
-            value.items()
-            if isinstance(value, dict)
-            else ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        )
-        return {"record": {name: _structure(item, leaves) for name, item in items}}
+        fields = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
+        return {
+            "record": {
+                name: inside(name, item) for name, item in (value.items() if isinstance(value, dict) else fields)
+            }
+        }
     if isinstance(value, dict):
-        return {"dict": [[key, _structure(item, leaves)] for key, item in value.items()]}
+        return {"dict": [[key, inside(key, item)] for key, item in value.items()]}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {"record": {name: _structure(getattr(value, name), leaves) for name in value._fields}}
+        return {"record": {name: inside(name, getattr(value, name)) for name in value._fields}}
     if isinstance(value, list | tuple):
-        return {type(value).__name__: [_structure(item, leaves) for item in value]}
+        return {type(value).__name__: [inside(index, item) for index, item in enumerate(value)]}
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         raise ExportError("Expected forward to return tensors, but it returns a number computed from a dynamic shape.")
     if value is None or isinstance(value, bool | int | float | str):

@@ -1,5 +1,6 @@
 """What both callbacks share: their arguments, what they refuse before training, and what they do when fit ends."""
 
+import time
 import warnings
 from pathlib import Path
 from typing import Any, Literal
@@ -120,6 +121,7 @@ class QuantizationCallback(Callback):
         artifacts.check_folder(self.folder(trainer))
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        started = time.perf_counter()
         if self.prepared is not None:
             self.prepared.detach()
         found = capture_call(trainer, pl_module, self.module, self.example)
@@ -135,6 +137,7 @@ class QuantizationCallback(Callback):
             module=found.path,
         )
         trial_export(self.prepared, dynamic_shapes=self.dynamic_shapes)
+        self.seconds = {"capture": time.perf_counter() - started}
         name = found.path or f"{type(pl_module).__name__}.forward"
         rank_zero_info(
             f"{type(self).__name__}: {name} has {self.prepared.plan.num_quantized} operators for {self.recipe.name} on "

@@ -16,9 +16,9 @@ from lightning_quant.assess import assess
 from lightning_quant.callbacks.base import QuantizationCallback, warn
 from lightning_quant.evaluate import evaluate, weighted_layers
 from lightning_quant.export import export
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepare import Prepared, RoutedForward
 from lightning_quant.report import MetricRow, Report
-from lightning_quant.routing import clone, resolve
+from lightning_quant.routing import clone, resolve, to_float32, unroute
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,15 @@ def choose_weights(
 ) -> Deployment:
     """Copy the last or the best weights; with `with_ranges`, the ranges come from the same checkpoint file."""
     duplicate = clone(pl_module)
+    for module in duplicate.modules():
+        if isinstance(module.__dict__.get("forward"), RoutedForward):
+            unroute(module)
     prepared = callback.require_prepared()
     checkpoint = _existing(_best_path(trainer) or _last_path(trainer))
     notes: tuple[str, ...] = ()
     if callback.weights == "best":
         notes = _load_best(callback, trainer, duplicate, prepared, with_ranges=with_ranges)
-    _to_float32(duplicate)
+    to_float32(duplicate)
     tensors = [tensor.float() if tensor.is_floating_point() else tensor for tensor in prepared.tensors]
     bound = prepared.bound_to(resolve(duplicate, callback.path), [tensor.cpu() for tensor in tensors])
     bound.ranges.to(torch.device("cpu"))
@@ -157,14 +160,3 @@ def _last_path(trainer: Trainer) -> str:
 
 def _existing(path: str) -> Path | None:
     return Path(path) if path and Path(path).is_file() else None
-
-
-def _to_float32(module: nn.Module) -> None:
-    """Give a copy float32 parameters of its own where it shares others with the user's module."""
-    for child in module.modules():
-        for name, parameter in child._parameters.items():
-            if parameter is not None and parameter.is_floating_point() and parameter.dtype != torch.float32:
-                child._parameters[name] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
-        for name, buffer in child._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                child._buffers[name] = buffer.float()

@@ -11,7 +11,7 @@ from typing_extensions import override
 from lightning_quant.calibrate import calibrate
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
 from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
-from lightning_quant.callbacks.training_data import calibration_steps, independent_copy
+from lightning_quant.callbacks.training_data import calibration_steps, check_data, independent_copy
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
 from lightning_quant.recipe import Recipe
@@ -105,6 +105,12 @@ class PostTrainingQuantization(QuantizationCallback):
     @override
     def observer(self) -> str:
         return self.recipe.calibration_observer
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when fit begins: capture, plan, trial export; make sure that there is data to calibrate with."""
+        super().on_fit_start(trainer, pl_module)
+        _refused_in_callback(check_data, trainer, pl_module, self.calibration.data)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

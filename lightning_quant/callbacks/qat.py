@@ -1,5 +1,6 @@
 """Quantization-aware training as a callback."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -7,7 +8,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
-from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
+from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback, warn
 from lightning_quant.callbacks.finish import choose_weights, finish
 from lightning_quant.callbacks.schedule import Schedule, Timeline, resolve
 from lightning_quant.export import DynamicShapes
@@ -97,7 +98,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             rank_zero_info(
                 "QuantizationAwareTraining: the checkpoint has no quantizer state, so observing begins anew."
             )
-        self.require_prepared().attach()
+        _refused_in_callback(self.require_prepared().attach)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -125,6 +126,10 @@ class QuantizationAwareTraining(QuantizationCallback):
         """Called when fit ends: convert, export, measure, log."""
         self.require_prepared().detach()
         deployment = choose_weights(self, trainer, pl_module, with_ranges=True)
+        if not self.require_prepared().quantizes:
+            note = "nothing was trained through rounding: training ended before the schedule's fake quantization"
+            warn(f"QuantizationAwareTraining: {note}.")
+            deployment = replace(deployment, notes=(*deployment.notes, note))
         self.artifact = finish(self, trainer, deployment)
 
     @override

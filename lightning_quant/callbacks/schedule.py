@@ -74,31 +74,31 @@ def resolve(schedule: Schedule, trainer: Any) -> Timeline:
         QuantizationError: fake quantization would never begin, or a fraction of an endless run was asked for.
     """
     batches = trainer.num_training_batches
-    accumulate = trainer.accumulate_grad_batches
     ends = []
     if trainer.max_epochs not in (None, -1):
         ends.append(trainer.max_epochs * batches)
     if trainer.max_steps not in (None, -1):
-        ends.append(trainer.max_steps * accumulate)
+        ends.append(_batches_of(trainer.max_steps, trainer))
     end = min(ends, default=math.inf)
     in_epochs = not math.isfinite(end) and not math.isfinite(batches) and schedule.unit != "steps"
     if in_epochs:
-        end, scale = float(trainer.max_epochs or math.inf), {"epochs": 1.0}
-    else:
-        scale = {"epochs": batches, "steps": accumulate}
+        end = float(trainer.max_epochs or math.inf)
     if schedule.unit == "fraction" and not 0 < end < math.inf:
         raise QuantizationError(
             "Expected a run of known length for `schedule.unit` 'fraction', but it has neither `max_epochs` nor "
             "`max_steps`. Set one of them, or give the schedule in 'epochs' or 'steps'."
         )
-    factor = end if schedule.unit == "fraction" else scale[schedule.unit]
     points = {
         "observe": schedule.observe,
         "fake_quantize": schedule.fake_quantize,
         "frozen": schedule.freeze_observers,
         "frozen_batch_norm": schedule.freeze_batch_norm,
     }
-    starts = {phase: _start(point, factor) for phase, point in points.items()}
+    if schedule.unit == "steps":
+        starts = {phase: _batches_of(point, trainer) for phase, point in points.items()}
+    else:
+        factor = end if schedule.unit == "fraction" else 1 if in_epochs else batches
+        starts = {phase: _start(point, factor) for phase, point in points.items()}
     if schedule.unit == "fraction":
         # A run of a few batches still ends in rounding: `fast_dev_run` must try what the real run will do.
         starts["fake_quantize"] = min(starts["fake_quantize"], max(end - 1, 0))
@@ -112,3 +112,12 @@ def resolve(schedule: Schedule, trainer: Any) -> Timeline:
 
 def _start(point: float, factor: float) -> float:
     return math.ceil(point * factor - 1e-9) if 0 < point < math.inf else point
+
+
+def _batches_of(steps: float, trainer: Any) -> float:
+    """Return after how many batches that many optimizer steps are done; the last batches of an epoch make one too."""
+    batches, accumulate = trainer.num_training_batches, trainer.accumulate_grad_batches
+    if not math.isfinite(batches) or not math.isfinite(steps):
+        return steps * accumulate
+    epochs, rest = divmod(math.ceil(steps), math.ceil(batches / accumulate))
+    return epochs * batches + rest * accumulate

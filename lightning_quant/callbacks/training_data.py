@@ -3,12 +3,15 @@
 import copy
 import functools
 import inspect
+import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -29,15 +32,26 @@ def capture_call(trainer: Trainer, pl_module: LightningModule, path: str | None,
         example: "train_batch" runs `training_step` on a batch; "example_input_array" calls the
             LightningModule with that.
     """
+    # Outside the isolation: the trainer keeps what is set up here, with the random numbers that it draws for it.
+    _combined_loader(trainer, "train")
     duplicate = independent_copy(trainer, pl_module)
-    with isolated_rng(), unchanged(pl_module), _loaders_set_up_later(trainer), torch.no_grad():
+    with isolated_rng(), unchanged(pl_module), torch.enable_grad():
         if example == "example_input_array":
             return capture(duplicate, lambda: _call_example(duplicate), path)
         batch = next(iter(batches(trainer, pl_module, 1)), None)
         if batch is None:
             raise CalibrationError("Expected the train dataloader to yield a batch, but it yields none.")
+        _start_hooks(duplicate, batch)
         with trainer.precision_plugin.train_step_context():
             return capture(duplicate, lambda: run_training_step(duplicate, batch, 0), path)
+
+
+def _start_hooks(duplicate: LightningModule, batch: Any) -> None:
+    """Run the hooks that a LightningModule may make its state in before its first `training_step`."""
+    duplicate.on_fit_start()
+    duplicate.on_train_start()
+    duplicate.on_train_epoch_start()
+    duplicate.on_train_batch_start(batch, 0)
 
 
 def calibration_steps(
@@ -58,10 +72,24 @@ def calibration_steps(
             yield functools.partial(run, duplicate, batch, index)
 
 
+def check_data(trainer: Trainer, pl_module: LightningModule, data: str) -> None:
+    """Make sure that there is a batch of that data.
+
+    Raises:
+        CalibrationError: there is no loader, or it yields nothing.
+    """
+    _combined_loader(trainer, data)
+    with isolated_rng():
+        if next(iter(batches(trainer, pl_module, 1, data)), None) is None:
+            raise CalibrationError(f"Expected the {data} dataloader to yield a batch, but it yields none.")
+
+
 def independent_copy(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
     """Return a structural copy of a LightningModule that logs nowhere and steps no optimizer; weights are shared."""
     duplicate = clone(pl_module)
-    duplicate.trainer = trainer
+    quiet_trainer = copy.copy(trainer)
+    quiet_trainer.loggers = [DummyLogger()]
+    duplicate.trainer = quiet_trainer
     for name in ("log", "log_dict", "log_grad_norm"):
         duplicate.__dict__[name] = _do_nothing
     for name in ("manual_backward", "backward", "clip_gradients"):
@@ -94,16 +122,6 @@ def batches(trainer: Trainer, pl_module: LightningModule, number: int, data: str
             yield _transferred(trainer, pl_module, batch)
 
 
-@contextmanager
-def _loaders_set_up_later(trainer: Trainer) -> Iterator[None]:
-    """Let the trainer set up its training data again at its own time, with the random numbers of that time."""
-    before = trainer.fit_loop._combined_loader
-    try:
-        yield
-    finally:
-        trainer.fit_loop._combined_loader = before
-
-
 def _combined_loader(trainer: Trainer, data: str) -> CombinedLoader:
     if data == "train":
         trainer.fit_loop.setup_data()
@@ -120,14 +138,35 @@ def _undisturbed(loader: Any, stack: ExitStack) -> Any:
     """Return a loader over the same data that runs in this process and whose generators are put back."""
     if not isinstance(loader, DataLoader):
         return loader
-    for owner in (loader, loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
-        generator = getattr(owner, "generator", None)
-        if isinstance(generator, torch.Generator):
-            stack.callback(generator.set_state, generator.get_state())
+    for owner in _owners_of_generators(loader):
+        for value in vars(owner).values():
+            _put_back(value, stack)
     probe = copy.copy(loader)
     probe.__dict__.update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
     probe.__dict__["_DataLoader__multiprocessing_context"] = None
     return probe
+
+
+def _owners_of_generators(loader: DataLoader) -> list[Any]:
+    """Return the loader, its samplers, and its data set with those that it wraps."""
+    owners = [loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
+    dataset: Any = loader.dataset
+    while dataset is not None:
+        owners.append(dataset)
+        dataset = getattr(dataset, "dataset", None)
+    return [owner for owner in owners if hasattr(owner, "__dict__")]
+
+
+def _put_back(value: Any, stack: ExitStack) -> None:
+    """Put a random generator of any kind back when the stack unwinds."""
+    if isinstance(value, torch.Generator):
+        stack.callback(value.set_state, value.get_state())
+    elif isinstance(value, np.random.Generator):
+        stack.callback(setattr, value.bit_generator, "state", value.bit_generator.state)
+    elif isinstance(value, np.random.RandomState):
+        stack.callback(value.set_state, value.get_state())
+    elif isinstance(value, random.Random):
+        stack.callback(value.setstate, value.getstate())
 
 
 def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:

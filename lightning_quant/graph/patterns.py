@@ -111,7 +111,7 @@ class Matcher:
                 row = replace(row, action="int8", reason="")
             elif node in self.fused:
                 row = replace(row, action="fused", reason=f"into {self.name(self.fused[node].main)}")
-            elif node in self.edges:
+            elif node in self.edges and not self.edges[node].observed:
                 row = replace(row, action="int8", reason="same scale as its input")
             rows.append(row)
         return rows

@@ -9,6 +9,8 @@ import operator
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from lightning_quant.errors import UntraceableError
 from lightning_quant.graph.normalize import functionalize
 from lightning_quant.routing import clone
 
+_CONSTRUCTORS = ("rand", "randn", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -157,12 +160,12 @@ class _Tracer(fx.Tracer):
         if kind == "placeholder":
             index = sum(1 for node in self.graph.nodes if node.op == "placeholder") - 1
             return self.mode.from_tensor(self.tensors[index].detach())
-        if kind == "get_attr":
-            return operator.attrgetter(target)(self.root)
         args, kwargs = pytree.tree_map_only(fx.Proxy, lambda p: p.node.meta.get("fake"), (args, kwargs))
         self.propagating = True
         try:
             with self.mode, torch.no_grad():
+                if kind == "get_attr":
+                    return operator.attrgetter(target)(self.root)
                 if kind == "call_module":
                     return self.root.get_submodule(target).forward(*args, **kwargs)
                 if kind == "call_method":
@@ -180,6 +183,7 @@ class _Tracer(fx.Tracer):
         else:
             base = operation_name(node)
             name = f"{scope}.{base}" if scope else base
+            node.meta["scope"] = scope.partition("(")[0]
         count = self.counts[name]
         self.counts[name] += 1
         node.meta["key"] = name if count == 0 else f"{name}#{count}"
@@ -203,7 +207,8 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
         copy.__dict__.pop("forward", None)
         tracer = _Tracer(spec, tensors, opaque)
         try:
-            graph = tracer.trace(copy)
+            with _constructors_traced(tracer):
+                graph = tracer.trace(copy)
             functionalize(graph, copy)
         except Exception as error:  # whatever a user's forward raises when run on proxies
             culprit, cause = tracer.failure or (getattr(error, "scope", ""), error)
@@ -213,7 +218,48 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
             opaque.add(culprit)
             reasons[culprit] = reason
             continue
+        _keep_constants(graph, copy, root)
         return Traced(graph, tracer.result_spec(), reasons)
+
+
+def _keep_constants(graph: fx.Graph, traced: nn.Module, root: nn.Module) -> None:
+    """Turn tensors that forward makes from nothing, which fx hangs on the traced copy, into functions."""
+    for node in graph.nodes:
+        if (
+            node.op == "get_attr"
+            and str(node.target).startswith("_tensor_constant")
+            and not hasattr(root, str(node.target))
+        ):
+            node.op, node.target = "call_function", _constant(getattr(traced, str(node.target)))
+
+
+def _constant(value: Tensor) -> Any:
+    def constant() -> Tensor:
+        return value
+
+    return constant
+
+
+@contextmanager
+def _constructors_traced(tracer: _Tracer) -> Iterator[None]:
+    """Let `torch.rand(x.shape[0], 1)` and its kind, which no proxy overrides, become nodes when a size is a proxy."""
+
+    def traced(original: Any) -> Any:
+        def construct(*args: Any, **kwargs: Any) -> Any:
+            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+                return tracer.create_proxy("call_function", original, args, kwargs)
+            return original(*args, **kwargs)
+
+        return construct
+
+    originals = {name: getattr(torch, name) for name in _CONSTRUCTORS}
+    for name, original in originals.items():
+        setattr(torch, name, traced(original))
+    try:
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
 
 
 def has_hooks(module: nn.Module) -> bool:
