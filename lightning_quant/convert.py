@@ -73,8 +73,12 @@ class QuantizedLayer(nn.Module):
         return getattr(F, self.kind)(x, weight, bias, **self.options)
 
 
-def convert(prepared: Prepared) -> nn.Module:
+def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
     """Return the QDQ module of a trained or calibrated model, in eval mode, with the call signature of the original.
+
+    Args:
+        prepared: detached or attached.
+        static_sizes: whether all dimensions but the batch stay as captured, which global pooling can make use of.
 
     Raises:
         CalibrationError: an edge was never observed; the message names it.
@@ -89,7 +93,7 @@ def convert(prepared: Prepared) -> nn.Module:
         island = prepared.islands[path]
         module = resolve(root, path)
         module.__dict__.pop("forward", None)
-        bound = _convert_island(prepared, island, module)
+        bound = _convert_island(prepared, island, module, static_sizes=static_sizes)
         if not path:
             return bound.eval()
         replace_submodule(root, path, bound)
@@ -134,7 +138,7 @@ def signal_to_noise(reference: Any, other: Any) -> float:
     return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
 
 
-def _convert_island(prepared: Prepared, island: Island, module: nn.Module) -> BoundGraph:
+def _convert_island(prepared: Prepared, island: Island, module: nn.Module, *, static_sizes: bool) -> BoundGraph:
     traced = trace(module, island.spec, island.tensors, set(island.opaque))
     graph = traced.graph
     nodes = {node.meta["key"]: node for node in graph.nodes if "key" in node.meta}
@@ -145,11 +149,13 @@ def _convert_island(prepared: Prepared, island: Island, module: nn.Module) -> Bo
             name = f"quantized_{len(layers)}"
             layers[name] = _convert_layer(prepared, identify(island.path, operator.key), operator, nodes, module)
             _replace_layer(graph, operator, nodes, name)
-        elif operator.kind == "global_avg_pool":
+        elif operator.kind == "global_avg_pool" and static_sizes:
             _pool_with_static_window(nodes[operator.key])
         if operator.activation and operator.quantized_output:
             _drop(nodes[operator.activation])
     for edge in island.plan.edges:
+        if edge.passed:
+            continue
         scale, zero_point = prepared.ranges.parameters(identify(island.path, edge.key))
         _insert_pair(graph, nodes[edge.key], scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
     for name, layer in layers.items():

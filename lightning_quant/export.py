@@ -42,11 +42,11 @@ def export(
     runtime = runtimes.get(prepared.plan.runtime)
     started = time.perf_counter()
     args, kwargs = prepared.call([tensor.cpu() for tensor in prepared.tensors])
-    converted = convert(prepared)
+    dynamic = dynamic_dimensions(prepared, dynamic_shapes)
+    converted = convert(prepared, static_sizes=_only_batches(dynamic))
     check_agreement(prepared, converted, args, kwargs)
     seconds["convert"] = time.perf_counter() - started
     started = time.perf_counter()
-    dynamic = dynamic_dimensions(prepared, dynamic_shapes)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         output = converted(*args, **kwargs)
     signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic)
@@ -78,10 +78,10 @@ def trial_export(prepared: Prepared, *, dynamic_shapes: DynamicShapes | None = N
     trial.ranges = Ranges(prepared.ranges.edges, prepared.recipe, "min_max")
     for observer in trial.ranges.observers.values():
         observer.update(torch.tensor([0.0, 1.0]))
-    converted = convert(trial)
+    dynamic = dynamic_dimensions(prepared, dynamic_shapes)
+    converted = convert(trial, static_sizes=_only_batches(dynamic))
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder) / runtime.MODEL_FILE
-        dynamic = dynamic_dimensions(prepared, dynamic_shapes)
         runtime.export(converted, prepared.signature, prepared.spec, tensors, staged, dynamic=dynamic)
         runtime.check(staged)
 
@@ -101,7 +101,8 @@ def dynamic_dimensions(prepared: Prepared, chosen: DynamicShapes | None = None) 
     """Return input name to dimension to its name for all dimensions that may vary.
 
     These are the batch (the first dimension of every input that has the first input's size there), what differed
-    between calls, and what the user chose. Dimensions that varied and had one size in the captured call get one name.
+    between calls, and what the user chose. Where inputs varied in the same dimension and had the same size in it, the
+    two share a name.
 
     Raises:
         QuantizationError: a chosen input or dimension does not exist.
@@ -110,7 +111,7 @@ def dynamic_dimensions(prepared: Prepared, chosen: DynamicShapes | None = None) 
     batch = next((size[0] for size in sizes.values() if size), None)
     result: DynamicShapes = {name: {0: "batch"} for name, size in sizes.items() if size and size[0] == batch}
     for name, dimension in sorted(prepared.varying):
-        result.setdefault(name, {}).setdefault(dimension, f"size_{sizes[name][dimension]}")
+        result.setdefault(name, {}).setdefault(dimension, f"dim{dimension}_{sizes[name][dimension]}")
     for name, dimensions in (chosen or {}).items():
         for dimension, label in dimensions.items():
             if name not in sizes or not 0 <= int(dimension) < len(sizes[name]):
@@ -119,3 +120,7 @@ def dynamic_dimensions(prepared: Prepared, chosen: DynamicShapes | None = None) 
                 )
             result.setdefault(name, {})[int(dimension)] = label
     return result
+
+
+def _only_batches(dynamic: DynamicShapes) -> bool:
+    return all(label == "batch" for dimensions in dynamic.values() for label in dimensions.values())

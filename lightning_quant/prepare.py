@@ -92,7 +92,9 @@ class Prepared:
     def detach(self) -> None:
         """Give every routed module its own forward back; safe to call twice."""
         for path in self.islands:
-            unroute(resolve(self.root, path))
+            module = resolve(self.root, path)
+            if isinstance(module.__dict__.get("forward"), RoutedForward):
+                unroute(module)
 
     @contextmanager
     def attached(self, phase: str, *, observing: bool = False) -> Iterator[None]:
@@ -142,8 +144,9 @@ class Prepared:
 
     @property
     def computes_integers(self) -> bool:
-        """Whether operators compute what integer kernels compute: in evaluation, where no gradient is asked for."""
-        return self.quantizes and not self.root.training and not torch.is_grad_enabled()
+        """Whether operators compute what integer kernels do: in evaluation, without gradients or after calibration."""
+        in_evaluation = not self.root.training and (not torch.is_grad_enabled() or bool(self.bias_corrections))
+        return self.quantizes and in_evaluation
 
     def call(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return args and kwargs of the captured call with these tensors in place of its own."""
@@ -160,7 +163,11 @@ class Prepared:
 
     def state_dict(self) -> dict[str, Any]:
         """Return phase and ranges: tensors, numbers, strings and dicts only."""
-        return {"phase": self.phase, "observers": self.ranges.state_dict()}
+        return {
+            "phase": self.phase,
+            "observers": self.ranges.state_dict(),
+            "bias_corrections": dict(self.bias_corrections),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over a saved state; may be called more than once.
@@ -169,7 +176,11 @@ class Prepared:
             QuantizationError: the state belongs to another model.
         """
         self.ranges.load_state_dict(state["observers"])
-        self.ranges.to(device_of(self.root))
+        device = device_of(self.root)
+        self.ranges.to(device)
+        corrections = {identity: value.to(device) for identity, value in state["bias_corrections"].items()}
+        self.bias_corrections.clear()
+        self.bias_corrections.update(corrections)
         self.phase = state["phase"]
 
     # --- running, called from the graphs
@@ -258,7 +269,9 @@ class Prepared:
             return call(x, fake_quantize_weight(weight, folded.unfolded_scale), bias)
         operator, path = self.operators[identity], path_of(identity)
         input_scale, _ = self.ranges.parameters(identify(path, operator.inputs[0]))
-        sums = call(torch.round(x.float() / input_scale), folded.integers(weight, self.recipe.weight.quant_max), None)
+        integers = folded.integers(weight, self.recipe.weight.quant_max)
+        with torch.autocast(x.device.type, enabled=False):
+            sums = call(torch.round(x.float() / input_scale), integers, None)
         shape = (-1,) if operator.kind == "linear" else (-1, *[1] * (sums.dim() - 2))
         sums, step = sums + folded.bias_integers.view(shape), folded.bias_step.view(shape)
         if operator.quantized_output:

@@ -17,7 +17,7 @@ from lightning_quant.graph.trace import Traced, trace
 from lightning_quant.routing import clone, evaluation_mode, resolve
 
 # Their forward hands the weights to a fused kernel; no graph of ours could change them there.
-_INDIVISIBLE = frozenset({"attention", "lstm", "gru", "rnn", "embedding", "bilinear"})
+_INDIVISIBLE = frozenset({"attention", "lstm", "gru", "rnn", "embedding", "bilinear", "transformer"})
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,9 @@ class _Splitter:
     def split(self, path: str) -> None:
         """Trace the module at a path; where that fails, the largest of its descendants that can be traced."""
         module = resolve(self.root, path)
+        if ops.kind_of(module) in _INDIVISIBLE:
+            self.rows.append(Row(path or "(forward)", type(module).__name__, "float", "it runs as a whole"))
+            return
         args, kwargs = self._call_of(path)
         try:
             signature = own_signature(module)
@@ -186,7 +189,7 @@ def _outermost(path: str, module: nn.Module, called: dict[str, Any]) -> Iterator
 
 def has_weights(module: nn.Module) -> bool:
     """Tell whether a convolution or linear layer is at or under a module."""
-    return any(ops._MODULES.get(type(child)) in ops.WEIGHTED for child in module.modules())
+    return any(ops.kind_of(child) in ops.WEIGHTED for child in module.modules())
 
 
 def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
@@ -204,7 +207,7 @@ def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
 def _never_called(root: nn.Module, rows: list[Row]) -> Iterator[Row]:
     listed = [row.name.partition("#")[0] for row in rows]
     for path, child in root.named_modules(remove_duplicate=False):
-        is_weighted = ops._MODULES.get(type(child)) in ops.WEIGHTED
+        is_weighted = ops.kind_of(child) in ops.WEIGHTED
         if is_weighted and not any(name == path or name.startswith(f"{path}.") for name in listed):
             reason = "inside a layer that runs as a whole" if any(path.startswith(f"{n}.") for n in listed) else ""
             yield Row(path, type(child).__name__, "float", reason or "the captured call never reaches it")
@@ -213,7 +216,7 @@ def _never_called(root: nn.Module, rows: list[Row]) -> Iterator[Row]:
 def _check_patterns(selection: Selection, rows: list[Row]) -> None:
     for argument, patterns in (("include", selection.include), ("exclude", selection.exclude)):
         for pattern in patterns:
-            if not any(matches(pattern, row.name, row.kind) for row in rows):
+            if pattern != "*" and not any(matches(pattern, row.name, row.kind) for row in rows):
                 names = ", ".join(row.name for row in rows[:8])
                 raise PlanError(
                     f"Expected `{argument}` to hold patterns on names or layer types, but got {pattern!r}, which "

@@ -46,7 +46,7 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
             norm = keys[operator.batch_norm]
             _call(graph, prepared, norm, "run_batch_norm", (_module_reference(graph, norm), argument(norm, 0, "input")))
     for edge in island.plan.edges:
-        if edge.key in keys:
+        if edge.key in keys and not edge.passed:
             _quantize_edge(graph, prepared, keys[edge.key], identify(island.path, edge.key))
     graph.lint()
     return Instrumented(_function_of(graph), traced.output_spec)

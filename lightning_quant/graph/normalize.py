@@ -59,6 +59,8 @@ def functionalize(graph: fx.Graph, root: nn.Module) -> None:
         if not _writes(node, root):
             continue
         written = node.args[0]
+        if written.op == "get_attr":
+            raise _refusal(node, f"it writes into its attribute {written.target} in place")
         _check_view(node, written)
         for user in list(written.users):
             if user is not node and _comes_after(user, node):

@@ -25,11 +25,13 @@ _MODULES: dict[type, str] = {
     nn.AdaptiveMaxPool2d: "adaptive_max_pool",
     nn.AvgPool1d: "avg_pool", nn.AvgPool2d: "avg_pool", nn.AvgPool3d: "avg_pool",
     nn.AdaptiveAvgPool1d: "global_avg_pool", nn.AdaptiveAvgPool2d: "global_avg_pool",
-    nn.Flatten: "reshape", nn.Unflatten: "reshape", nn.Identity: "reshape", nn.Dropout: "reshape",
-    nn.Dropout1d: "reshape",
-    nn.Dropout2d: "reshape", nn.Dropout3d: "reshape", nn.PixelShuffle: "reshape", nn.ChannelShuffle: "reshape",
+    nn.Flatten: "reshape", nn.Unflatten: "reshape", nn.Identity: "pass", nn.Dropout: "pass",
+    nn.Dropout1d: "pass",
+    nn.Dropout2d: "pass", nn.Dropout3d: "pass", nn.PixelShuffle: "reshape", nn.ChannelShuffle: "reshape",
     nn.ZeroPad1d: "pad", nn.ZeroPad2d: "pad", nn.ConstantPad1d: "pad", nn.ConstantPad2d: "pad",
     nn.MultiheadAttention: "attention", nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn", nn.Embedding: "embedding",
+    nn.TransformerEncoderLayer: "transformer", nn.TransformerDecoderLayer: "transformer",
+    nn.TransformerEncoder: "transformer", nn.TransformerDecoder: "transformer", nn.Transformer: "transformer",
     nn.LayerNorm: "layer_norm", nn.GroupNorm: "group_norm",
 }  # fmt: skip
 _FUNCTIONS: dict[Any, str] = {
@@ -51,7 +53,7 @@ _FUNCTIONS: dict[Any, str] = {
     F.avg_pool1d: "avg_pool", F.avg_pool2d: "avg_pool", F.adaptive_avg_pool1d: "global_avg_pool",
     F.adaptive_avg_pool2d: "global_avg_pool", torch.mean: "global_avg_pool", F.adaptive_max_pool2d: "adaptive_max_pool",
     torch.flatten: "reshape", torch.reshape: "reshape", torch.permute: "reshape", torch.transpose: "reshape",
-    torch.squeeze: "reshape", torch.unsqueeze: "reshape", F.dropout: "reshape", F.dropout2d: "reshape",
+    torch.squeeze: "reshape", torch.unsqueeze: "reshape", F.dropout: "pass", F.dropout2d: "pass",
     F.pixel_shuffle: "reshape", F.pad: "pad",
 }  # fmt: skip
 _METHODS = {
@@ -70,8 +72,8 @@ ACTIVATIONS = frozenset({
 })  # fmt: skip
 LISTED = WEIGHTED | ACTIVATIONS | frozenset({
     "batch_norm", "functional_batch_norm", "add", "mul", "sub", "cat", "max_pool", "avg_pool", "global_avg_pool",
-    "adaptive_max_pool", "matmul", "attention", "lstm", "gru", "rnn", "embedding", "layer_norm", "group_norm",
-    "bilinear",
+    "adaptive_max_pool", "matmul", "attention", "lstm", "gru", "rnn", "embedding", "transformer", "layer_norm",
+    "group_norm", "bilinear",
 })  # fmt: skip
 
 
@@ -99,13 +101,21 @@ def describe(node: fx.Node, root: nn.Module) -> Operation:
     if node.op == "call_function":
         kind = _FUNCTIONS.get(node.target, "other")
         if kind in WEIGHTED:
-            return Operation(
-                kind, _name(node), _parameter(argument(node, 1, "weight")), _parameter(argument(node, 2, "bias"))
-            )
+            weight = _parameter(argument(node, 1, "weight"))
+            # A layer whose forward was inlined, a subclass say, is still known by its type.
+            owner = weight.rpartition(".")[0]
+            is_inlined = bool(weight) and owner == node.meta.get("scope")
+            layer = type(root.get_submodule(owner)).__name__ if is_inlined else _name(node)
+            return Operation(kind, layer, weight, _parameter(argument(node, 2, "bias")))
         return Operation(_checked(kind, node), _name(node))
     if node.op == "call_method":
         return Operation(_checked(_METHODS.get(str(node.target), "other"), node), str(node.target))
     return Operation("other", node.op)
+
+
+def kind_of(module: nn.Module) -> str:
+    """Return what a module does, or "other"."""
+    return _MODULES.get(type(module), "other")
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -146,7 +156,9 @@ def multiply_adds(node: fx.Node, kind: str, weight: Tensor | None) -> int:
         return 0
     if kind == "matmul":
         return output.numel() * tensor_inputs(node)[0].meta["fake"].shape[-1]
-    if weight is None:
+    if weight is None and kind in WEIGHTED:
+        weight = argument(node, 1, "weight").meta.get("fake")
+    if not isinstance(weight, Tensor):
         return 0
     if kind.startswith("conv_transpose"):
         return tensor_inputs(node)[0].meta["fake"].numel() * weight[0].numel()

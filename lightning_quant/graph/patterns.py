@@ -260,7 +260,8 @@ class Matcher:
         for node in self.graph.nodes:
             if node in wanted:
                 key = node.meta["key"]
-                self.edges[node] = Edge(key, groups.get(node, key), observed=node not in groups)
+                passed = node in groups and self.operations[node].kind == "pass"
+                self.edges[node] = Edge(key, groups.get(node, key), observed=node not in groups, passed=passed)
         return [self._operator(unit) for unit in units]
 
     def _is_worth(self, unit: _Unit, wanted: set[fx.Node]) -> bool:

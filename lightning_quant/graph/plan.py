@@ -12,11 +12,14 @@ class Edge:
         key: key of the node that produces it.
         group: edges of one group share scale and zero point (the input and output of a max-pool, say).
         observed: whether its own values count for the group's range; a max-pool's output is covered by its input.
+        passed: whether its node only passes its input on, as dropout does in evaluation: nothing is left to round, and
+            in training the values that dropout scales up must not be clipped.
     """
 
     key: str
     group: str
     observed: bool = True
+    passed: bool = False
 
 
 @dataclass(frozen=True)

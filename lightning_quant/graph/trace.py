@@ -8,6 +8,7 @@ import inspect
 import operator
 import os
 import sys
+import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -151,6 +152,8 @@ class _Tracer(fx.Tracer):
         return run, [self.root, *proxies]
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> fx.Proxy:
+        if not torch.is_grad_enabled():
+            raise UntraceableError("it switches gradients off for a part of itself")
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
         proxy.node.meta["fake"] = self._propagate(kind, target, args, kwargs)
         self._label(proxy.node)
@@ -163,7 +166,8 @@ class _Tracer(fx.Tracer):
         args, kwargs = pytree.tree_map_only(fx.Proxy, lambda p: p.node.meta.get("fake"), (args, kwargs))
         self.propagating = True
         try:
-            with self.mode, torch.no_grad():
+            with self.mode, torch.no_grad(), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 if kind == "get_attr":
                     return operator.attrgetter(target)(self.root)
                 if kind == "call_module":
@@ -207,8 +211,10 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
         copy.__dict__.pop("forward", None)
         tracer = _Tracer(spec, tensors, opaque)
         try:
-            with _constructors_traced(tracer):
+            before = _attributes(copy)
+            with _constructors_traced(tracer), torch.enable_grad():
                 graph = tracer.trace(copy)
+            _check_attributes(before, copy)
             functionalize(graph, copy)
         except Exception as error:  # whatever a user's forward raises when run on proxies
             culprit, cause = tracer.failure or (getattr(error, "scope", ""), error)
@@ -220,6 +226,30 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
             continue
         _keep_constants(graph, copy, root)
         return Traced(graph, tracer.result_spec(), reasons)
+
+
+def _attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
+    """Return everything but submodules that hangs on each module of a tree."""
+    ignored = ("_modules", "_buffers", "_parameters")
+    return {
+        path: {**{k: v for k, v in vars(child).items() if k not in ignored}, **child._buffers}
+        for path, child in module.named_modules()
+    }
+
+
+def _check_attributes(before: dict[str, dict[str, Any]], module: nn.Module) -> None:
+    """Refuse a forward that sets attributes: a graph would not do so again.
+
+    Raises:
+        UntraceableError: its `scope` names the module.
+    """
+    for path, after in _attributes(module).items():
+        old = before.get(path, {})
+        changed = [k for k, v in after.items() if not k.startswith("_tensor_constant") and old.get(k, module) is not v]
+        if changed:
+            error = UntraceableError(f"its forward sets {', '.join(changed)}")
+            error.scope = path  # type: ignore[attr-defined]
+            raise error
 
 
 def _keep_constants(graph: fx.Graph, traced: nn.Module, root: nn.Module) -> None:

@@ -14,6 +14,7 @@ What the table says was tried on ONNX Runtime 1.31, CPU, with counts from the op
 import collections
 import contextlib
 import inspect
+import io
 import logging
 import tempfile
 import warnings
@@ -55,7 +56,7 @@ TABLE = OperatorTable(
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset({"linear", "matmul"}),
     own_scale=frozenset({"add", "mul", "matmul", "cat", "avg_pool", "global_avg_pool", "leaky_relu", "sigmoid"}),
-    shared_scale=frozenset({"reshape", "max_pool"}),
+    shared_scale=frozenset({"reshape", "max_pool", "pass"}),
     reasons=_REASONS,
 )
 # Integer operators of an optimized session that carry out each kind.
@@ -293,21 +294,19 @@ def _strip(model: Any) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the exporter's remarks on packages that are not installed and on its own deprecations."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
-    levels = [logger.level for logger in loggers]
-    registration = logging.getLogger("torch.onnx._internal.exporter._registration")
-    loggers.append(registration)
-    levels.append(registration.level)
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
+    """Silence the exporter: what it says of missing packages and of itself, and whole graphs when it refuses one."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings():
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(disabled)
 
 
 def _first_line(error: BaseException) -> str:
