@@ -127,7 +127,8 @@ def _small_trainer(trainer: Trainer, limit_batches: int | float | None) -> Train
     return type(trainer)(
         accelerator=_ACCELERATORS.get(type(trainer.accelerator).__name__, "cpu"),
         devices=1 if device.index is None else [device.index],
-        precision=trainer.precision,
+        # What is exported is float32: half weights would be another model, and converting would reach shared tensors.
+        precision="32-true" if str(trainer.precision).endswith("-true") else trainer.precision,
         limit_val_batches=trainer.limit_val_batches if limit_batches is None else limit_batches,
         logger=DummyLogger(),
         callbacks=[_DataModuleLender(getattr(trainer, "datamodule", None))],

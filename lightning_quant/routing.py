@@ -72,14 +72,27 @@ def clone(module: nn.Module) -> Any:
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
     """Put a module tree into eval mode, flag by flag, and put every flag back afterwards."""
+    with _flags(module, training=False):
+        yield
+
+
+@contextmanager
+def training_mode(module: nn.Module) -> Iterator[None]:
+    """Put a module tree into training mode, flag by flag, and put every flag back afterwards."""
+    with _flags(module, training=True):
+        yield
+
+
+@contextmanager
+def _flags(module: nn.Module, *, training: bool) -> Iterator[None]:
     flags = [(child, child.training) for child in module.modules()]
     for child, _ in flags:
-        child.training = False
+        child.training = training
     try:
         yield
     finally:
-        for child, training in flags:
-            child.training = training
+        for child, before in flags:
+            child.training = before
 
 
 def resolve(root: nn.Module, path: str) -> nn.Module:

@@ -127,7 +127,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.require_prepared().detach()
         deployment = choose_weights(self, trainer, pl_module, with_ranges=True)
         if not self.require_prepared().quantizes:
-            note = "nothing was trained through rounding: training ended before the schedule's fake quantization"
+            note = "nothing was trained through rounding: the run ended before fake quantization began"
             warn(f"QuantizationAwareTraining: {note}.")
             deployment = replace(deployment, notes=(*deployment.notes, note))
         self.artifact = finish(self, trainer, deployment)

@@ -14,7 +14,7 @@ from lightning_quant.graph import operations as ops
 from lightning_quant.graph.patterns import Matcher, OperatorTable, Selection, matches
 from lightning_quant.graph.plan import GraphPlan, Plan, Row
 from lightning_quant.graph.trace import Traced, trace
-from lightning_quant.routing import clone, evaluation_mode, resolve
+from lightning_quant.routing import clone, evaluation_mode, resolve, training_mode
 
 # Their forward hands the weights to a fused kernel; no graph of ours could change them there.
 _INDIVISIBLE = frozenset({"attention", "lstm", "gru", "rnn", "embedding", "bilinear", "transformer"})
@@ -84,7 +84,7 @@ class _Splitter:
         try:
             signature = own_signature(module)
             spec, tensors = flatten_call(signature, args, kwargs)
-            traced = trace(module, spec, tensors)
+            traced = _trace_for_both_modes(module, spec, tensors)
         except (UntraceableError, ValueError) as error:
             self.reason = self.reason or str(error)
             self._refuse(path, module, str(error))
@@ -149,6 +149,23 @@ def analyze(
     if not plan.num_quantized:
         raise PlanError(_nothing(root, rows, splitter.reason))
     return Analysis(plan, tuple(splitter.islands), signature, spec, tensors)
+
+
+def _trace_for_both_modes(module: nn.Module, spec: CallSpec, tensors: list[Tensor]) -> Traced:
+    """Trace in eval mode, leaving out also what cannot be traced in training mode.
+
+    Raises:
+        UntraceableError: the module's own forward cannot be traced in one of the modes.
+    """
+    reasons: dict[str, str] = {}
+    while True:
+        traced = trace(module, spec, tensors, set(reasons))
+        reasons |= traced.opaque
+        with training_mode(module):
+            in_training = trace(module, spec, tensors, set(reasons)).opaque
+        if not in_training:
+            return Traced(traced.graph, traced.output_spec, reasons)
+        reasons |= in_training
 
 
 def own_signature(module: nn.Module) -> inspect.Signature:

@@ -251,7 +251,9 @@ class Matcher:
                     shared.append(node)
         units = [unit for node in self.graph.nodes if (unit := self.units.get(node)) is not None]
         for unit in units:
-            if unit.tail in wanted or unit.operation.kind not in self.table.float_output:
+            # A float ReLU that others read would be fused into a float matrix product.
+            ends_in_float_relu = unit.activation is not None and any(user.op != "output" for user in unit.tail.users)
+            if unit.tail in wanted or unit.operation.kind not in self.table.float_output or ends_in_float_relu:
                 wanted.add(unit.tail)
         groups: dict[fx.Node, str] = {}
         for node in reversed(shared):

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from lightning_quant.calls import CallSpec, ResultSpec, rebuild_call
 from lightning_quant.errors import UntraceableError
 from lightning_quant.graph.normalize import functionalize
-from lightning_quant.routing import clone
+from lightning_quant.routing import clone, device_of
 
 _CONSTRUCTORS = ("rand", "randn", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -206,13 +206,15 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
     """
     reasons: dict[str, str] = {}
     opaque = set(opaque or ())
+    device = device_of(root).type
     while True:
         copy = clone(root)
         copy.__dict__.pop("forward", None)
         tracer = _Tracer(spec, tensors, opaque)
         try:
             before = _attributes(copy)
-            with _constructors_traced(tracer), torch.enable_grad():
+            # Autocast keeps the weights that it casts; those of a trace are not real.
+            with _constructors_traced(tracer), torch.enable_grad(), torch.autocast(device, enabled=False):
                 graph = tracer.trace(copy)
             _check_attributes(before, copy)
             functionalize(graph, copy)
