@@ -18,7 +18,7 @@ from lightning_quant.graph.analyze import Island, has_weights
 from lightning_quant.graph.plan import Operator, identify, path_of
 from lightning_quant.graph.trace import trace
 from lightning_quant.prepare import Prepared
-from lightning_quant.routing import clone, evaluation_mode, fetch, replace_submodule, resolve
+from lightning_quant.routing import clone, evaluation_mode, fetch, replace_submodule, resolve, unroute_all
 
 _INT32 = torch.iinfo(torch.int32)
 _TOLERANCE_DB = 3.0
@@ -87,12 +87,11 @@ def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
 
     prepared.ranges.check()
     root = clone(prepared.root)
-    root.__dict__.pop("forward", None)
+    unroute_all(root)
     root.eval()
     for path in sorted(prepared.islands, key=lambda path: -path.count(".") - bool(path)):
         island = prepared.islands[path]
         module = resolve(root, path)
-        module.__dict__.pop("forward", None)
         bound = _convert_island(prepared, island, module, static_sizes=static_sizes)
         if not path:
             return bound.eval()

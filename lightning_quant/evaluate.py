@@ -13,12 +13,12 @@ from torch import nn
 
 from lightning_quant.capture import isolated_rng
 from lightning_quant.errors import EvaluationError
-from lightning_quant.routing import clone, resolve, route, unroute
+from lightning_quant.routing import Route, clone, resolve, route, unroute
 
 _ACCELERATORS = {"CUDAAccelerator": "gpu", "MPSAccelerator": "mps"}
 
 
-class CountedCalls:
+class CountedCalls(Route):
     """Passes calls on and counts them."""
 
     def __init__(self, target: Callable[..., Any]) -> None:

@@ -27,12 +27,12 @@ from lightning_quant.graph.patterns import Selection
 from lightning_quant.graph.plan import Edge, Operator, identify, path_of
 from lightning_quant.ranges import Ranges
 from lightning_quant.recipe import Recipe
-from lightning_quant.routing import device_of, fetch, resolve, route, shadowed, unroute
+from lightning_quant.routing import Route, device_of, fetch, resolve, route, shadowed, unroute
 
 PHASES = ("off", "observe", "fake_quantize", "frozen", "frozen_batch_norm")
 
 
-class RoutedForward:
+class RoutedForward(Route):
     """What stands in a module's `__dict__` as `forward`; a deepcopy of the module gets its own."""
 
     def __init__(self, prepared: "Prepared", path: str) -> None:

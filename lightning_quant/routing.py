@@ -18,6 +18,10 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_quant.errors import QuantizationError
 
 
+class Route:
+    """Base of the callables that stand in a module's `__dict__` as `forward`."""
+
+
 def route(module: nn.Module, target: Callable[..., Any]) -> None:
     """Let `module(...)` run `target(...)`; hooks of the module still run.
 
@@ -35,6 +39,13 @@ def route(module: nn.Module, target: Callable[..., Any]) -> None:
 def unroute(module: nn.Module) -> None:
     """Give a module its own forward back; does nothing when it already has it."""
     module.__dict__.pop("forward", None)
+
+
+def unroute_all(module: nn.Module) -> None:
+    """Give every module of a tree its own forward back; what others put there stays."""
+    for child in module.modules():
+        if isinstance(child.__dict__.get("forward"), Route):
+            unroute(child)
 
 
 @contextmanager

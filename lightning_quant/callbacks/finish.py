@@ -16,9 +16,9 @@ from lightning_quant.assess import assess
 from lightning_quant.callbacks.base import QuantizationCallback, warn
 from lightning_quant.evaluate import evaluate, weighted_layers
 from lightning_quant.export import export
-from lightning_quant.prepare import Prepared, RoutedForward
+from lightning_quant.prepare import Prepared
 from lightning_quant.report import MetricRow, Report
-from lightning_quant.routing import clone, resolve, to_float32, unroute
+from lightning_quant.routing import clone, resolve, to_float32, unroute_all
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,7 @@ def choose_weights(
 ) -> Deployment:
     """Copy the last or the best weights; with `with_ranges`, the ranges come from the same checkpoint file."""
     duplicate = clone(pl_module)
-    for module in duplicate.modules():
-        if isinstance(module.__dict__.get("forward"), RoutedForward):
-            unroute(module)
+    unroute_all(duplicate)
     prepared = callback.require_prepared()
     checkpoint = _existing(_best_path(trainer) or _last_path(trainer))
     notes: tuple[str, ...] = ()

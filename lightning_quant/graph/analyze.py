@@ -89,7 +89,7 @@ class _Splitter:
             self.reason = self.reason or str(error)
             self._refuse(path, module, str(error))
             return
-        matcher = Matcher(traced.graph, module, self.table, self.selection, path)
+        matcher = Matcher(traced, module, self.table, self.selection, path)
         self.rows += matcher.rows()
         inner = sorted(_opaque_with_weights(traced, module))
         if matcher.plan.operators:

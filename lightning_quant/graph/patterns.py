@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.plan import Edge, GraphPlan, Operator, Row
-from lightning_quant.graph.trace import has_hooks
+from lightning_quant.graph.trace import Traced, has_hooks
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,15 @@ class Matcher:
     """Matches one graph; `plan` and `rows` are the result."""
 
     def __init__(
-        self, graph: fx.Graph, root: nn.Module, table: OperatorTable, selection: Selection, path: str = ""
+        self,
+        traced: Traced,
+        root: nn.Module,
+        table: OperatorTable,
+        selection: Selection,
+        path: str = "",
     ) -> None:
+        graph = traced.graph
+        self.opaque = traced.opaque
         self.graph, self.root, self.table, self.selection, self.path = graph, root, table, selection, path
         self.operations = {node: ops.describe(node, root) for node in graph.nodes}
         self.reasons: dict[fx.Node, str] = {}
@@ -311,6 +318,8 @@ class Matcher:
         kind = self.operations[node].kind
         if node in self.reasons:
             return self.reasons[node]
+        if node.op == "call_module" and node.target in self.opaque:
+            return self.opaque[str(node.target)]
         if kind in self.table.reasons:
             return self.table.reasons[kind]
         if kind == "batch_norm":

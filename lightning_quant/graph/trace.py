@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from lightning_quant.calls import CallSpec, ResultSpec, rebuild_call
 from lightning_quant.errors import UntraceableError
 from lightning_quant.graph.normalize import functionalize
-from lightning_quant.routing import clone, device_of
+from lightning_quant.routing import clone, device_of, unroute_all
 
 _CONSTRUCTORS = ("rand", "randn", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -70,6 +70,22 @@ class _ShapedProxy(fx.Proxy):
     def is_floating_point(self) -> bool:
         return self._known("dtype").is_floating_point
 
+    # Left alone, `y += x` would be traced as `y = y + x`, and other names of the same tensor would miss the change.
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(operator.itruediv, other)
+
+    def _in_place(self, function: Any, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
     def __len__(self) -> int:
         if isinstance(self.fake, tuple | list):
             return len(self.fake)
@@ -111,8 +127,6 @@ class _Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or has_hooks(m) or parametrize.is_parametrized(m):
-            return True
-        if type(m).__call__ is not nn.Module.__call__:
             return True
         return super().is_leaf_module(m, module_qualified_name)
 
@@ -175,10 +189,22 @@ class _Tracer(fx.Tracer):
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs)
-        except Exception as error:
-            return error
+        except Exception as error:  # a missing shape costs metadata, which is checked where it is needed
+            return self._run_on_zeros(str(target), args, kwargs) if kind == "call_module" else error
         finally:
             self.propagating = False
+
+    def _run_on_zeros(self, path: str, args: Any, kwargs: Any) -> Any:
+        """Find out what a module returns that asks for values, which fake tensors have not."""
+        args, kwargs = pytree.tree_map_only(
+            Tensor, lambda fake: torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device), (args, kwargs)
+        )
+        try:
+            with torch.no_grad():
+                result = self.root.get_submodule(path).forward(*args, **kwargs)
+        except Exception as error:
+            return error
+        return pytree.tree_map_only(Tensor, self.mode.from_tensor, result)
 
     def _label(self, node: fx.Node) -> None:
         scope = self.scopes[-1]
@@ -209,7 +235,7 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
     device = device_of(root).type
     while True:
         copy = clone(root)
-        copy.__dict__.pop("forward", None)
+        unroute_all(copy)
         tracer = _Tracer(spec, tensors, opaque)
         try:
             before = _attributes(copy)
@@ -305,7 +331,7 @@ def operation_name(node: fx.Node) -> str:
     """Return a short name of what a node does: "add", "flatten", "conv2d"."""
     if node.op == "call_function":
         name = getattr(node.target, "__name__", str(node.target))
-        return {"iadd": "add", "imul": "mul", "_ops.add": "add"}.get(name, name)
+        return {"iadd": "add", "imul": "mul", "isub": "sub", "itruediv": "truediv"}.get(name, name)
     return str(node.target)
 
 

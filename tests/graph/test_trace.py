@@ -1,0 +1,618 @@
+import copy
+import inspect
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from models import CASES, BranchingNet, Case, DropPathNet, ViewsNet, calibrated, with_statistics
+from reference_models import timm_style_net
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
+
+from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.calls import flatten_call
+from lightning_quant.convert import convert, signal_to_noise
+from lightning_quant.errors import PlanError, UntraceableError
+from lightning_quant.graph.trace import trace
+from lightning_quant.prepare import Prepared, prepare
+
+TRACEABLE = [case for case in CASES if case.name not in ("branching", "views")]
+IMAGE = torch.randn(4, 3, 8, 8)
+OFFSET = torch.tensor(0.5)
+
+
+def ready(model: nn.Module, *args: Tensor) -> Prepared:
+    prepared = prepare(model, args, observer="min_max")
+    calibrate(prepared, steps_of(prepared, [args]))
+    return prepared
+
+
+def recorded_edges(prepared: Prepared, *args: Tensor) -> list[str]:
+    with prepared.attached("frozen"), prepared.recording() as edges:
+        prepared.root(*args)
+    return [identity for identity, _ in edges]
+
+
+# --- what a graph holds
+
+
+@pytest.mark.parametrize("case", TRACEABLE, ids=lambda case: case.name)
+def test_a_traced_graph_lists_the_tensors_of_the_call_as_inputs(case: Case) -> None:
+    model = case.build()
+    args, kwargs = case.call(2)
+    signature = inspect.signature(type(model).forward.__get__(model))
+    spec, tensors = flatten_call(signature, args, kwargs)
+    traced = trace(model, spec, tensors)
+    placeholders = [node for node in traced.graph.nodes if node.op == "placeholder"]
+    assert [node.meta["fake"].shape for node in placeholders] == [tensor.shape for tensor in tensors]
+    assert [node.meta["fake"].dtype for node in placeholders] == [tensor.dtype for tensor in tensors]
+    assert not traced.opaque
+    paths = {path for path, _ in model.named_modules(remove_duplicate=False)}
+    assert {str(node.target) for node in traced.graph.nodes if node.op == "call_module"} <= paths
+
+
+def test_keys_tell_the_calls_of_one_module_apart() -> None:
+    relu = nn.ReLU()
+    model = nn.Sequential(nn.Linear(4, 4), relu, nn.Linear(4, 4), relu).eval()
+    spec, tensors = flatten_call(inspect.signature(model.forward), (torch.randn(2, 4),), {})
+    keys = [node.meta["key"] for node in trace(model, spec, tensors).graph.nodes if node.op == "call_module"]
+    assert keys == ["0", "1", "2", "1#1"]
+
+
+def test_tracing_leaves_module_and_random_numbers_alone() -> None:
+    model = with_statistics(DropPathNet()).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    prepare(model, (IMAGE,))
+    assert torch.equal(torch.rand(3), expected)
+    assert model.training
+    assert all(module.training for module in model.modules())
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+# --- islands
+
+
+def test_children_of_an_untraceable_forward_become_graphs() -> None:
+    prepared = prepare(with_statistics(BranchingNet()).eval(), (IMAGE,))
+    assert sorted(prepared.islands) == ["backbone", "head"]
+    row = prepared.plan.rows[0]
+    assert (row.name, row.kind, row.action) == ("(forward)", "BranchingNet", "float")
+    assert "cannot be traced" in row.reason
+    assert prepared.plan.coverage == 1.0
+    assert {edge.partition(":")[0] for edge in recorded_edges(ready(prepared.root, IMAGE), IMAGE)} == {
+        "backbone",
+        "head",
+    }
+
+
+def test_an_untraceable_forward_still_takes_both_of_its_branches() -> None:
+    """The pair of the test above: with one branch baked in, the other input would give a wrong result."""
+    model = with_statistics(BranchingNet()).eval()
+    prepared = ready(model, IMAGE)
+    huge = IMAGE * 1e8
+    with torch.no_grad():
+        expected = model(huge)
+        with prepared.attached("observe"):
+            torch.testing.assert_close(model(huge), expected, atol=0, rtol=0)
+    assert expected.abs().max() < 1e4
+
+
+def test_an_island_is_called_as_often_as_its_forward_says() -> None:
+    model = with_statistics(ViewsNet()).eval()
+    views = torch.randn(4, 2, 3, 6, 6)
+    prepared = ready(model, views)
+    assert sorted(prepared.islands) == ["encoder", "head"]
+    edges = recorded_edges(prepared, views)
+    assert edges.count("encoder:0") + edges.count("encoder:1") + edges.count("encoder:2") == 2
+    assert len([edge for edge in edges if edge.startswith("head:")]) == 1
+
+
+def test_a_leaf_layer_is_the_smallest_island() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.fc1(x)
+            return self.fc2(hidden if hidden.sum() > 0 else -hidden)
+
+    model, x = Net().eval(), torch.randn(16, 4)
+    prepared = ready(model, x)
+    assert sorted(prepared.islands) == ["fc1", "fc2"]
+    with torch.no_grad():
+        expected = model(x)
+        assert 20 < signal_to_noise(expected, convert(prepared)(x)) < 80
+
+
+class Branching(nn.Module):
+    """A block inside a traceable net that branches on a tensor's value."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(6, 6, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.mean() > -1e9 else x
+
+
+def test_an_untraceable_block_does_not_split_its_surroundings() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), Branching(), nn.ReLU(), nn.Conv2d(6, 2, 3)).eval()
+    prepared = ready(model, IMAGE)
+    assert sorted(prepared.islands) == ["", "2.conv"]
+    assert [row.action for row in prepared.plan.rows if row.macs] == ["int8"] * 3
+    (row,) = [row for row in prepared.plan.rows if row.name == "2"]
+    assert row.action == "float"
+    assert "control flow" in row.reason
+    with torch.no_grad():
+        assert 20 < signal_to_noise(model(IMAGE), convert(prepared)(IMAGE)) < 80
+
+
+def test_a_forward_without_traceable_layers_raises_with_the_reason() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4, 4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight if x.sum() > 0 else x
+
+    with pytest.raises(PlanError, match=r"nothing.*cannot be traced"):
+        prepare(Net(), (torch.randn(2, 4),))
+
+
+def test_an_untraceable_root_raises_when_traced_alone() -> None:
+    model = BranchingNet().eval()
+    spec, tensors = flatten_call(inspect.signature(model.forward), (IMAGE,), {})
+    with pytest.raises(UntraceableError, match=r"BranchingNet\.forward cannot be traced"):
+        trace(model, spec, tensors)
+
+
+# --- train and eval
+
+
+def test_drop_path_trains_on_the_edges_of_evaluation() -> None:
+    model = with_statistics(DropPathNet()).eval()
+    prepared = ready(model, IMAGE)
+    in_evaluation = recorded_edges(prepared, IMAGE)
+    model.train()
+    in_training = recorded_edges(prepared, IMAGE)
+    assert sorted(prepared.islands) == [""]
+    assert in_training == in_evaluation
+    assert len(in_evaluation) == len(set(in_evaluation)) >= 5
+
+
+def test_a_block_with_drop_path_inside_a_net_is_quantized_in_training_too() -> None:
+    model, x = timm_style_net().eval(), torch.randn(2, 1, 16, 16)
+    prepared = ready(model, x)
+    in_evaluation = recorded_edges(prepared, x)
+    model.train()
+    assert recorded_edges(prepared, x) == in_evaluation
+    assert len(in_evaluation) > 8
+
+
+def test_drop_path_drops_in_training_only() -> None:
+    model = with_statistics(DropPathNet(drop_probability=0.999)).eval()
+    prepared = ready(model, IMAGE)
+    with torch.no_grad(), prepared.attached("frozen"):
+        assert torch.equal(model(IMAGE), model(IMAGE))
+        kept = model(IMAGE)
+        model.train()
+        model.bn1.eval()
+        model.bn2.eval()
+        dropped = model(IMAGE)
+        torch.manual_seed(0)
+        expected = model.fc(model.relu(model.bn1(model.conv1(IMAGE))).mean((2, 3)))
+    assert signal_to_noise(expected, dropped) > 20
+    assert signal_to_noise(expected, kept) < 20
+
+
+def test_dropout_keeps_its_probability() -> None:
+    model = nn.Sequential(nn.Linear(8, 200), nn.ReLU(), nn.Dropout(0.8), nn.Linear(200, 1)).eval()
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[0].bias.fill_(1.0)
+        model[3].weight.fill_(1.0)
+        model[3].bias.zero_()
+    x = torch.randn(64, 8)
+    prepared = ready(model, x)
+    with torch.no_grad(), prepared.attached("frozen"):
+        assert model(x).unique().numel() == 1
+        model.train()
+        kept = model(x) / 5 / 200
+    assert kept.mean().item() == pytest.approx(0.2, abs=0.02)
+    assert kept.unique().numel() > 10
+
+
+def test_functional_dropout_follows_the_training_flag() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc1, self.fc2 = nn.Linear(8, 100), nn.Linear(100, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc2(F.dropout(F.relu(self.fc1(x)), 0.5, training=self.training))
+
+    model, x = Net().eval(), torch.randn(16, 8)
+    prepared = ready(model, x)
+    with torch.no_grad(), prepared.attached("frozen"):
+        assert torch.equal(model(x), model(x))
+        model.train()
+        assert not torch.equal(model(x), model(x))
+        model.eval()
+        assert torch.equal(model(x), model(x))
+
+
+# --- in-place operations
+
+
+class InPlace(nn.Module):
+    """Two convolutions and an in-place operation between them, given as a function."""
+
+    def __init__(self, middle: Callable[[nn.Module, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.middle(self, self.conv1(x)))
+
+
+def unused_result(net: nn.Module, x: Tensor) -> Tensor:
+    x.add_(net.conv2(x))
+    return x
+
+
+def earlier_reader(net: nn.Module, x: Tensor) -> Tensor:
+    total = x + x
+    net.relu(x)
+    return total + x
+
+
+def later_reader(net: nn.Module, x: Tensor) -> Tensor:
+    y = F.relu_(x)
+    return net.conv2(y) + x
+
+
+def augmented(net: nn.Module, x: Tensor) -> Tensor:
+    y = x
+    y += net.conv2(x)
+    y *= 0.5
+    return x + y
+
+
+def clamped(net: nn.Module, x: Tensor) -> Tensor:
+    x.clamp_(-0.3, 0.4)
+    return x
+
+
+def into_a_view(net: nn.Module, x: Tensor) -> Tensor:
+    x[:, :2].mul_(3.0)
+    return x
+
+
+def by_index(net: nn.Module, x: Tensor) -> Tensor:
+    x[:, 1] = 0.7
+    return x
+
+
+MIDDLES = [unused_result, earlier_reader, later_reader, augmented, clamped]
+
+
+@pytest.mark.parametrize("middle", [*MIDDLES, into_a_view, by_index], ids=lambda middle: middle.__name__)
+def test_in_place_operations_mean_what_they_mean_in_the_float_model(middle: Callable[..., Tensor]) -> None:
+    model = InPlace(middle).eval()
+    prepared = ready(model, IMAGE)
+    with torch.no_grad():
+        expected = model(IMAGE.clone())
+        with prepared.attached("observe"):
+            torch.testing.assert_close(model(IMAGE), expected, atol=0, rtol=0)
+        with prepared.attached("frozen"):
+            simulated = model(IMAGE)
+    assert signal_to_noise(expected, simulated) > 25
+    assert signal_to_noise(expected, convert(prepared)(IMAGE)) > 25
+    assert prepared.plan.coverage == 1.0
+
+
+@pytest.mark.parametrize("middle", [unused_result, clamped], ids=lambda middle: middle.__name__)
+def test_in_place_operations_left_as_they_are_get_lost(
+    middle: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_quant.graph.trace.functionalize", lambda graph, root: None)
+    model = InPlace(middle).eval()
+    prepared = ready(model, IMAGE)
+    with torch.no_grad():
+        assert signal_to_noise(model(IMAGE), convert(prepared)(IMAGE)) < 25
+
+
+# --- hooks and parametrizations
+
+
+def test_a_pruning_mask_still_works_on_a_prepared_layer() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    prune.l1_unstructured(model[0], "weight", amount=0.5)
+    mask = model[0].weight_mask
+    prepared = ready(model, IMAGE)
+    rows = {row.name: row.action for row in prepared.plan.rows}
+    assert rows["0"] == rows["2"] == "int8"
+    model.train()
+    with prepared.attached("fake_quantize", observing=True):
+        model(IMAGE).square().sum().backward()
+    assert torch.all((model[0].weight_orig.grad != 0) == (mask != 0))
+    with torch.no_grad(), prepared.attached("frozen"):
+        pruned = model(IMAGE)
+        mask.zero_()
+        without = model(IMAGE)
+    assert not torch.allclose(pruned, without)
+    # Nothing of the first layer's weight is left: every position of an image gets the same.
+    assert torch.allclose(without, without[:, :, :1, :1].expand_as(without), atol=1e-5)
+
+
+def test_converted_weights_are_the_pruned_ones() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)).eval()
+    prune.random_unstructured(model[0], "weight", amount=0.5)
+    converted = convert(ready(model, IMAGE))
+    weight = next(module.weight for module in converted.modules() if type(module).__name__ == "QuantizedLayer")
+    assert torch.all(weight[model[0].weight_mask == 0] == 0)
+    assert signal_to_noise(model(IMAGE), converted(IMAGE)) > 25
+
+
+@pytest.mark.parametrize("kind", ["forward", "pre", "full_backward"])
+def test_hooks_on_layers_and_blocks_still_run_once_per_call(kind: str, caplog: pytest.LogCaptureFixture) -> None:
+    block = nn.Sequential(nn.Conv2d(6, 6, 3, padding=1), nn.ReLU())
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), block, nn.Conv2d(6, 2, 3)).eval()
+    ran: list[str] = []
+    for name, module in (("layer", model[0]), ("block", block)):
+        if kind == "forward":
+            module.register_forward_hook(lambda *_, name=name: ran.append(name))
+        elif kind == "pre":
+            module.register_forward_pre_hook(lambda *_, name=name: ran.append(name))
+        else:
+            module.register_full_backward_hook(lambda *_, name=name: ran.append(name))
+    prepared = ready(model, IMAGE)
+    model.train()
+    with prepared.attached("fake_quantize", observing=True):
+        for _ in range(2):
+            # The first call also traces; the second shows what a graph does.
+            ran.clear()
+            model(IMAGE.clone().requires_grad_()).sum().backward()
+    assert sorted(ran) == ["block", "layer"]
+    assert prepared.plan.coverage == 1.0
+    assert not [record for record in caplog.records if record.levelname in ("WARNING", "ERROR")]
+
+
+def test_a_hook_that_changes_the_result_is_obeyed() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 3)).eval()
+    model[1].register_forward_hook(lambda module, args, output: output * 0.25)
+    prepared = ready(model, IMAGE)
+    with torch.no_grad():
+        expected = model(IMAGE.clone())
+        with prepared.attached("observe"):
+            torch.testing.assert_close(model(IMAGE), expected, atol=0, rtol=0)
+        with prepared.attached("frozen"):
+            assert signal_to_noise(expected, model(IMAGE)) > 25
+
+
+def test_an_overridden_call_counts_once() -> None:
+    class Doubling(nn.Sequential):
+        def __call__(self, x: Tensor) -> Tensor:
+            return super().__call__(x) * 2
+
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), Doubling(nn.ReLU(), nn.Conv2d(6, 6, 1)), nn.Conv2d(6, 2, 3)).eval()
+    prepared = ready(model, IMAGE)
+    with torch.no_grad():
+        expected = model(IMAGE.clone())
+        with prepared.attached("observe"):
+            torch.testing.assert_close(model(IMAGE), expected, atol=0, rtol=0)
+        assert signal_to_noise(expected, convert(prepared)(IMAGE)) > 25
+    assert prepared.plan.coverage == 1.0
+
+
+def test_a_parametrized_layer_keeps_its_parametrization() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), parametrizations.weight_norm(nn.Linear(8, 8))).eval()
+    x = torch.randn(32, 8)
+    prepared = ready(model, x)
+    with torch.no_grad():
+        model[2].parametrizations.weight.original0.mul_(2.0)
+        expected = model(x)
+        with prepared.attached("observe"):
+            torch.testing.assert_close(model(x), expected, atol=0, rtol=0)
+    names = {row.name: row for row in prepared.plan.rows}
+    assert names["0"].action == "int8"
+    assert names["2"].action == "int8" or names["2"].reason
+
+
+# --- what else a forward does
+
+
+class FrozenBackbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone, self.head = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.backbone(x)
+        return self.head(features)
+
+
+def test_a_part_that_runs_without_gradients_gets_none() -> None:
+    model = FrozenBackbone()
+    prepared = ready(model.eval(), IMAGE)
+    model.train()
+    with prepared.attached("fake_quantize", observing=True):
+        model(IMAGE).sum().backward()
+    assert all(parameter.grad is None for parameter in model.backbone.parameters())
+    assert all(parameter.grad is not None for parameter in model.head.parameters())
+
+
+class Tracking(nn.Module):
+    """Keeps a running mean, in place or by assignment, and counts its training steps."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.conv, self.in_place, self.steps = nn.Conv2d(3, 6, 3), in_place, 0
+        self.register_buffer("mean", torch.zeros(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.conv(x)
+        if self.training:
+            mean = features.detach().mean((0, 2, 3))
+            if self.in_place:
+                self.mean.mul_(0.9).add_(0.1 * mean)
+            else:
+                self.mean = 0.9 * self.mean + 0.1 * mean
+            self.steps += 1
+        return features - self.mean.view(1, -1, 1, 1)
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_buffers_and_counters_written_in_forward_keep_being_written(in_place: bool) -> None:
+    torch.manual_seed(1)
+    model = Tracking(in_place).eval()
+    twin = copy.deepcopy(model).train()
+    prepared = ready(model, IMAGE)
+    model.train()
+    with prepared.attached("observe", observing=True):
+        for factor in (1, 2, 3):
+            twin(factor * IMAGE)
+            model(factor * IMAGE)
+    assert twin.mean.abs().sum() > 0
+    torch.testing.assert_close(model.mean, twin.mean)
+    assert model.steps == twin.steps == 3
+
+
+def test_checkpointed_blocks_compute_the_same() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block, self.head = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU()), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(checkpoint(self.block, x, use_reentrant=False))
+
+    model = Net().eval()
+    twin = copy.deepcopy(model)
+    prepared = ready(model, IMAGE)
+    twin(IMAGE).square().sum().backward()
+    with prepared.attached("observe"):
+        model(IMAGE).square().sum().backward()
+    for mine, reference in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, reference.grad)
+
+
+def test_a_transformer_layer_is_right_in_training_and_evaluation() -> None:
+    """In evaluation PyTorch runs such a layer as one fused kernel that never calls the linear layers inside."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.encoder(self.embed(x)).mean(1))
+
+    model, x = Net().eval(), torch.randn(16, 6, 5)
+    prepared = ready(model, x)
+    with torch.no_grad():
+        expected = model(x)
+        with prepared.attached("frozen"):
+            assert signal_to_noise(expected, model(x)) > 25
+            model.train()
+            assert signal_to_noise(expected, model(x)) > 25
+        model.eval()
+        assert signal_to_noise(expected, convert(prepared)(x)) > 25
+
+
+# --- arguments
+
+
+def test_default_and_keyword_arguments_are_bound() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, scale: float = 1.0, *, bias: Tensor | None = None) -> Tensor:
+            y = self.fc(x) * scale
+            return y if bias is None else y + bias
+
+    model, x = Net().eval(), torch.randn(5, 4)
+    prepared = prepare(model, (x,))
+    calls = [((x,), {}), ((), {"x": x}), ((x, 2.0), {}), ((x,), {"bias": torch.ones(3)}), ((x,), {"scale": -1.5})]
+    with torch.no_grad():
+        expected = [model(*args, **kwargs) for args, kwargs in calls]
+        with prepared.attached("observe"):
+            actual = [model(*args, **kwargs) for args, kwargs in calls]
+    for left, right in zip(actual, expected, strict=True):
+        torch.testing.assert_close(left, right, atol=0, rtol=0)
+
+
+def test_tensors_made_in_forward_are_constants_of_the_graph() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mean = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1)
+            return self.conv((x - mean) * torch.full((1,), 4.0)) + OFFSET
+
+    model = Net().eval()
+    prepared = ready(model, IMAGE)
+    with torch.no_grad():
+        expected = model(IMAGE.clone())
+        with prepared.attached("observe"):
+            torch.testing.assert_close(model(IMAGE), expected, atol=0, rtol=0)
+        assert signal_to_noise(expected, convert(prepared)(IMAGE)) > 25
+    assert set(model.state_dict()) == {"conv.weight", "conv.bias"}
+    assert "_tensor_constant0" not in vars(model)
+
+
+def test_a_net_that_asks_for_rank_and_dtype_is_one_graph() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if x.dim() != 2 or x.ndim != 2 or not x.is_floating_point() or x.device.type not in ("cpu", "cuda"):
+                raise ValueError(x.shape)
+            left, right = self.fc(x).to(x.dtype).chunk(2, 0)
+            return torch.cat([right, left])
+
+    prepared = prepare(Net().eval(), (torch.randn(6, 4),))
+    assert sorted(prepared.islands) == [""]
+    model, prepared = prepared.root, ready(prepared.root, torch.randn(6, 4))
+    x = torch.randn(10, 4)
+    with torch.no_grad(), prepared.attached("off"):
+        assert model(x).shape == (10, 3)
+
+
+def test_every_net_gives_the_float_result_through_its_graphs() -> None:
+    for case in CASES:
+        model, prepared = calibrated(case)
+        args, kwargs = case.call(3)
+        with torch.no_grad():
+            expected = model(*args, **kwargs)
+            with prepared.attached("off"):
+                actual = model(*args, **kwargs)
+        assert type(actual) is type(expected)
+        assert signal_to_noise(leaves(expected), leaves(actual)) == float("inf"), case.name
+
+
+def leaves(result: object) -> list[Tensor]:
+    if isinstance(result, Tensor):
+        return [result]
+    items = vars(result).values() if hasattr(result, "__dataclass_fields__") else result
+    items = items.values() if isinstance(items, dict) else items
+    return [leaf for item in items for leaf in leaves(item)]

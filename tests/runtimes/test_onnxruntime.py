@@ -1,0 +1,627 @@
+import contextlib
+import dataclasses
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from models import (
+    CASES,
+    BranchingNet,
+    Case,
+    DropPathNet,
+    GroupedNet,
+    ResidualNet,
+    calibrated,
+    with_statistics,
+)
+from onnx.reference import ReferenceEvaluator
+from reference_models import resnet18
+from torch import Tensor, nn
+
+from lightning_quant import convert as conversion
+from lightning_quant import load
+from lightning_quant.artifact import Artifact
+from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.convert import signal_to_noise
+from lightning_quant.errors import ExportError, QuantizationError
+from lightning_quant.export import export, trial_export
+from lightning_quant.graph.patterns import Selection
+from lightning_quant.parity import check_parity
+from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.runtimes import onnxruntime as runtime
+from lightning_quant.signature import tensor_leaves
+
+EXPORTED = [case for case in CASES if case.exports]
+BATCHES = (1, 3, 8)
+IMAGE = torch.randn(4, 3, 8, 8)
+LOAD_AND_RUN = """
+import sys
+from pathlib import Path
+
+import torch
+
+from lightning_quant import load
+
+
+def leaves(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in leaves(item)]
+
+
+folder = Path(sys.argv[1])
+results = {}
+for name, calls in torch.load(folder / "calls.pt", weights_only=True).items():
+    model = load(folder / name, threads=1)
+    results[name] = [leaves(model(*args, **kwargs)) for args, kwargs in calls]
+assert "models" not in sys.modules
+torch.save(results, folder / "results.pt")
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Exported:
+    """A case as an artifact on disk, with what the loaded artifact must answer."""
+
+    case: Case
+    prepared: Prepared
+    artifact: Artifact
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    @property
+    def operators(self) -> tuple[Any, ...]:
+        return planned(self.prepared)
+
+    def float_outputs(self) -> list[list[Tensor]]:
+        with torch.no_grad():
+            return [tensor_leaves(self.prepared.root(*args, **kwargs)) for args, kwargs in self.calls]
+
+    def simulated_outputs(self) -> list[list[Tensor]]:
+        with torch.no_grad(), self.prepared.attached("frozen"):
+            return [tensor_leaves(self.prepared.root(*args, **kwargs)) for args, kwargs in self.calls]
+
+
+def planned(prepared: Prepared) -> tuple[Any, ...]:
+    return tuple(operator for graph in prepared.plan.graphs for operator in graph.operators)
+
+
+def ready(model: nn.Module, *args: Tensor, **options: Any) -> Prepared:
+    prepared = prepare(model.eval(), args, observer="min_max", **options)
+    calibrate(prepared, steps_of(prepared, [args]))
+    return prepared
+
+
+class Artifacts:
+    """Exports each net once, when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.found: dict[str, Exported | Exception] = {}
+
+    def __getitem__(self, name: str) -> Exported:
+        if name not in self.found:
+            try:
+                self.found[name] = self._export(next(case for case in EXPORTED if case.name == name))
+            except Exception as error:
+                self.found[name] = error
+        item = self.found[name]
+        if isinstance(item, Exception):
+            raise item
+        return item
+
+    def _export(self, case: Case) -> Exported:
+        torch.manual_seed(0)
+        _, prepared = calibrated(case)
+        calls = [case.call(batch) for batch in BATCHES]
+        return Exported(case, prepared, export(prepared, self.folder / case.name), calls)
+
+
+@pytest.fixture(scope="session")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    return Artifacts(tmp_path_factory.mktemp("artifacts"))
+
+
+@pytest.fixture(scope="session")
+def fresh_results(exported: Artifacts) -> dict[str, list[list[Tensor]]]:
+    """What one fresh process, which knows none of the nets, gets from the artifacts."""
+    calls = {}
+    for case in EXPORTED:
+        # A net that does not export fails in its own test.
+        with contextlib.suppress(Exception):
+            calls[case.name] = exported[case.name].calls
+    torch.save(calls, exported.folder / "calls.pt")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error::UserWarning", "-c", LOAD_AND_RUN, str(exported.folder)]
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout == ""
+    return torch.load(exported.folder / "results.pt", weights_only=True)
+
+
+@pytest.fixture(params=[case.name for case in EXPORTED])
+def item(request: pytest.FixtureRequest, exported: Artifacts) -> Exported:
+    return exported[request.param]
+
+
+# --- the contract of every artifact
+
+
+def test_a_fresh_process_gets_the_simulated_results_at_every_batch_size(
+    item: Exported, fresh_results: dict[str, list[list[Tensor]]]
+) -> None:
+    actual = fresh_results[item.case.name]
+    for batch, floating, simulated, loaded in zip(
+        BATCHES, item.float_outputs(), item.simulated_outputs(), actual, strict=True
+    ):
+        assert [leaf.shape for leaf in loaded] == [leaf.shape for leaf in floating]
+        assert [leaf.dtype for leaf in loaded] == [leaf.dtype for leaf in floating]
+        assert signal_to_noise(simulated, loaded) >= signal_to_noise(floating, simulated) + 10, batch
+
+
+def test_a_loaded_artifact_is_called_like_the_module(item: Exported) -> None:
+    model = load(item.artifact.path, threads=1)
+    assert isinstance(model, nn.Module)
+    (args, kwargs), simulated = item.calls[1], item.simulated_outputs()[1]
+    result = model(*args, **kwargs)
+    assert signal_to_noise(simulated, tensor_leaves(result)) > 30
+    with torch.no_grad():
+        float_result = item.prepared.root(*args, **kwargs)
+    if isinstance(float_result, dict | tuple):
+        assert type(result) is type(float_result)
+    # Positional arguments may also be given by name.
+    signature = item.prepared.signature
+    by_name = dict(zip(signature.parameters, args, strict=False)) | kwargs
+    again = model(**by_name)
+    assert all(torch.equal(a, b) for a, b in zip(tensor_leaves(result), tensor_leaves(again), strict=True))
+
+
+def test_inputs_and_outputs_have_the_users_names(item: Exported) -> None:
+    graph = onnx.load(item.artifact.model_path).graph
+    assert [info.name for info in graph.input] == list(item.prepared.spec.names)
+    for info in graph.input:
+        first = info.type.tensor_type.shape.dim[0]
+        assert first.dim_param == "batch"
+    expected = {
+        "multi_modal": ["logits", "extras_fused", "extras_valid"],
+        "nested": ["scores", "sides_0", "sides_1"],
+    }
+    assert [info.name for info in graph.output] == expected.get(item.case.name, ["output"])
+
+
+def test_every_planned_integer_operator_is_one_in_the_session(item: Exported) -> None:
+    counts = runtime.count_operators(item.artifact.model_path)
+    assert runtime.still_float(item.operators, counts) == {}
+    kinds = Counter(operator.kind for operator in item.operators)
+    assert counts.get("QLinearConv", 0) >= kinds["conv1d"] + kinds["conv2d"]
+    assert counts.get("QGemm", 0) == kinds["linear"]
+    assert counts.get("QLinearAdd", 0) == kinds["add"]
+
+
+def test_parity_holds_for_every_operator(item: Exported) -> None:
+    args, kwargs = item.calls[2]
+    _, tensors = conversion.flatten_call(item.prepared.signature, args, kwargs)
+    loaded = load(item.artifact.path, threads=1)
+    parity = check_parity(item.prepared, loaded, runtime, item.artifact.model_path, tensors)
+    assert parity.failures == []
+    assert parity.worst_operator in item.prepared.ranges.edges
+    assert 0.999 <= parity.worst_share <= 1
+    assert parity.artifact_db >= parity.quantization_db + 10
+    if item.case.name in ("residual", "mlp"):
+        assert parity.equal_argmax == 1.0
+    if item.case.name in ("grouped", "nested"):
+        assert parity.equal_argmax is None
+
+
+def test_the_file_holds_no_float_copy_of_a_quantized_weight(item: Exported) -> None:
+    initializers = onnx.load(item.artifact.model_path).graph.initializer
+    floats = sum(
+        int(np.prod(i.dims)) for i in initializers if i.data_type == onnx.TensorProto.FLOAT and len(i.dims) > 1
+    )
+    kept = {"decoder": 6 * 4 * 4, "multi_modal": 11 * 6}.get(item.case.name, 0)
+    assert floats <= kept
+
+
+def test_the_file_names_no_path_of_this_machine(item: Exported) -> None:
+    content = item.artifact.model_path.read_bytes()
+    for path in (Path(__file__).parent, Path(torch.__file__).parent, Path.home()):
+        assert str(path).encode() not in content
+
+
+# --- independent references
+
+
+@pytest.mark.parametrize("name", ["mlp", "grouped", "residual", "pooling", "conv1d"])
+def test_the_file_means_the_same_to_the_onnx_reference_and_without_optimizations(
+    name: str, exported: Artifacts
+) -> None:
+    item = exported[name]
+    ((x,), _), simulated = item.calls[2], item.simulated_outputs()[2]
+    named = {item.prepared.spec.names[0]: x.numpy()}
+    (reference,) = ReferenceEvaluator(onnx.load(item.artifact.model_path)).run(None, named)
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    plain = onnxruntime.InferenceSession(item.artifact.model_path, options, providers=["CPUExecutionProvider"])
+    (unfused,) = plain.run(None, named)
+    floating = item.float_outputs()[2]
+    for other in (reference, unfused):
+        assert signal_to_noise(simulated, [torch.from_numpy(other)]) > signal_to_noise(floating, simulated) + 10
+
+
+# --- calls
+
+
+def test_keyword_only_arguments_and_dataclass_results(exported: Artifacts) -> None:
+    item = exported["multi_modal"]
+    model = load(item.artifact.path, threads=1)
+    _, kwargs = item.calls[1]
+    result = model(**kwargs)
+    (logits, fused, valid) = item.simulated_outputs()[1]
+    torch.testing.assert_close(result.logits, logits)
+    torch.testing.assert_close(result["extras"]["fused"], fused)
+    assert torch.equal(result.extras["valid"], valid)
+    assert torch.equal(result.logits, model(**kwargs, scaled=False).logits)
+    with pytest.raises(QuantizationError, match="Expected a call that fits"):
+        model(kwargs["image"], kwargs["tokens"], kwargs["mask"])
+
+
+def test_token_ids_and_masks_are_not_quantized(exported: Artifacts) -> None:
+    item = exported["multi_modal"]
+    graph = onnx.load(item.artifact.model_path).graph
+    types = {info.name: info.type.tensor_type.elem_type for info in graph.input}
+    assert types["tokens"] == onnx.TensorProto.INT64
+    assert types["mask"] == onnx.TensorProto.BOOL
+    readers = {node.op_type for node in graph.node if {"tokens", "mask"} & set(node.input)}
+    assert "QuantizeLinear" not in readers
+    assert not {":tokens", ":mask"} & set(item.prepared.ranges.edges)
+
+
+def test_other_constants_than_the_captured_ones_are_refused(exported: Artifacts) -> None:
+    item = exported["multi_modal"]
+    with pytest.raises(QuantizationError, match=r"constants of the captured call.*part of the exported model"):
+        load(item.artifact.path, threads=1)(**item.calls[0][1], scaled=True)
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 8, 9), (4, 1, 8, 8), (3, 8, 8), (4, 3, 8, 8, 1)])
+def test_other_shapes_than_the_captured_ones_are_refused(shape: tuple[int, ...], exported: Artifacts) -> None:
+    model = load(exported["residual"].artifact.path, threads=1)
+    with pytest.raises(QuantizationError, match=r"Expected `image` to have shape \('batch', 3, 8, 8\), but got"):
+        model(torch.randn(shape))
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((IMAGE, IMAGE), {}), ((), {"picture": IMAGE})])
+def test_calls_that_do_not_fit_the_signature_are_refused(
+    args: tuple[Tensor, ...], kwargs: dict[str, Tensor], exported: Artifacts
+) -> None:
+    model = load(exported["residual"].artifact.path, threads=1)
+    with pytest.raises(QuantizationError, match="Expected a call that fits `forward"):
+        model(*args, **kwargs)
+
+
+def test_missing_tensors_of_a_nested_argument_are_refused(exported: Artifacts) -> None:
+    item = exported["nested"]
+    model = load(item.artifact.path, threads=1)
+    (batch,), kwargs = item.calls[0]
+    with pytest.raises(QuantizationError, match=r"batch_a.*batch_b"):
+        model({"a": batch["a"]}, **kwargs)
+
+
+def test_inputs_of_another_precision_are_taken_in_the_captured_one(exported: Artifacts) -> None:
+    model = load(exported["residual"].artifact.path, threads=1)
+    expected = model(IMAGE)
+    assert torch.equal(model(IMAGE.double()), expected)
+    assert torch.equal(model(IMAGE.requires_grad_()), expected)
+    IMAGE.requires_grad_(False)
+    assert torch.equal(model(IMAGE.flip(0)), expected.flip(0))
+
+
+def test_threads_and_providers_are_passed_on(exported: Artifacts) -> None:
+    path = exported["mlp"].artifact.path
+    model = load(path, threads=2, providers=["CPUExecutionProvider"])
+    assert model.session.get_session_options().intra_op_num_threads == 2
+    assert model.session.get_providers() == ["CPUExecutionProvider"]
+
+
+# --- operators
+
+
+def test_an_operator_that_was_planned_and_is_missing_is_reported(exported: Artifacts) -> None:
+    item = exported["residual"]
+    counts = runtime.count_operators(item.artifact.model_path)
+    assert runtime.still_float(item.operators * 2, counts) == {
+        "conv2d": 3,
+        "add": 1,
+        "global_avg_pool": 1,
+        "linear": 1,
+    }
+    assert runtime.still_float(item.operators, {**counts, "QLinearConv": 2}) == {"conv2d": 1}
+    assert runtime.still_float(item.operators, {}) == dict(Counter(operator.kind for operator in item.operators))
+
+
+def test_a_tensor_left_in_float_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    insert = conversion._insert_pair
+
+    def insert_elsewhere(graph: Any, node: Any, *grid: Any) -> None:
+        if node.meta["key"] != "relu":
+            insert(graph, node, *grid)
+
+    monkeypatch.setattr(conversion, "_insert_pair", insert_elsewhere)
+    monkeypatch.setattr(conversion, "_drop", lambda node: None)
+    prepared = ready(GroupedNet(), torch.randn(4, 4, 8, 8))
+    artifact = export(prepared, tmp_path)
+    missing = runtime.still_float(planned(prepared), runtime.count_operators(artifact.model_path))
+    assert missing == {"conv2d": 2}
+
+
+def test_a_mean_left_as_it_is_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "_pool_with_static_window", lambda node: None)
+    prepared = ready(with_statistics(DropPathNet()), IMAGE)
+    artifact = export(prepared, tmp_path)
+    missing = runtime.still_float(planned(prepared), runtime.count_operators(artifact.model_path))
+    assert missing == {"global_avg_pool": 1}
+
+
+def test_parity_fails_for_another_models_artifact(exported: Artifacts) -> None:
+    item = exported["residual"]
+    other = item.case.build()
+    with torch.no_grad():
+        other.conv2.weight.mul_(-1.0)
+    loaded = load(item.artifact.path, threads=1)
+    parity = check_parity(item.prepared.bound_to(other), loaded, runtime, item.artifact.model_path, [IMAGE])
+    assert parity.worst_operator == ":bn2"
+    assert any("only" in failure and ":bn2" in failure for failure in parity.failures)
+    assert any("from its simulation" in failure for failure in parity.failures)
+
+
+def test_parity_needs_a_file_with_the_same_edges(exported: Artifacts) -> None:
+    item = exported["residual"]
+    with pytest.raises(ExportError, match="quantized tensors in the exported file"):
+        runtime.run_forced(item.artifact.model_path, {"image": IMAGE}, [np.zeros((4, 3, 8, 8), np.uint8)])
+
+
+class Excluding(nn.Module):
+    """A convolution between two others that stays float when it is excluded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 6, 3), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.middle(F.relu(self.first(x)))))
+
+
+def excluded_counts(folder: Path) -> tuple[Prepared, dict[str, int]]:
+    prepared = ready(Excluding(), IMAGE, selection=Selection(exclude=("middle",)))
+    return prepared, runtime.count_operators(export(prepared, folder).model_path)
+
+
+def test_an_excluded_layer_runs_in_float(tmp_path: Path) -> None:
+    prepared, counts = excluded_counts(tmp_path)
+    assert counts["QLinearConv"] == 2
+    assert sum(counts.get(name, 0) for name in ("Conv", "FusedConv")) == 1
+    with torch.no_grad(), prepared.attached("frozen"):
+        simulated = prepared.root(IMAGE)
+    assert signal_to_noise(simulated, load(tmp_path, threads=1)(IMAGE)) > 50
+
+
+def test_unshielded_the_runtime_quantizes_an_excluded_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The pair of the test above: ONNX Runtime quantizes weights between quantized tensors unasked."""
+    monkeypatch.setattr(conversion, "_shield_float_layers", lambda *_: None)
+    _, counts = excluded_counts(tmp_path)
+    assert counts["QLinearConv"] == 3
+
+
+def test_a_convolution_that_only_pads_is_an_integer_convolution(exported: Artifacts) -> None:
+    counts = runtime.count_operators(exported["padded"].artifact.model_path)
+    assert counts["QLinearConv"] == 2
+    assert not {"Conv", "FusedConv", "Pad"} & set(counts)
+
+
+ENDINGS = {
+    "relu": nn.Sequential(nn.Linear(6, 8), nn.ReLU()),
+    "relu6": nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU6()),
+    "relu, then float": nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Softmax(-1)),
+    "gelu between": nn.Sequential(nn.Linear(6, 8), nn.GELU(), nn.Linear(8, 3)),
+    "layer norm between": nn.Sequential(nn.Linear(6, 8), nn.LayerNorm(8), nn.ReLU(), nn.Linear(8, 3)),
+    "dropout between": nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 3), nn.ReLU()),
+}
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_linear_layers_are_integer_operators_whatever_follows(ending: str, tmp_path: Path) -> None:
+    model = with_statistics(ENDINGS[ending])
+    x = torch.randn(16, 6)
+    prepared = ready(model, x)
+    artifact = export(prepared, tmp_path)
+    counts = runtime.count_operators(artifact.model_path)
+    assert runtime.still_float(planned(prepared), counts) == {}
+    assert counts["QGemm"] == sum(isinstance(module, nn.Linear) for module in model)
+    loaded = load(tmp_path, threads=1)
+    parity = check_parity(prepared, loaded, runtime, artifact.model_path, [x])
+    assert parity.failures == []
+
+
+def test_a_convolution_at_the_end_is_an_integer_operator(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.1), nn.Conv2d(4, 4, 1), nn.Sigmoid()).eval()
+    prepared = ready(model, IMAGE)
+    counts = runtime.count_operators(export(prepared, tmp_path).model_path)
+    assert counts["QLinearConv"] == 2
+    assert runtime.still_float(planned(prepared), counts) == {}
+
+
+def test_matrix_products_of_tensors_are_integer_operators(tmp_path: Path) -> None:
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.query, self.key, self.value = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+            self.out = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            scores = torch.softmax(self.query(x) @ self.key(x).transpose(1, 2) / 8**0.5, -1)
+            return self.out(scores @ self.value(x))
+
+    model, x = Attention().eval(), torch.randn(4, 5, 8)
+    prepared = ready(model, x)
+    artifact = export(prepared, tmp_path)
+    counts = runtime.count_operators(artifact.model_path)
+    assert runtime.still_float(planned(prepared), counts) == {}
+    assert counts["QGemm"] == 4
+    loaded = load(tmp_path, threads=1)
+    with torch.no_grad(), prepared.attached("frozen"):
+        assert signal_to_noise(model(x), loaded(x)) > 30
+    assert loaded(torch.randn(2, 5, 8)).shape == (2, 5, 8)
+
+
+def test_resnet18_runs_in_integers_from_end_to_end(tmp_path: Path) -> None:
+    prepared = ready(resnet18(num_classes=10), torch.randn(2, 3, 32, 32))
+    counts = runtime.count_operators(export(prepared, tmp_path).model_path)
+    expected = {"QLinearConv": 20, "QLinearAdd": 8, "QGemm": 1}
+    assert {name: counts[name] for name in expected} == expected
+    assert counts.get("QuantizeLinear", 0) <= 2
+    assert counts.get("DequantizeLinear", 0) <= 2
+    assert not {"Conv", "FusedConv", "Gemm", "FusedGemm", "BatchNormalization"} & set(counts)
+
+
+# --- sizes
+
+
+def test_dimensions_that_varied_while_calibrating_are_dynamic(tmp_path: Path) -> None:
+    model = with_statistics(ResidualNet()).eval()
+    prepared = prepare(model, (IMAGE,), observer="min_max")
+    calibrate(prepared, steps_of(prepared, [IMAGE, torch.randn(2, 3, 12, 10)]))
+    export(prepared, tmp_path)
+    loaded = load(tmp_path, threads=1)
+    for size in ((8, 8), (12, 10), (9, 16)):
+        x = torch.randn(2, 3, *size)
+        with torch.no_grad():
+            floating = model(x)
+            with prepared.attached("frozen"):
+                simulated = model(x)
+        actual = loaded(x)
+        assert actual.shape == floating.shape
+        assert signal_to_noise(simulated, actual) > 30
+
+
+def test_dimensions_may_be_chosen_as_dynamic(tmp_path: Path) -> None:
+    prepared = ready(GroupedNet(), torch.randn(4, 4, 8, 8))
+    export(prepared, tmp_path, dynamic_shapes={"image": {2: "height", 3: "width"}})
+    loaded = load(tmp_path, threads=1)
+    x = torch.randn(3, 4, 11, 7)
+    with torch.no_grad(), prepared.attached("frozen"):
+        assert signal_to_noise(prepared.root(x), loaded(x)) > 50
+    assert loaded.signature.inputs[0].shape == ("batch", 4, "height", "width")
+
+
+@pytest.mark.parametrize("chosen", [{"picture": {2: "height"}}, {"image": {4: "depth"}}])
+def test_dynamic_dimensions_that_do_not_exist_are_refused(chosen: dict[str, dict[int, str]], tmp_path: Path) -> None:
+    prepared = ready(GroupedNet(), torch.randn(4, 4, 8, 8))
+    with pytest.raises(QuantizationError, match=r"`dynamic_shapes`.*'image': \(4, 4, 8, 8\)"):
+        export(prepared, tmp_path, dynamic_shapes=chosen)
+
+
+def test_a_captured_batch_of_one_still_exports_a_dynamic_batch(tmp_path: Path) -> None:
+    prepared = ready(with_statistics(ResidualNet()), IMAGE[:1])
+    export(prepared, tmp_path)
+    loaded = load(tmp_path, threads=1)
+    with torch.no_grad(), prepared.attached("frozen"):
+        assert signal_to_noise(prepared.root(IMAGE), loaded(IMAGE)) > 30
+
+
+# --- precisions and names
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_a_model_trained_in_another_precision_exports(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = with_statistics(ResidualNet()).eval()
+    with torch.no_grad():
+        expected = model(IMAGE)
+    prepared = ready(model.to(dtype), IMAGE.to(dtype))
+    counts = runtime.count_operators(export(prepared, tmp_path).model_path)
+    assert runtime.still_float(planned(prepared), counts) == {}
+    loaded = load(tmp_path, threads=1)
+    for image in (IMAGE, IMAGE.to(dtype)):
+        assert signal_to_noise(expected, loaded(image)) > 15
+    assert all(parameter.dtype == dtype for parameter in model.parameters())
+
+
+def test_results_may_be_named_like_arguments(tmp_path: Path) -> None:
+    class Autoencoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encode, self.decode = nn.Linear(6, 3), nn.Linear(3, 6)
+
+        def forward(self, output: Tensor, image: Tensor) -> dict[str, Tensor]:
+            code = self.encode(image)
+            return {"image": self.decode(code), "output": output, "code": code, "same": code, "relu": F.relu(code)}
+
+    model, x = Autoencoder().eval(), torch.randn(8, 6)
+    prepared = ready(model, x, x)
+    export(prepared, tmp_path)
+    loaded = load(tmp_path, threads=1)
+    with torch.no_grad(), prepared.attached("frozen"):
+        simulated = model(x, x)
+    result = loaded(x, image=x)
+    assert list(result) == list(simulated)
+    for name in simulated:
+        torch.testing.assert_close(result[name], simulated[name], atol=1e-5, rtol=0)
+
+
+def test_arguments_that_change_nothing_are_still_accepted(tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 3)
+
+        def forward(self, x: Tensor, unused: Tensor, labels: Tensor | None = None) -> Tensor:
+            return self.fc(x)
+
+    prepared = ready(Net(), torch.randn(8, 6), torch.randn(8, 2))
+    export(prepared, tmp_path)
+    loaded = load(tmp_path, threads=1)
+    x = torch.randn(3, 6)
+    assert torch.equal(loaded(x, torch.randn(3, 2)), loaded(x, unused=torch.zeros(3, 2), labels=None))
+
+
+# --- refusals
+
+
+def test_a_forward_that_depends_on_values_is_refused_in_few_words(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    prepared = ready(with_statistics(BranchingNet()), IMAGE)
+    with pytest.raises(ExportError, match=r"data-dependent.*module=") as refusal:
+        trial_export(prepared)
+    with pytest.raises(ExportError, match="to export to ONNX"):
+        export(prepared, tmp_path / "out")
+    assert len(str(refusal.value)) < 500
+    assert not list((tmp_path / "out").glob("*"))
+    captured = capfd.readouterr()
+    assert len((captured.out + captured.err).splitlines()) < 5
+
+
+def test_a_trial_export_needs_no_ranges_and_leaves_none_behind() -> None:
+    model = with_statistics(ResidualNet()).eval()
+    prepared = prepare(model, (IMAGE,))
+    trial_export(prepared)
+    assert all(observer.low is None for observer in prepared.ranges.observers.values())
+    assert "forward" not in vars(model)
+    assert prepared.phase == "off"
+
+
+def test_a_file_that_the_runtime_cannot_run_is_refused(tmp_path: Path) -> None:
+    info = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
+    node = onnx.helper.make_node("Unheard", ["x"], ["y"], domain="nobody")
+    output = onnx.helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [1])
+    graph = onnx.helper.make_graph([node], "broken", [info], [output])
+    opsets = [onnx.helper.make_opsetid("", 21), onnx.helper.make_opsetid("nobody", 1)]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=10), tmp_path / "broken.onnx")
+    with pytest.raises(ExportError, match=r"Expected ONNX Runtime to run the exported model.*Unheard"):
+        runtime.check(tmp_path / "broken.onnx")

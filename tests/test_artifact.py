@@ -1,0 +1,327 @@
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning_models  # noqa: F401  makes exporting quick
+import pytest
+import torch
+from torch import nn
+
+from lightning_quant import Artifact, load, quantize
+from lightning_quant.artifact import FORMAT_VERSION, check_folder, read
+from lightning_quant.errors import ArtifactError, MissingRuntimeError, QuantizationError
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+
+def make(folder: Path, seed: int = 0) -> Artifact:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    return quantize(model, calibration_data=[X], output_dir=folder)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make(tmp_path_factory.mktemp("artifact") / "quantized")
+
+
+@pytest.fixture
+def folder(original: Artifact, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(original.path, tmp_path / "copy"))
+
+
+def change_manifest(folder: Path, **values: Any) -> None:
+    path = folder / "manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+# --- what is in the folder
+
+
+def test_folder_holds_model_manifest_and_report_and_nothing_else(original: Artifact) -> None:
+    names = {path.name for path in original.path.iterdir()}
+
+    assert names == {"manifest.json", "report.json", "report.md", original.model_path.name}
+
+
+def test_model_file_is_named_after_its_content(original: Artifact) -> None:
+    digest = hashlib.sha256(original.model_path.read_bytes()).hexdigest()
+
+    assert original.model_path.name == f"model-{digest[:12]}.onnx"
+    assert original.manifest["sha256"] == {original.model_path.name: digest}
+
+
+def test_size_is_that_of_the_model_on_disk(original: Artifact) -> None:
+    assert original.size_bytes == original.model_path.stat().st_size
+    assert original.report["artifact_bytes"] == original.size_bytes
+
+
+def test_size_counts_every_file_of_the_model(folder: Path) -> None:
+    weights = folder / "weights.bin"
+    weights.write_bytes(b"0" * 1000)
+    manifest = read(folder).manifest
+    files, hashes = manifest["files"], manifest["sha256"]
+    before = read(folder).size_bytes
+    change_manifest(
+        folder,
+        files={**files, "data_0": weights.name},
+        sha256={**hashes, weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()},
+    )
+
+    assert read(folder).size_bytes == before + 1000
+
+
+def test_manifest_says_what_the_model_is_and_where_it_comes_from(original: Artifact) -> None:
+    manifest = json.loads((original.path / "manifest.json").read_text())
+
+    assert manifest == json.loads(json.dumps(original.manifest))
+    assert manifest["format_version"] == FORMAT_VERSION
+    assert manifest["recipe"] == "int8"
+    assert manifest["runtime"] == "onnxruntime"
+    assert manifest["versions"]["torch"] == torch.__version__
+    assert {"lightning_quant", "lightning", "onnx", "onnxruntime"} <= set(manifest["versions"])
+    assert manifest["python"]
+    assert manifest["cpu"]
+    assert manifest["plan"]["coverage"] == 1.0
+    assert [info["shape"] for info in manifest["signature"]["inputs"]] == [["batch", 6]]
+
+
+def test_plan_lists_every_layer(original: Artifact) -> None:
+    actions = {row["name"]: row["action"] for row in original.plan["rows"]}
+
+    assert actions == {"0": "int8", "1": "fused", "2": "int8"}
+
+
+def test_reports_lie_beside_the_model(original: Artifact) -> None:
+    report = json.loads((original.path / "report.json").read_text())
+
+    assert report == original.report
+    assert report["float_bytes"] == 4 * (6 * 8 + 8 + 8 * 3 + 3)
+    assert (original.path / "report.md").read_text().startswith("# int8 on onnxruntime\n")
+
+
+def test_json_holds_numbers_that_every_reader_knows(original: Artifact) -> None:
+    def refuse(name: str) -> None:
+        raise AssertionError(f"{name} is no JSON")
+
+    for name in ("manifest.json", "report.json"):
+        json.loads((original.path / name).read_text(), parse_constant=refuse)
+
+
+def test_files_are_readable_for_others(original: Artifact) -> None:
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in original.path.iterdir())
+
+
+def test_artifact_can_be_moved(original: Artifact, folder: Path) -> None:
+    assert torch.equal(load(folder)(X), load(original.path)(X))
+    assert torch.equal(load(str(folder))(X), load(original.path)(X))
+
+
+# --- replacing
+
+
+def test_our_own_artifact_is_replaced_and_the_old_model_removed(folder: Path, original: Artifact) -> None:
+    before = load(folder)(X)
+    new = make(folder, seed=1)
+
+    assert {path.name for path in folder.iterdir()} == {
+        "manifest.json",
+        "report.json",
+        "report.md",
+        new.model_path.name,
+    }
+    assert new.model_path.name != original.model_path.name
+    assert not torch.equal(load(folder)(X), before)
+    assert read(folder).report == new.report
+
+
+def test_same_model_again_is_kept(folder: Path, original: Artifact) -> None:
+    assert make(folder).model_path.name == original.model_path.name
+    assert torch.equal(load(folder)(X), load(original.path)(X))
+
+
+def test_files_that_the_user_put_beside_are_kept(folder: Path) -> None:
+    (folder / "notes.txt").write_text("mine")
+    make(folder, seed=1)
+
+    assert (folder / "notes.txt").read_text() == "mine"
+
+
+def test_interrupted_replacement_leaves_the_old_artifact(
+    folder: Path, original: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    replace = os.replace
+
+    def interrupted(source: Any, destination: Any) -> None:
+        if Path(destination).name == "manifest.json":
+            raise KeyboardInterrupt
+        replace(source, destination)
+
+    monkeypatch.setattr(os, "replace", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(folder, seed=1)
+    monkeypatch.undo()
+
+    assert torch.equal(load(folder)(X), load(original.path)(X))
+    make(folder, seed=2)
+    assert load(folder)(X).shape == (8, 3)
+
+
+def test_failed_export_leaves_the_old_artifact(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lightning_quant.runtimes import onnxruntime
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("no space left on device")
+
+    before = content(folder)
+    monkeypatch.setattr(onnxruntime, "export", fail)
+    with pytest.raises(RuntimeError, match="no space left"):
+        make(folder, seed=1)
+
+    assert content(folder) == before
+
+
+# --- folders that are not ours
+
+
+def test_foreign_folder_is_refused_and_untouched(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"somebody else's")
+    before = content(tmp_path)
+    with pytest.raises(ArtifactError, match=r"empty or an artifact of ours.*Choose another folder"):
+        make(tmp_path)
+
+    assert content(tmp_path) == before
+
+
+def test_empty_and_missing_folders_are_accepted(tmp_path: Path) -> None:
+    check_folder(tmp_path)
+    check_folder(tmp_path / "a" / "b")
+
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- damage
+
+
+def _change_a_byte(folder: Path) -> None:
+    path = read(folder).model_path
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def _truncate(folder: Path) -> None:
+    path = read(folder).model_path
+    path.write_bytes(path.read_bytes()[:-10])
+
+
+def _empty(folder: Path) -> None:
+    read(folder).model_path.write_bytes(b"")
+
+
+def _remove(folder: Path) -> None:
+    read(folder).model_path.unlink()
+
+
+def _newer_format(folder: Path) -> None:
+    change_manifest(folder, format_version=FORMAT_VERSION + 1)
+
+
+def _outside(folder: Path) -> None:
+    outside = folder.parent / "outside.onnx"
+    shutil.copy(read(folder).model_path, outside)
+    digest = hashlib.sha256(outside.read_bytes()).hexdigest()
+    change_manifest(folder, files={"model": "../outside.onnx"}, sha256={"../outside.onnx": digest})
+
+
+def _absolute(folder: Path) -> None:
+    path = str(read(folder).model_path.absolute())
+    change_manifest(folder, files={"model": path}, sha256={path: hashlib.sha256(Path(path).read_bytes()).hexdigest()})
+
+
+def _without_hash(folder: Path) -> None:
+    change_manifest(folder, sha256={})
+
+
+def _without_model(folder: Path) -> None:
+    change_manifest(folder, files={})
+
+
+def _no_json(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text()[:100])
+
+
+def _no_manifest(folder: Path) -> None:
+    (folder / "manifest.json").unlink()
+
+
+def _another_manifest(folder: Path) -> None:
+    (folder / "manifest.json").write_text('["a", "list"]')
+
+
+def _without_signature(folder: Path) -> None:
+    change_manifest(folder, signature={})
+
+
+def _without_runtime(folder: Path) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["runtime"]
+    path.write_text(json.dumps(manifest))
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (_change_a_byte, "content has changed"),
+        (_truncate, "content has changed"),
+        (_empty, "content has changed"),
+        (_remove, "is missing"),
+        (_newer_format, "upgrade lightning_quant"),
+        (_outside, "lie inside it"),
+        (_absolute, "lie inside it"),
+        (_without_hash, "content has changed"),
+        (_without_model, "name its files"),
+        (_no_json, "cannot be read"),
+        (_no_manifest, "cannot be read"),
+        (_another_manifest, "something else"),
+        (_without_signature, "signature"),
+        (_without_runtime, "runtime"),
+    ],
+)
+def test_damage_is_found_when_loading(damage: Callable[[Path], None], message: str, folder: Path) -> None:
+    assert load(folder)(X).shape == (8, 3)
+    damage(folder)
+    with pytest.raises(ArtifactError, match=message):
+        load(folder)
+
+
+def test_folder_that_does_not_exist(tmp_path: Path) -> None:
+    with pytest.raises(ArtifactError, match=r"to hold an artifact, but its manifest\.json cannot be read"):
+        load(tmp_path / "nowhere")
+
+
+def test_runtime_of_another_version_of_the_package(folder: Path) -> None:
+    change_manifest(folder, runtime="abacus")
+    with pytest.raises(QuantizationError, match=r"`runtime` to be one of .* got 'abacus'"):
+        load(folder)
+
+
+def test_runtime_that_is_not_installed_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
+    with pytest.raises(MissingRuntimeError, match=r"pip install onnxruntime"):
+        load(folder)

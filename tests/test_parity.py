@@ -1,0 +1,166 @@
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning_models
+import onnx
+import pytest
+import torch
+from onnx import numpy_helper
+from torch import Tensor, nn
+
+from lightning_quant import artifact as artifacts
+from lightning_quant import runtimes
+from lightning_quant.artifact import Artifact
+from lightning_quant.assess import assess
+from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.export import export
+from lightning_quant.parity import Parity, check_parity
+from lightning_quant.prepare import Prepared, prepare
+
+
+@dataclass
+class Exported:
+    """A calibrated model and its artifact."""
+
+    prepared: Prepared
+    artifact: Artifact
+    x: Tensor
+
+    def parity(self, model_path: Path | None = None) -> Parity:
+        """Check the artifact's own model file, or another one in its place."""
+        runtime = runtimes.get("onnxruntime")
+        path = model_path or self.artifact.model_path
+        loaded = runtime.load(path.parent, {"model": path.name}, self.artifact.signature, threads=1)
+        return check_parity(self.prepared, loaded, runtime, path, [self.x])
+
+    def edited(self, folder: Path, edit: Callable[[onnx.ModelProto], None]) -> Path:
+        """Return a copy of the model file with something wrong in it."""
+        model = onnx.load(self.artifact.model_path)
+        edit(model)
+        onnx.save(model, folder / "edited.onnx")
+        return folder / "edited.onnx"
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    torch.manual_seed(0)
+    model = lightning_models.ConvNet().eval()
+    x = lightning_models.images(16).tensors[0]
+    prepared = prepare(model, (x,))
+    calibrate(prepared, steps_of(prepared, [x]))
+    return Exported(prepared, export(prepared, tmp_path_factory.mktemp("parity")), x)
+
+
+def multiply(model: onnx.ModelProto, name: str, factor: float) -> None:
+    """Multiply a constant of a model."""
+    for item in model.graph.initializer:
+        if item.name == name:
+            item.CopyFrom(numpy_helper.from_array((numpy_helper.to_array(item) * factor).astype("float32"), name))
+
+
+def scales(model: onnx.ModelProto, operator: str) -> list[str]:
+    """Return the names of the scales of all nodes of a type, in order and once each."""
+    return list(dict.fromkeys(node.input[1] for node in model.graph.node if node.op_type == operator))
+
+
+def weight_scales(model: onnx.ModelProto) -> list[str]:
+    """Return the names of the scales of all weights, in order; biases have scales of their own."""
+    constants = {item.name for item in model.graph.initializer if len(item.dims) > 1}
+    nodes = [node for node in model.graph.node if node.op_type == "DequantizeLinear" and node.input[0] in constants]
+    return list(dict.fromkeys(node.input[1] for node in nodes))
+
+
+def test_right_artifact_has_no_failures(exported: Exported) -> None:
+    parity = exported.parity()
+
+    assert parity.failures == []
+    assert parity.worst_share == 1.0
+    assert parity.worst_operator != ""
+    assert parity.artifact_db >= parity.quantization_db + 10
+    assert 15 < parity.quantization_db < 60
+    assert parity.equal_argmax == 1.0
+
+
+def test_wrong_weight_scale_fails_at_its_operator(exported: Exported, tmp_path: Path) -> None:
+    path = exported.edited(tmp_path, lambda model: multiply(model, weight_scales(model)[0], 1.5))
+    parity = exported.parity(path)
+
+    assert parity.worst_share < 0.99
+    assert parity.artifact_db < parity.quantization_db + 10
+    assert parity.failures[0].startswith(f"at {parity.worst_operator} only ")
+    assert "dB" in parity.failures[1]
+
+
+def test_wrong_scale_of_a_tensor_fails(exported: Exported, tmp_path: Path) -> None:
+    path = exported.edited(tmp_path, lambda model: multiply(model, scales(model, "QuantizeLinear")[1], 0.8))
+
+    assert exported.parity(path).failures != []
+
+
+def test_error_in_the_last_operator_is_found_from_end_to_end(exported: Exported, tmp_path: Path) -> None:
+    # The classifier answers in float: there is no quantized tensor behind it to compare.
+    path = exported.edited(tmp_path, lambda model: multiply(model, weight_scales(model)[-1], 1.5))
+    (failure,) = exported.parity(path).failures
+
+    assert "dB from its simulation" in failure
+
+
+def test_error_in_one_operator_does_not_blame_those_behind_it(exported: Exported, tmp_path: Path) -> None:
+    # Every operator gets the simulation's inputs, so that only the broken one disagrees.
+    path = exported.edited(tmp_path, lambda model: multiply(model, weight_scales(model)[0], 1.5))
+    first, *_ = exported.prepared.plan.graphs[0].operators
+
+    assert exported.parity(path).worst_operator.endswith(first.output)
+
+
+def test_failed_parity_leads_the_report(exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "Parity ok" in assess(exported.prepared, exported.artifact, threads=1).to_markdown()
+
+    path = exported.edited(tmp_path, lambda model: multiply(model, weight_scales(model)[0], 1.5))
+    manifest = {**exported.artifact.manifest, "files": {"model": path.name}}
+    monkeypatch.setattr(artifacts, "read", lambda folder: Artifact(Path(folder), manifest))
+    report = assess(exported.prepared, Artifact(tmp_path, manifest), threads=1)
+
+    assert report.warnings[0].startswith("parity FAILED: at ")
+    assert report.to_markdown().split("\n\n")[1].startswith("**Warning:** parity FAILED")
+    assert "Parity FAILED" in report.to_markdown()
+    assert report.scalars()["quant/parity_failed"] == 1
+
+
+def test_checking_leaves_the_model_as_it_was(exported: Exported) -> None:
+    model = exported.prepared.root.train()
+    before = lightning_models.tensors_of(model)
+    exported.parity()
+
+    assert all(module.training for module in model.modules())
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    assert lightning_models.equal_tensors(lightning_models.tensors_of(model), before)
+
+
+@pytest.mark.parametrize(
+    ("parity", "number"),
+    [
+        (Parity("a", 0.999, 30.0, 40.0, None), 0),
+        (Parity("a", 0.9989, 30.0, 40.0, None), 1),
+        (Parity("a", 1.0, 30.0, 39.9, None), 1),
+        (Parity("a", 0.5, 30.0, 20.0, None), 2),
+        (Parity("", 1.0, 30.0, math.inf, 1.0), 0),
+        (Parity("a", 1.0, 30.0, math.nan, None), 1),
+        (Parity("a", math.nan, 30.0, 60.0, None), 1),
+        (Parity("a", 1.0, math.nan, math.inf, None), 1),
+    ],
+)
+def test_what_counts_as_failed(parity: Parity, number: int) -> None:
+    assert len(parity.failures) == number
+
+
+def test_argmax_is_compared_for_class_scores_only(tmp_path: Path) -> None:
+    x = torch.randn(8, 3, 5)
+    prepared = prepare(nn.Sequential(nn.Linear(5, 4)), (x,))
+    calibrate(prepared, steps_of(prepared, [x]))
+    artifact: Any = export(prepared, tmp_path)
+
+    assert Exported(prepared, artifact, x).parity().equal_argmax is None

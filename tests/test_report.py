@@ -1,0 +1,251 @@
+import dataclasses
+import json
+import math
+from typing import Any
+
+import pytest
+
+from lightning_quant.latency import Timing
+from lightning_quant.parity import Parity
+from lightning_quant.report import LatencyRow, MetricRow, Report
+
+
+def timing(median_ms: float) -> Timing:
+    return Timing(median_ms, 0.9 * median_ms, 1.1 * median_ms, 20)
+
+
+GOOD = Report(
+    recipe="int8",
+    runtime="onnxruntime",
+    cpu="A processor",
+    threads=2,
+    versions={"torch": "2.13.0"},
+    float_bytes=4000,
+    checkpoint_bytes=12000,
+    artifact_bytes=1000,
+    metrics=(MetricRow("val_accuracy", 0.9, 0.895, 0.89), MetricRow("val_loss", 0.3, 0.31, 0.32)),
+    latency=(
+        LatencyRow(1, timing(10), timing(4), timing(2)),
+        LatencyRow(32, timing(100), timing(120), timing(50)),
+    ),
+    parity=Parity("layer1.add", 1.0, 30.0, 60.0, 1.0),
+    still_float={},
+    operators={"QLinearConv": 3, "QGemm": 1},
+    seconds={"export": 1.5},
+    plan={
+        "coverage": 0.75,
+        "rows": [
+            {"name": "conv", "kind": "Conv2d", "action": "int8", "reason": "", "macs": 300},
+            {"name": "bn", "kind": "BatchNorm2d", "action": "fused", "reason": "into conv", "macs": 0},
+            {"name": "gelu", "kind": "GELU", "action": "float", "reason": "no integer kernel", "macs": 100},
+        ],
+    },
+    notes=("weights are the best ones",),
+)
+
+
+def changed(**values: Any) -> Report:
+    return dataclasses.replace(GOOD, **values)
+
+
+BAD_PARITY = Parity("layer1.add", 0.42, 30.0, 12.0, 0.5)
+
+
+# --- warnings
+
+
+def test_good_report_has_no_warnings() -> None:
+    assert GOOD.warnings == []
+    assert "Warning" not in GOOD.to_markdown()
+
+
+def test_larger_artifact_is_a_warning() -> None:
+    report = changed(artifact_bytes=6000)
+
+    assert report.warnings == ["the artifact is larger than the float model: 1.50 times its bytes"]
+
+
+def test_artifact_as_large_as_float_is_none() -> None:
+    assert changed(artifact_bytes=4000).warnings == []
+
+
+def test_slower_artifact_is_a_warning_for_its_batch() -> None:
+    slower = LatencyRow(1, timing(10), timing(4), timing(5))
+
+    assert changed(latency=(slower, GOOD.latency[1])).warnings == [
+        "the artifact is slower than float at batch 1: 1.25 times the time"
+    ]
+
+
+def test_artifact_faster_than_one_float_peer_only_is_slower() -> None:
+    # Twice as fast as torch, but the same runtime in float is faster still.
+    (warning,) = changed(latency=(LatencyRow(8, timing(10), timing(4), timing(5)),)).warnings
+
+    assert "slower than float at batch 8" in warning
+
+
+def test_failed_parity_is_a_warning() -> None:
+    operator, end_to_end = changed(parity=BAD_PARITY).warnings
+
+    assert operator.startswith("parity FAILED: at layer1.add only 42.00% of the values")
+    assert end_to_end.startswith("parity FAILED: the artifact is 12.0 dB from its simulation, which is 30.0 dB")
+
+
+def test_operators_that_fell_back_to_float_are_a_warning() -> None:
+    assert changed(still_float={"conv2d": 2}).warnings == ["2 planned int8 conv2d still run in float"]
+
+
+def test_warnings_come_first_and_the_worst_at_the_top() -> None:
+    report = changed(
+        parity=BAD_PARITY,
+        artifact_bytes=6000,
+        latency=(LatencyRow(1, timing(10), timing(4), timing(5)),),
+        still_float={"add": 1},
+    )
+    text = report.to_markdown()
+    blocks = text.split("\n\n")
+    kinds = ["parity FAILED", "parity FAILED", "larger than", "slower than", "still run in float"]
+
+    assert [kind in warning for kind, warning in zip(kinds, report.warnings, strict=True)] == [True] * 5
+    assert blocks[0].startswith("# ")
+    assert all(block.startswith("**Warning:**") for block in blocks[1:6])
+    assert text.index("still run in float") < text.index("| validation")
+    assert str(report) == text
+
+
+# --- numbers
+
+
+def test_delta_is_artifact_minus_float() -> None:
+    assert GOOD.metrics[0].delta == pytest.approx(-0.01)
+    assert MetricRow("x", 0.5, None, None).delta is None
+    assert MetricRow("x", None, 0.5, 0.5).delta is None
+
+
+def test_best_float_peer_is_the_faster_one() -> None:
+    assert GOOD.latency[0].best_float_ms == 4
+    assert GOOD.latency[0].speedup == 2
+    assert GOOD.latency[1].best_float_ms == 100
+    assert GOOD.latency[1].speedup == 2
+
+
+def test_without_a_runtime_peer_torch_is_the_best_float() -> None:
+    row = LatencyRow(1, timing(10), None, timing(2))
+
+    assert row.best_float_ms == 10
+    assert row.speedup == 5
+
+
+def test_scalars_are_all_numbers_under_one_prefix() -> None:
+    scalars = GOOD.scalars()
+
+    assert all(type(value) is float for value in scalars.values())
+    assert scalars == {
+        "quant/float_bytes": 4000,
+        "quant/artifact_bytes": 1000,
+        "quant/size_ratio": 0.25,
+        "quant/checkpoint_bytes": 12000,
+        "quant/coverage": 0.75,
+        "quant/float/val_accuracy": 0.9,
+        "quant/simulated/val_accuracy": 0.895,
+        "quant/artifact/val_accuracy": 0.89,
+        "quant/delta/val_accuracy": pytest.approx(-0.01),
+        "quant/float/val_loss": 0.3,
+        "quant/simulated/val_loss": 0.31,
+        "quant/artifact/val_loss": 0.32,
+        "quant/delta/val_loss": pytest.approx(0.02),
+        "quant/latency_ms/batch_1": 2,
+        "quant/float_latency_ms/batch_1": 4,
+        "quant/speedup/batch_1": 2,
+        "quant/latency_ms/batch_32": 50,
+        "quant/float_latency_ms/batch_32": 100,
+        "quant/speedup/batch_32": 2,
+        "quant/parity_worst_share": 1,
+        "quant/parity_failed": 0,
+        "quant/seconds/export": 1.5,
+    }
+
+
+def test_scalars_leave_out_what_was_not_measured() -> None:
+    scalars = changed(
+        checkpoint_bytes=None,
+        metrics=(MetricRow("val loss/dataloader_idx_0", 0.5, None, None),),
+        latency=(),
+        parity=None,
+    ).scalars()
+
+    assert scalars["quant/float/val_loss/dataloader_idx_0"] == 0.5
+    assert not any(
+        name.startswith(("quant/artifact/", "quant/delta", "quant/parity", "quant/check")) for name in scalars
+    )
+
+
+def test_failed_parity_is_a_scalar_too() -> None:
+    assert changed(parity=BAD_PARITY).scalars()["quant/parity_failed"] == 1
+
+
+# --- files and terminal
+
+
+def test_json_holds_everything_and_what_follows_from_it() -> None:
+    values = json.loads(json.dumps(changed(artifact_bytes=6000).to_dict()))
+
+    assert values["size_ratio"] == 1.5
+    assert values["warnings"] == ["the artifact is larger than the float model: 1.50 times its bytes"]
+    assert values["scalars"]["quant/artifact_bytes"] == 6000
+    assert values["metrics"][0] == {"name": "val_accuracy", "float_value": 0.9, "simulated": 0.895, "artifact": 0.89}
+    assert values["latency"][0]["runtime_float"]["median_ms"] == 4
+    assert values["parity"]["worst_operator"] == "layer1.add"
+    assert values["plan"]["rows"][2]["reason"] == "no integer kernel"
+
+
+@pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan])
+def test_json_writes_what_is_not_finite_as_text(value: float) -> None:
+    report = changed(parity=Parity("", 1.0, 30.0, value, None), metrics=(MetricRow("m", value, value, value),))
+    values = report.to_dict()
+    json.dumps(values, allow_nan=False)
+
+    assert values["parity"]["artifact_db"] == str(value)
+
+
+def test_markdown_tells_a_reader_all_there_is() -> None:
+    text = GOOD.to_markdown()
+    lines = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("|")
+    ]
+
+    assert text.startswith("# int8 on onnxruntime\n")
+    assert ["float weights", "4,000", "1.00"] in lines
+    assert ["training checkpoint", "12,000", "3.00"] in lines
+    assert ["artifact", "1,000", "0.25"] in lines
+    assert ["val_accuracy", "0.9000", "0.8950", "0.8900", "-0.0100"] in lines
+    assert ["val_loss", "0.3000", "0.3100", "0.3200", "+0.0200"] in lines
+    assert ["1", "10 (9 to 11)", "4 (3.6 to 4.4)", "2 (1.8 to 2.2)", "2.00"] in lines
+    assert ["gelu", "GELU", "no integer kernel"] in lines
+    assert "on 2 threads, A processor" in text
+    assert "Parity ok" in text
+    assert "Note: weights are the best ones." in text
+    assert "75.0% of the multiply-adds" in text
+    assert "3 QLinearConv, 1 QGemm" in text
+    assert "export 1.5" in text
+
+
+def test_markdown_shows_gaps_as_dashes() -> None:
+    text = changed(
+        metrics=(MetricRow("val_loss", 0.3, None, None),), latency=(LatencyRow(1, timing(10), None, timing(2)),)
+    ).to_markdown()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+
+    assert ["val_loss", "0.3000", "-", "-", "-"] in cells
+    assert ["1", "10 (9 to 11)", "-", "2 (1.8 to 2.2)", "5.00"] in cells
+
+
+def test_markdown_leaves_out_tables_without_rows() -> None:
+    text = changed(metrics=(), latency=(), parity=None, checkpoint_bytes=None, notes=()).to_markdown()
+
+    assert not any(word in text for word in ("validation", "Median", "Parity", "checkpoint", "Note"))
+
+
+def test_markdown_names_failed_parity() -> None:
+    assert "Parity FAILED: every operator" not in GOOD.to_markdown()
+    assert "FAILED" in changed(parity=BAD_PARITY).to_markdown().split("\n\n")[1]
