@@ -83,9 +83,13 @@ def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
     Raises:
         CalibrationError: an edge was never observed; the message names it.
     """
-    import torch.ao.quantization.fx._decomposed  # noqa: F401  registers the quantized_decomposed operators
+    import torch.ao.quantization.fx._decomposed
 
     prepared.ranges.check()
+    # Weights that hooks compute, as pruning does, are those of the last call until there is another.
+    args, kwargs = prepared.call(prepared.tensors)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
+        prepared.root(*args, **kwargs)
     root = clone(prepared.root)
     unroute_all(root)
     root.eval()

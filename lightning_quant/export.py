@@ -13,7 +13,7 @@ from lightning_quant.convert import check_agreement, convert
 from lightning_quant.errors import QuantizationError
 from lightning_quant.prepare import Prepared
 from lightning_quant.ranges import Ranges
-from lightning_quant.routing import clone, to_float32
+from lightning_quant.routing import clone, to_float32, unroute_all
 from lightning_quant.signature import make_signature
 
 DynamicShapes = dict[str, dict[int, str]]
@@ -39,6 +39,7 @@ def export(
         ExportError: the converted model disagrees with the simulation, or does not export.
     """
     seconds = {} if seconds is None else seconds
+    prepared = in_float32(prepared)
     runtime = runtimes.get(prepared.plan.runtime)
     started = time.perf_counter()
     args, kwargs = prepared.call([tensor.cpu() for tensor in prepared.tensors])
@@ -59,6 +60,7 @@ def export(
             "signature": signature.to_dict(),
             "plan": prepared.plan.to_dict(),
         }
+        runtime.check(staged)
         written = artifacts.write(output_dir, staged, content)
     seconds["export"] = time.perf_counter() - started
     return written
@@ -71,10 +73,8 @@ def trial_export(prepared: Prepared, *, dynamic_shapes: DynamicShapes | None = N
         ExportError: the module does not export; the message says why.
     """
     runtime = runtimes.get(prepared.plan.runtime)
-    root = clone(prepared.root)
-    to_float32(root)
-    tensors = [tensor.float() if tensor.is_floating_point() else tensor for tensor in prepared.tensors]
-    trial = prepared.bound_to(root, tensors)
+    prepared = in_float32(prepared)
+    trial = prepared.bound_to(prepared.root)
     trial.ranges = Ranges(prepared.ranges.edges, prepared.recipe, "min_max")
     for observer in trial.ranges.observers.values():
         observer.update(torch.tensor([0.0, 1.0]))
@@ -82,8 +82,21 @@ def trial_export(prepared: Prepared, *, dynamic_shapes: DynamicShapes | None = N
     converted = convert(trial, static_sizes=_only_batches(dynamic))
     with tempfile.TemporaryDirectory() as folder:
         staged = Path(folder) / runtime.MODEL_FILE
-        runtime.export(converted, prepared.signature, prepared.spec, tensors, staged, dynamic=dynamic)
+        runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
         runtime.check(staged)
+
+
+def in_float32(prepared: Prepared) -> Prepared:
+    """Return a prepared model of another precision over a float32 copy of its module; float32 ones as they are."""
+    tensors = (*prepared.root.parameters(), *prepared.root.buffers(), *prepared.tensors)
+    if all(tensor.dtype == torch.float32 or not tensor.is_floating_point() for tensor in tensors):
+        return prepared
+    root = clone(prepared.root)
+    unroute_all(root)
+    to_float32(root)
+    return prepared.bound_to(
+        root, [tensor.float() if tensor.is_floating_point() else tensor for tensor in prepared.tensors]
+    )
 
 
 def export_float(prepared: Prepared, folder: Path) -> Path:

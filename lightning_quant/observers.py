@@ -46,7 +46,11 @@ class Observer(ABC):
 
     def state(self) -> dict[str, Tensor | int]:
         """Return what `load_state` needs: tensors and ints only, safe for `torch.load(weights_only=True)`."""
-        return {name: value for name, value in vars(self).items() if isinstance(value, Tensor | int)}
+        return {
+            name: value.clone() if isinstance(value, Tensor) else value
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor | int)
+        }
 
     def load_state(self, state: dict[str, Tensor | int]) -> None:
         """Take over a saved state."""

@@ -131,7 +131,9 @@ def make_signature(
     )
     leaves: list[Tensor] = []
     structure = _structure(output, leaves)
-    outputs = tuple(_describe(name, leaf, {}) for name, leaf in zip(output_names(output), leaves, strict=True))
+    outputs = tuple(
+        _describe(name, leaf, {}) for name, leaf in zip(output_names(output, spec.names), leaves, strict=True)
+    )
     constants = tuple(_plain(value) for _, value in spec.constants)
     return Signature(parameters, inputs, constants, outputs, structure)
 
@@ -143,11 +145,11 @@ def tensor_leaves(output: Any) -> list[Tensor]:
     return leaves
 
 
-def output_names(output: Any) -> list[str]:
-    """Return a name for every tensor of a result: its path in it, or "output"."""
+def output_names(output: Any, inputs: tuple[str, ...]) -> list[str]:
+    """Return a name for every tensor of a result that no input has: its path in it, or "output"."""
     names: list[str] = []
     _structure(output, [], names)
-    return unique_names(names)
+    return unique_names([*inputs, *names])[len(inputs) :]
 
 
 def _structure(value: Any, leaves: list[Tensor], names: list[str] | None = None, path: str = "") -> Any:

@@ -236,6 +236,26 @@ def test_state_survives_a_checkpoint(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_a_state_is_no_view_of_its_observer(name: str) -> None:
+    """A state may be applied more than once, and later than the observer that wrote it has moved on."""
+    data = batches()
+    observer = seen_by(build(name, Recipe()), data[:2])
+    state = observer.state()
+    written = {key: value.clone() if torch.is_tensor(value) else value for key, value in state.items()}
+    other = build(name, Recipe())
+    for busy in (observer, other, other):
+        busy.load_state(state)
+        # The first batch falls inside the span, the last ones widen it.
+        seen_by(busy, [data[0], *data[2:]])
+        assert all(torch.equal(torch.as_tensor(state[key]), torch.as_tensor(written[key])) for key in written)
+    seen_by(observer, [data[0]])
+    fresh = observer.state()
+    total = {key: torch.as_tensor(value).clone() for key, value in fresh.items()}
+    seen_by(observer, [data[0]])
+    assert all(torch.equal(torch.as_tensor(fresh[key]), total[key]) for key in total)
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_an_empty_tensor_changes_nothing_and_no_tensor_raises(name: str) -> None:
     observer = build(name, Recipe())
     observer.update(torch.empty(0, 3))

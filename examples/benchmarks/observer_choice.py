@@ -25,6 +25,7 @@ from fashion_mnist import fit
 from timing import table
 from torch import Tensor, nn
 
+from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.prepare import prepare
 
 OBSERVERS = ("min_max", "moving_average", "percentile", "mse")
@@ -71,9 +72,7 @@ def simulate(case: Case, observer: str, seed: int) -> float:
     """Calibrate with one observer and return the simulated int8 accuracy in percent."""
     batches = case.calibration(seed)
     prepared = prepare(case.model, (batches[0],), recipe="int8", runtime="onnxruntime", observer=observer)
-    with prepared.attached("observe", observing=True):
-        for batch in batches:
-            case.model(batch)
+    calibrate(prepared, steps_of(prepared, batches))
     with prepared.attached("frozen"):
         return 100 * case.score(case.model).double().mean().item()
 

@@ -50,8 +50,9 @@ def choose_weights(
     if callback.weights == "best":
         notes = _load_best(callback, trainer, duplicate, prepared, with_ranges=with_ranges)
     to_float32(duplicate)
-    tensors = [tensor.float() if tensor.is_floating_point() else tensor for tensor in prepared.tensors]
-    bound = prepared.bound_to(resolve(duplicate, callback.path), [tensor.cpu() for tensor in tensors])
+    bound = in_float32(
+        prepared.bound_to(resolve(duplicate, callback.path), [tensor.cpu() for tensor in prepared.tensors])
+    )
     bound.ranges.to(torch.device("cpu"))
     return Deployment(duplicate.cpu(), bound, checkpoint, notes)
 

@@ -35,7 +35,7 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
         if key is not None:
             keys[key] = node
     with graph.inserting_before(nodes[0]):
-        prepared = graph.placeholder("prepared_")
+        prepared = graph.placeholder("lightning_quant_prepared")
     for operator in island.plan.operators:
         if operator.weight and operator.key in keys:
             _quantize_weight(graph, prepared, keys[operator.key], identify(island.path, operator.key))

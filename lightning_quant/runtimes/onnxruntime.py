@@ -151,7 +151,7 @@ def export(
                 dynamo=True,
                 dynamic_shapes=(shapes,) if any(shapes) else None,
                 input_names=list(spec.names),
-                output_names=output_names(example_output),
+                output_names=output_names(example_output, spec.names),
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, torch.onnx.OnnxExporterError, RuntimeError) as error:
