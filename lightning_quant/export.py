@@ -5,6 +5,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from lightning_quant import artifact as artifacts
 from lightning_quant import runtimes
@@ -94,9 +95,12 @@ def in_float32(prepared: Prepared) -> Prepared:
     root = clone(prepared.root)
     unroute_all(root)
     to_float32(root)
-    return prepared.bound_to(
-        root, [tensor.float() if tensor.is_floating_point() else tensor for tensor in prepared.tensors]
-    )
+    return prepared.bound_to(root, in_float32_on_cpu(prepared.tensors))
+
+
+def in_float32_on_cpu(tensors: list[Tensor]) -> list[Tensor]:
+    """Return tensors on the CPU, those of other float precisions in float32."""
+    return [tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors]
 
 
 def export_float(prepared: Prepared, folder: Path) -> Path:

@@ -50,9 +50,7 @@ def choose_weights(
     if callback.weights == "best":
         notes = _load_best(callback, trainer, duplicate, prepared, with_ranges=with_ranges)
     to_float32(duplicate)
-    bound = in_float32(
-        prepared.bound_to(resolve(duplicate, callback.path), [tensor.cpu() for tensor in prepared.tensors])
-    )
+    bound = prepared.bound_to(resolve(duplicate, callback.path), in_float32_on_cpu(prepared.tensors))
     bound.ranges.to(torch.device("cpu"))
     return Deployment(duplicate.cpu(), bound, checkpoint, notes)
 
