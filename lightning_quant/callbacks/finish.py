@@ -15,7 +15,7 @@ from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
 from lightning_quant.callbacks.base import QuantizationCallback, warn
 from lightning_quant.evaluate import evaluate, weighted_layers
-from lightning_quant.export import export
+from lightning_quant.export import export, in_float32_on_cpu
 from lightning_quant.prepare import Prepared
 from lightning_quant.report import MetricRow, Report
 from lightning_quant.routing import clone, resolve, to_float32, unroute_all
