@@ -16,7 +16,7 @@ from lightning_quant.assess import assess
 from lightning_quant.calibrate import as_call, calibrate, steps_of
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.export import DynamicShapes, export, in_float32
-from lightning_quant.graph.patterns import Selection
+from lightning_quant.graph.table import Selection
 from lightning_quant.prepare import prepare
 from lightning_quant.recipe import Recipe
 

@@ -23,8 +23,8 @@ from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
 from lightning_quant.folding import Folded, fold_at
 from lightning_quant.graph.analyze import Analysis, Island, analyze
 from lightning_quant.graph.instrument import Instrumented, instrument
-from lightning_quant.graph.patterns import Selection
 from lightning_quant.graph.plan import Edge, Operator, identify, path_of
+from lightning_quant.graph.table import Selection
 from lightning_quant.ranges import Ranges
 from lightning_quant.recipe import Recipe
 from lightning_quant.routing import Route, device_of, fetch, resolve, route, shadowed, unroute

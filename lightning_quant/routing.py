@@ -48,19 +48,6 @@ def unroute_all(module: nn.Module) -> None:
             unroute(child)
 
 
-@contextmanager
-def routed(module: nn.Module, target: Callable[..., Any]) -> Iterator[None]:
-    """Route a module for the time of a block, whatever was routed before."""
-    before = module.__dict__.pop("forward", None)
-    route(module, target)
-    try:
-        yield
-    finally:
-        unroute(module)
-        if before is not None:
-            module.__dict__["forward"] = before
-
-
 def clone(module: nn.Module) -> Any:
     """Return an independent structural copy that shares the parameters' memory and owns its buffers and attributes.
 

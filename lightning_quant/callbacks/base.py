@@ -18,7 +18,7 @@ from lightning_quant.callbacks.training_data import capture_call
 from lightning_quant.capture import find_module
 from lightning_quant.errors import NoEffectWarning, QuantizationError
 from lightning_quant.export import DynamicShapes, trial_export
-from lightning_quant.graph.patterns import Selection
+from lightning_quant.graph.table import Selection
 from lightning_quant.prepare import Prepared, prepare
 from lightning_quant.recipe import Recipe
 from lightning_quant.routing import resolve

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from lightning_quant.calls import CallSpec, flatten_call, forward_signature
 from lightning_quant.errors import PlanError, UntraceableError
 from lightning_quant.graph import operations as ops
-from lightning_quant.graph.patterns import Matcher, OperatorTable, Selection, matches
+from lightning_quant.graph.patterns import Matcher
 from lightning_quant.graph.plan import GraphPlan, Plan, Row
+from lightning_quant.graph.table import OperatorTable, Selection, matches
 from lightning_quant.graph.trace import Traced, trace
 from lightning_quant.routing import clone, evaluation_mode, resolve, training_mode
 

@@ -5,56 +5,14 @@ run in integers because all they read is near integers, and decide backwards whi
 the result in integers.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
-from fnmatch import fnmatchcase
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx, nn
 
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.plan import Edge, GraphPlan, Operator, Row
+from lightning_quant.graph.table import OperatorTable, Selection
 from lightning_quant.graph.trace import Traced, has_hooks
-
-
-@dataclass(frozen=True)
-class OperatorTable:
-    """What one runtime executes in integers.
-
-    Attributes:
-        weighted: kinds with an integer kernel for weight and input.
-        fused_activations: clipping activations that the output's range takes over.
-        float_output: kinds whose integer kernel may answer in float.
-        own_scale: other kinds with an integer kernel that has its own output scale.
-        shared_scale: kinds that move values without changing them: input and output share one scale.
-        reasons: kind to reason, for kinds that stay float.
-    """
-
-    weighted: frozenset[str]
-    fused_activations: frozenset[str]
-    float_output: frozenset[str]
-    own_scale: frozenset[str]
-    shared_scale: frozenset[str]
-    reasons: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which operators the user wants quantized: fnmatch patterns on qualified names and on layer types."""
-
-    include: tuple[str, ...] = ("*",)
-    exclude: tuple[str, ...] = ()
-
-    def refusal(self, name: str, layer: str) -> str:
-        """Return why an operator is not wanted, or an empty text."""
-        if not any(matches(pattern, name, layer) for pattern in self.include):
-            return "not in `include`"
-        excluded_by = next((pattern for pattern in self.exclude if matches(pattern, name, layer)), None)
-        return f'excluded by "{excluded_by}"' if excluded_by is not None else ""
-
-
-def matches(pattern: str, name: str, layer: str) -> bool:
-    """Tell whether a pattern names an operator, by qualified name (a module names all inside it) or layer type."""
-    return fnmatchcase(name, pattern) or fnmatchcase(layer, pattern) or name.startswith(f"{pattern}.")
 
 
 @dataclass

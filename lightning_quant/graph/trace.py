@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from lightning_quant.calls import CallSpec, ResultSpec, rebuild_call
 from lightning_quant.errors import UntraceableError
 from lightning_quant.graph.normalize import functionalize
+from lightning_quant.graph.proxy import ShapedProxy
 from lightning_quant.routing import clone, device_of, unroute_all
 
 _CONSTRUCTORS = ("rand", "randn", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
@@ -43,63 +44,6 @@ class Traced:
     graph: fx.Graph
     output_spec: ResultSpec
     opaque: dict[str, str]
-
-
-class _ShapedProxy(fx.Proxy):
-    """A proxy that knows rank, dtype and device, which no input of a deployed model changes."""
-
-    @property
-    def fake(self) -> Any:
-        return self.node.meta.get("fake")
-
-    @property
-    def ndim(self) -> int:
-        return self._known("ndim")
-
-    def dim(self) -> int:
-        return self._known("ndim")
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self._known("dtype")
-
-    @property
-    def device(self) -> torch.device:
-        return self._known("device")
-
-    def is_floating_point(self) -> bool:
-        return self._known("dtype").is_floating_point
-
-    # Left alone, `y += x` would be traced as `y = y + x`, and other names of the same tensor would miss the change.
-    def __iadd__(self, other: Any) -> Any:
-        return self._in_place(operator.iadd, other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._in_place(operator.isub, other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._in_place(operator.imul, other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._in_place(operator.itruediv, other)
-
-    def _in_place(self, function: Any, other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    def __len__(self) -> int:
-        if isinstance(self.fake, tuple | list):
-            return len(self.fake)
-        return super().__len__()
-
-    def __iter__(self) -> Any:
-        if isinstance(self.fake, tuple | list):
-            return iter([operator.getitem(self, index) for index in range(len(self.fake))])
-        return super().__iter__()
-
-    def _known(self, name: str) -> Any:
-        if not isinstance(self.fake, Tensor):
-            raise UntraceableError(f"`.{name}` of a value of unknown kind is needed")
-        return getattr(self.fake, name)
 
 
 class _Tracer(fx.Tracer):
@@ -123,7 +67,7 @@ class _Tracer(fx.Tracer):
         return self.output_spec
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _ShapedProxy(node, self)
+        return ShapedProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or has_hooks(m) or parametrize.is_parametrized(m):

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, rebuild_call
 from lightning_quant.errors import ExportError
-from lightning_quant.graph.patterns import OperatorTable
 from lightning_quant.graph.plan import Operator
+from lightning_quant.graph.table import OperatorTable
 from lightning_quant.signature import Signature, output_names, tensor_leaves
 
 REQUIRES = ("onnxruntime", "onnx", "onnxscript")

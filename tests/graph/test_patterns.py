@@ -13,8 +13,8 @@ from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import convert, signal_to_noise
 from lightning_quant.errors import PlanError
 from lightning_quant.graph import operations
-from lightning_quant.graph.patterns import Selection
 from lightning_quant.graph.plan import Row
+from lightning_quant.graph.table import Selection
 from lightning_quant.prepare import Prepared, prepare
 
 IMAGE = torch.randn(4, 3, 8, 8)

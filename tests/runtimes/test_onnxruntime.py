@@ -34,7 +34,7 @@ from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.export import export, trial_export
-from lightning_quant.graph.patterns import Selection
+from lightning_quant.graph.table import Selection
 from lightning_quant.parity import check_parity
 from lightning_quant.prepare import Prepared, prepare
 from lightning_quant.runtimes import onnxruntime as runtime

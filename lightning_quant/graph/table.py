@@ -1,0 +1,46 @@
+"""What a runtime executes in integers, and what the user wants executed in integers. Data only."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True)
+class OperatorTable:
+    """What one runtime executes in integers.
+
+    Attributes:
+        weighted: kinds with an integer kernel for weight and input.
+        fused_activations: clipping activations that the output's range takes over.
+        float_output: kinds whose integer kernel may answer in float.
+        own_scale: other kinds with an integer kernel that has its own output scale.
+        shared_scale: kinds that move values without changing them: input and output share one scale.
+        reasons: kind to reason, for kinds that stay float.
+    """
+
+    weighted: frozenset[str]
+    fused_activations: frozenset[str]
+    float_output: frozenset[str]
+    own_scale: frozenset[str]
+    shared_scale: frozenset[str]
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which operators the user wants quantized: fnmatch patterns on qualified names and on layer types."""
+
+    include: tuple[str, ...] = ("*",)
+    exclude: tuple[str, ...] = ()
+
+    def refusal(self, name: str, layer: str) -> str:
+        """Return why an operator is not wanted, or an empty text."""
+        if not any(matches(pattern, name, layer) for pattern in self.include):
+            return "not in `include`"
+        excluded_by = next((pattern for pattern in self.exclude if matches(pattern, name, layer)), None)
+        return f'excluded by "{excluded_by}"' if excluded_by is not None else ""
+
+
+def matches(pattern: str, name: str, layer: str) -> bool:
+    """Tell whether a pattern names an operator, by qualified name (a module names all inside it) or layer type."""
+    return fnmatchcase(name, pattern) or fnmatchcase(layer, pattern) or name.startswith(f"{pattern}.")
