@@ -307,7 +307,8 @@ def test_weights_that_a_hook_or_parametrization_computes_are_up_to_date(tool: st
             if name.endswith(("orig", "original", "original0")):
                 parameter.neg_()
         converted = convert(prepared)
-        assert signal_to_noise(model(IMAGE), converted(IMAGE)) > 20
+        # Ranges of the weights before they changed sign clip some; stale weights are at -2 dB.
+        assert signal_to_noise(model(IMAGE), converted(IMAGE)) > 10
 
 
 def test_what_only_training_does_is_not_converted() -> None:
