@@ -61,7 +61,7 @@ class DigitClassifier(LightningModule):
 
 
 class Digits(LightningDataModule):
-    """The digits: 1,397 to train and 400 that no training, calibration or choice sees."""
+    """The digits: 1,397 to train and calibrate with, and 400 to validate on."""
 
     def __init__(self, batch_size: int = 32) -> None:
         super().__init__()
@@ -81,5 +81,5 @@ class Digits(LightningDataModule):
         return DataLoader(self.training, self.batch_size, shuffle=True)
 
     def val_dataloader(self) -> DataLoader:
-        """Return the 400 held-out images in order."""
+        """Return the 400 validation images in order."""
         return DataLoader(self.held_out, 100)

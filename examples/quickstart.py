@@ -56,7 +56,7 @@ def main() -> None:
     train(during)
 
     print(f"\n{(OUTPUT / 'qat' / 'report.md').read_text()}")
-    print("Wrong out of 400 held-out images:")
+    print("Wrong out of 400 validation images:")
     print(f"  float                                  {wrong_of(float_accuracy)}")
     for name, callback in (("post-training quantization, int8 file", after), ("quantization-aware, int8 file", during)):
         scalars = callback.artifact.report["scalars"]

@@ -16,7 +16,7 @@ from lightning_quant.prepare import Prepared, prepare
 from lightning_quant.recipe import IntegerSpec, Recipe
 from lightning_quant.signature import tensor_leaves
 
-IMAGE = torch.randn(4, 3, 8, 8)
+IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 UNCORRECTED = Recipe(name="uncorrected", bias_correction=False)
 
 
@@ -307,8 +307,7 @@ def test_weights_that_a_hook_or_parametrization_computes_are_up_to_date(tool: st
             if name.endswith(("orig", "original", "original0")):
                 parameter.neg_()
         converted = convert(prepared)
-        # Ranges of the weights before they changed sign clip some; stale weights are at -2 dB.
-        assert signal_to_noise(model(IMAGE), converted(IMAGE)) > 10
+        assert signal_to_noise(model(IMAGE), converted(IMAGE)) > 20
 
 
 def test_what_only_training_does_is_not_converted() -> None:

@@ -16,7 +16,7 @@ from lightning_quant.prepare import PHASES, Prepared, prepare
 from lightning_quant.recipe import Recipe
 from lightning_quant.signature import tensor_leaves
 
-IMAGE = torch.randn(4, 3, 8, 8)
+IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 # Biases that follow the present weights alone, as in training.
 UNCORRECTED = Recipe(name="uncorrected", bias_correction=False)
 
@@ -329,8 +329,7 @@ def test_batch_norm_keeps_its_momentum_and_eps(momentum: float | None, eps: floa
     assert model[1].num_batches_tracked == twin[1].num_batches_tracked
     assert (model[1].momentum, model[1].eps) == (momentum, eps)
     for mine, reference in zip(model.parameters(), twin.parameters(), strict=True):
-        # One rounding tie that another order of float sums tips over costs up to 10 dB here.
-        assert signal_to_noise(reference.grad, mine.grad) > 30
+        assert signal_to_noise(reference.grad, mine.grad) > 40
 
 
 def test_other_momentum_or_eps_would_be_seen() -> None:

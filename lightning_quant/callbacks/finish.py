@@ -3,12 +3,10 @@
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from torch import nn
 
 from lightning_quant import artifact as artifacts
 from lightning_quant.artifact import Artifact
@@ -110,18 +108,13 @@ def _metrics(
         trainer,
         pl_module,
         path,
-        _on_cpu(artifacts.load(artifact.path)),
+        artifacts.load(artifact.path),
         quantized_layers=weighted_layers(prepared.root, tuple(layer for layer in layers if layer)),
         limit_batches=limit,
     )
     return tuple(
         MetricRow(name, value, simulated.get(name), exported.get(name)) for name, value in float_values.items()
     )
-
-
-def _on_cpu(module: nn.Module) -> Any:
-    """Call a CPU runtime from any device; it returns tensors to the device of its inputs by itself."""
-    return lambda *args, **kwargs: module(*args, **kwargs)
 
 
 def _load_best(

@@ -19,7 +19,7 @@ from lightning_quant.graph.trace import trace
 from lightning_quant.prepare import Prepared, prepare
 
 TRACEABLE = [case for case in CASES if case.name not in ("branching", "views")]
-IMAGE = torch.randn(4, 3, 8, 8)
+IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 OFFSET = torch.tensor(0.5)
 
 

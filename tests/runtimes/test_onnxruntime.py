@@ -42,7 +42,7 @@ from lightning_quant.signature import tensor_leaves
 
 EXPORTED = [case for case in CASES if case.exports]
 BATCHES = (1, 3, 8)
-IMAGE = torch.randn(4, 3, 8, 8)
+IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LOAD_AND_RUN = """
 import sys
 from pathlib import Path
