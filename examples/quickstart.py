@@ -55,7 +55,7 @@ def main() -> None:
     print("Training through rounding: another line ...", flush=True)
     train(during)
 
-    print(f"\n{(OUTPUT / 'qat' / 'report.md').read_text()}")
+    print(f"\n{during.artifact.report_path.read_text()}")
     print("Wrong out of 400 validation images:")
     print(f"  float                                  {wrong_of(float_accuracy)}")
     for name, callback in (("post-training quantization, int8 file", after), ("quantization-aware, int8 file", during)):

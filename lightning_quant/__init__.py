@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining, Schedule
     from lightning_quant.pipeline import quantize
     from lightning_quant.recipe import Recipe
+    from lightning_quant.verification import verify
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,6 +19,7 @@ __all__ = [
     "Schedule",
     "load",
     "quantize",
+    "verify",
 ]
 # Loaded when first used, so that `import lightning_quant` is quick and loads neither onnx nor a runtime.
 _HOMES = {
@@ -28,6 +30,7 @@ _HOMES = {
     "Schedule": "callbacks",
     "load": "artifact",
     "quantize": "pipeline",
+    "verify": "verification",
 }
 
 

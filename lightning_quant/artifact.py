@@ -1,33 +1,41 @@
-"""Stage 6: the folder on disk: model file, manifest, report.
+"""Stage 6: the folder on disk: model files, manifest, golden batch, report.
 
-Model files carry their content's hash in their name. Replacing manifest.json is the commit: a crash before it leaves
-the old artifact, a crash after it the new one. Hashes prove that files are whole, not where they come from.
+Every file but manifest.json carries the hash of its content in its name; a model of several files is a folder with such
+a name. Replacing manifest.json is the commit: a crash before it leaves the old artifact, a crash after it the new one,
+and what no manifest names is removed by the next commit. Hashes prove that files are whole, not where they come from:
+formats with native code (.pt2, .pte) run it when loaded, so load only what you trust.
 """
 
-import hashlib
 import json
 import os
 import platform
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
-from lightning_quant import runtimes
+from lightning_quant import golden, runtimes
 from lightning_quant.errors import ArtifactError
+from lightning_quant.folder import check_folder, commit, hash_file, publish, staging
+from lightning_quant.loaded import LoadedModule
 from lightning_quant.machine import cpu_name
+from lightning_quant.manifest import (
+    BESIDE_MODEL,
+    FORMAT_VERSION,
+    GOLDEN,
+    MANIFEST,
+    MODEL,
+    REPORT_JSON,
+    REPORT_MD,
+    dump,
+    parse,
+    set_digest,
+    top_level,
+)
 from lightning_quant.signature import Signature
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-_REPORTS = ("report.md", "report.json")
-_PACKAGES = ("lightning_quant", "torch", "lightning", "onnx", "onnxruntime")
+__all__ = ["Artifact", "add_report", "check_folder", "load", "read", "staging", "write"]
+_PACKAGES = ("lightning_quant", "torch", "lightning", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -44,13 +52,29 @@ class Artifact:
 
     @property
     def model_path(self) -> Path:
-        """The model file."""
-        return self.path / self.manifest["files"]["model"]
+        """The model file; of several, the one that is opened."""
+        return self.path / self.model_files[MODEL]
+
+    @property
+    def model_files(self) -> dict[str, str]:
+        """Role to name of the model's files."""
+        return {role: name for role, name in self.manifest["files"].items() if role not in BESIDE_MODEL}
+
+    @property
+    def golden_path(self) -> Path:
+        """The golden batch: up to four real samples with the outputs of the float model and of the artifact."""
+        return self.path / self.manifest["files"][GOLDEN]
+
+    @property
+    def report_path(self) -> Path | None:
+        """The report as Markdown; None when nothing was measured."""
+        name = self.manifest["files"].get(REPORT_MD)
+        return None if name is None else self.path / name
 
     @property
     def size_bytes(self) -> int:
-        """Bytes of the model on disk, all its files together."""
-        return sum((self.path / name).stat().st_size for name in self.manifest["files"].values())
+        """Bytes of the model on disk, all its files together; golden batch and report do not count."""
+        return sum((self.path / name).stat().st_size for name in self.model_files.values())
 
     @property
     def plan(self) -> dict[str, Any]:
@@ -63,76 +87,62 @@ class Artifact:
         return Signature.from_dict(self.manifest["signature"])
 
     @property
+    def classes(self) -> tuple[str, ...] | None:
+        """Labels of the classes, in the order of the scores; None when they were not known."""
+        labels = self.manifest.get("classes")
+        return None if labels is None else tuple(labels)
+
+    @property
     def report(self) -> dict[str, Any] | None:
         """What was measured; None when nothing was."""
         return self.manifest.get("report")
 
 
-def check_folder(path: Path) -> None:
-    """Make sure that an artifact can be written to a folder.
-
-    Raises:
-        ArtifactError: it holds something that is not an artifact, or cannot be written.
-    """
-    path = path.absolute()
-    if path.is_file():
-        raise ArtifactError(f"Expected `output_dir` to be a folder, but {path} is a file.")
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
-        raise ArtifactError(
-            f"Expected `output_dir` to be empty or an artifact of ours, but {path} holds other files. "
-            "Choose another folder."
-        )
-    if path.is_dir() and (path / MANIFEST).is_file():
-        read(path)
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    try:
-        with tempfile.NamedTemporaryFile(dir=existing):
-            pass
-    except OSError as error:
-        raise ArtifactError(f"Expected `output_dir` {path} to be writable, but {error}.") from error
-
-
-@contextmanager
-def staging(path: Path) -> Iterator[Path]:
-    """Offer a folder inside the artifact's to write files into; it is gone after the block."""
-    path.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path, prefix=".staging-") as folder:
-        yield Path(folder)
-
-
 def write(path: Path, staged: Path, content: dict[str, Any]) -> Artifact:
-    """Publish a staged model file, and files it refers to, with a manifest.
+    """Publish what lies in a staging folder as an artifact.
 
     Args:
         path: the artifact's folder.
-        staged: the model file inside a staging folder; other files beside it keep their names.
-        content: what the manifest says beyond files and versions.
+        staged: the model file inside a staging folder; beside it the golden batch as `golden.FILE`, and all other files
+            are further files of the model.
+        content: what the manifest says beyond files and versions: recipe, runtime, signature, plan, what stays outside,
+            and classes when known.
     """
-    digest = _hash(staged)
-    name = f"{staged.stem}-{digest[:12]}{staged.suffix}"
-    hashes, files = {name: digest}, {"model": name}
-    for index, other in enumerate(sorted(file for file in staged.parent.iterdir() if file != staged)):
-        hashes[other.name] = _hash(other)
-        files[f"data_{index}"] = other.name
-        os.replace(other, path / other.name)
-    os.replace(staged, path / name)
-    manifest = {
-        "format_version": FORMAT_VERSION,
-        **content,
-        "files": files,
-        "sha256": hashes,
-        "versions": {package: _version(package) for package in _PACKAGES},
-        "python": platform.python_version(),
-        "cpu": cpu_name(),
-    }
-    return _commit(path, manifest)
+    files, hashes = _publish_model(staged, path)
+    files[GOLDEN] = _publish_file(staged.parent / golden.FILE, path, hashes)
+    requires = runtimes.get(content["runtime"]).REQUIRES
+    return _commit(
+        path,
+        {
+            "format_version": FORMAT_VERSION,
+            **content,
+            "files": files,
+            "sha256": hashes,
+            "versions": {package: _version(package) for package in dict.fromkeys((*_PACKAGES, *requires))},
+            "python": platform.python_version(),
+            "cpu": cpu_name(),
+        },
+    )
 
 
 def add_report(artifact: Artifact, report: dict[str, Any], markdown: str) -> Artifact:
-    """Add what was measured to an artifact: to its manifest and as report.md and report.json."""
-    for name, text in zip(_REPORTS, (markdown, json.dumps(report, indent=2)), strict=True):
-        _replace_text(artifact.path / name, text)
-    return _commit(artifact.path, {**artifact.manifest, "report": report})
+    """Add what was measured to an artifact: to its manifest and as report.md and report.json beside the model.
+
+    report.md ends with the lines that run the model without this package.
+    """
+    runtime = runtimes.get(artifact.manifest["runtime"])
+    standalone = runtime.standalone(artifact.model_files, artifact.signature)
+    markdown = (
+        f"{markdown.rstrip()}\n\n## What stays outside\n\n{artifact.manifest['outside']}\n\n"
+        f"## Run it without lightning_quant, in this folder\n\n```python\n{standalone.strip()}\n```\n"
+    )
+    files, hashes = dict(artifact.manifest["files"]), dict(artifact.manifest["sha256"])
+    with staging(artifact.path) as folder:
+        for role, text in ((REPORT_MD, markdown), (REPORT_JSON, json.dumps(report, indent=2, allow_nan=False))):
+            hashes.pop(files.pop(role, ""), None)
+            (folder / role).write_text(text, encoding="utf-8")
+            files[role] = _publish_file(folder / role, artifact.path, hashes)
+        return _commit(artifact.path, {**artifact.manifest, "files": files, "sha256": hashes, "report": report})
 
 
 def read(path: str | os.PathLike[str]) -> Artifact:
@@ -143,31 +153,21 @@ def read(path: str | os.PathLike[str]) -> Artifact:
     """
     folder = Path(path)
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        text = (folder / MANIFEST).read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
         raise ArtifactError(
             f"Expected {folder} to hold an artifact, but its {MANIFEST} cannot be read: {error}."
         ) from error
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format_version"), int):
-        raise ArtifactError(
-            f"Expected {folder / MANIFEST} to be a manifest of lightning_quant, but it is something else."
-        )
-    if manifest["format_version"] > FORMAT_VERSION:
-        raise ArtifactError(
-            f"Expected an artifact of format {FORMAT_VERSION} or older, but {folder} has format "
-            f"{manifest['format_version']}: upgrade lightning_quant."
-        )
-    files, hashes = manifest.get("files"), manifest.get("sha256")
-    if not isinstance(manifest.get("runtime"), str) or not isinstance(manifest.get("signature"), dict):
-        raise ArtifactError(f"Expected {folder / MANIFEST} to name a runtime and a signature, but it does not.")
-    if not isinstance(files, dict) or not isinstance(hashes, dict) or "model" not in files:
-        raise ArtifactError(f"Expected {folder / MANIFEST} to name its files, but it does not.")
-    for name in files.values():
-        _check_file(folder, name, hashes.get(name))
-    return Artifact(folder, manifest)
+    try:
+        artifact = Artifact(folder, parse(text))
+    except ArtifactError as error:
+        raise ArtifactError(f"{folder}: {error}") from error
+    _check_files(artifact)
+    golden.check_belongs(artifact.golden_path, artifact.manifest)
+    return artifact
 
 
-def load(path: str | os.PathLike[str], **runtime_options: Any) -> nn.Module:
+def load(path: str | os.PathLike[str], **runtime_options: Any) -> LoadedModule:
     """Load an artifact as a module with the call signature of the captured one, without the user's code.
 
     Args:
@@ -180,51 +180,55 @@ def load(path: str | os.PathLike[str], **runtime_options: Any) -> nn.Module:
     """
     artifact = read(path)
     runtime = runtimes.get(artifact.manifest["runtime"])
-    return runtime.load(artifact.path, artifact.manifest["files"], artifact.signature, **runtime_options)
+    return runtime.load(artifact.path, artifact.model_files, artifact.signature, **runtime_options)
 
 
-def _check_file(folder: Path, name: Any, expected: Any) -> None:
-    if not isinstance(name, str) or Path(name).name != name:
-        raise ArtifactError(f"Expected files of {folder} to lie inside it, but the manifest names {name!r}.")
-    if not (folder / name).is_file():
-        raise ArtifactError(f"Expected {folder} to be complete, but {name} is missing.")
-    if _hash(folder / name) != expected:
-        raise ArtifactError(f"Expected {folder / name} to be as it was written, but its content has changed.")
+def model_files(staged: Path) -> dict[str, str]:
+    """Return role to name for a model file that is not published yet and the files beside it."""
+    others = {f.name: f.name for f in staged.parent.iterdir() if f != staged and f.name != golden.FILE}
+    return {MODEL: staged.name, **others}
 
 
-def _commit(path: Path, manifest: dict[str, Any]) -> Artifact:
-    old = path / MANIFEST
-    previous = set(read_names(old))
-    _replace_text(old, json.dumps(manifest, indent=2))
-    for name in previous - set(manifest["files"].values()):
-        (path / name).unlink(missing_ok=True)
-    for leftover in path.glob(".staging-*"):
-        if not any(leftover.iterdir()):
-            shutil.rmtree(leftover, ignore_errors=True)
+def _publish_model(staged: Path, path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """Publish a model's file, or its files in a folder of their own, in which they find each other by name."""
+    names = model_files(staged)
+    digests = {name: hash_file(staged.parent / name) for name in names.values()}
+    if len(names) == 1:
+        name = publish(staged, path, digests[staged.name])
+        return {MODEL: name}, {name: digests[staged.name]}
+    together = staged.parent / MODEL
+    together.mkdir()
+    for name in names.values():
+        os.replace(staged.parent / name, together / name)
+    folder = publish(together, path, set_digest(digests.values()))
+    files = {role: f"{folder}/{name}" for role, name in names.items()}
+    return files, {files[role]: digests[name] for role, name in names.items()}
+
+
+def _publish_file(staged: Path, path: Path, hashes: dict[str, str]) -> str:
+    digest = hash_file(staged)
+    name = publish(staged, path, digest)
+    hashes[name] = digest
+    return name
+
+
+def _commit(path: Path, content: dict[str, Any]) -> Artifact:
+    text, manifest = dump(content)
+    parse(text)
+    commit(path, text, keep=top_level(manifest["files"]))
     return Artifact(path, manifest)
 
 
-def read_names(manifest: Path) -> list[str]:
-    """Return the names of the files in a manifest, none when there is no readable one."""
-    try:
-        files = json.loads(manifest.read_text(encoding="utf-8"))["files"].values()
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return []
-    return [name for name in files if isinstance(name, str) and Path(name).name == name]
-
-
-def _replace_text(path: Path, text: str) -> None:
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=".", delete=False, encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
-def _hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _check_files(artifact: Artifact) -> None:
+    folder, hashes = artifact.path, artifact.manifest["sha256"]
+    for name, expected in hashes.items():
+        path = folder / name
+        if not path.is_file():
+            raise ArtifactError(f"Expected {folder} to be complete, but {name} is missing.")
+        if path.resolve() != folder.resolve() / name:
+            raise ArtifactError(f"Expected files of {folder} to lie inside it, but {name} is a link.")
+        if hash_file(path) != expected:
+            raise ArtifactError(f"Expected {path} to be as it was written, but its content has changed.")
 
 
 def _version(package: str) -> str | None:

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_quant import artifact as artifacts
 from lightning_quant import runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.errors import ExportError
-from lightning_quant.export import dynamic_dimensions, export_float
+from lightning_quant.export import dynamic_dimensions, export_float, samples_of
 from lightning_quant.latency import Timing, measure, torch_threads
 from lightning_quant.machine import cpu_name
 from lightning_quant.parity import check_parity
@@ -53,7 +53,7 @@ def assess(
     threads = threads or torch.get_num_threads()
     loaded = artifacts.load(artifact.path, threads=threads)
     started = time.perf_counter()
-    parity = check_parity(prepared, loaded, runtime, artifact.model_path, _samples(prepared, _PARITY_SAMPLES))
+    parity = check_parity(prepared, loaded, runtime, artifact.model_path, samples_of(prepared, _PARITY_SAMPLES))
     seconds["parity"] = time.perf_counter() - started
     started = time.perf_counter()
     latency, remarks = _latency(prepared, loaded, threads)
@@ -96,7 +96,7 @@ def _latency(prepared: Prepared, loaded: nn.Module, threads: int) -> tuple[tuple
         captured = prepared.tensors[0].shape[0] if prepared.tensors and prepared.tensors[0].dim() else 1
         rows = []
         for batch in dict.fromkeys((1, captured)):
-            args, kwargs = prepared.call(_samples(prepared, batch))
+            args, kwargs = prepared.call(samples_of(prepared, batch))
             contestants: dict[str, Callable[[], Any]] = {"torch": functools.partial(prepared.root, *args, **kwargs)}
             if runtime_float is not None:
                 contestants["float"] = functools.partial(runtime_float, *args, **kwargs)
@@ -115,13 +115,4 @@ def _load_float(prepared: Prepared, folder: Path, threads: int) -> nn.Module:
         prepared.signature, prepared.spec, prepared.tensors, output, dynamic_dimensions(prepared)
     )
     runtime = runtimes.get(prepared.plan.runtime)
-    return runtime.load(folder, {"model": path.name}, signature, threads=threads)
-
-
-def _samples(prepared: Prepared, number: int) -> list[Tensor]:
-    """Return the captured tensors with at most that many samples along every batch dimension."""
-    dynamic = dynamic_dimensions(prepared)
-    names = prepared.spec.names
-    return [
-        t[:number] if dynamic.get(n, {}).get(0) == "batch" else t for n, t in zip(names, prepared.tensors, strict=True)
-    ]
+    return runtime.load(folder, artifacts.model_files(path), signature, threads=threads)

@@ -128,12 +128,15 @@ def check_agreement(prepared: Prepared, converted: nn.Module, args: tuple[Any, .
 def signal_to_noise(reference: Any, other: Any) -> float:
     """Return 10 log10 of signal over noise power in decibels, over all float tensors of two equal structures.
 
-    Infinite when they are equal; NaN when one holds values that are not finite.
+    Infinite when they are equal. Where both hold the same infinity or NaN, as masks do, values do not count; NaN or
+    minus infinity when only one does.
     """
     signal = noise = 0.0
     for expected, actual in zip(pytree.tree_leaves(reference), pytree.tree_leaves(other), strict=True):
         if isinstance(expected, Tensor) and expected.is_floating_point():
             expected, actual = expected.detach().double().cpu(), actual.detach().double().cpu()
+            masked = ~expected.isfinite() & ((expected == actual) | (expected.isnan() & actual.isnan()))
+            expected, actual = expected.masked_fill(masked, 0.0), actual.masked_fill(masked, 0.0)
             signal += expected.square().sum().item()
             noise += (expected - actual).square().sum().item()
     if noise == 0:

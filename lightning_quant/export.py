@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from lightning_quant import artifact as artifacts
-from lightning_quant import runtimes
+from lightning_quant import golden, runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.convert import check_agreement, convert
 from lightning_quant.errors import QuantizationError
+from lightning_quant.golden import GoldenBatch
 from lightning_quant.prepare import Prepared
 from lightning_quant.ranges import Ranges
-from lightning_quant.routing import clone, to_float32, unroute_all
-from lightning_quant.signature import make_signature
+from lightning_quant.routing import clone, evaluation_mode, to_float32, unroute_all
+from lightning_quant.signature import Signature, make_signature, tensor_leaves
 
 DynamicShapes = dict[str, dict[int, str]]
 
@@ -25,6 +26,7 @@ def export(
     output_dir: Path,
     *,
     dynamic_shapes: DynamicShapes | None = None,
+    classes: tuple[str, ...] | None = None,
     seconds: dict[str, float] | None = None,
 ) -> Artifact:
     """Convert a trained or calibrated model, check it against its simulation, and write the artifact.
@@ -33,6 +35,7 @@ def export(
         prepared: detached, every edge observed.
         output_dir: the artifact's folder; an artifact there is replaced.
         dynamic_shapes: input name to dimension to its name, beside the batch and what varied in the calls seen.
+        classes: labels of the classes, where they are known; left out when no output has a score for each.
         seconds: gets the time of the stages under "convert" and "export".
 
     Raises:
@@ -52,16 +55,19 @@ def export(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         output = converted(*args, **kwargs)
     signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic)
+    content = {
+        "recipe": prepared.recipe.name,
+        "runtime": prepared.plan.runtime,
+        "signature": signature.to_dict(),
+        "plan": prepared.plan.to_dict(),
+        "outside": _outside(prepared),
+        **({"classes": list(classes)} if classes and _are_scored(classes, signature) else {}),
+    }
     with artifacts.staging(output_dir) as folder:
         staged = folder / runtime.MODEL_FILE
         runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
-        content = {
-            "recipe": prepared.recipe.name,
-            "runtime": prepared.plan.runtime,
-            "signature": signature.to_dict(),
-            "plan": prepared.plan.to_dict(),
-        }
         runtime.check(staged)
+        golden.save(folder / golden.FILE, _golden_batch(prepared, staged, signature), content)
         written = artifacts.write(output_dir, staged, content)
     seconds["export"] = time.perf_counter() - started
     return written
@@ -85,6 +91,45 @@ def trial_export(prepared: Prepared, *, dynamic_shapes: DynamicShapes | None = N
         staged = Path(folder) / runtime.MODEL_FILE
         runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
         runtime.check(staged)
+
+
+def samples_of(prepared: Prepared, number: int) -> list[Tensor]:
+    """Return the captured tensors with at most that many samples along every batch dimension."""
+    dynamic = dynamic_dimensions(prepared)
+    named = zip(prepared.spec.names, prepared.tensors, strict=True)
+    return [t[:number] if dynamic.get(name, {}).get(0) == "batch" else t for name, t in named]
+
+
+def _golden_batch(prepared: Prepared, staged: Path, signature: Signature) -> GoldenBatch:
+    captured = prepared.tensors[0].shape[0] if prepared.tensors and prepared.tensors[0].dim() else 1
+    inputs = [t.cpu() for t in samples_of(prepared, golden.num_samples(prepared.tensors, captured))]
+    args, kwargs = prepared.call(inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
+        floating = tensor_leaves(prepared.root(*args, **kwargs))
+    loaded = runtimes.get(prepared.plan.runtime).load(staged.parent, artifacts.model_files(staged), signature)
+    with torch.no_grad():
+        exported = loaded.run(inputs)
+    return GoldenBatch(tuple(inputs), tuple(floating), tuple(exported))
+
+
+def _are_scored(classes: tuple[str, ...], signature: Signature) -> bool:
+    return any(len(info.shape) > 1 and info.shape[-1] == len(classes) for info in signature.outputs)
+
+
+def _outside(prepared: Prepared) -> str:
+    """Return in words what of the user's program is not part of the artifact."""
+    named = zip(prepared.spec.names, prepared.tensors, strict=True)
+    ranges = [
+        f"`{name}` lay in [{t.min().item():.4g}, {t.max().item():.4g}]"
+        for name, t in named
+        if t.numel() and (t.is_floating_point() or t.dtype in (torch.int32, torch.int64, torch.uint8))
+    ]
+    what = f"`{prepared.plan.module}`" if prepared.plan.module else f"the forward of {type(prepared.root).__name__}"
+    return (
+        f"The artifact is {what} alone. What the data pipeline and the training step do before calling it (resizing, "
+        "scaling, normalization, tokenization) and with its result (softmax, argmax, decoding) stays outside. "
+        f"In the captured call {', '.join(ranges) or 'there were no numbers'}."
+    )
 
 
 def in_float32(prepared: Prepared) -> Prepared:

@@ -81,7 +81,7 @@ def check_parity(
         worst_share=share,
         quantization_db=signal_to_noise(tensor_leaves(float_output), simulated_leaves),
         artifact_db=signal_to_noise(simulated_leaves, exported_leaves),
-        equal_argmax=_equal_argmax(simulated_leaves, exported_leaves),
+        equal_argmax=equal_argmax(simulated_leaves, exported_leaves),
     )
 
 
@@ -98,7 +98,8 @@ def _worst_operator(
     return worst
 
 
-def _equal_argmax(simulated: list[Any], exported: list[Any]) -> float | None:
+def equal_argmax(simulated: list[Any], exported: list[Any]) -> float | None:
+    """Return the share of equal predictions where the result is class scores `(batch, classes)`, else None."""
     if (
         len(simulated) != 1
         or simulated[0].dim() != 2

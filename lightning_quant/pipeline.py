@@ -17,6 +17,7 @@ from lightning_quant.calibrate import as_call, calibrate, steps_of
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.export import DynamicShapes, export, in_float32
 from lightning_quant.graph.table import Selection
+from lightning_quant.labels import class_labels
 from lightning_quant.prepare import prepare
 from lightning_quant.recipe import Recipe
 
@@ -75,6 +76,6 @@ def quantize(
     calibrate(prepared, steps_of(prepared, itertools.chain([first], calls)))
     seconds["calibrate"] = time.perf_counter() - started
     prepared = in_float32(prepared)
-    artifact = export(prepared, folder, dynamic_shapes=dynamic_shapes, seconds=seconds)
+    artifact = export(prepared, folder, dynamic_shapes=dynamic_shapes, classes=class_labels(model), seconds=seconds)
     report = assess(prepared, artifact, seconds=seconds, threads=threads)
     return artifacts.add_report(artifact, report.to_dict(), report.to_markdown())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -65,8 +66,8 @@ class Signature:
         names = tuple(info.name for info in self.inputs)
         if spec.names != names:
             raise QuantizationError(f"Expected tensors {names} as in the captured call, but got {spec.names}.")
-        constants = tuple(_plain(value) for _, value in spec.constants)
-        if constants != self.constants:
+        constants = tuple(value for _, value in spec.constants)
+        if [_plain(value) for value in constants] != [_plain(value) for value in self.constants]:
             raise QuantizationError(
                 f"Expected the constants of the captured call, {self.constants}, but got {constants}: they are part of "
                 "the exported model. Export again from a call with these values."
@@ -81,7 +82,7 @@ class Signature:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists that JSON can hold."""
-        return dataclasses.asdict(self)
+        return {**dataclasses.asdict(self), "constants": [_plain(value) for value in self.constants]}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Signature":
@@ -91,17 +92,24 @@ class Signature:
             ArtifactError: a field is missing or of another type.
         """
         try:
-            return Signature(
-                parameters=tuple((str(n), str(k), d) for n, k, d in values["parameters"]),
+            signature = Signature(
+                parameters=tuple((_text(n), _text(k), d) for n, k, d in values["parameters"]),
                 inputs=tuple(_info(info) for info in values["inputs"]),
                 constants=tuple(_freeze(value) for value in values["constants"]),
                 outputs=tuple(_info(info) for info in values["outputs"]),
                 structure=values["structure"],
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            signature._inspect()
+            if _indices(signature.structure) != list(range(len(signature.outputs))):
+                raise ValueError("the result is not made of the outputs in order")
+            names = [info.name for info in (*signature.inputs, *signature.outputs)]
+            if len(set(names)) != len(names):
+                raise ValueError("names of inputs and outputs occur twice")
+        except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
             raise ArtifactError(
                 f"Expected a call signature in the manifest, but {error!r} is wrong with it."
             ) from error
+        return signature
 
     def _inspect(self) -> inspect.Signature:
         empty = inspect.Parameter.empty
@@ -134,7 +142,7 @@ def make_signature(
     outputs = tuple(
         _describe(name, leaf, {}) for name, leaf in zip(output_names(output, spec.names), leaves, strict=True)
     )
-    constants = tuple(_plain(value) for _, value in spec.constants)
+    constants = tuple(_decode(_plain(value)) for _, value in spec.constants)
     return Signature(parameters, inputs, constants, outputs, structure)
 
 
@@ -178,7 +186,7 @@ def _structure(value: Any, leaves: list[Tensor], names: list[str] | None = None,
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         raise ExportError("Expected forward to return tensors, but it returns a number computed from a dynamic shape.")
     if value is None or isinstance(value, bool | int | float | str):
-        return {"constant": value}
+        return {"constant": _plain(value)}
     raise ExportError(
         f"Expected forward to return tensors in lists, dicts or dataclasses, but got {type(value).__name__}."
     )
@@ -189,7 +197,7 @@ def _build(structure: Any, tensors: list[Tensor]) -> Any:
     if kind == "tensor":
         return tensors[content]
     if kind == "constant":
-        return content
+        return _decode(content)
     if kind == "record":
         return Record({name: _build(item, tensors) for name, item in content.items()})
     if kind == "dict":
@@ -212,18 +220,50 @@ def _check_shape(info: TensorInfo, tensor: Tensor) -> None:
 
 
 def _info(values: dict[str, Any]) -> TensorInfo:
-    return TensorInfo(str(values["name"]), str(values["dtype"]), tuple(values["shape"]))
+    info = TensorInfo(_text(values["name"]), _text(values["dtype"]), tuple(values["shape"]))
+    if not isinstance(getattr(torch, info.dtype, None), torch.dtype):
+        raise ValueError(f"{info.dtype} is no dtype")
+    for size in info.shape:
+        if not (isinstance(size, str) and size) and not (type(size) is int and 0 <= size < 2**63):
+            raise ValueError(f"{size!r} is no size")
+    return info
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str) or not value:
+        raise TypeError(f"{value!r} is no name")
+    return value
+
+
+def _indices(structure: Any) -> list[int]:
+    """Return the outputs that a result is made of, in order; raise unless `_build` can build it."""
+    ((kind, content),) = structure.items()
+    if kind == "tensor":
+        if type(content) is not int:
+            raise TypeError(f"{content!r} is no index")
+        return [content]
+    if kind == "constant":
+        _decode(content)
+        return []
+    if kind == "record":
+        items = [content[_text(name)] for name in content]
+    elif kind == "dict":
+        items = [item for _, item in content]
+        if not all(key is None or isinstance(key, bool | int | float | str) for key, _ in content):
+            raise TypeError("a key of a dict is no plain value")
+    elif kind in ("list", "tuple"):
+        items = list(content)
+    else:
+        raise ValueError(f"{kind!r} is no kind of result")
+    return [index for item in items for index in _indices(item)]
 
 
 def _default_of(parameter: inspect.Parameter) -> Any:
     if parameter.default is inspect.Parameter.empty:
         return "required"
     leaves = pytree.tree_leaves(parameter.default)
-    return (
-        {"value": parameter.default}
-        if all(x is None or isinstance(x, bool | int | float | str) for x in leaves)
-        else "required"
-    )
+    plain = all(x is None or isinstance(x, bool | int | float | str) for x in leaves)
+    return {"value": pytree.tree_map(_plain, parameter.default)} if plain else "required"
 
 
 def _default(default: Any) -> Any:
@@ -231,8 +271,24 @@ def _default(default: Any) -> Any:
 
 
 def _plain(value: Any) -> Any:
+    """Return a value that JSON can hold: infinities and NaN, which it has no numbers for, by name."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"float": str(value)}
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
+def _decode(value: Any) -> Any:
+    """Return the value that `_plain` wrote."""
+    if isinstance(value, dict) and set(value) == {"float"}:
+        return float(value["float"])
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    raise TypeError(f"{value!r} is no plain value")
+
+
 def _freeze(value: Any) -> Any:
-    return tuple(_freeze(item) for item in value) if isinstance(value, list) else value
+    if isinstance(value, list):
+        return tuple(_freeze(item) for item in value)
+    if isinstance(value, dict) and set(value) != {"float"}:
+        return {key: _freeze(item) for key, item in value.items()}
+    return _decode(value)

@@ -1,3 +1,4 @@
+import functools
 import hashlib
 import json
 import os
@@ -11,9 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_quant import Artifact, load, quantize
-from lightning_quant.artifact import FORMAT_VERSION, check_folder, read
+from lightning_quant import Artifact, load, quantize, runtimes, verify
+from lightning_quant.artifact import check_folder, read
 from lightning_quant.errors import ArtifactError, MissingRuntimeError, QuantizationError
+from lightning_quant.manifest import FORMAT_VERSION, dump
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
@@ -38,8 +40,14 @@ def folder(original: Artifact, tmp_path: Path) -> Path:
 
 
 def change_manifest(folder: Path, **values: Any) -> None:
+    """Change a manifest as one who knows how its hash is made."""
     path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **values}))
+    text, _ = dump({**json.loads(path.read_text()), **values})
+    path.write_text(text)
+
+
+def digest(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -52,14 +60,19 @@ def content(folder: Path) -> dict[str, bytes]:
 def test_folder_holds_model_manifest_and_report_and_nothing_else(original: Artifact) -> None:
     names = {path.name for path in original.path.iterdir()}
 
-    assert names == {"manifest.json", "report.json", "report.md", original.model_path.name}
+    assert names == {"manifest.json", *original.manifest["files"].values()}
+    assert set(original.manifest["files"]) == {"model", "golden", "report.md", "report.json"}
 
 
-def test_model_file_is_named_after_its_content(original: Artifact) -> None:
-    digest = hashlib.sha256(original.model_path.read_bytes()).hexdigest()
+def test_files_are_named_after_their_content(original: Artifact) -> None:
+    hashes = {name: digest(original.path / name) for name in original.manifest["files"].values()}
 
-    assert original.model_path.name == f"model-{digest[:12]}.onnx"
-    assert original.manifest["sha256"] == {original.model_path.name: digest}
+    assert original.manifest["sha256"] == hashes
+    for role, name in original.manifest["files"].items():
+        stem, suffix = {"model": ("model", ".onnx"), "golden": ("golden", ".safetensors")}.get(
+            role, ("report", role.removeprefix("report"))
+        )
+        assert name == f"{stem}-{hashes[name][:12]}{suffix}"
 
 
 def test_size_is_that_of_the_model_on_disk(original: Artifact) -> None:
@@ -67,17 +80,13 @@ def test_size_is_that_of_the_model_on_disk(original: Artifact) -> None:
     assert original.report["artifact_bytes"] == original.size_bytes
 
 
-def test_size_counts_every_file_of_the_model(folder: Path) -> None:
+def test_size_counts_every_file_of_the_model_and_neither_golden_batch_nor_report(folder: Path) -> None:
     weights = folder / "weights.bin"
     weights.write_bytes(b"0" * 1000)
     manifest = read(folder).manifest
     files, hashes = manifest["files"], manifest["sha256"]
     before = read(folder).size_bytes
-    change_manifest(
-        folder,
-        files={**files, "data_0": weights.name},
-        sha256={**hashes, weights.name: hashlib.sha256(weights.read_bytes()).hexdigest()},
-    )
+    change_manifest(folder, files={**files, "weights": weights.name}, sha256={**hashes, weights.name: digest(weights)})
 
     assert read(folder).size_bytes == before + 1000
 
@@ -90,7 +99,7 @@ def test_manifest_says_what_the_model_is_and_where_it_comes_from(original: Artif
     assert manifest["recipe"] == "int8"
     assert manifest["runtime"] == "onnxruntime"
     assert manifest["versions"]["torch"] == torch.__version__
-    assert {"lightning_quant", "lightning", "onnx", "onnxruntime"} <= set(manifest["versions"])
+    assert {"lightning_quant", "lightning", "safetensors", "onnx", "onnxruntime"} <= set(manifest["versions"])
     assert manifest["python"]
     assert manifest["cpu"]
     assert manifest["plan"]["coverage"] == 1.0
@@ -104,23 +113,39 @@ def test_plan_lists_every_layer(original: Artifact) -> None:
 
 
 def test_reports_lie_beside_the_model(original: Artifact) -> None:
-    report = json.loads((original.path / "report.json").read_text())
+    report = json.loads((original.path / original.manifest["files"]["report.json"]).read_text())
 
     assert report == original.report
     assert report["float_bytes"] == 4 * (6 * 8 + 8 + 8 * 3 + 3)
-    assert (original.path / "report.md").read_text().startswith("# int8 on onnxruntime\n")
+    assert original.report_path.read_text().startswith("# int8 on onnxruntime\n")
 
 
 def test_json_holds_numbers_that_every_reader_knows(original: Artifact) -> None:
     def refuse(name: str) -> None:
         raise AssertionError(f"{name} is no JSON")
 
-    for name in ("manifest.json", "report.json"):
+    for name in ("manifest.json", original.manifest["files"]["report.json"]):
         json.loads((original.path / name).read_text(), parse_constant=refuse)
 
 
 def test_files_are_readable_for_others(original: Artifact) -> None:
     assert all(path.stat().st_mode & 0o044 == 0o044 for path in original.path.iterdir())
+
+
+def test_weights_in_a_file_of_their_own_stay_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # What PyTorch's exporter does by itself above 2 GB.
+    monkeypatch.setattr(
+        torch.onnx.ONNXProgram, "save", functools.partialmethod(torch.onnx.ONNXProgram.save, external_data=True)
+    )
+    artifact = make(tmp_path / "first")
+    moved = Path(shutil.move(artifact.path, tmp_path / "second"))
+
+    assert sorted(artifact.model_files.values()) == [
+        f"{artifact.model_path.parent.name}/{name}" for name in ("model.onnx", "model.onnx.data")
+    ]
+    assert load(moved)(X).shape == (8, 3)
+    assert verify(moved).identical
+    assert read(moved).size_bytes == sum(path.stat().st_size for path in read(moved).model_path.parent.iterdir())
 
 
 def test_artifact_can_be_moved(original: Artifact, folder: Path) -> None:
@@ -135,12 +160,7 @@ def test_our_own_artifact_is_replaced_and_the_old_model_removed(folder: Path, or
     before = load(folder)(X)
     new = make(folder, seed=1)
 
-    assert {path.name for path in folder.iterdir()} == {
-        "manifest.json",
-        "report.json",
-        "report.md",
-        new.model_path.name,
-    }
+    assert {path.name for path in folder.iterdir()} == {"manifest.json", *new.manifest["files"].values()}
     assert new.model_path.name != original.model_path.name
     assert not torch.equal(load(folder)(X), before)
     assert read(folder).report == new.report
@@ -234,20 +254,47 @@ def _remove(folder: Path) -> None:
     read(folder).model_path.unlink()
 
 
+def _change_the_golden_batch(folder: Path) -> None:
+    path = read(folder).golden_path
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def _change_the_report(folder: Path) -> None:
+    path = read(folder).report_path
+    path.write_text(path.read_text().replace("1", "2"))
+
+
+def _change_a_number_of_the_manifest(folder: Path) -> None:
+    path = folder / "manifest.json"
+    path.write_text(path.read_text().replace('"coverage": 1.0', '"coverage": 0.5'))
+
+
 def _newer_format(folder: Path) -> None:
     change_manifest(folder, format_version=FORMAT_VERSION + 1)
 
 
+def _name_model(folder: Path, name: str) -> None:
+    artifact = read(folder)
+    files, hashes = dict(artifact.manifest["files"]), dict(artifact.manifest["sha256"])
+    hashes[name] = hashes.pop(files["model"])
+    change_manifest(folder, files={**files, "model": name}, sha256=hashes)
+
+
 def _outside(folder: Path) -> None:
-    outside = folder.parent / "outside.onnx"
-    shutil.copy(read(folder).model_path, outside)
-    digest = hashlib.sha256(outside.read_bytes()).hexdigest()
-    change_manifest(folder, files={"model": "../outside.onnx"}, sha256={"../outside.onnx": digest})
+    shutil.copy(read(folder).model_path, folder.parent / "outside.onnx")
+    _name_model(folder, "../outside.onnx")
 
 
 def _absolute(folder: Path) -> None:
-    path = str(read(folder).model_path.absolute())
-    change_manifest(folder, files={"model": path}, sha256={path: hashlib.sha256(Path(path).read_bytes()).hexdigest()})
+    _name_model(folder, str(read(folder).model_path.absolute()))
+
+
+def _link(folder: Path) -> None:
+    path = read(folder).model_path
+    path.rename(folder.parent / path.name)
+    path.symlink_to(folder.parent / path.name)
 
 
 def _without_hash(folder: Path) -> None:
@@ -256,6 +303,16 @@ def _without_hash(folder: Path) -> None:
 
 def _without_model(folder: Path) -> None:
     change_manifest(folder, files={})
+
+
+def _without_golden_batch(folder: Path) -> None:
+    artifact = read(folder)
+    name = artifact.golden_path.name
+    change_manifest(
+        folder,
+        files={role: file for role, file in artifact.manifest["files"].items() if role != "golden"},
+        sha256={file: value for file, value in artifact.manifest["sha256"].items() if file != name},
+    )
 
 
 def _no_json(folder: Path) -> None:
@@ -279,7 +336,7 @@ def _without_runtime(folder: Path) -> None:
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
     del manifest["runtime"]
-    path.write_text(json.dumps(manifest))
+    path.write_text(dump(manifest)[0])
 
 
 @pytest.mark.parametrize(
@@ -289,11 +346,16 @@ def _without_runtime(folder: Path) -> None:
         (_truncate, "content has changed"),
         (_empty, "content has changed"),
         (_remove, "is missing"),
+        (_change_the_golden_batch, "content has changed"),
+        (_change_the_report, "content has changed"),
+        (_change_a_number_of_the_manifest, "content has changed"),
         (_newer_format, "upgrade lightning_quant"),
-        (_outside, "lie inside it"),
-        (_absolute, "lie inside it"),
-        (_without_hash, "content has changed"),
-        (_without_model, "name its files"),
+        (_outside, "`files` .* inside the folder"),
+        (_absolute, "`files` .* inside the folder"),
+        (_link, "is a link"),
+        (_without_hash, "one hash for each"),
+        (_without_model, "`files` .* with a model"),
+        (_without_golden_batch, "and a golden batch"),
         (_no_json, "cannot be read"),
         (_no_manifest, "cannot be read"),
         (_another_manifest, "something else"),
@@ -313,9 +375,9 @@ def test_folder_that_does_not_exist(tmp_path: Path) -> None:
         load(tmp_path / "nowhere")
 
 
-def test_runtime_of_another_version_of_the_package(folder: Path) -> None:
-    change_manifest(folder, runtime="abacus")
-    with pytest.raises(QuantizationError, match=r"`runtime` to be one of .* got 'abacus'"):
+def test_runtime_of_another_version_of_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "names", lambda: ["abacus"])
+    with pytest.raises(QuantizationError, match=r"`runtime` to be one of \['abacus'\] but got 'onnxruntime'"):
         load(folder)
 
 

@@ -1,6 +1,5 @@
 """The examples and the README do what they say."""
 
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import quickstart
 import yaml
 
 import lightning_quant as lq
+from lightning_quant.artifact import read
 
 ROOT = Path(__file__).parent.parent
 NO_WORKERS_OR_OVERWRITE = "ignore:.*:UserWarning:lightning"
@@ -33,7 +33,7 @@ def test_quickstart_loses_at_most_two_images_and_runs_in_integers(
     assert set(wrong) == {"float", "post-training quantization, int8 file", "quantization-aware, int8 file"}
     assert max(wrong.values()) <= wrong["float"] + 2
     for name in ("ptq", "qat"):
-        report = json.loads((tmp_path / name / "report.json").read_text())
+        report = read(tmp_path / name).report
         assert report["still_float"] == {}
         assert report["plan"]["coverage"] == 1.0
         assert report["operators"]["QLinearConv"] == 4

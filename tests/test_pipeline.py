@@ -181,7 +181,7 @@ def test_excluded_layer_stays_float_with_its_reason(tmp_path: Path) -> None:
     assert rows["2"]["action"] == "float"
     assert rows["2"]["reason"] == 'excluded by "2"'
     assert len(int8_weights(artifact.model_path)) == 1
-    assert 'excluded by "2"' in (tmp_path / "report.md").read_text()
+    assert 'excluded by "2"' in artifact.report_path.read_text()
 
 
 def test_included_layers_only(tmp_path: Path) -> None:

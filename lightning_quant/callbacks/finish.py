@@ -14,6 +14,7 @@ from lightning_quant.assess import assess
 from lightning_quant.callbacks.base import QuantizationCallback, warn
 from lightning_quant.evaluate import evaluate, weighted_layers
 from lightning_quant.export import export, in_float32_on_cpu
+from lightning_quant.labels import class_labels
 from lightning_quant.prepare import Prepared
 from lightning_quant.report import MetricRow, Report
 from lightning_quant.routing import clone, resolve, to_float32, unroute_all
@@ -56,7 +57,11 @@ def choose_weights(
 def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment) -> Artifact:
     """Export, evaluate the artifact with the user's validation, report to files, terminal and loggers."""
     prepared, folder = deployment.prepared, callback.folder(trainer)
-    artifact = export(prepared, folder, dynamic_shapes=callback.dynamic_shapes, seconds=callback.seconds)
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    classes = class_labels(deployment.pl_module, prepared.root, getattr(trainer, "datamodule", None), dataset)
+    artifact = export(
+        prepared, folder, dynamic_shapes=callback.dynamic_shapes, classes=classes, seconds=callback.seconds
+    )
     metrics: tuple[MetricRow, ...] = ()
     notes = deployment.notes
     if callback.evaluate:

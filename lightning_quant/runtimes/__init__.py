@@ -1,6 +1,7 @@
 """WHERE a quantized model runs: one file per runtime, and the file name is the runtime's name.
 
-A runtime module offers `TABLE`, `REQUIRES`, `check()`, `export(...)` and `load(...)` as in `onnxruntime.py`.
+A runtime module offers `TABLE`, `REQUIRES`, `MODEL_FILE`, `export`, `check`, `load` (which gives a `LoadedModule`),
+`standalone`, `count_operators`, `still_float` and `run_forced` as in `onnxruntime.py`.
 """
 
 import importlib

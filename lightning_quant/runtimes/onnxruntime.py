@@ -27,9 +27,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, rebuild_call
-from lightning_quant.errors import ExportError
+from lightning_quant.errors import ArtifactError, ExportError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
+from lightning_quant.loaded import LoadedModule
+from lightning_quant.runtimes._standalone import numpy_inputs
 from lightning_quant.signature import Signature, output_names, tensor_leaves
 
 REQUIRES = ("onnxruntime", "onnx", "onnxscript")
@@ -75,6 +77,13 @@ _INTEGER_OPERATORS = {
 }
 
 
+# What ONNX Runtime calls the types of a signature.
+_TYPES = {
+    **{name: f"tensor({name})" for name in ("float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool")},
+    **{"float32": "tensor(float)", "float64": "tensor(double)"},
+}
+
+
 class _Flat(nn.Module):
     """Takes and gives flat tensors, as ONNX graphs do."""
 
@@ -87,32 +96,36 @@ class _Flat(nn.Module):
         return tuple(tensor_leaves(self.module(*args, **kwargs)))
 
 
-class OnnxRuntimeModule(nn.Module):
+class OnnxRuntimeModule(LoadedModule):
     """An ONNX file that is called like the module it came from; tensors come back on the device of the inputs.
 
     Attributes:
         session: the `onnxruntime.InferenceSession`.
-        signature: how it is called.
+
+    Raises:
+        ArtifactError: ONNX Runtime refuses the file, or its inputs and outputs are not those of the signature.
     """
 
     def __init__(
         self, path: Path, signature: Signature, *, threads: int | None = None, providers: list[str] | None = None
     ) -> None:
-        super().__init__()
-        self.session = session(path, threads=threads, providers=providers)
-        self.signature = signature
+        super().__init__(signature)
+        try:
+            self.session = session(path, threads=threads, providers=providers)
+        except _refusals() as error:
+            raise ArtifactError(f"Expected {path} to be a model for ONNX Runtime, but it says: {error}") from error
         self._names = [info.name for info in self.session.get_inputs()]
+        _check_fits(self.session, signature, path)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the session on a call of the captured structure."""
-        tensors = self.signature.flatten(args, kwargs)
+    def run(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run the session."""
         dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
         values = [_to_numpy(tensor, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         # An input that the result does not depend on is no input of the graph.
         named = {i.name: v for i, v in zip(self.signature.inputs, values, strict=True) if i.name in self._names}
         outputs = [torch.from_numpy(output) for output in self.session.run(None, named)]
         device = tensors[0].device if tensors else torch.device("cpu")
-        return self.signature.unflatten([output.to(device) for output in outputs])
+        return [output.to(device) for output in outputs]
 
 
 def export(
@@ -174,14 +187,25 @@ def check(path: Path) -> None:
     Raises:
         ExportError: ONNX Runtime refuses it.
     """
-    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, NotImplemented, RuntimeException
-
     try:
         session(path, threads=1)
-    except (Fail, InvalidGraph, NotImplemented, RuntimeException) as error:
+    except _refusals() as error:
         raise ExportError(
             f"Expected ONNX Runtime to run the exported model, but it says: {_first_line(error)}"
         ) from error
+
+
+def standalone(files: dict[str, str], signature: Signature) -> str:
+    """Return lines that run an artifact's model with ONNX Runtime alone, in the artifact's folder."""
+    names = [info.name for info in signature.outputs]
+    return f"""import numpy as np
+import onnxruntime
+
+session = onnxruntime.InferenceSession({files["model"]!r}, providers=["CPUExecutionProvider"])
+{numpy_inputs(signature)}
+known = {{info.name: inputs[info.name] for info in session.get_inputs()}}
+outputs = dict(zip({names!r}, session.run({names!r}, known)))
+"""
 
 
 def session(
@@ -264,6 +288,32 @@ def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -
     values = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
     values.update(zip(forced.values(), edges, strict=True))
     return running.run(None, {info.name: values[info.name] for info in running.get_inputs()})
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    """Return the errors with which ONNX Runtime refuses a model; they have no base of their own."""
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile")
+    return tuple(getattr(state, name) for name in (*names, "NotFound", "NotImplemented", "RuntimeException"))
+
+
+def _check_fits(running: Any, signature: Signature, path: Path) -> None:
+    """Make sure that a session's inputs and outputs are those of a signature."""
+    expected = {info.name: _form(info.name, _TYPES.get(info.dtype, ""), info.shape) for info in signature.inputs}
+    inputs = [_form(info.name, info.type, info.shape) for info in running.get_inputs()]
+    wrong = [form for form in inputs if expected.get(form[0]) != form]
+    outputs = [(info.name, _TYPES.get(info.dtype, "")) for info in signature.outputs]
+    actual = [(info.name, info.type) for info in running.get_outputs()]
+    if wrong or outputs != actual:
+        raise ArtifactError(
+            f"Expected {path} to have the inputs and outputs of its signature, but "
+            + (f"input {wrong[0]} is none of {list(expected.values())}." if wrong else f"{actual} are not {outputs}.")
+        )
+
+
+def _form(name: str, kind: str, shape: Any) -> tuple[str, str, list[int | None]]:
+    return name, kind, [size if isinstance(size, int) else None for size in shape]
 
 
 def _to_numpy(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:

@@ -135,7 +135,7 @@ def test_loggers_and_report_get_the_numbers(finished: Finished) -> None:
 
     assert "quant/artifact/val_accuracy" in logged
     assert {"capture", "calibrate", "export", "evaluate"} <= set(finished.artifact.report["seconds"])
-    assert (finished.artifact.path / "report.md").is_file()
+    assert finished.artifact.report_path.is_file()
 
 
 def test_artifact_is_close_to_the_float_model(finished: Finished) -> None:

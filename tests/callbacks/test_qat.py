@@ -277,10 +277,10 @@ def test_loggers_get_the_numbers(trained: Trained) -> None:
 
 
 def test_report_lies_in_the_folder(trained: Trained) -> None:
-    folder = trained.artifact.path
+    (path,) = trained.artifact.path.glob("report-*.json")
 
-    assert json.loads((folder / "report.json").read_text()) == trained.report
-    assert "val_accuracy" in (folder / "report.md").read_text()
+    assert json.loads(path.read_text()) == trained.report
+    assert "val_accuracy" in trained.artifact.report_path.read_text()
 
 
 def test_default_folder_is_beside_the_logs(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_run_without_validation_and_without_checkpoints_says_so(tmp_path: Path) 
     assert callback.artifact.report["metrics"] == []
     assert any("no validation" in note for note in notes)
     assert any("last" in note and "ModelCheckpoint" in note for note in notes)
-    assert "no validation" in (tmp_path / "report.md").read_text()
+    assert "no validation" in callback.artifact.report_path.read_text()
 
 
 # --- which weights

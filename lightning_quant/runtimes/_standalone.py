@@ -1,0 +1,25 @@
+"""Lines of code that call a model file without this package, for reports."""
+
+from lightning_quant.signature import Signature, TensorInfo
+
+
+def numpy_inputs(signature: Signature) -> str:
+    """Return the lines that make a dict of NumPy inputs of the captured types, with one sample of zeros each."""
+    lines = [
+        f"    {info.name!r}: np.zeros({_example(info)}, np.{_dtype(info)}),{_comment(info)}"
+        for info in signature.inputs
+    ]
+    return "\n".join(["inputs = {", *lines, "}"])
+
+
+def _example(info: TensorInfo) -> tuple[int, ...]:
+    return tuple(1 if isinstance(size, str) else size for size in info.shape)
+
+
+def _dtype(info: TensorInfo) -> str:
+    return "bool_" if info.dtype == "bool" else info.dtype
+
+
+def _comment(info: TensorInfo) -> str:
+    free = [f"{size} = axis {axis}" for axis, size in enumerate(info.shape) if isinstance(size, str)]
+    return f"  # any size: {', '.join(free)}" if free else ""
