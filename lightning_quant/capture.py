@@ -39,20 +39,26 @@ class StepStoppedError(BaseException):
     """Ends a step that has shown enough. No `Exception`, so that no handler in user code swallows it."""
 
 
-def capture(root: nn.Module, step: Callable[[], Any], path: str | None = None) -> Capture:
+def capture(
+    root: nn.Module,
+    step: Callable[[], Any],
+    path: str | None = None,
+    is_wanted: Callable[[nn.Module], bool] = has_weights,
+) -> Capture:
     """Run a step of `root` and record the first call of a module.
 
     Args:
         root: the module that the step calls; a clone whose attributes may change.
         step: runs it; may raise `StepStoppedError` to end early.
         path: qualified name of the module; by default the outermost one with layers to quantize that the step calls.
+        is_wanted: tells whether there are layers to quantize at or under a module.
 
     Raises:
         CaptureError: no such module, it was not called, or several independent ones were.
     """
     if path is not None:
         find_module(root, path)
-    calls = _record(root, step, path)
+    calls = _record(root, step, path, is_wanted)
     if path is not None:
         if path not in calls:
             raise CaptureError(
@@ -119,7 +125,9 @@ def unchanged(root: nn.Module) -> Iterator[None]:
             parameter.grad = grad
 
 
-def _record(root: nn.Module, step: Callable[[], Any], path: str | None) -> dict[str, tuple[Any, Any]]:
+def _record(
+    root: nn.Module, step: Callable[[], Any], path: str | None, is_wanted: Callable[[nn.Module], bool]
+) -> dict[str, tuple[Any, Any]]:
     calls: dict[str, tuple[Any, Any]] = {}
     active: list[str] = []
 
@@ -136,7 +144,7 @@ def _record(root: nn.Module, step: Callable[[], Any], path: str | None) -> dict[
     scoring = [name for name, module in root.named_modules() if _is_scoring(module)]
     handles = []
     for name, module in root.named_modules():
-        wanted = name == path if path is not None else has_weights(module) and not _is_inside(name, scoring)
+        wanted = name == path if path is not None else is_wanted(module) and not _is_inside(name, scoring)
         if wanted:
             handles += [
                 module.register_forward_pre_hook(

@@ -54,6 +54,16 @@ class Parity:
             )
         return found
 
+    def __str__(self) -> str:
+        text = (
+            f"Parity {'FAILED' if self.failures else 'ok'}: every operator has at least {self.worst_share:.2%} of "
+            f"its values within one step of the simulation; simulated against artifact {self.artifact_db:.1f} dB, "
+            f"float against simulated {self.quantization_db:.1f} dB"
+        )
+        if self.equal_argmax is not None:
+            text += f"; {self.equal_argmax:.1%} equal predictions"
+        return f"{text}."
+
 
 def check_parity(
     prepared: Prepared, artifact: nn.Module, runtime: ModuleType, model_path: Path, tensors: list[Tensor]

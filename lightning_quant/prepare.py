@@ -17,8 +17,9 @@ from torch import Tensor, nn
 from lightning_quant import integer, runtimes
 from lightning_quant import recipe as recipes
 from lightning_quant.bias_correction import InputMeans, bias_correction
-from lightning_quant.calls import flatten_call, rebuild_call
-from lightning_quant.errors import QuantizationError
+from lightning_quant.calls import flatten_call
+from lightning_quant.captured import CapturedModel
+from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
 from lightning_quant.folding import Folded, fold_at
 from lightning_quant.graph.analyze import Analysis, Island, analyze
@@ -43,7 +44,7 @@ class RoutedForward(Route):
         return self.prepared.run(self.path, args, kwargs)
 
 
-class Prepared:
+class Prepared(CapturedModel):
     """A module, its plan, and the state of its quantizers.
 
     Attributes:
@@ -147,10 +148,6 @@ class Prepared:
         """Whether operators compute what integer kernels do: in evaluation, without gradients or after calibration."""
         in_evaluation = not self.root.training and (not torch.is_grad_enabled() or bool(self.bias_corrections))
         return self.quantizes and in_evaluation
-
-    def call(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return args and kwargs of the captured call with these tensors in place of its own."""
-        return rebuild_call(self.signature, self.spec.arguments(list(tensors)))
 
     def bound_to(self, root: nn.Module, tensors: list[Tensor] | None = None) -> "Prepared":
         """Return the same plan and ranges over another module of the same structure, and another captured call."""
@@ -301,11 +298,6 @@ class Prepared:
         if self.observing and self.input_means is not None:
             self.input_means.update(identity, self.operators[identity].kind, x)
 
-    def _note_sizes(self, names: tuple[str, ...], tensors: list[Tensor]) -> None:
-        for name, tensor, captured in zip(names, tensors, self.tensors, strict=False):
-            if tensor.shape != captured.shape and tensor.dim() == captured.dim():
-                self.varying.update((name, d) for d in range(tensor.dim()) if tensor.shape[d] != captured.shape[d])
-
 
 def prepare(
     model: nn.Module,
@@ -333,15 +325,23 @@ def prepare(
     Raises:
         PlanError: nothing can be quantized.
     """
-    recipe = recipes.get(recipe)
+    chosen = recipes.get(recipe)
+    if not isinstance(chosen, Recipe):
+        raise PlanError(f"Expected `recipe` to quantize a graph, but {chosen.name!r} quantizes layers without one.")
+    table = runtimes.get(runtime).TABLE
+    if table is None:
+        raise PlanError(
+            f"Expected `runtime` to have integer kernels for recipe {chosen.name!r}, but {runtime!r} has none. It runs "
+            f"{sorted(name for name, known in recipes.RECIPES.items() if not isinstance(known, Recipe))}."
+        )
     analysis = analyze(
         model,
         args,
         kwargs or {},
-        runtimes.get(runtime).TABLE,
+        table,
         selection or Selection(),
-        recipe=recipe.name,
+        recipe=chosen.name,
         runtime=runtime,
         module=module,
     )
-    return Prepared(model, analysis, recipe, observer or recipe.training_observer)
+    return Prepared(model, analysis, chosen, observer or chosen.training_observer)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import nn
 from typing_extensions import override
 
 from lightning_quant import artifact as artifacts
@@ -15,12 +16,15 @@ from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.callbacks.training_data import capture_call
-from lightning_quant.capture import find_module
+from lightning_quant.capture import Capture, find_module
 from lightning_quant.errors import NoEffectWarning, QuantizationError
-from lightning_quant.export import DynamicShapes, trial_export
+from lightning_quant.export import DynamicShapes, Quantizable, trial_export
+from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.table import Selection
-from lightning_quant.prepare import Prepared, prepare
-from lightning_quant.recipe import Recipe
+from lightning_quant.layers import has_layers
+from lightning_quant.layerwise import quantize_layers
+from lightning_quant.prepare import prepare
+from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import resolve
 
 _SINGLE_PROCESS = ("SingleDeviceStrategy",)
@@ -31,7 +35,7 @@ class QuantizationCallback(Callback):
 
     def __init__(
         self,
-        recipe: str | dict[str, Any] | Recipe,
+        recipe: str | dict[str, Any] | AnyRecipe,
         runtime: str,
         *,
         module: str | None,
@@ -64,7 +68,7 @@ class QuantizationCallback(Callback):
             if value not in choices:
                 raise MisconfigurationException(f"Expected `{name}` to be one of {choices}, but got {value!r}.")
         # Known from fit start on, when the module exists on its device and its data can be read.
-        self.prepared: Prepared | None = None
+        self.prepared: Quantizable | None = None
         self.artifact: Artifact | None = None
         self.path = ""
         self.seconds: dict[str, float] = {}
@@ -96,7 +100,7 @@ class QuantizationCallback(Callback):
         """Return the artifact's folder: `output_dir`, or "quantized" beside the logs."""
         return Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "quantized")
 
-    def require_prepared(self) -> Prepared:
+    def require_prepared(self) -> Quantizable:
         """Return the prepared model, which exists from fit start on."""
         if self.prepared is None:
             raise MisconfigurationException(
@@ -124,18 +128,10 @@ class QuantizationCallback(Callback):
         started = time.perf_counter()
         if self.prepared is not None:
             self.prepared.detach()
-        found = capture_call(trainer, pl_module, self.module, self.example)
+        is_wanted = has_layers if isinstance(self.recipe, LayerRecipe) else has_weights
+        found = capture_call(trainer, pl_module, self.module, self.example, is_wanted)
         self.path = found.path
-        self.prepared = prepare(
-            resolve(pl_module, found.path),
-            found.args,
-            found.kwargs,
-            recipe=self.recipe,
-            runtime=self.runtime,
-            selection=self.selection,
-            observer=self.observer(),
-            module=found.path,
-        )
+        self.prepared = self._plan(resolve(pl_module, found.path), found)
         trial_export(self.prepared, dynamic_shapes=self.dynamic_shapes)
         self.seconds = {"capture": time.perf_counter() - started}
         name = found.path or f"{type(pl_module).__name__}.forward"
@@ -143,6 +139,13 @@ class QuantizationCallback(Callback):
             f"{type(self).__name__}: {name} has {self.prepared.plan.num_quantized} operators for {self.recipe.name} on "
             f"{self.runtime}, {self.prepared.plan.coverage:.1%} of its multiply-adds."
         )
+
+    def _plan(self, module: nn.Module, found: Capture) -> Quantizable:
+        call = (module, found.args, found.kwargs)
+        where: dict[str, Any] = {"runtime": self.runtime, "selection": self.selection, "module": found.path}
+        if isinstance(self.recipe, LayerRecipe):
+            return quantize_layers(*call, recipe=self.recipe, **where)
+        return prepare(*call, recipe=self.recipe, observer=self.observer(), **where)
 
 
 def warn(message: str) -> None:

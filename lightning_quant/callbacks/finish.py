@@ -9,12 +9,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant import artifact as artifacts
+from lightning_quant import runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
 from lightning_quant.callbacks.base import QuantizationCallback, warn
 from lightning_quant.evaluate import evaluate, weighted_layers
-from lightning_quant.export import export, in_float32_on_cpu
+from lightning_quant.export import Quantizable, export, in_float32_on_cpu
 from lightning_quant.labels import class_labels
+from lightning_quant.layerwise import Layerwise
 from lightning_quant.prepare import Prepared
 from lightning_quant.report import MetricRow, Report
 from lightning_quant.routing import clone, resolve, to_float32, unroute_all
@@ -32,7 +34,7 @@ class Deployment:
     """
 
     pl_module: LightningModule
-    prepared: Prepared
+    prepared: Quantizable
     checkpoint: Path | None
     notes: tuple[str, ...]
 
@@ -49,9 +51,11 @@ def choose_weights(
     if callback.weights == "best":
         notes = _load_best(callback, trainer, duplicate, prepared, with_ranges=with_ranges)
     to_float32(duplicate)
+    duplicate.cpu()
     bound = prepared.bound_to(resolve(duplicate, callback.path), in_float32_on_cpu(prepared.tensors))
-    bound.ranges.to(torch.device("cpu"))
-    return Deployment(duplicate.cpu(), bound, checkpoint, notes)
+    if isinstance(bound, Prepared):
+        bound.ranges.to(torch.device("cpu"))
+    return Deployment(duplicate, bound, checkpoint, notes)
 
 
 def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment) -> Artifact:
@@ -103,22 +107,34 @@ def _metrics(
         return ()
     with prepared.attached("frozen"):
         simulated = evaluate(trainer, pl_module, path, limit_batches=limit)
-    layers = [
-        operator.weight.rpartition(".")[0]
-        for graph in prepared.plan.graphs
-        for operator in graph.operators
-        if not graph.path
-    ]
-    exported = evaluate(
+    exported = _evaluate_artifact(callback, trainer, deployment, artifact)
+    return tuple(
+        MetricRow(name, value, simulated.get(name), exported.get(name)) for name, value in float_values.items()
+    )
+
+
+def _evaluate_artifact(
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, artifact: Artifact
+) -> dict[str, float]:
+    pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
+    limit = callback.limit_eval_batches
+    if runtimes.get(prepared.plan.runtime).IN_PROCESS and isinstance(prepared, Layerwise):
+        # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.
+        filled = clone(pl_module)
+        artifacts.load(artifact.path, into=resolve(filled, path))
+        return evaluate(trainer, filled, path, limit_batches=limit)
+    if isinstance(prepared, Layerwise):
+        layers = tuple(prepared.layers)
+    else:
+        operators = [operator for graph in prepared.plan.graphs if not graph.path for operator in graph.operators]
+        layers = tuple(layer for operator in operators if (layer := operator.weight.rpartition(".")[0]))
+    return evaluate(
         trainer,
         pl_module,
         path,
         artifacts.load(artifact.path),
-        quantized_layers=weighted_layers(prepared.root, tuple(layer for layer in layers if layer)),
+        quantized_layers=weighted_layers(prepared.root, layers),
         limit_batches=limit,
-    )
-    return tuple(
-        MetricRow(name, value, simulated.get(name), exported.get(name)) for name, value in float_values.items()
     )
 
 
@@ -126,7 +142,7 @@ def _load_best(
     callback: QuantizationCallback,
     trainer: Trainer,
     duplicate: LightningModule,
-    prepared: Prepared,
+    prepared: Quantizable,
     *,
     with_ranges: bool,
 ) -> tuple[str, ...]:
@@ -140,7 +156,7 @@ def _load_best(
             return (
                 f"weights are the last ones: the best checkpoint {path.name} was saved before fake quantization began",
             )
-        prepared.load_state_dict(state)
+        prepared.load_state_dict(state)  # type: ignore[union-attr]
     duplicate.load_state_dict(saved["state_dict"], assign=True)
     return (f"weights are the best ones, from {path.name}",)
 

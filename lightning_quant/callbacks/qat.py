@@ -6,13 +6,15 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback, warn
 from lightning_quant.callbacks.finish import choose_weights, finish
 from lightning_quant.callbacks.schedule import Schedule, Timeline, resolve
 from lightning_quant.export import DynamicShapes
-from lightning_quant.recipe import Recipe
+from lightning_quant.prepare import Prepared
+from lightning_quant.recipe import LayerRecipe, Recipe
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -77,6 +79,11 @@ class QuantizationAwareTraining(QuantizationCallback):
             threads=threads,
             dynamic_shapes=dynamic_shapes,
         )
+        if isinstance(self.recipe, LayerRecipe):
+            raise MisconfigurationException(
+                f"Expected `recipe` to be one to train through, such as 'int8', but got {self.recipe.name!r}, whose "
+                "layers are quantized after training. Use PostTrainingQuantization."
+            )
         given = Schedule() if schedule is None else schedule
         self.schedule = _refused_in_callback(lambda: Schedule(**given)) if isinstance(given, dict) else given
         self.timeline = Timeline({}, in_epochs=False)
@@ -86,6 +93,14 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def observer(self) -> str:
         return self.recipe.training_observer
+
+    @override
+    def require_prepared(self) -> Prepared:
+        """Return the prepared model, which has a graph: recipes of layers are refused."""
+        prepared = super().require_prepared()
+        if not isinstance(prepared, Prepared):
+            raise MisconfigurationException(f"Expected `recipe` to be one to train through, but got {self.recipe!r}.")
+        return prepared
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,7 +149,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.prepared.state_dict() if self.prepared is not None else self._restored or {}
+        return self.require_prepared().state_dict() if self.prepared is not None else self._restored or {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -142,4 +157,4 @@ class QuantizationAwareTraining(QuantizationCallback):
             return
         self._restored = state_dict
         if self.prepared is not None:
-            self.prepared.load_state_dict(state_dict)
+            self.require_prepared().load_state_dict(state_dict)

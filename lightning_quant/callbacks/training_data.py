@@ -13,16 +13,23 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
 
 from lightning_quant.capture import Capture, StepStoppedError, capture, isolated_rng, unchanged
 from lightning_quant.errors import CalibrationError, CaptureError
+from lightning_quant.graph.analyze import has_weights
 from lightning_quant.routing import clone
 
 
-def capture_call(trainer: Trainer, pl_module: LightningModule, path: str | None, example: str) -> Capture:
+def capture_call(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    path: str | None,
+    example: str,
+    is_wanted: Callable[[nn.Module], bool] = has_weights,
+) -> Capture:
     """Record one call of the module to quantize.
 
     Args:
@@ -31,19 +38,20 @@ def capture_call(trainer: Trainer, pl_module: LightningModule, path: str | None,
         path: name of the module to quantize, or None to find it.
         example: "train_batch" runs `training_step` on a batch; "example_input_array" calls the
             LightningModule with that.
+        is_wanted: tells whether there are layers to quantize at or under a module.
     """
     # Outside the isolation: the trainer keeps what is set up here, with the random numbers that it draws for it.
     _combined_loader(trainer, "train")
     duplicate = independent_copy(trainer, pl_module)
     with isolated_rng(), unchanged(pl_module), torch.enable_grad():
         if example == "example_input_array":
-            return capture(duplicate, lambda: _call_example(duplicate), path)
+            return capture(duplicate, lambda: _call_example(duplicate), path, is_wanted)
         batch = next(iter(batches(trainer, pl_module, 1)), None)
         if batch is None:
             raise CalibrationError("Expected the train dataloader to yield a batch, but it yields none.")
         _start_hooks(duplicate, batch)
         with trainer.precision_plugin.train_step_context():
-            return capture(duplicate, lambda: run_training_step(duplicate, batch, 0), path)
+            return capture(duplicate, lambda: run_training_step(duplicate, batch, 0), path, is_wanted)
 
 
 def _start_hooks(duplicate: LightningModule, batch: Any) -> None:
