@@ -189,9 +189,8 @@ class Report:
             return ""
         parity = self.parity
         text = (
-            f"Parity {'FAILED' if parity.failures else 'ok'}: every operator has at least {parity.worst_share:.2%} of "
-            f"its values within one step of the simulation; simulated against artifact {parity.artifact_db:.1f} dB, "
-            f"float against simulated {parity.quantization_db:.1f} dB"
+            f"Parity {'FAILED' if parity.failures else 'ok'}: {_operator_share(parity.worst_share)}simulated against "
+            f"artifact {parity.artifact_db:.1f} dB, float against simulated {parity.quantization_db:.1f} dB"
         )
         if parity.equal_argmax is not None:
             text += f"; {parity.equal_argmax:.1%} equal predictions"
@@ -199,6 +198,12 @@ class Report:
 
     def _seconds_text(self) -> str:
         return "Seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()) + "."
+
+
+def _operator_share(share: float | None) -> str:
+    if share is None:
+        return ""
+    return f"every operator has at least {share:.2%} of its values within one step of the simulation; "
 
 
 def _bytes(value: int) -> str:

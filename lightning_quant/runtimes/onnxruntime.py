@@ -12,29 +12,27 @@ What the table says was tried on ONNX Runtime 1.31, CPU, with counts from the op
 """
 
 import collections
-import contextlib
-import inspect
-import io
-import logging
 import tempfile
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lightning_quant.calls import CallSpec, rebuild_call
 from lightning_quant.errors import ArtifactError, ExportError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
+from lightning_quant.runtimes._flat import first_line
+from lightning_quant.runtimes._onnx_export import export_onnx as export
 from lightning_quant.runtimes._standalone import numpy_inputs
-from lightning_quant.signature import Signature, output_names, tensor_leaves
+from lightning_quant.signature import Signature
 
+__all__ = ["export"]
 REQUIRES = ("onnxruntime", "onnx", "onnxscript")
+# Decibels by which simulation and artifact are closer to each other than simulation and float.
+PARITY_MARGIN_DB = 10.0
 MODEL_FILE = "model.onnx"
 _WITHOUT_KERNEL = (
     *(
@@ -84,18 +82,6 @@ _TYPES = {
 }
 
 
-class _Flat(nn.Module):
-    """Takes and gives flat tensors, as ONNX graphs do."""
-
-    def __init__(self, module: nn.Module, signature: inspect.Signature, spec: CallSpec) -> None:
-        super().__init__()
-        self.module, self.signature, self.spec = module, signature, spec
-
-    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        args, kwargs = rebuild_call(self.signature, self.spec.arguments(list(tensors)))
-        return tuple(tensor_leaves(self.module(*args, **kwargs)))
-
-
 class OnnxRuntimeModule(LoadedModule):
     """An ONNX file that is called like the module it came from; tensors come back on the device of the inputs.
 
@@ -128,54 +114,6 @@ class OnnxRuntimeModule(LoadedModule):
         return [output.to(device) for output in outputs]
 
 
-def export(
-    module: nn.Module,
-    signature: inspect.Signature,
-    spec: CallSpec,
-    tensors: list[Tensor],
-    path: Path,
-    *,
-    dynamic: dict[str, dict[int, str]],
-) -> None:
-    """Write a module as an ONNX file.
-
-    Args:
-        module: QDQ or float module in eval mode, on any device.
-        signature: of its forward.
-        spec: of the call to export.
-        tensors: of that call; sizes of dynamic dimensions are only examples.
-        path: file to write; weights of more than 2 GB go into a second file beside it.
-        dynamic: input name to dimension to its name, for dimensions that may vary.
-
-    Raises:
-        ExportError: PyTorch's exporter refuses the module, with its reason.
-    """
-    dims = {name: torch.export.Dim(name) for dimensions in dynamic.values() for name in dimensions.values()}
-    shapes = tuple({i: dims[n] for i, n in dynamic.get(name, {}).items()} or None for name in spec.names)
-    examples = [_widen(tensor, dynamic.get(name, {})).cpu() for name, tensor in zip(spec.names, tensors, strict=True)]
-    flat = _Flat(module, signature, spec).eval()
-    with torch.no_grad():
-        example_output = module(*_call(flat, examples)[0], **_call(flat, examples)[1])
-    try:
-        with _quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                flat,
-                tuple(examples),
-                dynamo=True,
-                dynamic_shapes=(shapes,) if any(shapes) else None,
-                input_names=list(spec.names),
-                output_names=output_names(example_output, spec.names),
-                verbose=False,
-            )
-    except (torch.onnx.errors.OnnxExporterError, torch.onnx.OnnxExporterError, RuntimeError) as error:
-        raise ExportError(
-            f"Expected the module to export to ONNX, but PyTorch's exporter says: {_first_line(error)}. Name a child "
-            'module that exports (`module="..."`), or exclude what does not.'
-        ) from error
-    _strip(program.model)  # type: ignore[union-attr]
-    program.save(path)  # type: ignore[union-attr]
-
-
 def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> OnnxRuntimeModule:
     """Load an artifact's model file; options are `threads` and `providers`."""
     return OnnxRuntimeModule(folder / files["model"], signature, **options)
@@ -191,7 +129,7 @@ def check(path: Path) -> None:
         session(path, threads=1)
     except _refusals() as error:
         raise ExportError(
-            f"Expected ONNX Runtime to run the exported model, but it says: {_first_line(error)}"
+            f"Expected ONNX Runtime to run the exported model, but it says: {first_line(error)}"
         ) from error
 
 
@@ -318,49 +256,3 @@ def _form(name: str, kind: str, shape: Any) -> tuple[str, str, list[int | None]]
 
 def _to_numpy(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
     return np.ascontiguousarray(tensor.detach().to("cpu", dtype).numpy())
-
-
-def _widen(tensor: Tensor, dimensions: dict[int, str]) -> Tensor:
-    """Repeat a tensor to size 2 along dynamic dimensions of size 1, which the exporter would take for constants."""
-    repeats = [2 if index in dimensions and size == 1 else 1 for index, size in enumerate(tensor.shape)]
-    return tensor.detach().repeat(repeats) if 2 in repeats else tensor.detach()
-
-
-def _call(flat: _Flat, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    return rebuild_call(flat.signature, flat.spec.arguments(tensors))
-
-
-def _strip(model: Any) -> None:
-    """Remove the exporter's notes, which name files of the machine and outweigh the weights of a small model."""
-    model.metadata_props.clear()
-    model.graph.metadata_props.clear()
-    for node in model.graph.all_nodes():
-        node.metadata_props.clear()
-        node.doc_string = None
-        for value in (*node.inputs, *node.outputs):
-            if value is not None:
-                value.metadata_props.clear()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the exporter: what it says of missing packages and of itself, and whole graphs when it refuses one."""
-    disabled = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with (
-            warnings.catch_warnings(),
-            contextlib.redirect_stdout(io.StringIO()),
-            contextlib.redirect_stderr(io.StringIO()),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(disabled)
-
-
-def _first_line(error: BaseException) -> str:
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -1,0 +1,71 @@
+"""A module over flat tensors, as model files have them, and how exporters are called on it."""
+
+import contextlib
+import inspect
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.calls import CallSpec, rebuild_call
+from lightning_quant.signature import tensor_leaves
+
+
+class Flat(nn.Module):
+    """Takes and gives flat tensors, as model files do."""
+
+    def __init__(self, module: nn.Module, signature: inspect.Signature, spec: CallSpec) -> None:
+        super().__init__()
+        self.module, self.signature, self.spec = module, signature, spec
+
+    def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
+        """Call the module on these tensors in place of the captured ones."""
+        args, kwargs = rebuild_call(self.signature, self.spec.arguments(list(tensors)))
+        return tuple(tensor_leaves(self.module(*args, **kwargs)))
+
+
+def example_tensors(spec: CallSpec, tensors: list[Tensor], dynamic: dict[str, dict[int, str]]) -> list[Tensor]:
+    """Return the captured tensors on the CPU, at least two long along dynamic dimensions."""
+    return [_widen(t, dynamic.get(name, {})).cpu() for name, t in zip(spec.names, tensors, strict=True)]
+
+
+def dynamic_shapes(spec: CallSpec, dynamic: dict[str, dict[int, str]]) -> tuple[Any, ...] | None:
+    """Return what `torch.export` wants to know of the dimensions that may vary; None when none may."""
+    dims = {name: torch.export.Dim(name) for dimensions in dynamic.values() for name in dimensions.values()}
+    shapes = tuple({i: dims[n] for i, n in dynamic.get(name, {}).items()} or None for name in spec.names)
+    return (shapes,) if any(shapes) else None
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporter: what it says of missing packages and of itself, and whole graphs when it refuses one."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with (
+            warnings.catch_warnings(),
+            contextlib.redirect_stdout(io.StringIO()),
+            contextlib.redirect_stderr(io.StringIO()),
+        ):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first line of what an error, or the one that caused it, says."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _widen(tensor: Tensor, dimensions: dict[int, str]) -> Tensor:
+    """Repeat a tensor to size 2 along dynamic dimensions of size 1, which the exporter would take for constants."""
+    repeats = [2 if index in dimensions and size == 1 else 1 for index, size in enumerate(tensor.shape)]
+    return tensor.detach().repeat(repeats) if 2 in repeats else tensor.detach()

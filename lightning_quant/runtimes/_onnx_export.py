@@ -1,0 +1,72 @@
+"""A module as an ONNX file: the form that ONNX Runtime runs and that OpenVINO reads."""
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.calls import CallSpec, rebuild_call
+from lightning_quant.errors import ExportError
+from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, first_line, quiet
+from lightning_quant.signature import output_names
+
+
+def export_onnx(
+    module: nn.Module,
+    signature: inspect.Signature,
+    spec: CallSpec,
+    tensors: list[Tensor],
+    path: Path,
+    *,
+    dynamic: dict[str, dict[int, str]],
+) -> None:
+    """Write a module as an ONNX file.
+
+    Args:
+        module: QDQ or float module in eval mode, on any device.
+        signature: of its forward.
+        spec: of the call to export.
+        tensors: of that call; sizes of dynamic dimensions are only examples.
+        path: file to write; weights of more than 2 GB go into a second file beside it.
+        dynamic: input name to dimension to its name, for dimensions that may vary.
+
+    Raises:
+        ExportError: PyTorch's exporter refuses the module, with its reason.
+    """
+    examples = example_tensors(spec, tensors, dynamic)
+    flat = Flat(module, signature, spec).eval()
+    with torch.no_grad():
+        args, kwargs = rebuild_call(signature, spec.arguments(examples))
+        example_output = module(*args, **kwargs)
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                flat,
+                tuple(examples),
+                dynamo=True,
+                dynamic_shapes=dynamic_shapes(spec, dynamic),
+                input_names=list(spec.names),
+                output_names=output_names(example_output, spec.names),
+                verbose=False,
+            )
+    except (torch.onnx.errors.OnnxExporterError, torch.onnx.OnnxExporterError, RuntimeError) as error:
+        raise ExportError(
+            f"Expected the module to export to ONNX, but PyTorch's exporter says: {first_line(error)}. Name a child "
+            'module that exports (`module="..."`), or exclude what does not.'
+        ) from error
+    _strip(program.model)  # type: ignore[union-attr]
+    program.save(path)  # type: ignore[union-attr]
+
+
+def _strip(model: Any) -> None:
+    """Remove the exporter's notes, which name files of the machine and outweigh the weights of a small model."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in (*node.inputs, *node.outputs):
+            if value is not None:
+                value.metadata_props.clear()
