@@ -282,7 +282,8 @@ class Prepared:
     def run_add(self, identity: str, first: Tensor, second: Tensor) -> Tensor:
         """Add two quantized tensors."""
         operator, path = self.operators[identity], path_of(identity)
-        if self.computes_integers and operator.quantized_output:
+        rounded = all(identify(path, key) in self.ranges.edges for key in operator.inputs)
+        if self.computes_integers and operator.quantized_output and rounded:
             output = identify(path, operator.output)
             one, other = (self.ranges.parameters(identify(path, key)) for key in operator.inputs)
             self._integers[output] = integer.add(first, second, (one, other), self.ranges.parameters(output))
@@ -338,7 +339,7 @@ def prepare(
         model,
         args,
         kwargs or {},
-        runtimes.get(runtime).TABLE,
+        runtimes.get(runtime, exporting=True).TABLE,
         selection or Selection(),
         recipe=recipe.name,
         runtime=runtime,

@@ -17,8 +17,12 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def get(name: str) -> ModuleType:
+def get(name: str, *, exporting: bool = False) -> ModuleType:
     """Return a runtime's module.
+
+    Args:
+        name: of the runtime.
+        exporting: whether what only exporting needs, such as a compiler, has to be there as well.
 
     Raises:
         QuantizationError: no runtime has that name.
@@ -33,4 +37,6 @@ def get(name: str) -> ModuleType:
             f"Expected `runtime` {name!r} to be installed, but {', '.join(missing)} is missing: "
             f"pip install {' '.join(runtime.REQUIRES)}"
         )
+    if exporting and hasattr(runtime, "check_machine"):
+        runtime.check_machine()
     return runtime
