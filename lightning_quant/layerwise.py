@@ -138,7 +138,10 @@ def quantize_layers(
     selection = selection or Selection()
     signature = own_signature(model)
     spec, tensors = flatten_call(signature, args, kwargs or {})
-    found = trials(model, chosen, selection, half_arithmetic=runtimes.get(runtime).HALF_ARITHMETIC)
+    where = runtimes.get(runtime, exporting=True)
+    if where.HALF_ARITHMETIC is None:
+        raise PlanError(f"Expected `runtime` to run quantized layers for {chosen.name!r}, but {runtime!r} does not.")
+    found = trials(model, chosen, selection, half_arithmetic=where.HALF_ARITHMETIC)
     _run(model, list(found.values()), args, kwargs or {})
     for trial in found.values():
         trial.finish()

@@ -16,8 +16,6 @@ from lightning_quant.signature import tensor_leaves
 
 # Share of an operator's values that must lie within one step of the simulation, given equal inputs.
 MINIMUM_SHARE = 0.999
-# Decibels by which simulation and artifact must be closer to each other than simulation and float.
-MINIMUM_MARGIN_DB = 10.0
 
 
 @dataclass(frozen=True)
@@ -26,43 +24,51 @@ class Parity:
 
     Attributes:
         worst_operator: the edge whose producer agrees least; empty when there was none to compare.
-        worst_share: its share of values within one quantization step, given equal inputs, in [0, 1].
+        worst_share: its share of values within one quantization step, given equal inputs, in [0, 1]; None when the
+            runtime cannot run single operators.
         quantization_db: signal-to-noise of float against simulated, in decibels: what quantization costs.
         artifact_db: signal-to-noise of simulated against artifact, in decibels.
         equal_argmax: share of equal predictions where the result is class scores `(batch, classes)`, else None.
+        margin_db: decibels by which simulation and artifact must be closer to each other than simulation and float.
     """
 
     worst_operator: str
-    worst_share: float
+    worst_share: float | None
     quantization_db: float
     artifact_db: float
     equal_argmax: float | None
+    margin_db: float = 10.0
 
     @property
     def failures(self) -> list[str]:
         """What is wrong, in plain words; empty when the artifact is what was simulated."""
         found = []
-        if not self.worst_share >= MINIMUM_SHARE:
+        if self.worst_share is not None and not self.worst_share >= MINIMUM_SHARE:
             found.append(
                 f"at {self.worst_operator} only {self.worst_share:.2%} of the values are within one step of the "
                 "simulation"
             )
-        if not self.artifact_db >= self.quantization_db + MINIMUM_MARGIN_DB:
+        if not self.artifact_db >= self.quantization_db + self.margin_db:
             found.append(
                 f"the artifact is {self.artifact_db:.1f} dB from its simulation, which is {self.quantization_db:.1f} "
-                f"dB from float: less than {MINIMUM_MARGIN_DB:.0f} dB between them"
+                f"dB from float: less than {self.margin_db:.0f} dB between them"
             )
         return found
 
     def __str__(self) -> str:
         text = (
-            f"Parity {'FAILED' if self.failures else 'ok'}: every operator has at least {self.worst_share:.2%} of "
-            f"its values within one step of the simulation; simulated against artifact {self.artifact_db:.1f} dB, "
-            f"float against simulated {self.quantization_db:.1f} dB"
+            f"Parity {'FAILED' if self.failures else 'ok'}: {_operator_share(self.worst_share)}simulated against "
+            f"artifact {self.artifact_db:.1f} dB, float against simulated {self.quantization_db:.1f} dB"
         )
         if self.equal_argmax is not None:
             text += f"; {self.equal_argmax:.1%} equal predictions"
         return f"{text}."
+
+
+def _operator_share(share: float | None) -> str:
+    if share is None:
+        return ""
+    return f"every operator has at least {share:.2%} of its values within one step of the simulation; "
 
 
 def check_parity(
@@ -92,12 +98,15 @@ def check_parity(
         quantization_db=signal_to_noise(tensor_leaves(float_output), simulated_leaves),
         artifact_db=signal_to_noise(simulated_leaves, exported_leaves),
         equal_argmax=equal_argmax(simulated_leaves, exported_leaves),
+        margin_db=runtime.PARITY_MARGIN_DB,
     )
 
 
 def _worst_operator(
     runtime: ModuleType, model_path: Path, inputs: dict[str, Tensor], edges: list[tuple[str, Tensor]]
-) -> tuple[str, float]:
+) -> tuple[str, float | None]:
+    if not hasattr(runtime, "run_forced"):
+        return "", None
     expected = [integers.cpu().numpy() for _, integers in edges]
     actual = runtime.run_forced(model_path, inputs, expected)
     worst = ("", 1.0)

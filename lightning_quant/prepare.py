@@ -279,7 +279,8 @@ class Prepared(CapturedModel):
     def run_add(self, identity: str, first: Tensor, second: Tensor) -> Tensor:
         """Add two quantized tensors."""
         operator, path = self.operators[identity], path_of(identity)
-        if self.computes_integers and operator.quantized_output:
+        rounded = all(identify(path, key) in self.ranges.edges for key in operator.inputs)
+        if self.computes_integers and operator.quantized_output and rounded:
             output = identify(path, operator.output)
             one, other = (self.ranges.parameters(identify(path, key)) for key in operator.inputs)
             self._integers[output] = integer.add(first, second, (one, other), self.ranges.parameters(output))
@@ -328,7 +329,7 @@ def prepare(
     chosen = recipes.get(recipe)
     if not isinstance(chosen, Recipe):
         raise PlanError(f"Expected `recipe` to quantize a graph, but {chosen.name!r} quantizes layers without one.")
-    table = runtimes.get(runtime).TABLE
+    table = runtimes.get(runtime, exporting=True).TABLE
     if table is None:
         raise PlanError(
             f"Expected `runtime` to have integer kernels for recipe {chosen.name!r}, but {runtime!r} has none. It runs "

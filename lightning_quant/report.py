@@ -138,7 +138,7 @@ class Report:
             values[f"quant/float_latency_ms/batch_{time.batch}"] = time.best_float_ms
             values[f"quant/speedup/batch_{time.batch}"] = time.speedup
         if self.parity is not None:
-            if isinstance(self.parity, Parity):
+            if isinstance(self.parity, Parity) and self.parity.worst_share is not None:
                 values["quant/parity_worst_share"] = self.parity.worst_share
             values["quant/parity_failed"] = float(bool(self.parity.failures))
         values |= {f"quant/seconds/{stage}": value for stage, value in self.seconds.items()}

@@ -430,11 +430,13 @@ CASES = [
 ]
 
 
-def calibrated(case: Case, batches: int = 3, recipe: str | Recipe = "int8") -> tuple[nn.Module, Prepared]:
+def calibrated(
+    case: Case, batches: int = 3, recipe: str | Recipe = "int8", runtime: str = "onnxruntime"
+) -> tuple[nn.Module, Prepared]:
     """Return a case's float net and the same prepared, with the ranges of a few of its calls."""
     model = case.build()
     args, kwargs = case.call(4)
-    prepared = prepare(model, args, kwargs, recipe=recipe, observer="min_max")
+    prepared = prepare(model, args, kwargs, recipe=recipe, runtime=runtime, observer="min_max")
     calls = [case.call(4) for _ in range(batches)]
     calibrate(prepared, [functools.partial(model, *args, **kwargs) for args, kwargs in calls])
     return model, prepared

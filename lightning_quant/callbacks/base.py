@@ -113,7 +113,7 @@ class QuantizationCallback(Callback):
         raise NotImplementedError
 
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        runtimes.get(self.runtime)
+        runtimes.get(self.runtime, exporting=True)
         strategy = type(trainer.strategy).__name__
         if strategy not in _SINGLE_PROCESS:
             raise QuantizationError(

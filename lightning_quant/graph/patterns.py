@@ -201,12 +201,15 @@ class Matcher:
 
     def _decide(self) -> list[Operator]:
         wanted: set[fx.Node] = set()
+        added: set[fx.Node] = set()
         shared: list[fx.Node] = []
         for node in reversed(self.graph.nodes):
             unit = self.units.get(node)
             if unit is not None:
                 if self._is_worth(unit, wanted):
-                    wanted.update(unit.source)
+                    unrounded = self._added_before_rounding(unit)
+                    added |= unrounded
+                    wanted.update(source for source in unit.source if source not in unrounded)
                 else:
                     self._drop(unit)
             elif node in wanted and self.operations[node].kind in self.table.shared_scale and ops.is_float(node):
@@ -217,6 +220,8 @@ class Matcher:
         units = [unit for node in self.graph.nodes if (unit := self.units.get(node)) is not None]
         for unit in units:
             # A float ReLU that others read would be fused into a float matrix product.
+            if unit.tail in added:
+                continue
             ends_in_float_relu = unit.activation is not None and any(user.op != "output" for user in unit.tail.users)
             if unit.tail in wanted or unit.operation.kind not in self.table.float_output or ends_in_float_relu:
                 wanted.add(unit.tail)
@@ -230,6 +235,18 @@ class Matcher:
                 passed = node in groups and self.operations[node].kind == "pass"
                 self.edges[node] = Edge(key, groups.get(node, key), observed=node not in groups, passed=passed)
         return [self._operator(unit) for unit in units]
+
+    def _added_before_rounding(self, unit: _Unit) -> set[fx.Node]:
+        """Return the operand of an addition, if any, that a convolution hands over without rounding."""
+        if not self.table.fuses_add or unit.operation.kind != "add" or len(set(unit.source)) != 2:
+            return set()
+        tails = {
+            other.tail
+            for other in self.units.values()
+            if other.operation.kind.startswith("conv") and other.activation is None and len(other.tail.users) == 1
+        }
+        fitting = [node for node in self.graph.nodes if node in tails and node in unit.source]
+        return set(fitting[-1:])
 
     def _is_worth(self, unit: _Unit, wanted: set[fx.Node]) -> bool:
         if unit.operation.weight or unit.tail in wanted:

@@ -16,6 +16,8 @@ class OperatorTable:
         own_scale: other kinds with an integer kernel that has its own output scale.
         shared_scale: kinds that move values without changing them: input and output share one scale.
         reasons: kind to reason, for kinds that stay float.
+        fuses_add: whether a convolution adds another quantized tensor before it rounds, so that nothing is rounded
+            between convolution and addition.
     """
 
     weighted: frozenset[str]
@@ -24,6 +26,7 @@ class OperatorTable:
     own_scale: frozenset[str]
     shared_scale: frozenset[str]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    fuses_add: bool = False
 
 
 @dataclass(frozen=True)

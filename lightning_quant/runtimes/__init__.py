@@ -1,7 +1,9 @@
 """WHERE a quantized model runs: one file per runtime, and the file name is the runtime's name.
 
 A runtime module offers `TABLE`, `REQUIRES`, `MODEL_FILE`, `export`, `check`, `load` (which gives a `LoadedModule`),
-`standalone`, `count_operators`, `still_float` and `run_forced` as in `onnxruntime.py`.
+`standalone`, `count_operators`, `still_float` and `run_forced` as in `onnxruntime.py`. `TABLE` is None where recipes of
+graphs do not run. `HALF_ARITHMETIC` says whether layers compute in half precision or only store their weights so, None
+that recipes of layers do not run. `IN_PROCESS` says that the user's own model can be filled with an artifact.
 """
 
 import importlib
@@ -17,8 +19,12 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
-def get(name: str) -> ModuleType:
+def get(name: str, *, exporting: bool = False) -> ModuleType:
     """Return a runtime's module.
+
+    Args:
+        name: of the runtime.
+        exporting: whether what only exporting needs, such as a compiler, has to be there as well.
 
     Raises:
         QuantizationError: no runtime has that name.
@@ -33,4 +39,6 @@ def get(name: str) -> ModuleType:
             f"Expected `runtime` {name!r} to be installed, but {', '.join(missing)} is missing: "
             f"pip install {' '.join(runtime.REQUIRES)}"
         )
+    if exporting and hasattr(runtime, "check_machine"):
+        runtime.check_machine()
     return runtime

@@ -12,6 +12,15 @@ def numpy_inputs(signature: Signature) -> str:
     return "\n".join(["inputs = {", *lines, "}"])
 
 
+def torch_inputs(signature: Signature) -> str:
+    """Return the lines that make a dict of torch inputs, likewise."""
+    lines = [
+        f"    {info.name!r}: torch.zeros({_example(info)}, dtype=torch.{info.dtype}),{_comment(info)}"
+        for info in signature.inputs
+    ]
+    return "\n".join(["inputs = {", *lines, "}"])
+
+
 def _example(info: TensorInfo) -> tuple[int, ...]:
     return tuple(1 if isinstance(size, str) else size for size in info.shape)
 

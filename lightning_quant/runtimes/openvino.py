@@ -1,0 +1,261 @@
+"""Runtime `openvino`: QDQ models as OpenVINO's .xml and .bin, in a folder in which they find each other.
+
+What the table says was tried on OpenVINO 2026.4, CPU, with layer types and primitives read from the compiled model:
+- It fuses conv, residual add and ReLU into one integer kernel by itself, wherever quantizers stand around them.
+- Sigmoid, LeakyReLU and matrix products of two activations run in float between dequantize and quantize.
+- Without a hint it computes float layers in bfloat16 on processors that have it; here it is told float32.
+"""
+
+import collections
+import inspect
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.calls import CallSpec
+from lightning_quant.errors import ArtifactError, ExportError
+from lightning_quant.graph.plan import Operator
+from lightning_quant.graph.table import OperatorTable
+from lightning_quant.loaded import LoadedModule
+from lightning_quant.runtimes._flat import first_line
+from lightning_quant.runtimes._onnx_export import export_onnx
+from lightning_quant.runtimes._standalone import numpy_inputs
+from lightning_quant.signature import Signature, TensorInfo
+
+REQUIRES = ("openvino", "onnx", "onnxscript")
+# Decibels by which simulation and artifact are closer to each other than simulation and float.
+PARITY_MARGIN_DB = 10.0
+MODEL_FILE = "model.xml"
+# Recipes of layers do not run here.
+HALF_ARITHMETIC = None
+IN_PROCESS = False
+_FLOAT = "OpenVINO computes it in float on the CPU"
+TABLE = OperatorTable(
+    weighted=frozenset({"conv1d", "conv2d", "linear"}),
+    fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
+    float_output=frozenset({"linear"}),
+    own_scale=frozenset({"add", "cat", "avg_pool", "global_avg_pool"}),
+    shared_scale=frozenset({"reshape", "max_pool", "pass"}),
+    reasons={
+        **dict.fromkeys(("mul", "sub", "matmul", "attention", "layer_norm", "group_norm", "tanh", "softplus"), _FLOAT),
+        **dict.fromkeys(("leaky_relu", "sigmoid", "hardswish", "hardsigmoid", "gelu", "silu", "mish", "elu"), _FLOAT),
+        **dict.fromkeys(
+            ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv3d", "prelu", "selu"), _FLOAT
+        ),
+        "softmax": "kept float: eight bits are too few for its tails",
+    },
+)
+# Layer types of a compiled model that carry weights, by kind; others are fused into them, or move values.
+_WEIGHTED_LAYERS = {"conv1d": "Convolution", "conv2d": "Convolution", "linear": "FullyConnected"}
+_INTEGER = "_I8"
+
+
+class OpenVinoModule(LoadedModule):
+    """An OpenVINO model that is called like the module it came from; tensors come back on the device of the inputs.
+
+    Attributes:
+        compiled: the `openvino.CompiledModel`.
+
+    Raises:
+        ArtifactError: OpenVINO refuses the files, or their inputs and outputs are not those of the signature.
+    """
+
+    def __init__(self, path: Path, signature: Signature, *, threads: int | None = None, device: str = "CPU") -> None:
+        super().__init__(signature)
+        try:
+            self.compiled = compiled(path, threads=threads, device=device)
+        except RuntimeError as error:
+            raise ArtifactError(
+                f"Expected {path} to be a model for OpenVINO, but it says: {first_line(error)}"
+            ) from error
+        self._names = [port.get_any_name() for port in self.compiled.inputs]
+        _check_fits(self.compiled, signature, path)
+
+    def run(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run one inference."""
+        named = {
+            info.name: np.ascontiguousarray(t.detach().to("cpu", getattr(torch, info.dtype)).numpy())
+            for info, t in zip(self.signature.inputs, tensors, strict=True)
+            if info.name in self._names
+        }
+        results = self.compiled(named)
+        outputs = [torch.from_numpy(np.array(results[port])) for port in self.compiled.outputs]
+        device = tensors[0].device if tensors else torch.device("cpu")
+        return [output.to(device) for output in outputs]
+
+
+def export(
+    module: nn.Module,
+    signature: inspect.Signature,
+    spec: CallSpec,
+    tensors: list[Tensor],
+    path: Path,
+    *,
+    dynamic: dict[str, dict[int, str]],
+) -> None:
+    """Write a module as .xml with a .bin of the same name beside it; arguments as for ONNX.
+
+    Raises:
+        ExportError: PyTorch's exporter or OpenVINO refuses the module, with the reason.
+    """
+    import openvino
+
+    with tempfile.TemporaryDirectory() as folder:
+        onnx_path = Path(folder) / "model.onnx"
+        export_onnx(module, signature, spec, tensors, onnx_path, dynamic=dynamic)
+        try:
+            model = openvino.Core().read_model(onnx_path)
+            openvino.save_model(model, path, compress_to_fp16=False)
+        except RuntimeError as error:
+            raise ExportError(
+                f"Expected OpenVINO to read the exported model, but it says: {first_line(error)}. Exclude what it does "
+                "not know, or choose another runtime."
+            ) from error
+
+
+def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> OpenVinoModule:
+    """Load an artifact's model; options are `threads` and `device`."""
+    return OpenVinoModule(folder / files["model"], signature, **options)
+
+
+def check(path: Path) -> None:
+    """Compile a written model once.
+
+    Raises:
+        ExportError: OpenVINO refuses it.
+    """
+    try:
+        compiled(path, threads=1)
+    except RuntimeError as error:
+        raise ExportError(f"Expected OpenVINO to run the exported model, but it says: {first_line(error)}") from error
+
+
+def standalone(files: dict[str, str], signature: Signature) -> str:
+    """Return lines that run an artifact's model with OpenVINO alone, in the artifact's folder."""
+    names = [info.name for info in signature.outputs]
+    return f"""import numpy as np
+import openvino
+
+model = openvino.Core().compile_model({files["model"]!r}, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
+{numpy_inputs(signature)}
+known = {{port.get_any_name(): inputs[port.get_any_name()] for port in model.inputs}}
+outputs = dict(zip({names!r}, model(known).values()))
+"""
+
+
+def compiled(path: Path, *, threads: int | None = None, device: str = "CPU") -> Any:
+    """Compile a model for lowest latency on `threads` threads (OpenVINO's default when None)."""
+    import openvino
+
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    if threads is not None:
+        config["INFERENCE_NUM_THREADS"] = threads
+    return openvino.Core().compile_model(path, device, config)
+
+
+def count_operators(path: Path) -> dict[str, int]:
+    """Return how often each layer type occurs in the compiled model, integer ones with `_I8` after their names."""
+    counts: collections.Counter[str] = collections.Counter()
+    for node in compiled(path, threads=1).get_runtime_model().get_ordered_ops():
+        info = node.get_rt_info()
+        layer, primitive = (info[key].astype(str) if key in info else "" for key in ("layerType", "primitiveType"))
+        if layer not in ("Const", "Input", "Output"):
+            counts[layer + (_INTEGER if primitive.endswith(_INTEGER) else "")] += 1
+    return dict(counts)
+
+
+def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
+    """Return kind to number of planned integer operators with weights that run in float.
+
+    The others, such as residual additions, are fused into integer kernels and no longer seen, or stand in float as
+    "Eltwise" and "Pooling".
+    """
+    missing: dict[str, int] = {}
+    left = dict(counts)
+    for operator in operators:
+        layer = _WEIGHTED_LAYERS.get(operator.kind, "")
+        if not layer:
+            continue
+        if left.get(layer + _INTEGER, 0):
+            left[layer + _INTEGER] -= 1
+        else:
+            missing[operator.kind] = missing.get(operator.kind, 0) + 1
+    return missing
+
+
+def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -> list[np.ndarray]:
+    """Run every operator on its own, on given integers, in one compiled model.
+
+    Args:
+        path: a model in QDQ form.
+        inputs: the model's own inputs by name.
+        edges: integers of every quantized tensor in the order of execution, uint8.
+
+    Returns:
+        the integers that the operators computed, in the same order.
+
+    Raises:
+        ExportError: the model has another number of quantized tensors.
+    """
+    import openvino
+    from openvino import opset13
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    quantized = {
+        op.get_friendly_name(): op
+        for op in model.get_ordered_ops()
+        if op.get_friendly_name().startswith(_QUANTIZE) and op.get_output_element_type(0) == openvino.Type.u8
+    }
+    if len(quantized) != len(edges):
+        raise ExportError(f"Expected {len(edges)} quantized tensors in the exported file, but got {len(quantized)}.")
+    parameters, results = list(model.get_parameters()), []
+    for name, edge in zip(sorted(quantized, key=_order), edges, strict=True):
+        output = quantized[name].output(0)
+        forced = opset13.parameter(list(edge.shape), np.uint8, name=f"forced_{name}")
+        for reader in list(output.get_target_inputs()):
+            reader.replace_source_output(forced.output(0))
+        parameters.append(forced)
+        results.append(opset13.result(output))
+    running = core.compile_model(
+        openvino.Model(results, parameters), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+    )
+    own = [inputs[port.get_any_name()].detach().cpu().numpy() for port in model.inputs]
+    computed = running([*own, *edges])
+    return [np.array(computed[port]) for port in running.outputs]
+
+
+# What the exporter to ONNX calls the node that quantizes an activation; a number follows, from the second one on.
+_QUANTIZE = "node_quantize_per_tensor"
+
+
+def _order(name: str) -> int:
+    return int(name.removeprefix(_QUANTIZE).removeprefix("_") or 0)
+
+
+def _check_fits(model: Any, signature: Signature, path: Path) -> None:
+    """Make sure that a compiled model's inputs and outputs are those of a signature."""
+    expected = {info.name: _form(info) for info in signature.inputs}
+    inputs = {port.get_any_name(): _port_form(port) for port in model.inputs}
+    outputs = [_port_form(port)[0] for port in model.outputs]
+    fits = all(expected.get(name) == form for name, form in inputs.items())
+    if not fits or outputs != [_form(info)[0] for info in signature.outputs]:
+        raise ArtifactError(
+            f"Expected {path} to have the inputs and outputs of its signature, but {inputs} and {outputs} are not "
+            f"{expected} and {list(signature.outputs)}."
+        )
+
+
+def _form(info: TensorInfo) -> tuple[str, list[int | None]]:
+    return info.dtype, [size if isinstance(size, int) else None for size in info.shape]
+
+
+def _port_form(port: Any) -> tuple[str, list[int | None]]:
+    shape = port.get_partial_shape()
+    return str(np.dtype(port.get_element_type().to_dtype())), [
+        dimension.get_length() if dimension.is_static else None for dimension in shape
+    ]

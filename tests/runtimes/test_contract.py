@@ -1,0 +1,270 @@
+"""What every runtime owes: the same tests over all of them."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning_models
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from models import CASES, Case, calibrated
+from torch import Tensor, nn
+
+from lightning_quant import PostTrainingQuantization, load, runtimes, verify
+from lightning_quant.artifact import Artifact, add_report, read
+from lightning_quant.calls import flatten_call
+from lightning_quant.convert import signal_to_noise
+from lightning_quant.errors import ArtifactError, MissingRuntimeError, QuantizationError
+from lightning_quant.export import export
+from lightning_quant.loaded import LoadedModule
+from lightning_quant.parity import check_parity
+from lightning_quant.prepare import Prepared
+from lightning_quant.signature import tensor_leaves
+
+# Those that run recipes of graphs; the others have a contract suite of their own.
+RUNTIMES = tuple(
+    name for name in runtimes.names() if importlib.import_module(f"{runtimes.__name__}.{name}").TABLE is not None
+)
+NETS = ("residual", "mlp", "multi_modal", "nested", "pooling")
+BATCHES = (1, 3, 8)
+LOAD_AND_RUN = """
+import sys
+from pathlib import Path
+
+import torch
+
+from lightning_quant import load
+
+
+def leaves(value):
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in leaves(item)]
+
+
+folder = Path(sys.argv[1])
+results = {}
+for name, calls in torch.load(folder / "calls.pt", weights_only=True).items():
+    model = load(folder / name, threads=1)
+    results[name] = [leaves(model(*args, **kwargs)) for args, kwargs in calls]
+assert "models" not in sys.modules
+torch.save(results, folder / "results.pt")
+"""
+
+
+@dataclass(frozen=True)
+class Made:
+    """A net as an artifact of one runtime."""
+
+    runtime: Any
+    case: Case
+    prepared: Prepared
+    artifact: Artifact
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    @property
+    def operators(self) -> tuple[Any, ...]:
+        return tuple(operator for graph in self.prepared.plan.graphs for operator in graph.operators)
+
+    def outputs(self, *, simulated: bool) -> list[list[Tensor]]:
+        with torch.no_grad():
+            if not simulated:
+                return [tensor_leaves(self.prepared.root(*args, **kwargs)) for args, kwargs in self.calls]
+            with self.prepared.attached("frozen"):
+                return [tensor_leaves(self.prepared.root(*args, **kwargs)) for args, kwargs in self.calls]
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Made]:
+    folder, found = tmp_path_factory.mktemp("contract"), {}
+    for runtime in RUNTIMES:
+        for name in NETS:
+            torch.manual_seed(0)
+            case = next(case for case in CASES if case.name == name)
+            _, prepared = calibrated(case, runtime=runtime)
+            artifact = export(prepared, folder / f"{runtime}-{name}")
+            calls = [case.call(batch) for batch in BATCHES]
+            found[runtime, name] = Made(runtimes.get(runtime), case, prepared, artifact, calls)
+    return found
+
+
+@pytest.fixture(scope="session")
+def fresh_results(made: dict[tuple[str, str], Made]) -> dict[str, list[list[Tensor]]]:
+    """What one fresh process, which knows none of the nets, gets from the artifacts."""
+    calls = {item.artifact.path.name: item.calls for item in made.values()}
+    folder = next(iter(made.values())).artifact.path.parent
+    torch.save(calls, folder / "calls.pt")
+    ran = subprocess.run(
+        [sys.executable, "-W", "error::UserWarning", "-c", LOAD_AND_RUN, str(folder)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False,
+    )  # fmt: skip
+    assert ran.returncode == 0, ran.stderr
+    return torch.load(folder / "results.pt", weights_only=True)
+
+
+@pytest.fixture(params=[(runtime, net) for runtime in RUNTIMES for net in NETS], ids="-".join)
+def item(request: pytest.FixtureRequest, made: dict[tuple[str, str], Made]) -> Made:
+    return made[request.param]
+
+
+def test_fresh_process_gets_the_simulated_results_at_every_batch_size(
+    item: Made, fresh_results: dict[str, list[list[Tensor]]]
+) -> None:
+    loaded = fresh_results[item.artifact.path.name]
+    floating, simulated = item.outputs(simulated=False), item.outputs(simulated=True)
+    for expected, actual in zip(floating, loaded, strict=True):
+        assert [leaf.shape for leaf in actual] == [leaf.shape for leaf in expected]
+        assert [leaf.dtype for leaf in actual] == [leaf.dtype for leaf in expected]
+    # Over all batches, since a single sample's rounding may cancel by chance.
+    assert signal_to_noise(simulated, loaded) >= signal_to_noise(floating, simulated) + item.runtime.PARITY_MARGIN_DB
+
+
+def test_loaded_artifact_is_called_like_the_module(item: Made) -> None:
+    model = load(item.artifact.path, threads=1)
+    assert isinstance(model, LoadedModule)
+    (args, kwargs) = item.calls[1]
+    with torch.no_grad():
+        expected = item.prepared.root(*args, **kwargs)
+    result = model(*args, **kwargs)
+    if isinstance(expected, dict | tuple):
+        assert type(result) is type(expected)
+    # Positional arguments may also be given by name.
+    by_name = dict(zip(item.prepared.signature.parameters, args, strict=False)) | kwargs
+    for first, second in zip(tensor_leaves(result), tensor_leaves(model(**by_name)), strict=True):
+        assert torch.equal(first, second)
+    with pytest.raises(QuantizationError, match="Expected a call that fits `forward"):
+        model(*args, **kwargs, surprise=1)
+
+
+def test_signature_names_inputs_and_outputs(item: Made) -> None:
+    signature = read(item.artifact.path).signature
+
+    assert [info.name for info in signature.inputs] == list(item.prepared.spec.names)
+    assert all(info.shape[0] == "batch" for info in signature.inputs)
+    assert len({info.name for info in signature.outputs}) == len(signature.outputs) > 0
+
+
+def test_size_is_bytes_on_disk_and_smaller_than_float(item: Made) -> None:
+    model = item.artifact.model_path
+    files = list(model.parent.iterdir()) if len(item.artifact.model_files) > 1 else [model]
+
+    assert item.artifact.size_bytes == sum(path.stat().st_size for path in files)
+
+
+def test_every_planned_integer_operator_is_one_in_the_engine(item: Made) -> None:
+    counts = item.runtime.count_operators(item.artifact.model_path)
+
+    assert item.operators
+    assert item.runtime.still_float(item.operators, counts) == {}
+    kinds = {operator.kind for operator in item.operators} & {"conv1d", "conv2d", "linear"}
+    assert set(item.runtime.still_float(item.operators, {})) >= kinds
+
+
+def test_parity_holds(item: Made) -> None:
+    args, kwargs = item.calls[2]
+    _, tensors = flatten_call(item.prepared.signature, args, kwargs)
+    loaded = load(item.artifact.path, threads=1)
+    parity = check_parity(item.prepared, loaded, item.runtime, item.artifact.model_path, tensors)
+
+    assert parity.failures == []
+    if parity.worst_share is not None:
+        assert parity.worst_operator in item.prepared.ranges.edges
+        assert 0.999 <= parity.worst_share <= 1
+
+
+def test_golden_batch_gives_the_same_here(item: Made) -> None:
+    assert verify(item.artifact.path).failures == []
+
+
+def test_report_ends_with_lines_that_do_not_need_this_package(item: Made, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(item.artifact.path, tmp_path / "copy"))
+    artifact = add_report(read(folder), {}, "# Report")
+    assert artifact.report_path is not None
+    code = artifact.report_path.read_text().rpartition("```python\n")[2].removesuffix("```\n")
+
+    assert "import lightning_quant" not in code
+    assert "from lightning_quant" not in code
+    compile(code, "report.md", "exec")
+
+
+def test_file_names_no_path_of_this_machine(item: Made) -> None:
+    for name in item.artifact.model_files.values():
+        content = (item.artifact.path / name).read_bytes()
+        for path in (Path(__file__).parent, Path.home(), item.artifact.path):
+            assert str(path).encode() not in content
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_model_of_another_format_with_right_hashes_is_refused(runtime: str, made: dict[tuple[str, str], Made]) -> None:
+    item = made[runtime, "mlp"]
+    folder = item.artifact.path.parent / f"broken-{runtime}"
+    folder.mkdir()
+    for name in item.artifact.model_files.values():
+        path = folder / Path(name).name
+        path.write_bytes(b"no model at all")
+    files = {role: Path(name).name for role, name in item.artifact.model_files.items()}
+    with pytest.raises(ArtifactError, match="Expected"):
+        item.runtime.load(folder, files, item.artifact.signature)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_signature_of_another_model_is_refused(runtime: str, made: dict[tuple[str, str], Made]) -> None:
+    item, other = made[runtime, "mlp"], made[runtime, "residual"]
+    with pytest.raises(ArtifactError, match="inputs and outputs of its signature"):
+        item.runtime.load(item.artifact.path, item.artifact.model_files, other.artifact.signature)
+
+
+class _NoBatchError(Exception):
+    """Training began."""
+
+
+class _NoTraining(Callback):
+    def on_train_batch_start(self, *args: Any) -> None:
+        raise _NoBatchError
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_missing_engine_is_refused_before_training(
+    runtime: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import importlib.util
+
+    package = runtimes.get(runtime).REQUIRES[0]
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *rest: None if n == package else find_spec(n, *rest))
+    with pytest.raises(MissingRuntimeError, match=rf"{package}.* is missing: pip install "):
+        runtimes.get(runtime)
+    callback = PostTrainingQuantization(runtime=runtime, output_dir=tmp_path)
+    with pytest.raises(MisconfigurationException, match="pip install"):
+        lightning_models.fit(lightning_models.Classifier(), callback, _NoTraining())
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_what_cannot_be_exported_is_refused_before_training(runtime: str, tmp_path: Path) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = lightning_models.ConvNet()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) if x.sum() > 0 else self.net(x) + 1
+
+    callback = PostTrainingQuantization(runtime=runtime, output_dir=tmp_path)
+    with pytest.raises(MisconfigurationException, match=r"Name a child module|module="):
+        lightning_models.fit(lightning_models.Classifier(Branching()), callback, _NoTraining())
+    assert not list(tmp_path.iterdir())
+
+
+def test_manifest_says_which_engine_wrote_it(item: Made) -> None:
+    manifest = json.loads((item.artifact.path / "manifest.json").read_text())
+
+    assert set(item.runtime.REQUIRES) <= set(manifest["versions"])
+    assert manifest["runtime"] == item.prepared.plan.runtime
