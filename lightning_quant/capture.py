@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_quant.calls import map_tensors
+from lightning_quant.compilation import Uncompiled, original_path
 from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import has_weights
 
@@ -52,6 +53,7 @@ def capture(root: nn.Module, step: Callable[[], Any], path: str | None = None) -
     """
     if path is not None:
         find_module(root, path)
+        path = original_path(root, path)
     calls = _record(root, step, path)
     if path is not None:
         if path not in calls:
@@ -136,7 +138,7 @@ def _record(root: nn.Module, step: Callable[[], Any], path: str | None) -> dict[
     scoring = [name for name, module in root.named_modules() if _is_scoring(module)]
     handles = []
     for name, module in root.named_modules():
-        wanted = name == path if path is not None else has_weights(module) and not _is_inside(name, scoring)
+        wanted = name == path if path is not None else _is_candidate(name, module, scoring)
         if wanted:
             handles += [
                 module.register_forward_pre_hook(
@@ -152,6 +154,10 @@ def _record(root: nn.Module, step: Callable[[], Any], path: str | None) -> dict[
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _is_candidate(name: str, module: nn.Module, scoring: list[str]) -> bool:
+    return has_weights(module) and not isinstance(module, Uncompiled) and not _is_inside(name, scoring)
 
 
 def _is_inside(name: str, others: list[str]) -> bool:

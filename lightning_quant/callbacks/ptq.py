@@ -1,6 +1,8 @@
 """Post-training quantization as a callback."""
 
+import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from lightning_quant.calibrate import calibrate
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
 from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
 from lightning_quant.callbacks.training_data import calibration_steps, check_data, independent_copy
+from lightning_quant.distributed import calibrate_together
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
 from lightning_quant.recipe import Recipe
@@ -123,7 +126,14 @@ class PostTrainingQuantization(QuantizationCallback):
         started = time.perf_counter()
         duplicate = independent_copy(trainer, deployment.pl_module)
         prepared = deployment.prepared.bound_to(resolve(duplicate, self.path))
-        chosen = self.calibration
-        steps = calibration_steps(trainer, duplicate, chosen.num_batches, chosen.seed, chosen.data)
-        calibrate(prepared, steps)
+        chosen, group = self.calibration, self.group
+        number = math.ceil(chosen.num_batches / group.size)
+
+        def steps() -> Iterator[Callable[[], Any]]:
+            return calibration_steps(trainer, duplicate, number, chosen.seed, chosen.data)
+
+        if group.size == 1:
+            calibrate(prepared, steps())
+        else:
+            calibrate_together(group, prepared, steps)
         self.seconds["calibrate"] = time.perf_counter() - started

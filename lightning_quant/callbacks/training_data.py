@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader
@@ -171,6 +172,9 @@ def _put_back(value: Any, stack: ExitStack) -> None:
 
 def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
+    if next((p.dtype for p in pl_module.parameters() if p.is_floating_point()), torch.float32) == torch.float32:
+        # What is calibrated is float32 in any precision of training.
+        batch = apply_to_collection(batch, Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor)
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
     return pl_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)
