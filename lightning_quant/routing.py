@@ -154,7 +154,7 @@ def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def unparametrized(layer: nn.Module) -> Iterator[None]:
-    """Let a layer be of its own class for the time of a block: that of its parametrizations would hide other weights."""
+    """Let a layer be of its own class for the time of a block; that of its parametrizations hides other weights."""
     parametrized = type(layer)
     layer.__class__ = parametrize.type_before_parametrizations(layer)
     try:

@@ -18,7 +18,7 @@ from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.callbacks.recovery import recovery
-from lightning_quant.callbacks.training_data import capture_call
+from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call, layers_beside
 from lightning_quant.capture import find_module
 from lightning_quant.distributed import Group
 from lightning_quant.errors import CaptureError, NoEffectWarning, QuantizationError
@@ -105,7 +105,8 @@ class QuantizationCallback(Callback):
         if self._checkpoint is not None:
             trainer.strategy.load_model_state_dict(self._checkpoint)
         started = time.perf_counter()
-        _refused_in_callback(self.group.together, self._prepare, trainer, pl_module)
+        with borrowed_loaders(trainer):
+            _refused_in_callback(self.group.together, self._prepare, trainer, pl_module)
         _refused_in_callback(self.group.on_first, self._try_export)
         self.seconds = {"capture": time.perf_counter() - started}
         self._begun = True
@@ -204,6 +205,7 @@ class QuantizationCallback(Callback):
         _check_initialized(pl_module)
         found = capture_call(trainer, pl_module, self.module, self.example)
         self.path = found.path
+        self.findings = self._look_beside(trainer, pl_module)
         self.prepared = prepare(
             resolve(pl_module, found.path),
             found.args,
@@ -219,6 +221,19 @@ class QuantizationCallback(Callback):
             f"{type(self).__name__}: {name} has {self.prepared.plan.num_quantized} operators for {self.recipe.name} on "
             f"{self.runtime}, {self.prepared.plan.coverage:.1%} of its multiply-adds."
         )
+
+    def _look_beside(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]:
+        if self.example != "train_batch" or not self.path:
+            return ()
+        beside = layers_beside(trainer, pl_module, self.path)
+        if not beside:
+            return ()
+        finding = (
+            f"training_step also calls {', '.join(beside[:5])}{', ...' if len(beside) > 5 else ''} past the forward of "
+            f"{self.path!r}: those calls are float"
+        )
+        warn(f"{type(self).__name__}: {finding}. Call {self.path!r} itself to have them quantized.")
+        return (finding,)
 
     def _try_export(self) -> None:
         trial_export(self.require_prepared(), dynamic_shapes=self.dynamic_shapes)
