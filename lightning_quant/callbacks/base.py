@@ -95,8 +95,8 @@ class QuantizationCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when fit begins: refuse what names alone can tell."""
         if stage == "fit":
-            self.group = Group(trainer.world_size, trainer.strategy.root_device)
             _refused_in_callback(self._check_strategy, trainer)
+            self.group = Group(trainer.world_size, trainer.strategy.root_device)
             _refused_in_callback(self.group.together, self._check_names, trainer, pl_module)
 
     @override

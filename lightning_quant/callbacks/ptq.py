@@ -110,17 +110,16 @@ class PostTrainingQuantization(QuantizationCallback):
         return self.recipe.calibration_observer
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when fit begins: capture, plan, trial export; make sure that there is data to calibrate with."""
-        super().on_fit_start(trainer, pl_module)
-        _refused_in_callback(check_data, trainer, pl_module, self.calibration.data)
-
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit ends: calibrate on the weights to export, then convert, export, measure, log."""
         deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
         self._calibrate(trainer, deployment)
         self.artifact = finish(self, trainer, deployment)
+
+    @override
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._prepare(trainer, pl_module)
+        check_data(trainer, pl_module, self.calibration.data)
 
     def _calibrate(self, trainer: Trainer, deployment: Deployment) -> None:
         started = time.perf_counter()

@@ -84,21 +84,27 @@ class Run:
     """One run, resumed from a checkpoint when one is given."""
 
     def __init__(
-        self, folder: Path, make: type[LightningModule], quantizes: bool, every: int, checkpoint: Path | None = None
+        self, folder: Path, make: type[LightningModule], kind: Any, every: int, checkpoint: Path | None = None
     ) -> None:
-        # The same name for interrupted and uninterrupted runs: it is part of the state's key.
-        callback = QuantizationAwareTraining(output_dir="artifact", schedule=SCHEDULE, evaluate=False)
-        callback.folder = lambda _: folder / "artifact"  # type: ignore[method-assign]
-        keep = KeepState(callback)
         saving = ModelCheckpoint(folder / "ckpt", filename="{step}", save_top_k=-1, every_n_train_steps=every)
-        callbacks = [callback, keep, saving] if quantizes else [saving]
+        callbacks: list[Any] = [saving]
+        if kind is not None:
+            # The same name for interrupted and uninterrupted runs: it is part of the state's key.
+            callback = kind(output_dir="artifact", evaluate=False, **arguments_of(kind))
+            callback.folder = lambda _: folder / "artifact"
+            keep = KeepState(callback)
+            callbacks = [callback, keep, saving]
         # Resumed runs begin with other weights: all must come from the checkpoint.
         self.module = seeded(make, seed=0 if checkpoint is None else 1)
         self.trainer = make_trainer(*callbacks, max_epochs=EPOCHS, enable_checkpointing=True)
         self.trainer.fit(self.module, ckpt_path=checkpoint)
         self.tensors = tensors_of(self.module)
-        self.state = keep.state if quantizes else None
-        self.file = callback.artifact.model_path.read_bytes() if callback.artifact is not None else None
+        self.state = None if kind is None else keep.state
+        self.file = None if kind is None else callback.artifact.model_path.read_bytes()
+
+
+def arguments_of(kind: Any) -> dict[str, Any]:
+    return {"schedule": SCHEDULE} if kind is QuantizationAwareTraining else {}
 
 
 def equal_states(first: Any, second: Any) -> bool:
@@ -111,22 +117,22 @@ def equal_states(first: Any, second: Any) -> bool:
 @pytest.mark.parametrize(
     ("make", "every", "step"),
     [
-        pytest.param(Classifier, NUM_BATCHES, 4, marks=feature("Checkpoints", "resume at an epoch's end", only="QAT")),
+        pytest.param(Classifier, NUM_BATCHES, 4, marks=feature("Checkpoints", "resume at an epoch's end")),
         pytest.param(
             WithStatefulLoader,
             1,
             6,
-            marks=feature("Checkpoints", "resume inside an epoch", only="QAT", note="with a stateful loader"),
+            marks=feature("Checkpoints", "resume inside an epoch", note="with a stateful loader"),
         ),
     ],
 )
 def test_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(
-    make: type[LightningModule], every: int, step: int, tmp_path: Path
+    kind: Any, make: type[LightningModule], every: int, step: int, tmp_path: Path
 ) -> None:
-    for quantizes in (False, True):
-        folder = tmp_path / str(quantizes)
-        whole = Run(folder / "whole", make, quantizes, every)
-        resumed = Run(folder / "resumed", make, quantizes, every, folder / "whole" / "ckpt" / f"step={step}.ckpt")
+    for callback in (None, kind):
+        folder = tmp_path / str(callback)
+        whole = Run(folder / "whole", make, callback, every)
+        resumed = Run(folder / "resumed", make, callback, every, folder / "whole" / "ckpt" / f"step={step}.ckpt")
 
         assert equal_tensors(whole.tensors, resumed.tensors)
         assert equal_states(whole.state, resumed.state)
