@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_quant.calls import map_tensors
+from lightning_quant.compilation import Uncompiled, original_path
 from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import has_weights
 
@@ -58,6 +59,7 @@ def capture(
     """
     if path is not None:
         find_module(root, path)
+        path = original_path(root, path)
     calls = _record(root, step, path, is_wanted)
     if path is not None:
         if path not in calls:
@@ -68,7 +70,7 @@ def capture(
     found = _trainable_only(root, list(calls))
     if not found:
         raise CaptureError(
-            f"Expected {type(root).__name__} to call a module with convolution or linear layers in its training step, "
+            f"Expected {type(root).__name__} to call a module with layers to quantize in its training step, "
             "but it calls none. Name it with `module=...`."
         )
     if len(found) > 1:
@@ -144,7 +146,7 @@ def _record(
     scoring = [name for name, module in root.named_modules() if _is_scoring(module)]
     handles = []
     for name, module in root.named_modules():
-        wanted = name == path if path is not None else is_wanted(module) and not _is_inside(name, scoring)
+        wanted = name == path if path is not None else is_wanted(module) and _may_be_candidate(name, module, scoring)
         if wanted:
             handles += [
                 module.register_forward_pre_hook(
@@ -160,6 +162,10 @@ def _record(
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _may_be_candidate(name: str, module: nn.Module, scoring: list[str]) -> bool:
+    return not isinstance(module, Uncompiled) and not _is_inside(name, scoring)
 
 
 def _is_inside(name: str, others: list[str]) -> bool:

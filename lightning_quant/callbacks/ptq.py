@@ -1,6 +1,8 @@
 """Post-training quantization as a callback."""
 
+import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +14,7 @@ from lightning_quant.calibrate import calibrate
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
 from lightning_quant.callbacks.finish import choose_weights, finish
 from lightning_quant.callbacks.training_data import calibration_steps, check_data, independent_copy
+from lightning_quant.distributed import calibrate_together
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
 from lightning_quant.prepare import Prepared
@@ -109,13 +112,6 @@ class PostTrainingQuantization(QuantizationCallback):
         return self.recipe.calibration_observer if isinstance(self.recipe, Recipe) else ""
 
     @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when fit begins: capture, plan, trial export; make sure that there is data to calibrate with."""
-        super().on_fit_start(trainer, pl_module)
-        if isinstance(self.recipe, Recipe):
-            _refused_in_callback(check_data, trainer, pl_module, self.calibration.data)
-
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit ends: calibrate on the weights to export, then convert, export, measure, log."""
         deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
@@ -123,11 +119,24 @@ class PostTrainingQuantization(QuantizationCallback):
             self._calibrate(trainer, deployment.prepared, deployment.pl_module)
         self.artifact = finish(self, trainer, deployment)
 
+    @override
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._prepare(trainer, pl_module)
+        if isinstance(self.recipe, Recipe):
+            check_data(trainer, pl_module, self.calibration.data)
+
     def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> None:
         started = time.perf_counter()
         duplicate = independent_copy(trainer, pl_module)
         prepared = deployed.bound_to(resolve(duplicate, self.path))
-        chosen = self.calibration
-        steps = calibration_steps(trainer, duplicate, chosen.num_batches, chosen.seed, chosen.data)
-        calibrate(prepared, steps)
+        chosen, group = self.calibration, self.group
+        number = math.ceil(chosen.num_batches / group.size)
+
+        def steps() -> Iterator[Callable[[], Any]]:
+            return calibration_steps(trainer, duplicate, number, chosen.seed, chosen.data)
+
+        if group.size == 1:
+            calibrate(prepared, steps())
+        else:
+            calibrate_together(group, prepared, steps)
         self.seconds["calibrate"] = time.perf_counter() - started
