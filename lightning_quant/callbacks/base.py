@@ -28,6 +28,7 @@ from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import has_layers
 from lightning_quant.layerwise import quantize_layers
+from lightning_quant.loss_inputs import LossInputs, leave_out_labels
 from lightning_quant.prepare import prepare
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import resolve
@@ -77,6 +78,7 @@ class QuantizationCallback(Callback):
         # Known from fit start on, when the module exists on its device and its data can be read.
         self.prepared: Quantizable | None = None
         self.artifact: Artifact | None = None
+        self.loss_inputs: LossInputs | None = None
         self.path = ""
         self.seconds: dict[str, float] = {}
         # What the report should say: of the weights that were chosen, and of what was found at fit start.
@@ -219,11 +221,11 @@ class QuantizationCallback(Callback):
         )
 
     def _plan(self, module: nn.Module, found: Capture) -> Quantizable:
-        call = (module, found.args, found.kwargs)
         where: dict[str, Any] = {"runtime": self.runtime, "selection": self.selection, "module": found.path}
         if isinstance(self.recipe, LayerRecipe):
-            return quantize_layers(*call, recipe=self.recipe, **where)
-        return prepare(*call, recipe=self.recipe, observer=self.observer(), **where)
+            args, kwargs, self.loss_inputs = leave_out_labels(module, found.args, found.kwargs)
+            return quantize_layers(module, args, kwargs, recipe=self.recipe, **where)
+        return prepare(module, found.args, found.kwargs, recipe=self.recipe, observer=self.observer(), **where)
 
     def _look_beside(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]:
         if self.example != "train_batch" or not self.path:
