@@ -1,5 +1,6 @@
 """What both callbacks share: their arguments, what they refuse before training, and what they do when fit ends."""
 
+import importlib
 import time
 import warnings
 from pathlib import Path
@@ -123,7 +124,8 @@ class QuantizationCallback(Callback):
         begun = self._begun
         self.teardown(trainer, pl_module, "fit")
         if begun and self._checkpoint is None:
-            rank_zero_info(f"{type(self).__name__}: no artifact was made. {recovery(self, trainer)}")
+            outcome = "an artifact was written, but not measured" if self.artifact else "no artifact was made"
+            rank_zero_info(f"{type(self).__name__}: {outcome}. {recovery(self, trainer)}")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -163,7 +165,7 @@ class QuantizationCallback(Callback):
         self._checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=False)
         self.notes = (f"weights are those of {Path(ckpt_path).name}",)
         try:
-            Trainer(**options).fit(model, train_dataloaders, val_dataloaders, datamodule)
+            _trainer_class(model)(**options).fit(model, train_dataloaders, val_dataloaders, datamodule)
         finally:
             self._checkpoint, self.notes = None, ()
         if self.artifact is None:
@@ -247,6 +249,12 @@ class QuantizationCallback(Callback):
 def warn(message: str) -> None:
     """Warn that something asked for had no effect or made matters worse."""
     warnings.warn(message, NoEffectWarning, stacklevel=3)
+
+
+def _trainer_class(model: LightningModule) -> Any:
+    """Return the Trainer of the namespace that a model comes from: those of the other refuse it."""
+    old = any(base.__module__.startswith("pytorch_lightning.") for base in type(model).__mro__)
+    return importlib.import_module("pytorch_lightning").Trainer if old else Trainer
 
 
 def _is_configured(pl_module: LightningModule) -> bool:
