@@ -14,11 +14,12 @@ from lightning_quant import artifact as artifacts
 from lightning_quant import runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.errors import ExportError
-from lightning_quant.export import dynamic_dimensions, export_float, samples_of
+from lightning_quant.export import Quantizable, dynamic_dimensions, export_float, samples_of
 from lightning_quant.latency import Timing, measure, torch_threads
+from lightning_quant.layer_parity import LayerParity, check_layer_parity
+from lightning_quant.layerwise import Layerwise
 from lightning_quant.machine import cpu_name
-from lightning_quant.parity import check_parity
-from lightning_quant.prepare import Prepared
+from lightning_quant.parity import Parity, check_parity
 from lightning_quant.report import LatencyRow, MetricRow, Report
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.signature import make_signature
@@ -28,7 +29,7 @@ _PARITY_SAMPLES = 16
 
 
 def assess(
-    prepared: Prepared,
+    prepared: Quantizable,
     artifact: Artifact,
     *,
     metrics: tuple[MetricRow, ...] = (),
@@ -53,7 +54,7 @@ def assess(
     threads = threads or torch.get_num_threads()
     loaded = artifacts.load(artifact.path, threads=threads)
     started = time.perf_counter()
-    parity = check_parity(prepared, loaded, runtime, artifact.model_path, samples_of(prepared, _PARITY_SAMPLES))
+    parity = _parity(prepared, loaded, artifact)
     seconds["parity"] = time.perf_counter() - started
     started = time.perf_counter()
     latency, remarks = _latency(prepared, loaded, threads)
@@ -77,7 +78,15 @@ def assess(
         seconds=seconds,
         plan=prepared.plan.to_dict(),
         notes=(*notes, *remarks),
+        min_stored_share=prepared.recipe.min_stored_share if isinstance(prepared, Layerwise) else None,
     )
+
+
+def _parity(prepared: Quantizable, loaded: nn.Module, artifact: Artifact) -> Parity | LayerParity:
+    if isinstance(prepared, Layerwise):
+        return check_layer_parity(prepared, loaded)
+    runtime = runtimes.get(prepared.plan.runtime)
+    return check_parity(prepared, loaded, runtime, artifact.model_path, samples_of(prepared, _PARITY_SAMPLES))
 
 
 def tensor_bytes(module: nn.Module) -> int:
@@ -86,11 +95,12 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _latency(prepared: Prepared, loaded: nn.Module, threads: int) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
+def _latency(prepared: Quantizable, loaded: nn.Module, threads: int) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
     remarks: tuple[str, ...] = ()
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads), evaluation_mode(prepared.root):
+        in_process = runtimes.get(prepared.plan.runtime).IN_PROCESS
         try:
-            runtime_float = _load_float(prepared, Path(folder), threads)
+            runtime_float = None if in_process else _load_float(prepared, Path(folder), threads)
         except ExportError as error:
             runtime_float, remarks = None, (f"the float model has no peer in {prepared.plan.runtime}: {error}",)
         captured = prepared.tensors[0].shape[0] if prepared.tensors and prepared.tensors[0].dim() else 1
@@ -106,7 +116,7 @@ def _latency(prepared: Prepared, loaded: nn.Module, threads: int) -> tuple[tuple
     return tuple(rows), remarks
 
 
-def _load_float(prepared: Prepared, folder: Path, threads: int) -> nn.Module:
+def _load_float(prepared: Quantizable, folder: Path, threads: int) -> nn.Module:
     path = export_float(prepared, folder)
     args, kwargs = prepared.call(prepared.tensors)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):

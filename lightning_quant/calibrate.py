@@ -23,23 +23,34 @@ def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
     Raises:
         CalibrationError: there was no step, or a tensor was never seen or is not finite.
     """
-    number = 0
     means = InputMeans() if prepared.recipe.bias_correction else None
-    with (
-        prepared.measuring(means),
-        evaluation_mode(prepared.root),
-        prepared.attached("observe", observing=True),
-    ):
+    number = observe(prepared, steps, means)
+    settle(prepared, number, means)
+    return number
+
+
+def observe(prepared: Prepared, steps: Iterable[Callable[[], Any]], means: InputMeans | None) -> int:
+    """Run steps in eval mode while ranges, and means when wanted, follow; return the number of steps."""
+    number = 0
+    with prepared.measuring(means), evaluation_mode(prepared.root), prepared.attached("observe", observing=True):
         for step in steps:
             step()
             number += 1
+    return number
+
+
+def settle(prepared: Prepared, number: int, means: InputMeans | None) -> None:
+    """Check what was observed in a number of steps, and correct the biases by the means when there are any.
+
+    Raises:
+        CalibrationError: there was no step, or a tensor was never seen or is not finite.
+    """
     if number == 0:
         raise CalibrationError("Expected calibration data to yield at least one batch, but it yielded none.")
     prepared.ranges.forget_parameters()
     prepared.ranges.check()
     if means is not None:
         prepared.correct_biases(means)
-    return number
 
 
 def as_call(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

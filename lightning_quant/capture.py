@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_quant.calls import map_tensors
+from lightning_quant.compilation import Uncompiled, original_path
 from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import has_weights
 
@@ -39,20 +40,27 @@ class StepStoppedError(BaseException):
     """Ends a step that has shown enough. No `Exception`, so that no handler in user code swallows it."""
 
 
-def capture(root: nn.Module, step: Callable[[], Any], path: str | None = None) -> Capture:
+def capture(
+    root: nn.Module,
+    step: Callable[[], Any],
+    path: str | None = None,
+    is_wanted: Callable[[nn.Module], bool] = has_weights,
+) -> Capture:
     """Run a step of `root` and record the first call of a module.
 
     Args:
         root: the module that the step calls; a clone whose attributes may change.
         step: runs it; may raise `StepStoppedError` to end early.
         path: qualified name of the module; by default the outermost one with layers to quantize that the step calls.
+        is_wanted: tells whether there are layers to quantize at or under a module.
 
     Raises:
         CaptureError: no such module, it was not called, or several independent ones were.
     """
     if path is not None:
         find_module(root, path)
-    calls = _record(root, step, path)
+        path = original_path(root, path)
+    calls = _record(root, step, path, is_wanted)
     if path is not None:
         if path not in calls:
             raise CaptureError(
@@ -62,7 +70,7 @@ def capture(root: nn.Module, step: Callable[[], Any], path: str | None = None) -
     found = _trainable_only(root, list(calls))
     if not found:
         raise CaptureError(
-            f"Expected {type(root).__name__} to call a module with convolution or linear layers in its training step, "
+            f"Expected {type(root).__name__} to call a module with layers to quantize in its training step, "
             "but it calls none. Name it with `module=...`."
         )
     if len(found) > 1:
@@ -119,7 +127,9 @@ def unchanged(root: nn.Module) -> Iterator[None]:
             parameter.grad = grad
 
 
-def _record(root: nn.Module, step: Callable[[], Any], path: str | None) -> dict[str, tuple[Any, Any]]:
+def _record(
+    root: nn.Module, step: Callable[[], Any], path: str | None, is_wanted: Callable[[nn.Module], bool]
+) -> dict[str, tuple[Any, Any]]:
     calls: dict[str, tuple[Any, Any]] = {}
     active: list[str] = []
 
@@ -136,7 +146,7 @@ def _record(root: nn.Module, step: Callable[[], Any], path: str | None) -> dict[
     scoring = [name for name, module in root.named_modules() if _is_scoring(module)]
     handles = []
     for name, module in root.named_modules():
-        wanted = name == path if path is not None else has_weights(module) and not _is_inside(name, scoring)
+        wanted = name == path if path is not None else is_wanted(module) and _may_be_candidate(name, module, scoring)
         if wanted:
             handles += [
                 module.register_forward_pre_hook(
@@ -152,6 +162,10 @@ def _record(root: nn.Module, step: Callable[[], Any], path: str | None) -> dict[
         for handle in handles:
             handle.remove()
     return calls
+
+
+def _may_be_candidate(name: str, module: nn.Module, scoring: list[str]) -> bool:
+    return not isinstance(module, Uncompiled) and not _is_inside(name, scoring)
 
 
 def _is_inside(name: str, others: list[str]) -> bool:

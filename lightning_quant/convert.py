@@ -88,8 +88,13 @@ def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
     prepared.ranges.check()
     # Weights that hooks compute, as pruning does, are those of the last call until there is another.
     args, kwargs = prepared.call(prepared.tensors)
+    # In eval mode throughout: in training a look at a weight may change it, as spectral norm's power iteration does.
     with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
         prepared.root(*args, **kwargs)
+        return _convert(prepared, static_sizes=static_sizes)
+
+
+def _convert(prepared: Prepared, *, static_sizes: bool) -> nn.Module:
     root = clone(prepared.root)
     unroute_all(root)
     root.eval()

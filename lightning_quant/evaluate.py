@@ -9,10 +9,12 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.model_helpers import is_overridden
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_quant.capture import isolated_rng
+from lightning_quant.distributed import Group
 from lightning_quant.errors import EvaluationError
+from lightning_quant.evaluate_shares import Share, lent_strategy, merged, without_repetitions
 from lightning_quant.routing import Route, clone, resolve, route, unroute
 
 _ACCELERATORS = {"CUDAAccelerator": "gpu", "MPSAccelerator": "mps"}
@@ -41,8 +43,11 @@ def evaluate(
     *,
     quantized_layers: tuple[str, ...] = (),
     limit_batches: int | float | None = None,
+    group: Group | None = None,
 ) -> dict[str, float]:
     """Run the validation loop of a LightningModule and return its metrics.
+
+    Where several processes trained, each evaluates its share of the data and all return the metrics of the whole.
 
     Args:
         trainer: whose validation data, precision and limits are used; it is not disturbed.
@@ -51,6 +56,7 @@ def evaluate(
         target: called in its place; None evaluates the module as it is, routed or not.
         quantized_layers: names, relative to the module, of layers that must not run beside the target.
         limit_batches: number or share of validation batches; the trainer's own limit by default.
+        group: the processes that trained; all of them call this.
 
     Raises:
         EvaluationError: validation never called the target, or ran a quantized layer in float beside it.
@@ -70,12 +76,48 @@ def evaluate(
         for name in quantized_layers:
             module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: beside.add(name))
     _lend_transfer_hooks(trainer, duplicate)
+    group = group or Group()
+    shares = _Shares()
+    loaders = without_repetitions(loaders, group)
     # The same random numbers for every candidate: what differs then is the candidate.
     with _quiet(), isolated_rng(0):
-        evaluator = _small_trainer(trainer, limit_batches)
+        evaluator = _small_trainer(trainer, limit_batches, group, shares)
         results = evaluator.validate(duplicate, dataloaders=loaders, verbose=False)
-    _check_calls(counted, beside, path)
+    group.together(_check_calls, counted, beside, path)
+    if group.size > 1:
+        return merged(group.gather(shares.values))
     return {name: float(value) for result in results for name, value in result.items()}
+
+
+def why_no_metrics(trainer: Trainer) -> str:
+    """Say why a validation loop, run or not, gave no metrics."""
+    if trainer.limit_val_batches == 0:
+        return "the run has switched validation off"
+    if not trainer.enable_validation:
+        return "the run has no validation loop"
+    return "the validation loop logs none"
+
+
+class _Shares(Callback):
+    """Keeps what the validation loop of one process logged, with the number of samples behind each mean."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, Share] = {}
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when validation ends: read the results before they are reset."""
+        results = trainer._results
+        for item in () if results is None else results.values():
+            if item.has_reset or not item.meta.on_epoch:
+                continue
+            suffix = item.meta.dataloader_idx if item.meta.add_dataloader_idx else None
+            name = item.meta.forked_name(False) + (f"/dataloader_idx_{suffix}" if suffix is not None else "")
+            value, number, how = item.compute(), 1.0, "same"
+            if item.is_tensor:
+                how = next(h for h in ("mean", "max", "min", "sum") if getattr(item.meta, f"is_{h}_reduction"))
+                number = float(item.cumulated_batch_size) if how == "mean" else 1.0
+            if isinstance(value, Tensor) and value.numel() == 1:
+                self.values[name] = Share(float(value), number, how)
 
 
 class _DataModuleLender(Callback):
@@ -122,20 +164,38 @@ def _validation_loaders(trainer: Trainer) -> Any:
     return trainer.val_dataloaders
 
 
-def _small_trainer(trainer: Trainer, limit_batches: int | float | None) -> Trainer:
+def _small_trainer(trainer: Trainer, limit_batches: int | float | None, group: Group, shares: _Shares) -> Trainer:
     device = trainer.strategy.root_device
-    return type(trainer)(
-        accelerator=_ACCELERATORS.get(type(trainer.accelerator).__name__, "cpu"),
-        devices=1 if device.index is None else [device.index],
+    where = {
+        "accelerator": _ACCELERATORS.get(type(trainer.accelerator).__name__, "cpu"),
+        "devices": 1 if device.index is None else [device.index],
+    }
+    if group.size > 1:
+        where["strategy"] = lent_strategy(trainer, device)
+    evaluator = type(trainer)(
+        **where,  # type: ignore[arg-type]
         # What is exported is float32: half weights would be another model, and converting would reach shared tensors.
         precision="32-true" if str(trainer.precision).endswith("-true") else trainer.precision,
         limit_val_batches=trainer.limit_val_batches if limit_batches is None else limit_batches,
         logger=DummyLogger(),
-        callbacks=[_DataModuleLender(getattr(trainer, "datamodule", None))],
+        callbacks=[_DataModuleLender(getattr(trainer, "datamodule", None)), shares],
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    _lend_progress(trainer, evaluator)
+    return evaluator
+
+
+def _lend_progress(trainer: Trainer, evaluator: Trainer) -> None:
+    """Let `current_epoch` and `global_step` be those of the last validation while training."""
+    begun: Any = trainer.fit_loop.epoch_progress.current
+    current: Any = evaluator.fit_loop.epoch_progress.current
+    current.ready = current.started = begun.started
+    current.processed = current.completed = max(begun.started - 1, 0)
+    loop = evaluator.fit_loop.epoch_loop
+    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = trainer.global_step
+    loop.manual_optimization.optim_step_progress.total.completed = trainer.global_step
 
 
 @contextmanager

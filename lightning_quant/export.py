@@ -3,26 +3,29 @@
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant import artifact as artifacts
 from lightning_quant import golden, runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.convert import check_agreement, convert
-from lightning_quant.errors import QuantizationError
+from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.golden import GoldenBatch
+from lightning_quant.layerwise import Layerwise
 from lightning_quant.prepare import Prepared
 from lightning_quant.ranges import Ranges
 from lightning_quant.routing import clone, evaluation_mode, to_float32, unroute_all
 from lightning_quant.signature import Signature, make_signature, tensor_leaves
 
 DynamicShapes = dict[str, dict[int, str]]
+Quantizable = Prepared | Layerwise
 
 
 def export(
-    prepared: Prepared,
+    prepared: Quantizable,
     output_dir: Path,
     *,
     dynamic_shapes: DynamicShapes | None = None,
@@ -46,77 +49,132 @@ def export(
     prepared = in_float32(prepared)
     runtime = runtimes.get(prepared.plan.runtime)
     started = time.perf_counter()
-    args, kwargs = prepared.call([tensor.cpu() for tensor in prepared.tensors])
     dynamic = dynamic_dimensions(prepared, dynamic_shapes)
-    converted = convert(prepared, static_sizes=_only_batches(dynamic))
-    check_agreement(prepared, converted, args, kwargs)
+    converted, output = _converted(prepared, dynamic)
     seconds["convert"] = time.perf_counter() - started
     started = time.perf_counter()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        output = converted(*args, **kwargs)
-    signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic)
-    content = {
-        "recipe": prepared.recipe.name,
-        "runtime": prepared.plan.runtime,
-        "signature": signature.to_dict(),
-        "plan": prepared.plan.to_dict(),
-        "outside": _outside(prepared),
-        **({"classes": list(classes)} if classes and _are_scored(classes, signature) else {}),
-    }
     with artifacts.staging(output_dir) as folder:
         staged = folder / runtime.MODEL_FILE
-        runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
-        runtime.check(staged)
+        dynamic = _write(prepared, converted, staged, dynamic)
+        del converted
+        signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic)
+        content = {
+            "recipe": prepared.recipe.name,
+            "runtime": prepared.plan.runtime,
+            "signature": signature.to_dict(),
+            "plan": prepared.plan.to_dict(),
+            "outside": _outside(prepared),
+            **({"classes": list(classes)} if classes and _are_scored(classes, signature) else {}),
+        }
         golden.save(folder / golden.FILE, _golden_batch(prepared, staged, signature), content)
         written = artifacts.write(output_dir, staged, content)
     seconds["export"] = time.perf_counter() - started
     return written
 
 
-def trial_export(prepared: Prepared, *, dynamic_shapes: DynamicShapes | None = None) -> None:
+def trial_export(prepared: Quantizable, *, dynamic_shapes: DynamicShapes | None = None) -> None:
     """Export with made-up ranges into a temporary folder and load the result: what fails here would fail later.
 
     Raises:
         ExportError: the module does not export; the message says why.
     """
-    runtime = runtimes.get(prepared.plan.runtime)
     prepared = in_float32(prepared)
-    trial = prepared.bound_to(prepared.root)
-    trial.ranges = Ranges(prepared.ranges.edges, prepared.recipe, "min_max")
-    for observer in trial.ranges.observers.values():
-        observer.update(torch.tensor([0.0, 1.0]))
     dynamic = dynamic_dimensions(prepared, dynamic_shapes)
-    converted = convert(trial, static_sizes=_only_batches(dynamic))
+    if isinstance(prepared, Layerwise):
+        converted = prepared.quantized()
+    else:
+        trial = prepared.bound_to(prepared.root)
+        trial.ranges = Ranges(prepared.ranges.edges, prepared.recipe, "min_max")
+        for observer in trial.ranges.observers.values():
+            observer.update(torch.tensor([0.0, 1.0]))
+        converted = convert(trial, static_sizes=_only_batches(dynamic))
     with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder) / runtime.MODEL_FILE
-        runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
-        runtime.check(staged)
+        _write(prepared, converted, Path(folder) / runtimes.get(prepared.plan.runtime).MODEL_FILE, dynamic)
 
 
-def samples_of(prepared: Prepared, number: int) -> list[Tensor]:
+def _converted(prepared: Quantizable, dynamic: DynamicShapes) -> tuple[nn.Module, Any]:
+    """Return the module to export and its result for the captured call, on the CPU."""
+    if isinstance(prepared, Layerwise):
+        return prepared.quantized(), prepared.outputs[1]
+    args, kwargs = prepared.call([tensor.cpu() for tensor in prepared.tensors])
+    converted = convert(prepared, static_sizes=_only_batches(dynamic))
+    check_agreement(prepared, converted, args, kwargs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        return converted, converted(*args, **kwargs)
+
+
+def _write(prepared: Quantizable, converted: nn.Module, staged: Path, dynamic: DynamicShapes) -> DynamicShapes:
+    """Write and check the model file; return the dimensions that may vary in it."""
+    runtime = runtimes.get(prepared.plan.runtime)
+    attempts = [dynamic]
+    if isinstance(prepared, Layerwise) and (with_sequences := _with_sequences(prepared, dynamic)) != dynamic:
+        attempts = [with_sequences, dynamic]
+    for attempt in attempts:
+        try:
+            runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=attempt)
+            runtime.check(staged)
+        except ExportError:
+            if attempt is attempts[-1]:
+                raise
+        else:
+            return attempt
+    return dynamic
+
+
+def _with_sequences(prepared: Layerwise, dynamic: DynamicShapes) -> DynamicShapes:
+    """Let the second dimension of integer inputs vary, too: they are token ids and masks of sequences.
+
+    Inputs of one length share its name, but for those of a decoder.
+    """
+    names: dict[tuple[int, bool], str] = {}
+    result = {name: dict(dimensions) for name, dimensions in dynamic.items()}
+    for name, tensor in zip(prepared.spec.names, prepared.tensors, strict=True):
+        if tensor.dim() == 2 and not tensor.is_floating_point() and 1 not in result.get(name, {}):
+            key = (tensor.shape[1], name.startswith("decoder"))
+            label = names.setdefault(key, "sequence" if not names else f"sequence_{len(names)}")
+            result.setdefault(name, {})[1] = label
+    return result
+
+
+def samples_of(prepared: Quantizable, number: int) -> list[Tensor]:
     """Return the captured tensors with at most that many samples along every batch dimension."""
     dynamic = dynamic_dimensions(prepared)
     named = zip(prepared.spec.names, prepared.tensors, strict=True)
     return [t[:number] if dynamic.get(name, {}).get(0) == "batch" else t for name, t in named]
 
 
-def _golden_batch(prepared: Prepared, staged: Path, signature: Signature) -> GoldenBatch:
+def _golden_batch(prepared: Quantizable, staged: Path, signature: Signature) -> GoldenBatch:
     captured = prepared.tensors[0].shape[0] if prepared.tensors and prepared.tensors[0].dim() else 1
     inputs = [t.cpu() for t in samples_of(prepared, golden.num_samples(prepared.tensors, captured))]
-    args, kwargs = prepared.call(inputs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
-        floating = tensor_leaves(prepared.root(*args, **kwargs))
+    floating = _float_outputs(prepared, inputs)
+    if sum(t.numel() * t.element_size() for t in floating) > golden.MAX_OUTPUT_BYTES:
+        # Scores for a vocabulary at each place of a sequence: a few places tell as much.
+        inputs = [_shortened(t, info.shape) for t, info in zip(inputs, signature.inputs, strict=True)]
+        floating = _float_outputs(prepared, inputs)
     loaded = runtimes.get(prepared.plan.runtime).load(staged.parent, artifacts.model_files(staged), signature)
     with torch.no_grad():
         exported = loaded.run(inputs)
     return GoldenBatch(tuple(inputs), tuple(floating), tuple(exported))
 
 
+def _float_outputs(prepared: Quantizable, inputs: list[Tensor]) -> list[Tensor]:
+    args, kwargs = prepared.call(inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
+        return tensor_leaves(prepared.root(*args, **kwargs))
+
+
+def _shortened(tensor: Tensor, shape: tuple[int | str, ...]) -> Tensor:
+    for axis, size in enumerate(shape):
+        if isinstance(size, str):
+            tensor = tensor.narrow(axis, 0, min(golden.SHORT if axis else 1, tensor.shape[axis]))
+    return tensor
+
+
 def _are_scored(classes: tuple[str, ...], signature: Signature) -> bool:
     return any(len(info.shape) > 1 and info.shape[-1] == len(classes) for info in signature.outputs)
 
 
-def _outside(prepared: Prepared) -> str:
+def _outside(prepared: Quantizable) -> str:
     """Return in words what of the user's program is not part of the artifact."""
     named = zip(prepared.spec.names, prepared.tensors, strict=True)
     ranges = [
@@ -132,7 +190,7 @@ def _outside(prepared: Prepared) -> str:
     )
 
 
-def in_float32(prepared: Prepared) -> Prepared:
+def in_float32(prepared: Quantizable) -> Quantizable:
     """Return a prepared model of another precision over a float32 copy of its module; float32 ones as they are."""
     tensors = (*prepared.root.parameters(), *prepared.root.buffers(), *prepared.tensors)
     if all(tensor.dtype == torch.float32 or not tensor.is_floating_point() for tensor in tensors):
@@ -148,7 +206,7 @@ def in_float32_on_cpu(tensors: list[Tensor]) -> list[Tensor]:
     return [tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors]
 
 
-def export_float(prepared: Prepared, folder: Path) -> Path:
+def export_float(prepared: Quantizable, folder: Path) -> Path:
     """Write the float model in the runtime's own format, as the peer of latency comparisons."""
     runtime = runtimes.get(prepared.plan.runtime)
     root = clone(prepared.root).eval()
@@ -159,7 +217,7 @@ def export_float(prepared: Prepared, folder: Path) -> Path:
     return path
 
 
-def dynamic_dimensions(prepared: Prepared, chosen: DynamicShapes | None = None) -> DynamicShapes:
+def dynamic_dimensions(prepared: Quantizable, chosen: DynamicShapes | None = None) -> DynamicShapes:
     """Return input name to dimension to its name for all dimensions that may vary.
 
     These are the batch (the first dimension of every input that has the first input's size there), what differed

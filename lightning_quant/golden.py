@@ -17,6 +17,9 @@ _CONTENT = "content"
 # Samples that a golden batch holds at most, and bytes of input above which it holds fewer, down to one.
 NUM_SAMPLES = 4
 _MAX_INPUT_BYTES = 4 * 2**20
+# Bytes of output above which it holds one sample of that length, where the length may vary.
+MAX_OUTPUT_BYTES = 4 * 2**20
+SHORT = 4
 
 
 @dataclass(frozen=True)

@@ -112,15 +112,20 @@ class Histogram(MinMax):
             raise CalibrationError("non-finite values")
         super()._update(x, low, high)
         low, high = low.double(), high.double()
-        if self.num_updates == 0:
-            self.span_low = low
-            self.span_high = high + (1e-6 * torch.maximum(low.abs(), high.abs()) + 1e-30)
-            self.counts = self.counts.to(x.device)
+        if self.span_low == self.span_high:
+            self.fix_span(low, high)
         while low < self.span_low:
             self._double(to_the_left=True)
         while high > self.span_high:
             self._double(to_the_left=False)
         self.counts += self._bin_counts(x)
+
+    def fix_span(self, low: Tensor, high: Tensor) -> None:
+        """Choose the span that the bins divide; both ends are 0-dim. Later data may still double it."""
+        low, high = low.double(), high.double()
+        self.span_low = low
+        self.span_high = high + (1e-6 * torch.maximum(low.abs(), high.abs()) + 1e-30)
+        self.counts = self.counts.to(low.device)
 
     def _bin_counts(self, x: Tensor) -> Tensor:
         x = x.flatten()

@@ -55,6 +55,21 @@ class Parity:
             )
         return found
 
+    def __str__(self) -> str:
+        text = (
+            f"Parity {'FAILED' if self.failures else 'ok'}: {_operator_share(self.worst_share)}simulated against "
+            f"artifact {self.artifact_db:.1f} dB, float against simulated {self.quantization_db:.1f} dB"
+        )
+        if self.equal_argmax is not None:
+            text += f"; {self.equal_argmax:.1%} equal predictions"
+        return f"{text}."
+
+
+def _operator_share(share: float | None) -> str:
+    if share is None:
+        return ""
+    return f"every operator has at least {share:.2%} of its values within one step of the simulation; "
+
 
 def check_parity(
     prepared: Prepared, artifact: nn.Module, runtime: ModuleType, model_path: Path, tensors: list[Tensor]

@@ -3,7 +3,7 @@
 import itertools
 import os
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,17 @@ from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
 from lightning_quant.calibrate import as_call, calibrate, steps_of
 from lightning_quant.errors import CalibrationError, QuantizationError
-from lightning_quant.export import DynamicShapes, export, in_float32
+from lightning_quant.export import DynamicShapes, Quantizable, export, in_float32
 from lightning_quant.graph.table import Selection
 from lightning_quant.labels import class_labels
+from lightning_quant.layerwise import Layerwise, quantize_layers
 from lightning_quant.prepare import prepare
-from lightning_quant.recipe import Recipe
+from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
 
 
 def quantize(
     model: nn.Module,
-    recipe: str | Recipe = "int8",
+    recipe: str | dict[str, Any] | AnyRecipe = "int8",
     runtime: str = "onnxruntime",
     *,
     calibration_data: Iterable[Any] | None = None,
@@ -61,21 +62,53 @@ def quantize(
     if first is None:
         raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
     recipe = recipes.get(recipe)
+    selection = Selection(tuple(include), tuple(exclude))
     seconds: dict[str, float] = {}
+    quantized: Quantizable
+    if isinstance(recipe, LayerRecipe):
+        quantized = _quantize_layers(model, recipe, runtime, selection, first, calls, seconds)
+    else:
+        quantized = _calibrated(model, recipe, runtime, selection, first, calls, seconds)
+    artifact = export(quantized, folder, dynamic_shapes=dynamic_shapes, classes=class_labels(model), seconds=seconds)
+    if isinstance(quantized, Layerwise):
+        quantized.release()
+    report = assess(quantized, artifact, seconds=seconds, threads=threads)
+    return artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
+
+
+def _calibrated(
+    model: nn.Module,
+    recipe: Recipe,
+    runtime: str,
+    selection: Selection,
+    first: Any,
+    calls: Iterator[Any],
+    seconds: dict[str, float],
+) -> Quantizable:
     started = time.perf_counter()
-    prepared = prepare(
-        model,
-        *as_call(first),
-        recipe=recipe,
-        runtime=runtime,
-        selection=Selection(tuple(include), tuple(exclude)),
-        observer=recipe.calibration_observer,
-    )
+    observer = recipe.calibration_observer
+    prepared = prepare(model, *as_call(first), recipe=recipe, runtime=runtime, selection=selection, observer=observer)
     seconds["capture"] = time.perf_counter() - started
     started = time.perf_counter()
     calibrate(prepared, steps_of(prepared, itertools.chain([first], calls)))
     seconds["calibrate"] = time.perf_counter() - started
-    prepared = in_float32(prepared)
-    artifact = export(prepared, folder, dynamic_shapes=dynamic_shapes, classes=class_labels(model), seconds=seconds)
-    report = assess(prepared, artifact, seconds=seconds, threads=threads)
-    return artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
+    return in_float32(prepared)
+
+
+def _quantize_layers(
+    model: nn.Module,
+    recipe: LayerRecipe,
+    runtime: str,
+    selection: Selection,
+    first: Any,
+    calls: Iterator[Any],
+    seconds: dict[str, float],
+) -> Quantizable:
+    """Quantize on the first call; the others tell which sizes vary."""
+    started = time.perf_counter()
+    args, kwargs = as_call(first)
+    quantized = quantize_layers(model, args, kwargs, recipe=recipe, runtime=runtime, selection=selection)
+    for call in calls:
+        quantized.note_sizes(*as_call(call))
+    seconds["quantize"] = time.perf_counter() - started
+    return in_float32(quantized)

@@ -1,5 +1,6 @@
 """The plan in a report: what runs in integers in one line, and every operator that stays float with its reason."""
 
+import collections
 from typing import Any
 
 from lightning_quant.tables import text_table
@@ -8,12 +9,14 @@ from lightning_quant.tables import text_table
 def summarize(plan: dict[str, Any], operators: dict[str, int]) -> str:
     """Return the text for a plan as nested dicts and the operator counts of the runtime's session."""
     rows = plan["rows"]
-    integer = [row for row in rows if row["action"] == "int8"]
     fused = sum(row["action"] == "fused" for row in rows)
-    parts = [
-        f"{len(integer)} operators run in int8 with {fused} more fused into them: {plan['coverage']:.1%} of the "
-        "multiply-adds."
-    ]
+    counts = collections.Counter(row["action"] for row in rows if row["action"] not in ("float", "fused"))
+    if set(counts) <= {"int8"}:
+        first = f"{counts['int8']} operators run in int8 with {fused} more fused into them"
+    else:
+        first = f"Layers: {', '.join(f'{count} {action}' for action, count in counts.most_common())}"
+        first += f"; {plan['stored_share']:.1%} of the weights' values are stored with fewer bits"
+    parts = [f"{first}: {plan['coverage']:.1%} of the multiply-adds."]
     if operators:
         by_number = sorted(operators.items(), key=lambda item: (-item[1], item[0]))
         counted = ", ".join(f"{count} {name}" for name, count in by_number)
@@ -21,4 +24,11 @@ def summarize(plan: dict[str, Any], operators: dict[str, int]) -> str:
     left = [(row["name"], row["kind"], row["reason"]) for row in rows if row["action"] == "float"]
     if left:
         parts.append(text_table(("stays float", "kind", "because"), left))
+    other = [
+        (row["name"], row["action"], row["reason"])
+        for row in rows
+        if row["action"] not in ("float", "fused", "int8") and row["reason"]
+    ]
+    if other:
+        parts.append(text_table(("layer", "is", "because"), other))
     return "\n\n".join(parts)

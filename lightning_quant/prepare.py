@@ -5,20 +5,24 @@ Observers and ranges are plain tensors outside the module.
 """
 
 import copy
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_quant import integer, runtimes
 from lightning_quant import recipe as recipes
 from lightning_quant.bias_correction import InputMeans, bias_correction
-from lightning_quant.calls import flatten_call, rebuild_call
-from lightning_quant.errors import QuantizationError
+from lightning_quant.calls import flatten_call
+from lightning_quant.captured import CapturedModel
+from lightning_quant.compilation import kept_from_compilers
+from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
 from lightning_quant.folding import Folded, fold_at
 from lightning_quant.graph.analyze import Analysis, Island, analyze
@@ -27,9 +31,17 @@ from lightning_quant.graph.plan import Edge, Operator, identify, path_of
 from lightning_quant.graph.table import Selection
 from lightning_quant.ranges import Ranges
 from lightning_quant.recipe import Recipe
-from lightning_quant.routing import Route, device_of, fetch, resolve, route, shadowed, unroute
+from lightning_quant.routing import Route, device_of, fetch, resolve, route, shadowed, unparametrized, unroute
 
 PHASES = ("off", "observe", "fake_quantize", "frozen", "frozen_batch_norm")
+
+
+@dataclass
+class Control:
+    """What phase a module is in, and whether it observes; shared with copies that users make of it meanwhile."""
+
+    phase: str = "off"
+    observing: bool = False
 
 
 class RoutedForward(Route):
@@ -37,22 +49,25 @@ class RoutedForward(Route):
 
     def __init__(self, prepared: "Prepared", path: str) -> None:
         self.prepared, self.path = prepared, path
+        self._run = kept_from_compilers(prepared.run)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the prepared graph."""
-        return self.prepared.run(self.path, args, kwargs)
+        return self._run(self.path, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedForward":
+        return RoutedForward(copy.deepcopy(self.prepared, memo), self.path)
 
 
-class Prepared:
+class Prepared(CapturedModel):
     """A module, its plan, and the state of its quantizers.
 
     Attributes:
         root: the user's module; it owns every parameter and buffer.
         signature: of the module's own forward; with `spec` and `tensors` it is the captured call.
         ranges: observers and scales of every edge.
-        phase: "off", "observe", "fake_quantize", "frozen" (ranges fixed) or "frozen_batch_norm" (and BatchNorm uses its
-            running statistics), in the order of training.
-        observing: whether tensors that pass update the ranges, in phases that have not frozen them.
+        control: the phase, which is "off", "observe", "fake_quantize", "frozen" (ranges fixed) or "frozen_batch_norm"
+            (and BatchNorm uses its running statistics), in the order of training; and whether ranges follow.
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
         input_means: when set, gets the means of what weighted operators read while observing.
         bias_corrections: operator to what is added to its folded bias, `(out_channels,)`.
@@ -69,8 +84,10 @@ class Prepared:
             edges.update({identify(path, edge.key): edge for edge in island.plan.edges})
             self.operators.update({identify(path, operator.key): operator for operator in island.plan.operators})
         self.ranges = Ranges(edges, recipe, observer)
-        self.phase = "off"
-        self.observing = False
+        self.control = Control()
+        # What runs in deep copies of the routed module: target networks, teachers.
+        self._twins: weakref.WeakSet[Prepared] = weakref.WeakSet()
+        self._is_twin = False
         self.varying: set[tuple[str, int]] = set()
         self.recorded: list[tuple[str, Tensor]] | None = None
         self.input_means: InputMeans | None = None
@@ -80,9 +97,36 @@ class Prepared:
         self._integers: dict[str, Tensor] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": {}}
+        return {**self.__dict__, "_graphs": {}, "_twins": weakref.WeakSet()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Prepared":
+        """Return what a copy of the routed module runs: the same ranges, in the same phase, moving none of them."""
+        twin = memo[id(self)] = self.bound_to(self.root)
+        twin.root = copy.deepcopy(self.root, memo)
+        twin.control, twin._is_twin = self.control, True
+        self._twins.add(twin)
+        return twin
 
     # --- control
+
+    @property
+    def phase(self) -> str:
+        """The present phase."""
+        return self.control.phase
+
+    @property
+    def observing(self) -> bool:
+        """Whether tensors that pass update the ranges now, in phases that have not frozen them."""
+        return self.control.observing and not self._is_twin
+
+    @observing.setter
+    def observing(self, value: bool) -> None:
+        self.control.observing = value
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the module's forward, or those of its islands, are routed."""
+        return all(self._is_routed(path) for path in self.islands)
 
     def attach(self) -> None:
         """Route the module's forward, or those of its islands, to the prepared graphs."""
@@ -90,24 +134,28 @@ class Prepared:
             route(resolve(self.root, path), RoutedForward(self, path))
 
     def detach(self) -> None:
-        """Give every routed module its own forward back; safe to call twice."""
+        """Give every routed module, and copies made of it meanwhile, their own forward back; safe to call twice."""
+        for twin in self._twins:
+            twin.detach()
         for path in self.islands:
-            module = resolve(self.root, path)
-            if isinstance(module.__dict__.get("forward"), RoutedForward):
-                unroute(module)
+            if self._is_routed(path):
+                unroute(resolve(self.root, path))
+
+    def _is_routed(self, path: str) -> bool:
+        present = resolve(self.root, path).__dict__.get("forward")
+        return isinstance(present, RoutedForward) and present.prepared is self
 
     @contextmanager
     def attached(self, phase: str, *, observing: bool = False) -> Iterator[None]:
         """Route for the time of a block, in a phase of its own."""
-        before = self.phase, self.observing
-        self.set_phase(phase)
-        self.observing = observing
-        self.attach()
+        before, self.control = self.control, Control(observing=observing)
         try:
+            self.set_phase(phase)
+            self.attach()
             yield
         finally:
             self.detach()
-            self.phase, self.observing = before
+            self.control = before
 
     @contextmanager
     def recording(self) -> Iterator[list[tuple[str, Tensor]]]:
@@ -135,7 +183,7 @@ class Prepared:
         """
         if phase not in PHASES:
             raise QuantizationError(f"Expected `phase` to be one of {PHASES}, but got {phase!r}.")
-        self.phase = phase
+        self.control.phase = phase
 
     @property
     def quantizes(self) -> bool:
@@ -148,16 +196,12 @@ class Prepared:
         in_evaluation = not self.root.training and (not torch.is_grad_enabled() or bool(self.bias_corrections))
         return self.quantizes and in_evaluation
 
-    def call(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return args and kwargs of the captured call with these tensors in place of its own."""
-        return rebuild_call(self.signature, self.spec.arguments(list(tensors)))
-
     def bound_to(self, root: nn.Module, tensors: list[Tensor] | None = None) -> "Prepared":
         """Return the same plan and ranges over another module of the same structure, and another captured call."""
         other = copy.copy(self)
         other.root = root
         other.tensors = self.tensors if tensors is None else tensors
-        other.phase, other.observing = "off", False
+        other.control, other._twins, other._is_twin = Control(), weakref.WeakSet(), False
         other._graphs, other._integers = {}, {}
         return other
 
@@ -181,7 +225,7 @@ class Prepared:
         corrections = {identity: value.to(device) for identity, value in state["bias_corrections"].items()}
         self.bias_corrections.clear()
         self.bias_corrections.update(corrections)
-        self.phase = state["phase"]
+        self.set_phase(state["phase"])
 
     # --- running, called from the graphs
 
@@ -241,14 +285,15 @@ class Prepared:
 
         def forward(x: Tensor) -> Tensor:
             def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-                with shadowed(layer, {"weight": weight, "bias": bias}):
+                with shadowed(layer, {"weight": weight, "bias": bias}), unparametrized(layer):
                     return type(layer).forward(layer, x)
 
             # Weights are read here, after hooks such as pruning have set them.
             bias = fetch(layer, "bias") if layer.bias is not None else None
             return self._run_weighted(identity, x, fetch(layer, "weight"), bias, call)
 
-        with shadowed(layer, {"forward": forward}):
+        # Cached: a parametrization may change with every look at the weight, as spectral norm does.
+        with shadowed(layer, {"forward": forward}), parametrize.cached():
             return layer(x)
 
     def run_function(
@@ -302,11 +347,6 @@ class Prepared:
         if self.observing and self.input_means is not None:
             self.input_means.update(identity, self.operators[identity].kind, x)
 
-    def _note_sizes(self, names: tuple[str, ...], tensors: list[Tensor]) -> None:
-        for name, tensor, captured in zip(names, tensors, self.tensors, strict=False):
-            if tensor.shape != captured.shape and tensor.dim() == captured.dim():
-                self.varying.update((name, d) for d in range(tensor.dim()) if tensor.shape[d] != captured.shape[d])
-
 
 def prepare(
     model: nn.Module,
@@ -334,15 +374,23 @@ def prepare(
     Raises:
         PlanError: nothing can be quantized.
     """
-    recipe = recipes.get(recipe)
+    chosen = recipes.get(recipe)
+    if not isinstance(chosen, Recipe):
+        raise PlanError(f"Expected `recipe` to quantize a graph, but {chosen.name!r} quantizes layers without one.")
+    table = runtimes.get(runtime, exporting=True).TABLE
+    if table is None:
+        raise PlanError(
+            f"Expected `runtime` to have integer kernels for recipe {chosen.name!r}, but {runtime!r} has none. It runs "
+            f"{sorted(name for name, known in recipes.RECIPES.items() if not isinstance(known, Recipe))}."
+        )
     analysis = analyze(
         model,
         args,
         kwargs or {},
-        runtimes.get(runtime, exporting=True).TABLE,
+        table,
         selection or Selection(),
-        recipe=recipe.name,
+        recipe=chosen.name,
         runtime=runtime,
         module=module,
     )
-    return Prepared(model, analysis, recipe, observer or recipe.training_observer)
+    return Prepared(model, analysis, chosen, observer or chosen.training_observer)

@@ -18,6 +18,8 @@ class Ranges:
     Attributes:
         edges: identity to edge.
         observers: identity to observer, for the edges whose own values count.
+        deferred: when a dict, observers stay as they are and it gets `(-low, high)` of what they would have seen:
+            several processes count a batch only when the extremes of all are known.
     """
 
     def __init__(self, edges: dict[str, Edge], recipe: Recipe, observer: str) -> None:
@@ -28,6 +30,7 @@ class Ranges:
         for identity in self.observers:
             self._members.setdefault(self._group(identity), []).append(identity)
         self._parameters: dict[str, tuple[Tensor, Tensor]] = {}
+        self.deferred: dict[str, Tensor] | None = None
 
     def observe(self, identity: str, x: Tensor) -> None:
         """Let a tensor count for its edge's range, if the edge is observed.
@@ -36,6 +39,9 @@ class Ranges:
             CalibrationError: the observer refuses values that are not finite.
         """
         if identity not in self.observers:
+            return
+        if self.deferred is not None:
+            self._defer(self.deferred, identity, x)
             return
         try:
             self.observers[identity].update(x)
@@ -57,6 +63,11 @@ class Ranges:
                 low, high = torch.minimum(low, other_low), torch.maximum(high, other_high)
             self._parameters[group] = affine_parameters(low, high, self.quant_max)
         return self._parameters[group]
+
+    def take_deferred(self) -> dict[str, Tensor]:
+        """Return what was kept back, and start anew."""
+        taken, self.deferred = self.deferred or {}, {}
+        return taken
 
     def forget_parameters(self) -> None:
         """Drop scales that were computed from earlier ranges."""
@@ -105,7 +116,20 @@ class Ranges:
             self.observers[identity].load_state(saved)
         self.forget_parameters()
 
+    @torch.no_grad()
+    def _defer(self, deferred: dict[str, Tensor], identity: str, x: Tensor) -> None:
+        if x.numel() == 0:
+            return
+        low, high = torch.aminmax(x.detach())
+        extremes = torch.stack([-low, high]).float()
+        deferred[identity] = torch.maximum(deferred.get(identity, extremes), extremes)
+        if self.observers[identity].low is None:
+            self._parameters.pop(self._group(identity), None)
+
     def _range(self, identity: str) -> tuple[Tensor, Tensor]:
+        if self.deferred and identity in self.deferred and self.observers[identity].low is None:
+            # The first batch has no other range than what this process has just seen of it.
+            return -self.deferred[identity][0], self.deferred[identity][1]
         try:
             return self.observers[identity].range()
         except CalibrationError as error:

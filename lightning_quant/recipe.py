@@ -3,7 +3,7 @@
 A new named recipe is one constant in `RECIPES`.
 """
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from lightning_quant.errors import QuantizationError
@@ -59,23 +59,54 @@ class Recipe:
     percentile: float = 99.99
 
 
-RECIPES = {
+@dataclass(frozen=True)
+class LayerRecipe:
+    """Named numerics of a model that is quantized layer by layer, without a graph and without calibration.
+
+    A layer gets the first scheme whose output, on the captured call, is close enough to the float layer's; a layer for
+    which none is stays float, with the reason in the plan.
+
+    Attributes:
+        name: how logs and manifests call it.
+        schemes: names out of `lightning_quant.layers.storage.SCHEMES`, the wanted one first, then safer ones.
+        floor_db: signal-to-noise ratio in decibels that a layer's output must reach.
+        group_size: values of a row that share a scale, for 4-bit weights.
+        min_stored_share: share of the weights' values that must be stored with fewer bits, in [0, 1]; below it the
+            report says that the recipe failed.
+    """
+
+    name: str
+    schemes: tuple[str, ...]
+    floor_db: float = 20.0
+    group_size: int = 32
+    min_stored_share: float = 0.75
+
+
+AnyRecipe = Recipe | LayerRecipe
+RECIPES: dict[str, AnyRecipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(),
         # Without VNNI, x86 kernels add two uint8 x int8 products in 16 bits, which saturates for full-range weights.
         Recipe(name="int8_reduce_range", weight=IntegerSpec(bits=7, symmetric=True, per_channel=True)),
+        LayerRecipe("int8_dynamic", ("dynamic", "weight_only")),
+        LayerRecipe("int8_weight_only", ("weight_only",)),
+        LayerRecipe("int4_weight_only", ("weight_only_4bit", "weight_only"), floor_db=12.0),
+        LayerRecipe("float16", ("float16",), floor_db=40.0),
+        LayerRecipe("bfloat16", ("bfloat16",), floor_db=30.0),
     )
 }
 
 
-def get(recipe: "str | dict[str, Any] | Recipe") -> Recipe:
-    """Return the recipe of that name, or build one from its fields, or pass a `Recipe` through.
+def get(recipe: "str | dict[str, Any] | AnyRecipe") -> AnyRecipe:
+    """Return the recipe of that name, or build one from its fields, or pass one through.
+
+    A dict whose `name` is that of a known recipe changes fields of it; any other makes a new `Recipe`.
 
     Raises:
         QuantizationError: the name or a field is unknown.
     """
-    if isinstance(recipe, Recipe):
+    if isinstance(recipe, Recipe | LayerRecipe):
         return recipe
     if isinstance(recipe, dict):
         return _from_dict(recipe)
@@ -84,12 +115,11 @@ def get(recipe: "str | dict[str, Any] | Recipe") -> Recipe:
     return RECIPES[recipe]
 
 
-def _from_dict(values: dict[str, Any]) -> Recipe:
-    known = {item.name for item in fields(Recipe)}
+def _from_dict(values: dict[str, Any]) -> AnyRecipe:
+    base = RECIPES.get(values.get("name", "int8"), Recipe())
+    known = {item.name for item in fields(base)}
     unknown = sorted(set(values) - known)
     if unknown:
         raise QuantizationError(f"Expected `recipe` to have fields out of {sorted(known)}, but got {unknown}.")
-    specs = {
-        k: IntegerSpec(**v) if isinstance(v, dict) else v for k, v in values.items() if k in ("weight", "activation")
-    }
-    return Recipe(**{**values, **specs})
+    changed = {k: IntegerSpec(**v) if isinstance(v, dict) else v for k, v in values.items()}
+    return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()})  # type: ignore

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_quant.latency import Timing
+from lightning_quant.layer_parity import LayerParity
 from lightning_quant.parity import Parity
 from lightning_quant.plan_summary import summarize
 from lightning_quant.tables import text_table
@@ -73,6 +74,8 @@ class Report:
         seconds: stage to time it took.
         plan: the plan as nested dicts.
         notes: what else a reader should know.
+        min_stored_share: share of the weights' values that a recipe of layers must store with fewer bits; None for
+            others.
     """
 
     recipe: str
@@ -85,12 +88,13 @@ class Report:
     artifact_bytes: int
     metrics: tuple[MetricRow, ...]
     latency: tuple[LatencyRow, ...]
-    parity: Parity | None
+    parity: Parity | LayerParity | None
     still_float: dict[str, int]
     operators: dict[str, int]
     seconds: dict[str, float]
     plan: dict[str, Any]
     notes: tuple[str, ...] = ()
+    min_stored_share: float | None = None
 
     @property
     def size_ratio(self) -> float:
@@ -101,6 +105,11 @@ class Report:
     def warnings(self) -> list[str]:
         """What went wrong, in plain words, worst first."""
         found = [f"parity FAILED: {failure}" for failure in self.parity.failures] if self.parity else []
+        if self.min_stored_share is not None and self.plan["stored_share"] < self.min_stored_share:
+            found.append(
+                f"{self.recipe} FAILED: only {self.plan['stored_share']:.1%} of the weights' values are stored with "
+                f"fewer bits, less than {self.min_stored_share:.0%}"
+            )
         if self.size_ratio > 1:
             found.append(f"the artifact is larger than the float model: {self.size_ratio:.2f} times its bytes")
         found += [
@@ -129,7 +138,8 @@ class Report:
             values[f"quant/float_latency_ms/batch_{time.batch}"] = time.best_float_ms
             values[f"quant/speedup/batch_{time.batch}"] = time.speedup
         if self.parity is not None:
-            values["quant/parity_worst_share"] = self.parity.worst_share
+            if isinstance(self.parity, Parity) and self.parity.worst_share is not None:
+                values["quant/parity_worst_share"] = self.parity.worst_share
             values["quant/parity_failed"] = float(bool(self.parity.failures))
         values |= {f"quant/seconds/{stage}": value for stage, value in self.seconds.items()}
         return {name: float(value) for name, value in values.items() if value is not None}
@@ -185,25 +195,10 @@ class Report:
         return f"{text_table(header, rows)}\n\n{where}"
 
     def _parity_text(self) -> str:
-        if self.parity is None:
-            return ""
-        parity = self.parity
-        text = (
-            f"Parity {'FAILED' if parity.failures else 'ok'}: {_operator_share(parity.worst_share)}simulated against "
-            f"artifact {parity.artifact_db:.1f} dB, float against simulated {parity.quantization_db:.1f} dB"
-        )
-        if parity.equal_argmax is not None:
-            text += f"; {parity.equal_argmax:.1%} equal predictions"
-        return f"{text}."
+        return "" if self.parity is None else str(self.parity)
 
     def _seconds_text(self) -> str:
         return "Seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()) + "."
-
-
-def _operator_share(share: float | None) -> str:
-    if share is None:
-        return ""
-    return f"every operator has at least {share:.2%} of its values within one step of the simulation; "
 
 
 def _bytes(value: int) -> str:

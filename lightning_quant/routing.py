@@ -12,9 +12,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
+from lightning_quant.compilation import Uncompiled, is_compiled
 from lightning_quant.errors import QuantizationError
 
 
@@ -28,12 +30,18 @@ def route(module: nn.Module, target: Callable[..., Any]) -> None:
     Raises:
         QuantizationError: the module's forward is already routed elsewhere.
     """
-    if "forward" in module.__dict__:
+    if not has_own_forward(module):
         raise QuantizationError(
             f"Expected {type(module).__name__} to have its own forward, but an instance attribute `forward` "
             f"({type(module.__dict__['forward']).__name__}) stands in its way. Remove it before quantizing."
         )
     module.__dict__["forward"] = target
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Tell whether a module runs its class's forward; several processes leave that one on the instance, bound."""
+    present = module.__dict__.get("forward")
+    return present is None or getattr(present, "__func__", None) is type(module).forward
 
 
 def unroute(module: nn.Module) -> None:
@@ -52,9 +60,10 @@ def clone(module: nn.Module) -> Any:
     """Return an independent structural copy that shares the parameters' memory and owns its buffers and attributes.
 
     Data sets, loaders and arrays that hang on the module are shared. Tensors with a history (a loss kept on the
-    module, say) are detached, since they cannot be copied.
+    module, say) are detached, since they cannot be copied. What `torch.compile` made is left out.
     """
     memo: dict[int, Any] = {}
+    compiled = [child for child in module.modules() if is_compiled(child)]
     for child in module.modules():
         for parameter in child._parameters.values():
             if parameter is not None:
@@ -64,7 +73,20 @@ def clone(module: nn.Module) -> Any:
                 memo[id(value)] = value.detach().clone()
             elif isinstance(value, Dataset | DataLoader | np.ndarray):
                 memo[id(value)] = value
-    return copy.deepcopy(module, memo)
+    for child in reversed(compiled):
+        memo[id(child)] = Uncompiled(copy.deepcopy(child.get_submodule("_orig_mod"), memo))
+    duplicate = copy.deepcopy(module, memo)
+    _forget_compiled_steps(duplicate)
+    return duplicate
+
+
+def _forget_compiled_steps(module: nn.Module) -> None:
+    """Let a copy of a compiled LightningModule run its own methods: the compiled ones call the original."""
+    if module.__dict__.get("_compiler_ctx") is None:
+        return
+    for name in ("forward", "training_step", "validation_step", "test_step", "predict_step"):
+        module.__dict__.pop(name, None)
+    module.__dict__["_compiler_ctx"] = None
 
 
 @contextmanager
@@ -128,6 +150,17 @@ def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
         for name in values:
             module.__dict__.pop(name)
         module.__dict__.update(before)
+
+
+@contextmanager
+def unparametrized(layer: nn.Module) -> Iterator[None]:
+    """Let a layer be of its own class for the time of a block; that of its parametrizations hides other weights."""
+    parametrized = type(layer)
+    layer.__class__ = parametrize.type_before_parametrizations(layer)
+    try:
+        yield
+    finally:
+        layer.__class__ = parametrized
 
 
 def to_float32(module: nn.Module) -> None:

@@ -187,6 +187,9 @@ def _structure(value: Any, leaves: list[Tensor], names: list[str] | None = None,
         raise ExportError("Expected forward to return tensors, but it returns a number computed from a dynamic shape.")
     if value is None or isinstance(value, bool | int | float | str):
         return {"constant": _plain(value)}
+    if any((base.__name__, base.__module__) == ("Cache", "transformers.cache_utils") for base in type(value).__mro__):
+        # Keys and values for a next call: code that generates has its own, and an artifact is called once at a time.
+        return {"constant": None}
     raise ExportError(
         f"Expected forward to return tensors in lists, dicts or dataclasses, but got {type(value).__name__}."
     )

@@ -1,5 +1,13 @@
+import json
+import os
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from features import rows_of
+
+from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 
 # Test machines share their cores; the nets here are too small to gain from threads.
 torch.set_num_threads(1)
@@ -8,3 +16,22 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=[QuantizationAwareTraining, PostTrainingQuantization])
+def kind(request: pytest.FixtureRequest) -> Any:
+    """Each of the two callbacks."""
+    return request.param
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave the latencies out of reports, which take longer than all the rest of a run with a tiny net."""
+    monkeypatch.setattr("lightning_quant.assess._latency", lambda *_: ((), ()))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Write down what the collected tests show, slow ones included, when asked to."""
+    if "LIGHTNING_QUANT_FEATURES" in os.environ:
+        Path(os.environ["LIGHTNING_QUANT_FEATURES"]).write_text(json.dumps(rows_of(items)))

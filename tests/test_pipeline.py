@@ -205,7 +205,7 @@ def test_no_data(tmp_path: Path) -> None:
 
 def test_unknown_recipe_and_runtime(tmp_path: Path) -> None:
     x = [torch.randn(4, 6)]
-    with pytest.raises(QuantizationError, match=r"`recipe` to be one of .*'int8', 'int8_reduce_range'.* got 'int5'"):
+    with pytest.raises(QuantizationError, match=r"`recipe` to be one of .*'int8'.*'int8_reduce_range'.* got 'int5'"):
         quantize(mlp(), "int5", calibration_data=x, output_dir=tmp_path)
     with pytest.raises(QuantizationError, match=r"`runtime` to be one of .*'onnxruntime'.* got 'tensorrt'"):
         quantize(mlp(), runtime="tensorrt", calibration_data=x, output_dir=tmp_path)

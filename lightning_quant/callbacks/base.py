@@ -5,25 +5,36 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-from lightning.pytorch import Callback, LightningModule, Trainer
+import torch
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import nn
+from torch.nn.parameter import is_lazy
 from typing_extensions import override
 
 from lightning_quant import artifact as artifacts
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
 from lightning_quant.artifact import Artifact
-from lightning_quant.callbacks.training_data import capture_call
-from lightning_quant.capture import find_module
-from lightning_quant.errors import NoEffectWarning, QuantizationError
-from lightning_quant.export import DynamicShapes, trial_export
+from lightning_quant.callbacks.recovery import recovery
+from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call, layers_beside
+from lightning_quant.capture import Capture, find_module
+from lightning_quant.distributed import Group
+from lightning_quant.errors import CaptureError, NoEffectWarning, QuantizationError
+from lightning_quant.export import DynamicShapes, Quantizable, trial_export
+from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.table import Selection
-from lightning_quant.prepare import Prepared, prepare
-from lightning_quant.recipe import Recipe
+from lightning_quant.layers import has_layers
+from lightning_quant.layerwise import quantize_layers
+from lightning_quant.prepare import prepare
+from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import resolve
 
-_SINGLE_PROCESS = ("SingleDeviceStrategy",)
+_STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+# Subclasses of the above that shard parameters or run on devices that nothing here was tried on.
+_OTHER_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy")
 
 
 class QuantizationCallback(Callback):
@@ -31,7 +42,7 @@ class QuantizationCallback(Callback):
 
     def __init__(
         self,
-        recipe: str | dict[str, Any] | Recipe,
+        recipe: str | dict[str, Any] | AnyRecipe,
         runtime: str,
         *,
         module: str | None,
@@ -64,10 +75,19 @@ class QuantizationCallback(Callback):
             if value not in choices:
                 raise MisconfigurationException(f"Expected `{name}` to be one of {choices}, but got {value!r}.")
         # Known from fit start on, when the module exists on its device and its data can be read.
-        self.prepared: Prepared | None = None
+        self.prepared: Quantizable | None = None
         self.artifact: Artifact | None = None
         self.path = ""
         self.seconds: dict[str, float] = {}
+        # What the report should say: of the weights that were chosen, and of what was found at fit start.
+        self.notes: tuple[str, ...] = ()
+        self.findings: tuple[str, ...] = ()
+        self.group = Group()
+        self.last_folder = Path()
+        # Whether an interruption from now on costs the artifact.
+        self._begun = False
+        # The checkpoint that `quantize_checkpoint` is at work on.
+        self._checkpoint: dict[str, Any] | None = None
 
     @property
     @override
@@ -79,16 +99,34 @@ class QuantizationCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when fit begins: refuse what names alone can tell."""
         if stage == "fit":
-            _refused_in_callback(self._check_names, trainer, pl_module)
+            _refused_in_callback(self._check_strategy, trainer)
+            self.group = Group(trainer.world_size, trainer.strategy.root_device)
+            _refused_in_callback(self.group.together, self._check_names, trainer, pl_module)
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit begins, after restore and device placement: capture, plan, and export once on trial."""
-        _refused_in_callback(self._prepare, trainer, pl_module)
+        if self._checkpoint is not None:
+            trainer.strategy.load_model_state_dict(self._checkpoint)
+        started = time.perf_counter()
+        with borrowed_loaders(trainer):
+            _refused_in_callback(self.group.together, self._prepare, trainer, pl_module)
+        _refused_in_callback(self.group.on_first, self._try_export)
+        self.seconds = {"capture": time.perf_counter() - started}
+        self._begun = True
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Called when fit is interrupted: give the module its own forward back, and say how to go on from here."""
+        begun = self._begun
+        self.teardown(trainer, pl_module, "fit")
+        if begun and self._checkpoint is None:
+            rank_zero_info(f"{type(self).__name__}: no artifact was made. {recovery(self, trainer)}")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when fit ends, however it ends: give the module its own forward back."""
+        self._begun = False
         if self.prepared is not None:
             self.prepared.detach()
 
@@ -96,7 +134,41 @@ class QuantizationCallback(Callback):
         """Return the artifact's folder: `output_dir`, or "quantized" beside the logs."""
         return Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "quantized")
 
-    def require_prepared(self) -> Prepared:
+    def quantize_checkpoint(
+        self,
+        ckpt_path: str | Path,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        *,
+        train_dataloaders: Any = None,
+        val_dataloaders: Any = None,
+        **trainer_options: Any,
+    ) -> Artifact:
+        """Make the artifact from a Lightning checkpoint, on one device and without training.
+
+        Args:
+            ckpt_path: any checkpoint of the model for post-training quantization; for quantization-aware training one
+                with this callback's state, whose ranges are used.
+            model: the LightningModule, with whatever weights.
+            datamodule: its data, when it has not dataloaders of its own.
+            train_dataloaders: the same, without a datamodule.
+            val_dataloaders: likewise, to evaluate on.
+            **trainer_options: for the Trainer, `accelerator` for example.
+        """
+        options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False} | trainer_options
+        options |= {"devices": 1, "max_epochs": 0, "enable_checkpointing": False, "callbacks": [self]}
+        # Saved by the user's own run: its hyperparameters may be of any class.
+        self._checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=False)
+        self.notes = (f"weights are those of {Path(ckpt_path).name}",)
+        try:
+            Trainer(**options).fit(model, train_dataloaders, val_dataloaders, datamodule)
+        finally:
+            self._checkpoint, self.notes = None, ()
+        if self.artifact is None:
+            raise MisconfigurationException(f"Expected {ckpt_path} to become an artifact, but fit was cut short.")
+        return self.artifact
+
+    def require_prepared(self) -> Quantizable:
         """Return the prepared model, which exists from fit start on."""
         if self.prepared is None:
             raise MisconfigurationException(
@@ -110,39 +182,64 @@ class QuantizationCallback(Callback):
 
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
         runtimes.get(self.runtime, exporting=True)
-        strategy = type(trainer.strategy).__name__
-        if strategy not in _SINGLE_PROCESS:
-            raise QuantizationError(
-                f"Expected a strategy out of {_SINGLE_PROCESS}, but got {strategy}. Train on one device, or quantize "
-                "the trained checkpoint afterwards with `lightning_quant.quantize`."
-            )
         if self.module is not None and trainer.lightning_module is not None and _is_configured(pl_module):
             find_module(pl_module, self.module)
-        artifacts.check_folder(self.folder(trainer))
+        folder = self.folder(trainer)
+        others = [c for c in trainer.callbacks if isinstance(c, QuantizationCallback) and c is not self]  # type: ignore[attr-defined]
+        if any(other.folder(trainer) == folder for other in others):
+            raise QuantizationError(
+                f"Expected every quantization callback to have an `output_dir` of its own, but two have {folder}."
+            )
+        artifacts.check_folder(folder)
+        self.last_folder = folder
+
+    def _check_strategy(self, trainer: Trainer) -> None:
+        bases = [base.__name__ for base in type(trainer.strategy).__mro__]
+        if not any(name in bases for name in _STRATEGIES) or any(name in bases for name in _OTHER_STRATEGIES):
+            raise QuantizationError(
+                f"Expected a strategy out of {_STRATEGIES} (`auto`, `ddp`, `ddp_spawn`), but got {bases[0]}, which "
+                "may shard the parameters. Train without this callback, and quantize the consolidated checkpoint "
+                "afterwards: PostTrainingQuantization(...).quantize_checkpoint(ckpt_path, model, datamodule)."
+            )
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        started = time.perf_counter()
         if self.prepared is not None:
             self.prepared.detach()
-        found = capture_call(trainer, pl_module, self.module, self.example)
+        self.artifact, self._begun = None, False
+        _check_initialized(pl_module)
+        is_wanted = has_layers if isinstance(self.recipe, LayerRecipe) else has_weights
+        found = capture_call(trainer, pl_module, self.module, self.example, is_wanted)
         self.path = found.path
-        self.prepared = prepare(
-            resolve(pl_module, found.path),
-            found.args,
-            found.kwargs,
-            recipe=self.recipe,
-            runtime=self.runtime,
-            selection=self.selection,
-            observer=self.observer(),
-            module=found.path,
-        )
-        trial_export(self.prepared, dynamic_shapes=self.dynamic_shapes)
-        self.seconds = {"capture": time.perf_counter() - started}
+        self.findings = self._look_beside(trainer, pl_module)
+        self.prepared = self._plan(resolve(pl_module, found.path), found)
         name = found.path or f"{type(pl_module).__name__}.forward"
         rank_zero_info(
             f"{type(self).__name__}: {name} has {self.prepared.plan.num_quantized} operators for {self.recipe.name} on "
             f"{self.runtime}, {self.prepared.plan.coverage:.1%} of its multiply-adds."
         )
+
+    def _plan(self, module: nn.Module, found: Capture) -> Quantizable:
+        call = (module, found.args, found.kwargs)
+        where: dict[str, Any] = {"runtime": self.runtime, "selection": self.selection, "module": found.path}
+        if isinstance(self.recipe, LayerRecipe):
+            return quantize_layers(*call, recipe=self.recipe, **where)
+        return prepare(*call, recipe=self.recipe, observer=self.observer(), **where)
+
+    def _look_beside(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]:
+        if self.example != "train_batch" or not self.path:
+            return ()
+        beside = layers_beside(trainer, pl_module, self.path)
+        if not beside:
+            return ()
+        finding = (
+            f"training_step also calls {', '.join(beside[:5])}{', ...' if len(beside) > 5 else ''} past the forward of "
+            f"{self.path!r}: those calls are float"
+        )
+        warn(f"{type(self).__name__}: {finding}. Call {self.path!r} itself to have them quantized.")
+        return (finding,)
+
+    def _try_export(self) -> None:
+        trial_export(self.require_prepared(), dynamic_shapes=self.dynamic_shapes)
 
 
 def warn(message: str) -> None:
@@ -152,9 +249,17 @@ def warn(message: str) -> None:
 
 def _is_configured(pl_module: LightningModule) -> bool:
     """Tell whether the module's layers exist before `configure_model` and `setup` have run."""
-    return type(pl_module).configure_model is LightningModule.configure_model and any(
-        True for _ in pl_module.children()
-    )
+    late = ("configure_model", "setup")
+    return not any(is_overridden(name, pl_module) for name in late) and any(True for _ in pl_module.children())
+
+
+def _check_initialized(pl_module: LightningModule) -> None:
+    lazy = [name for name, parameter in pl_module.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise CaptureError(
+            f"Expected every layer to have its shape when fit begins, but {', '.join(lazy[:3])} "
+            f"{'is' if len(lazy) == 1 else 'are'} lazy. Run a batch through the model in `configure_model` or `setup`."
+        )
 
 
 def _refused_in_callback(function: Any, *args: Any) -> Any:

@@ -1,7 +1,7 @@
 """When fit has ended: take the weights to export, make the artifact, measure it, and log it."""
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,12 +9,15 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant import artifact as artifacts
+from lightning_quant import runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
 from lightning_quant.callbacks.base import QuantizationCallback, warn
-from lightning_quant.evaluate import evaluate, weighted_layers
-from lightning_quant.export import export, in_float32_on_cpu
+from lightning_quant.callbacks.recovery import recovery
+from lightning_quant.evaluate import evaluate, weighted_layers, why_no_metrics
+from lightning_quant.export import Quantizable, export, in_float32_on_cpu
 from lightning_quant.labels import class_labels
+from lightning_quant.layerwise import Layerwise
 from lightning_quant.prepare import Prepared
 from lightning_quant.report import MetricRow, Report
 from lightning_quant.routing import clone, resolve, to_float32, unroute_all
@@ -32,7 +35,7 @@ class Deployment:
     """
 
     pl_module: LightningModule
-    prepared: Prepared
+    prepared: Quantizable
     checkpoint: Path | None
     notes: tuple[str, ...]
 
@@ -45,39 +48,62 @@ def choose_weights(
     unroute_all(duplicate)
     prepared = callback.require_prepared()
     checkpoint = _existing(_best_path(trainer) or _last_path(trainer))
-    notes: tuple[str, ...] = ()
-    if callback.weights == "best":
+    notes = callback.notes
+    if callback.weights == "best" and not notes:
         notes = _load_best(callback, trainer, duplicate, prepared, with_ranges=with_ranges)
+    callback.group.share_tensors(duplicate)
     to_float32(duplicate)
+    duplicate.cpu()
     bound = prepared.bound_to(resolve(duplicate, callback.path), in_float32_on_cpu(prepared.tensors))
-    bound.ranges.to(torch.device("cpu"))
-    return Deployment(duplicate.cpu(), bound, checkpoint, notes)
+    if isinstance(bound, Prepared):
+        bound.ranges.to(torch.device("cpu"))
+    bound.varying = set().union(*callback.group.gather(prepared.varying))
+    return Deployment(duplicate, bound, checkpoint, notes)
 
 
 def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment) -> Artifact:
     """Export, evaluate the artifact with the user's validation, report to files, terminal and loggers."""
-    prepared, folder = deployment.prepared, callback.folder(trainer)
-    dataset = getattr(trainer.train_dataloader, "dataset", None)
-    classes = class_labels(deployment.pl_module, prepared.root, getattr(trainer, "datamodule", None), dataset)
-    artifact = export(
-        prepared, folder, dynamic_shapes=callback.dynamic_shapes, classes=classes, seconds=callback.seconds
+    group, folder = callback.group, callback.last_folder
+    rank_zero_info(
+        f"{type(callback).__name__}: writing {folder}. Should that be cut short: {recovery(callback, trainer)}"
     )
+    artifact = callback.artifact = group.on_first(_export, callback, trainer, deployment, folder)
     metrics: tuple[MetricRow, ...] = ()
-    notes = deployment.notes
+    notes = (*callback.findings, *deployment.notes)
     if callback.evaluate:
         started = time.perf_counter()
         metrics = _metrics(callback, trainer, deployment, artifact)
         callback.seconds["evaluate"] = time.perf_counter() - started
         if not metrics:
-            notes = (*notes, "no validation metrics: the run has no validation loop")
+            notes = (*notes, f"no validation metrics: {why_no_metrics(trainer)}")
+    result = group.on_first(_report, callback, trainer, replace(deployment, notes=notes), artifact, metrics)
+    # Loggers write in the first process alone, as always.
+    trainer.strategy.barrier("lightning_quant")
+    return result
+
+
+def _export(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, folder: Path) -> Artifact:
+    prepared = deployment.prepared
+    dataset = getattr(trainer.train_dataloader, "dataset", None)
+    classes = class_labels(deployment.pl_module, prepared.root, getattr(trainer, "datamodule", None), dataset)
+    return export(prepared, folder, dynamic_shapes=callback.dynamic_shapes, classes=classes, seconds=callback.seconds)
+
+
+def _report(
+    callback: QuantizationCallback,
+    trainer: Trainer,
+    deployment: Deployment,
+    artifact: Artifact,
+    metrics: tuple[MetricRow, ...],
+) -> Artifact:
     report = assess(
-        prepared,
+        deployment.prepared,
         artifact,
         metrics=metrics,
         seconds=callback.seconds,
         checkpoint_bytes=deployment.checkpoint.stat().st_size if deployment.checkpoint else None,
         threads=callback.threads,
-        notes=notes,
+        notes=deployment.notes,
     )
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
     publish(trainer, report, artifact)
@@ -98,27 +124,41 @@ def _metrics(
 ) -> tuple[MetricRow, ...]:
     pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
     limit = callback.limit_eval_batches
-    float_values = evaluate(trainer, pl_module, path, limit_batches=limit)
+    group = callback.group
+    float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
     if not float_values:
         return ()
     with prepared.attached("frozen"):
-        simulated = evaluate(trainer, pl_module, path, limit_batches=limit)
-    layers = [
-        operator.weight.rpartition(".")[0]
-        for graph in prepared.plan.graphs
-        for operator in graph.operators
-        if not graph.path
-    ]
-    exported = evaluate(
+        simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
+    exported = _evaluate_artifact(callback, trainer, deployment, artifact)
+    return tuple(
+        MetricRow(name, value, simulated.get(name), exported.get(name)) for name, value in float_values.items()
+    )
+
+
+def _evaluate_artifact(
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, artifact: Artifact
+) -> dict[str, float]:
+    pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
+    limit, group = callback.limit_eval_batches, callback.group
+    if runtimes.get(prepared.plan.runtime).IN_PROCESS and isinstance(prepared, Layerwise):
+        # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.
+        filled = clone(pl_module)
+        artifacts.load(artifact.path, into=resolve(filled, path))
+        return evaluate(trainer, filled, path, limit_batches=limit, group=group)
+    if isinstance(prepared, Layerwise):
+        layers = tuple(prepared.layers)
+    else:
+        operators = [operator for graph in prepared.plan.graphs if not graph.path for operator in graph.operators]
+        layers = tuple(layer for operator in operators if (layer := operator.weight.rpartition(".")[0]))
+    return evaluate(
         trainer,
         pl_module,
         path,
         artifacts.load(artifact.path),
-        quantized_layers=weighted_layers(prepared.root, tuple(layer for layer in layers if layer)),
+        quantized_layers=weighted_layers(prepared.root, layers),
         limit_batches=limit,
-    )
-    return tuple(
-        MetricRow(name, value, simulated.get(name), exported.get(name)) for name, value in float_values.items()
+        group=group,
     )
 
 
@@ -126,21 +166,22 @@ def _load_best(
     callback: QuantizationCallback,
     trainer: Trainer,
     duplicate: LightningModule,
-    prepared: Prepared,
+    prepared: Quantizable,
     *,
     with_ranges: bool,
 ) -> tuple[str, ...]:
     path = _existing(_best_path(trainer))
     if path is None:
         return ("weights are the last ones: no ModelCheckpoint has a best checkpoint",)
-    saved = torch.load(path, map_location="cpu", weights_only=True)
+    # Written by this very run, so nothing in it is foreign; hyperparameters may be of any class.
+    saved = torch.load(path, map_location="cpu", weights_only=False)
     state = saved.get("callbacks", {}).get(callback.state_key, {})
     if with_ranges:
         if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm"):
             return (
                 f"weights are the last ones: the best checkpoint {path.name} was saved before fake quantization began",
             )
-        prepared.load_state_dict(state)
+        prepared.load_state_dict(state)  # type: ignore[union-attr]
     duplicate.load_state_dict(saved["state_dict"], assign=True)
     return (f"weights are the best ones, from {path.name}",)
 

@@ -1,6 +1,8 @@
 """Post-training quantization as a callback."""
 
+import math
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -10,11 +12,13 @@ from typing_extensions import override
 
 from lightning_quant.calibrate import calibrate
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
-from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
+from lightning_quant.callbacks.finish import choose_weights, finish
 from lightning_quant.callbacks.training_data import calibration_steps, check_data, independent_copy
+from lightning_quant.distributed import calibrate_together
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
-from lightning_quant.recipe import Recipe
+from lightning_quant.prepare import Prepared
+from lightning_quant.recipe import AnyRecipe, Recipe
 from lightning_quant.routing import resolve
 
 
@@ -45,7 +49,8 @@ class PostTrainingQuantization(QuantizationCallback):
     """Leave training alone, and when fit ends calibrate, export and measure an integer model.
 
     Args:
-        recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe`, or a dict of its fields.
+        recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe` or `LayerRecipe`, or a dict of
+            fields. Recipes of layers (dynamic, weight-only, half precision) are not calibrated.
         runtime: where the artifact will run.
         module: name of the module to quantize; by default the outermost one with convolution or linear layers that
             `training_step` calls.
@@ -70,7 +75,7 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def __init__(
         self,
-        recipe: str | dict[str, Any] | Recipe = "int8",
+        recipe: str | dict[str, Any] | AnyRecipe = "int8",
         runtime: str = "onnxruntime",
         *,
         module: str | None = None,
@@ -104,26 +109,34 @@ class PostTrainingQuantization(QuantizationCallback):
 
     @override
     def observer(self) -> str:
-        return self.recipe.calibration_observer
-
-    @override
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when fit begins: capture, plan, trial export; make sure that there is data to calibrate with."""
-        super().on_fit_start(trainer, pl_module)
-        _refused_in_callback(check_data, trainer, pl_module, self.calibration.data)
+        return self.recipe.calibration_observer if isinstance(self.recipe, Recipe) else ""
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit ends: calibrate on the weights to export, then convert, export, measure, log."""
         deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
-        self._calibrate(trainer, deployment)
+        if isinstance(deployment.prepared, Prepared):
+            self._calibrate(trainer, deployment.prepared, deployment.pl_module)
         self.artifact = finish(self, trainer, deployment)
 
-    def _calibrate(self, trainer: Trainer, deployment: Deployment) -> None:
+    @override
+    def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._prepare(trainer, pl_module)
+        if isinstance(self.recipe, Recipe):
+            check_data(trainer, pl_module, self.calibration.data)
+
+    def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> None:
         started = time.perf_counter()
-        duplicate = independent_copy(trainer, deployment.pl_module)
-        prepared = deployment.prepared.bound_to(resolve(duplicate, self.path))
-        chosen = self.calibration
-        steps = calibration_steps(trainer, duplicate, chosen.num_batches, chosen.seed, chosen.data)
-        calibrate(prepared, steps)
+        duplicate = independent_copy(trainer, pl_module)
+        prepared = deployed.bound_to(resolve(duplicate, self.path))
+        chosen, group = self.calibration, self.group
+        number = math.ceil(chosen.num_batches / group.size)
+
+        def steps() -> Iterator[Callable[[], Any]]:
+            return calibration_steps(trainer, duplicate, number, chosen.seed, chosen.data)
+
+        if group.size == 1:
+            calibrate(prepared, steps())
+        else:
+            calibrate_together(group, prepared, steps)
         self.seconds["calibrate"] = time.perf_counter() - started

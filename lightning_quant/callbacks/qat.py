@@ -6,13 +6,18 @@ from typing import Any, Literal
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
+from lightning_quant import observers
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback, warn
 from lightning_quant.callbacks.finish import choose_weights, finish
 from lightning_quant.callbacks.schedule import Schedule, Timeline, resolve
+from lightning_quant.distributed import merge_batch
+from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
-from lightning_quant.recipe import Recipe
+from lightning_quant.prepare import Prepared
+from lightning_quant.recipe import LayerRecipe, Recipe
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -77,6 +82,11 @@ class QuantizationAwareTraining(QuantizationCallback):
             threads=threads,
             dynamic_shapes=dynamic_shapes,
         )
+        if isinstance(self.recipe, LayerRecipe):
+            raise MisconfigurationException(
+                f"Expected `recipe` to be one to train through, such as 'int8', but got {self.recipe.name!r}, whose "
+                "layers are quantized after training. Use PostTrainingQuantization."
+            )
         given = Schedule() if schedule is None else schedule
         self.schedule = _refused_in_callback(lambda: Schedule(**given)) if isinstance(given, dict) else given
         self.timeline = Timeline({}, in_epochs=False)
@@ -88,38 +98,37 @@ class QuantizationAwareTraining(QuantizationCallback):
         return self.recipe.training_observer
 
     @override
+    def require_prepared(self) -> Prepared:
+        """Return the prepared model, which has a graph: recipes of layers are refused."""
+        prepared = super().require_prepared()
+        if not isinstance(prepared, Prepared):
+            raise MisconfigurationException(f"Expected `recipe` to be one to train through, but got {self.recipe!r}.")
+        return prepared
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when fit begins: capture, plan, trial export; then route the module's forward."""
+        """Called when fit begins: capture, plan, trial export; take over the ranges of a resumed run."""
         super().on_fit_start(trainer, pl_module)
-        self.timeline = _refused_in_callback(resolve, self.schedule, trainer)
-        if self._restored is not None:
-            _refused_in_callback(self.require_prepared().load_state_dict, self._restored)
-        elif trainer.ckpt_path:
-            rank_zero_info(
-                "QuantizationAwareTraining: the checkpoint has no quantizer state, so observing begins anew."
-            )
-        _refused_in_callback(self.require_prepared().attach)
+        _refused_in_callback(self._begin, trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before a training batch: set the phase and let ranges follow this batch."""
-        prepared, phase = self.require_prepared(), self.timeline.phase(trainer)
-        if phase != prepared.phase:
-            prepared.set_phase(phase)
-            rank_zero_info(f"QuantizationAwareTraining: {phase.replace('_', ' ')} from step {trainer.global_step}.")
-        prepared.observing = True
+        phase = self.timeline.phase(trainer)
+        if phase == "frozen_batch_norm" and is_updating_batch_norm(trainer):
+            phase = "frozen"
+        self._enter(phase, trainer.global_step)
+        self.require_prepared().observing = True
 
     @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Called after a training batch: nothing outside training moves the ranges."""
-        self.require_prepared().observing = False
-
-    @override
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Called when training is interrupted: give the module its own forward back."""
-        self.teardown(trainer, pl_module, "fit")
+        prepared = self.require_prepared()
+        prepared.observing = False
+        if self.group.size > 1 and prepared.phase in ("observe", "fake_quantize"):
+            merge_batch(self.group, prepared.ranges)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -132,9 +141,64 @@ class QuantizationAwareTraining(QuantizationCallback):
             deployment = replace(deployment, notes=(*deployment.notes, note))
         self.artifact = finish(self, trainer, deployment)
 
+    def _begin(self, trainer: Trainer) -> None:
+        prepared = self.require_prepared()
+        if self._checkpoint is not None:
+            prepared.load_state_dict(self._state_in(self._checkpoint))
+            return
+        _check_others(self, trainer)
+        self.timeline = resolve(self.schedule, trainer)
+        prepared.ranges.deferred = {} if self.group.size > 1 else None
+        # Another forward in the way is found here, not when the first phase begins.
+        prepared.attach()
+        prepared.detach()
+        if self._restored is not None:
+            prepared.load_state_dict(self._restored)
+        elif trainer.ckpt_path:
+            rank_zero_info(
+                "QuantizationAwareTraining: the checkpoint has no quantizer state, so observing begins anew."
+            )
+        if prepared.phase != "off":
+            prepared.attach()
+
+    def _enter(self, phase: str, step: int) -> None:
+        """Change the phase; a module that is not even observed keeps its own forward."""
+        prepared = self.require_prepared()
+        if phase == prepared.phase:
+            return
+        prepared.set_phase(phase)
+        if phase == "off":
+            prepared.detach()
+        elif not prepared.is_attached:
+            prepared.attach()
+        rank_zero_info(f"QuantizationAwareTraining: {phase.replace('_', ' ')} from step {step}.")
+
+    @override
+    def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super()._check_names(trainer, pl_module)
+        if self.group.size > 1 and isinstance(observers.build(self.observer(), self.recipe), observers.Histogram):
+            raise QuantizationError(
+                f"Expected `training_observer` to be 'moving_average' or 'min_max' in several processes, but got "
+                f"{self.observer()!r}, whose histograms would have to be added up at every batch."
+            )
+
+    def _state_in(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
+        """Return this callback's state in a checkpoint; with other arguments than then, the only one of its kind."""
+        states = {
+            key: state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith(type(self).__name__)
+        }
+        state = states.get(self.state_key) or (next(iter(states.values())) if len(states) == 1 else None)
+        if not state or state["phase"] == "off":
+            raise QuantizationError(
+                f"Expected a checkpoint with the ranges of {self.state_key}, but it has "
+                f"{sorted(states) or 'no state of quantization-aware training'}. To learn ranges without training: "
+                "PostTrainingQuantization(...).quantize_checkpoint(...)."
+            )
+        return state
+
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.prepared.state_dict() if self.prepared is not None else self._restored or {}
+        return self.require_prepared().state_dict() if self.prepared is not None else self._restored or {}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -142,4 +206,21 @@ class QuantizationAwareTraining(QuantizationCallback):
             return
         self._restored = state_dict
         if self.prepared is not None:
-            self.prepared.load_state_dict(state_dict)
+            self.require_prepared().load_state_dict(state_dict)
+
+
+def is_updating_batch_norm(trainer: Trainer) -> bool:
+    """Tell whether StochasticWeightAveraging runs its last epoch, which is there to measure BatchNorm anew."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))
+
+
+def _check_others(callback: QuantizationAwareTraining, trainer: Trainer) -> None:
+    for other in trainer.callbacks:  # type: ignore[attr-defined]
+        if not isinstance(other, QuantizationAwareTraining) or other is callback or other.prepared is None:
+            continue
+        inner, outer = sorted((callback.path, other.path), key=len, reverse=True)
+        if inner == outer or not outer or inner.startswith(f"{outer}."):
+            raise QuantizationError(
+                "Expected modules to be trained through one rounding each, but two QuantizationAwareTraining callbacks "
+                f"train {inner!r}. Train with one, and let PostTrainingQuantization make the other artifact."
+            )

@@ -5,7 +5,7 @@ import functools
 import inspect
 import random
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import numpy as np
@@ -13,16 +13,25 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_quant.capture import Capture, StepStoppedError, capture, isolated_rng, unchanged
 from lightning_quant.errors import CalibrationError, CaptureError
-from lightning_quant.routing import clone
+from lightning_quant.graph.analyze import has_weights
+from lightning_quant.graph.operations import WEIGHTED, kind_of
+from lightning_quant.routing import clone, resolve
 
 
-def capture_call(trainer: Trainer, pl_module: LightningModule, path: str | None, example: str) -> Capture:
+def capture_call(
+    trainer: Trainer,
+    pl_module: LightningModule,
+    path: str | None,
+    example: str,
+    is_wanted: Callable[[nn.Module], bool] = has_weights,
+) -> Capture:
     """Record one call of the module to quantize.
 
     Args:
@@ -31,19 +40,60 @@ def capture_call(trainer: Trainer, pl_module: LightningModule, path: str | None,
         path: name of the module to quantize, or None to find it.
         example: "train_batch" runs `training_step` on a batch; "example_input_array" calls the
             LightningModule with that.
+        is_wanted: tells whether there are layers to quantize at or under a module.
     """
     # Outside the isolation: the trainer keeps what is set up here, with the random numbers that it draws for it.
     _combined_loader(trainer, "train")
     duplicate = independent_copy(trainer, pl_module)
     with isolated_rng(), unchanged(pl_module), torch.enable_grad():
         if example == "example_input_array":
-            return capture(duplicate, lambda: _call_example(duplicate), path)
+            return capture(duplicate, lambda: _call_example(duplicate), path, is_wanted)
         batch = next(iter(batches(trainer, pl_module, 1)), None)
         if batch is None:
             raise CalibrationError("Expected the train dataloader to yield a batch, but it yields none.")
         _start_hooks(duplicate, batch)
         with trainer.precision_plugin.train_step_context():
-            return capture(duplicate, lambda: run_training_step(duplicate, batch, 0), path)
+            return capture(duplicate, lambda: run_training_step(duplicate, batch, 0), path, is_wanted)
+
+
+@contextmanager
+def borrowed_loaders(trainer: Trainer) -> Iterator[None]:
+    """Let a trainer that resumes set its training data up anew after a block.
+
+    Loops, and with them the places where loaders stood, are restored after fit start, when data is set up: what was set
+    up before would begin at its first batch.
+    """
+    if not trainer.ckpt_path:
+        yield
+        return
+    with isolated_rng():
+        try:
+            yield
+        finally:
+            trainer.fit_loop._combined_loader = None
+
+
+def layers_beside(trainer: Trainer, pl_module: LightningModule, path: str) -> list[str]:
+    """Return layers of the module at `path` that `training_step` also calls past the module's own forward.
+
+    Those calls stay float, whatever is quantized: `self.net.forward_features(x)` beside `self.net(x)`, for example.
+    """
+    duplicate = independent_copy(trainer, pl_module)
+    inside, beside = [0], dict[str, None]()
+    module = resolve(duplicate, path)
+    for name, layer in module.named_modules():
+        if kind_of(layer) in WEIGHTED and layer is not module:
+            layer.register_forward_pre_hook(
+                lambda *_, name=name: None if inside[0] else beside.setdefault(f"{path}.{name}".lstrip("."))
+            )
+    module.register_forward_pre_hook(lambda *_: inside.__setitem__(0, inside[0] + 1), prepend=True)
+    module.register_forward_hook(lambda *_: inside.__setitem__(0, inside[0] - 1), always_call=True)
+    with isolated_rng(), unchanged(pl_module), torch.enable_grad():
+        for batch in batches(trainer, pl_module, 1):
+            _start_hooks(duplicate, batch)
+            with trainer.precision_plugin.train_step_context():
+                run_training_step(duplicate, batch, 0)
+    return list(beside)
 
 
 def _start_hooks(duplicate: LightningModule, batch: Any) -> None:
@@ -136,21 +186,30 @@ def _combined_loader(trainer: Trainer, data: str) -> CombinedLoader:
 
 def _undisturbed(loader: Any, stack: ExitStack) -> Any:
     """Return a loader over the same data that runs in this process and whose generators are put back."""
-    if not isinstance(loader, DataLoader):
-        return loader
+    if isinstance(loader, Iterator):
+        raise CaptureError(
+            f"Expected a dataloader that can be read more than once, but got a {type(loader).__name__}, whose batches "
+            "would be missing from training. Return a DataLoader, or an object whose `__iter__` begins anew."
+        )
     for owner in _owners_of_generators(loader):
         for value in vars(owner).values():
             _put_back(value, stack)
+    # A loader, or a streaming data set, may count what it has yielded: the copy counts for itself.
     probe = copy.copy(loader)
+    if not isinstance(loader, DataLoader):
+        return probe
+    if isinstance(loader.dataset, IterableDataset):
+        probe.__dict__["dataset"] = copy.copy(loader.dataset)
     probe.__dict__.update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
     probe.__dict__["_DataLoader__multiprocessing_context"] = None
     return probe
 
 
-def _owners_of_generators(loader: DataLoader) -> list[Any]:
+def _owners_of_generators(loader: Any) -> list[Any]:
     """Return the loader, its samplers, and its data set with those that it wraps."""
-    owners = [loader, loader.sampler, loader.batch_sampler, getattr(loader.batch_sampler, "sampler", None)]
-    dataset: Any = loader.dataset
+    batch_sampler = getattr(loader, "batch_sampler", None)
+    owners = [loader, getattr(loader, "sampler", None), batch_sampler, getattr(batch_sampler, "sampler", None)]
+    dataset: Any = getattr(loader, "dataset", None)
     while dataset is not None:
         owners.append(dataset)
         dataset = getattr(dataset, "dataset", None)
@@ -171,6 +230,11 @@ def _put_back(value: Any, stack: ExitStack) -> None:
 
 def _transferred(trainer: Trainer, pl_module: LightningModule, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
+    if next((p.dtype for p in pl_module.parameters() if p.is_floating_point()), torch.float32) == torch.float32:
+        # What is calibrated is float32 in any precision of training.
+        batch = apply_to_collection(
+            batch, Tensor, lambda tensor: tensor.float() if tensor.is_floating_point() else tensor
+        )
     batch = pl_module._on_before_batch_transfer(batch, dataloader_idx=0)
     device = next((p.device for p in pl_module.parameters()), torch.device("cpu"))
     return pl_module._apply_batch_transfer_handler(batch, device=device, dataloader_idx=0)

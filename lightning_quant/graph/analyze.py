@@ -145,7 +145,7 @@ def analyze(
     with evaluation_mode(root):
         splitter.split("")
     rows = splitter.rows + list(_never_called(root, splitter.rows))
-    _check_patterns(selection, rows)
+    check_patterns(selection, rows)
     plan = Plan(recipe, runtime, module, tuple(island.plan for island in splitter.islands), tuple(rows))
     if not plan.num_quantized:
         raise PlanError(_nothing(root, rows, splitter.reason))
@@ -231,7 +231,12 @@ def _never_called(root: nn.Module, rows: list[Row]) -> Iterator[Row]:
             yield Row(path, type(child).__name__, "float", reason or "the captured call never reaches it")
 
 
-def _check_patterns(selection: Selection, rows: list[Row]) -> None:
+def check_patterns(selection: Selection, rows: list[Row]) -> None:
+    """Make sure that every pattern of the user names something.
+
+    Raises:
+        PlanError: one matches no row.
+    """
     for argument, patterns in (("include", selection.include), ("exclude", selection.exclude)):
         for pattern in patterns:
             if pattern != "*" and not any(matches(pattern, row.name, row.kind) for row in rows):

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
+from torch.nn.utils import parametrize
 
 _MODULES: dict[type, str] = {
     nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d",
@@ -115,7 +116,8 @@ def describe(node: fx.Node, root: nn.Module) -> Operation:
 
 def kind_of(module: nn.Module) -> str:
     """Return what a module does, or "other"."""
-    return _MODULES.get(type(module), "other")
+    # A parametrization, weight norm say, puts a class of its own before the layer's.
+    return _MODULES.get(parametrize.type_before_parametrizations(module), "other")
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -166,8 +168,8 @@ def multiply_adds(node: fx.Node, kind: str, weight: Tensor | None) -> int:
 
 
 def _describe_module(path: str, module: nn.Module) -> Operation:
-    kind = _MODULES.get(type(module), "other")
-    name = type(module).__name__
+    kind = kind_of(module)
+    name = parametrize.type_before_parametrizations(module).__name__
     if kind in WEIGHTED:
         return Operation(kind, name, f"{path}.weight", f"{path}.bias" if module.bias is not None else "")
     if kind == "global_avg_pool" and module.output_size not in (1, (1, 1)):

@@ -58,9 +58,11 @@ class Row:
     Attributes:
         name: qualified name of the layer, or of the module and operation ("layer1.0.add").
         kind: layer type or operation.
-        action: "int8", "fused" (into the operator that `reason` names) or "float".
-        reason: why, for everything that is not int8.
+        action: "float", "fused" (into the operator that `reason` names), or how it is quantized: "int8" in graphs, the
+            action of a `Scheme` in layers.
+        reason: why, for everything that is not as the recipe asks.
         macs: multiply-adds of one captured call.
+        weights: values of its weights, in plans of layers; tied ones count for the first layer that has them.
     """
 
     name: str
@@ -68,6 +70,7 @@ class Row:
     action: str
     reason: str = ""
     macs: int = 0
+    weights: int = 0
 
 
 @dataclass(frozen=True)
@@ -104,18 +107,24 @@ class Plan:
 
     @property
     def num_quantized(self) -> int:
-        """Number of operators that run in integers."""
-        return sum(len(graph.operators) for graph in self.graphs)
+        """Number of operators or layers that are quantized."""
+        return sum(row.action not in ("float", "fused") for row in self.rows)
 
     @property
     def coverage(self) -> float:
-        """Share of the module's multiply-adds that run in integers, in [0, 1]."""
+        """Share of the module's multiply-adds in quantized operators or layers, in [0, 1]."""
         total = sum(row.macs for row in self.rows)
-        return sum(row.macs for row in self.rows if row.action == "int8") / total if total else 0.0
+        return sum(row.macs for row in self.rows if row.action != "float") / total if total else 0.0
+
+    @property
+    def stored_share(self) -> float:
+        """Share of the weights' values that are stored with fewer bits, in [0, 1], in plans of layers."""
+        total = sum(row.weights for row in self.rows)
+        return sum(row.weights for row in self.rows if row.action != "float") / total if total else 0.0
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists that JSON can hold."""
-        return {**asdict(self), "coverage": self.coverage}
+        return {**asdict(self), "coverage": self.coverage, "stored_share": self.stored_share}
 
     def __str__(self) -> str:
         from lightning_quant.tables import text_table

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from lightning_quant.calls import CallSpec, rebuild_call
 from lightning_quant.errors import ExportError
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, first_line, quiet
+from lightning_quant.runtimes._onnx_layers import translations
 from lightning_quant.signature import output_names
 
 
@@ -49,6 +50,7 @@ def export_onnx(
                 dynamic_shapes=dynamic_shapes(spec, dynamic),
                 input_names=list(spec.names),
                 output_names=output_names(example_output, spec.names),
+                custom_translation_table=translations(),
                 verbose=False,
             )
     except (torch.onnx.errors.OnnxExporterError, torch.onnx.OnnxExporterError, RuntimeError) as error:

@@ -35,6 +35,9 @@ REQUIRES = ("torchao",)
 # Decibels by which simulation and artifact are closer to each other than simulation and float.
 PARITY_MARGIN_DB = 3.0
 MODEL_FILE = "model.pt2"
+# Recipes of layers do not run here.
+HALF_ARITHMETIC = None
+IN_PROCESS = False
 _FLOAT = "Inductor computes it in float"
 TABLE = OperatorTable(
     weighted=frozenset({"conv2d", "linear"}),

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_quant.errors import ArtifactError, ExportError
+from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
@@ -34,6 +34,9 @@ REQUIRES = ("onnxruntime", "onnx", "onnxscript")
 # Decibels by which simulation and artifact are closer to each other than simulation and float.
 PARITY_MARGIN_DB = 10.0
 MODEL_FILE = "model.onnx"
+# The CPU has no kernels for half precision: it is for storage, and weights become float when a session starts.
+HALF_ARITHMETIC = False
+IN_PROCESS = False
 _WITHOUT_KERNEL = (
     *(
         "conv_transpose1d",
@@ -109,7 +112,12 @@ class OnnxRuntimeModule(LoadedModule):
         values = [_to_numpy(tensor, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         # An input that the result does not depend on is no input of the graph.
         named = {i.name: v for i, v in zip(self.signature.inputs, values, strict=True) if i.name in self._names}
-        outputs = [torch.from_numpy(output) for output in self.session.run(None, named)]
+        try:
+            outputs = [torch.from_numpy(output) for output in self.session.run(None, named)]
+        except _refusals() as error:
+            raise QuantizationError(
+                f"Expected inputs that the model can take, such as sequences that it has positions for, but {error}"
+            ) from error
         device = tensors[0].device if tensors else torch.device("cpu")
         return [output.to(device) for output in outputs]
 

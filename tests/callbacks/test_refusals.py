@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from lightning.pytorch import Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_models import BATCH, Classifier, ConvNet, Recorder, WithoutValidation, fit, images, make_trainer
 from torch import Tensor, nn
@@ -99,15 +98,6 @@ def test_runtime_that_is_not_installed(kind: Kind, folder: Path, monkeypatch: py
 def test_unknown_choice(kind: Kind, argument: str, value: str) -> None:
     with pytest.raises(MisconfigurationException, match=rf"`{argument}` to be one of .*{value}"):
         kind(**{argument: value})
-
-
-def test_strategy_of_several_processes(kind: Kind, folder: Path) -> None:
-    callback = kind(output_dir=folder)
-    trainer = Trainer(accelerator="cpu", devices=2, strategy="ddp", logger=False, enable_checkpointing=False)
-    with pytest.raises(
-        MisconfigurationException, match=r"strategy .* got DDPStrategy\. Train on one device, or .*quantize"
-    ):
-        callback.setup(trainer, Classifier(), "fit")
 
 
 # --- the folder

@@ -1,0 +1,43 @@
+"""Quantized layers: what takes the place of one float layer, weights stored and used as a `Scheme` says.
+
+A new kind of layer is one file with a class derived from `StoredLayer`, and a line in `_CLASSES`.
+"""
+
+from torch import nn
+
+from lightning_quant.layers.attention import StoredAttention
+from lightning_quant.layers.embedding import StoredEmbedding
+from lightning_quant.layers.layer import StoredLayer
+from lightning_quant.layers.linear import StoredLinear
+from lightning_quant.layers.recurrent import StoredCell, StoredRecurrent
+
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CLASSES: tuple[tuple[tuple[type[nn.Module], ...], type[StoredLayer]], ...] = (
+    ((nn.Linear,), StoredLinear),
+    ((nn.Embedding,), StoredEmbedding),
+    ((nn.LSTM, nn.GRU, nn.RNN), StoredRecurrent),
+    ((nn.LSTMCell, nn.GRUCell, nn.RNNCell), StoredCell),
+    ((nn.MultiheadAttention,), StoredAttention),
+    (_CONVOLUTIONS, StoredLayer),
+)
+
+KINDS = tuple(kind for kinds, _ in _CLASSES for kind in kinds)
+
+
+def has_layers(module: nn.Module) -> bool:
+    """Tell whether a layer that has a quantized form is at or under a module."""
+    return any(class_for(child) is not None for child in module.modules())
+
+
+def class_for(layer: nn.Module) -> type[StoredLayer] | None:
+    """Return the class that can take a layer's place; None when there is none.
+
+    A subclass with a forward of its own computes something else than its base, and has none.
+    """
+    kind = type(layer)
+    if (kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils"):
+        return StoredLinear
+    for kinds, stored in _CLASSES:
+        if any(isinstance(layer, base) and kind.forward is base.forward for base in kinds):
+            return stored
+    return None

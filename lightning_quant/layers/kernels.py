@@ -1,0 +1,123 @@
+"""The arithmetic of quantized layers as operators of PyTorch, `torch.ops.lightning_quant.*`, on plain tensors.
+
+As operators they stay whole in exported programs, and a runtime can put its own nodes in their place. They are for
+inference: no gradient passes through them. What was found
+on a Xeon with VNNI and AMX, one thread, 192 rows (milliseconds; 768 to 3072 and 768 to 50257 features):
+
+* float32 5.9 and 116; `onednn.qlinear_pointwise` on packed int8 weights 0.5 and 28; `torch._int_mm`, which packs at
+  each call, 1.6 and 99; torch.ao's dynamic linear, one activation scale for the tensor, 1.8 and 67;
+  `_weight_int8pack_mm` in float32 250 and 4,358, in bfloat16 12 and 258.
+* onednn takes one activation scale. Rows scaled beforehand, with 1.0 for that scale, give one for each row at no cost
+  in the matrix product.
+* Weight-only: turning the whole weight into float first costs 200 for the wide layer, turning 2**18 values at a time,
+  which stay in the cache, 126 to 135; with one row of 1,024 features, 13.6 against 92.6 (float32: 14.1).
+"""
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+# Weights that are turned into float at a time: a megabyte, which stays in a core's cache.
+_BLOCK = 2**18
+_LIBRARY = torch.library.Library("lightning_quant", "DEF")
+_LIBRARY.define("linear_dynamic(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
+_LIBRARY.define("linear_weight_only(Tensor x, Tensor weight, Tensor scale, Tensor? bias) -> Tensor")
+# Packed weights of onednn by the tensor that they were made of, with its version and the sums of its rows.
+_PACKED = WeakIdKeyDictionary()
+
+
+@torch.no_grad()
+def linear_dynamic(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply rows of eight bits, each with a range of its own, by an int8 weight.
+
+    A row is x = step * q + middle with q in [-127, 127], so that x @ w = step * scale * (q @ weight) + middle * sum(w).
+
+    Args:
+        x: `(..., in_features)`, floating point.
+        weight: `(out_features, in_features)`, int8 in [-127, 127].
+        scale: `(out_features,)`, float32.
+        bias: `(out_features,)`, or None.
+
+    Source: rows as in LLM.int8() (Dettmers et al. 2022, section 2.1, vector-wise), with the asymmetric ranges of
+        Jacob et al. 2018, equation 7.
+    """
+    rows = x.reshape(-1, x.shape[-1]).float()
+    if rows.shape[0] == 0:
+        return x.new_empty(*x.shape[:-1], weight.shape[0])
+    high, low = rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True)
+    step = ((high - low) * (1 / 254)).clamp_(min=torch.finfo(torch.float32).tiny)
+    middle = (high + low) * 0.5
+    integers = (rows - middle).mul_(step.reciprocal()).round_().clamp_(-127, 127).to(torch.int8)
+    product, weight_sums = _integer_product(integers, weight, scale)
+    product.mul_(step).addr_(middle.flatten(), weight_sums)
+    if bias is not None:
+        product.add_(bias)
+    return product.to(x.dtype).reshape(*x.shape[:-1], -1)
+
+
+@torch.no_grad()
+def linear_weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply in floating point by a weight that is turned into float a block of rows at a time.
+
+    Args:
+        x: `(..., in_features)`, floating point.
+        weight: `(out_features, in_features)`, int8; or two values of four bits in each, `(out_features,
+            in_features / 2)`.
+        scale: `(out_features,)`; for four bits `(out_features, groups)`.
+        bias: `(out_features,)`, or None.
+    """
+    result = x.new_empty(*x.shape[:-1], weight.shape[0])
+    block = max(1, _BLOCK // x.shape[-1])
+    for start in range(0, weight.shape[0], block):
+        part = slice(start, start + block)
+        if scale.dim() == 1:
+            product = F.linear(x, weight[part].to(x.dtype))
+            torch.mul(product, scale[part].to(x.dtype), out=result[..., part])
+        else:
+            result[..., part] = F.linear(x, unpack(weight[part], scale[part]).to(x.dtype))
+    return result if bias is None else result.add_(bias)
+
+
+def pack(integers: Tensor) -> Tensor:
+    """Put two values of four bits, plus eight, into each byte, the first in the low half, as MatMulNBits has them.
+
+    Args:
+        integers: `(out_features, in_features)`, int8 in [-8, 7], with an even number of input features.
+    """
+    low, high = (integers + 8).view(torch.uint8).unflatten(1, (-1, 2)).unbind(2)
+    return ((high << 4) | low).view(torch.int8)
+
+
+def unpack(packed: Tensor, scale: Tensor) -> Tensor:
+    """Return the float32 weight `(out_features, in_features)` of packed values and scales `(out_features, groups)`."""
+    integers = torch.stack([packed & 15, (packed >> 4) & 15], dim=-1).flatten(1) - 8
+    return (integers.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
+
+
+def _integer_product(rows: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """Return `rows @ weight.T * scale` in float32, and the sums of the dequantized weight's rows."""
+    if not (rows.is_cpu and torch.backends.mkldnn.is_available()):
+        sums = weight.sum(1, dtype=torch.int32) * scale
+        return F.linear(rows.float(), weight.float()) * scale, sums
+    version = 0 if weight.is_inference() else weight._version
+    packed = _PACKED.get(weight)
+    if packed is None or packed[0] != version:
+        sums = weight.sum(1, dtype=torch.int32) * scale
+        zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
+        packed = _PACKED[weight] = (version, torch.ops.onednn.qlinear_prepack(weight, None), zero_points, sums)
+    _, prepacked, zero_points, sums = packed
+    product = torch.ops.onednn.qlinear_pointwise(
+        rows, 1.0, 0, prepacked, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
+    )
+    return product, sums
+
+
+def _shape(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    return x.new_empty(*x.shape[:-1], weight.shape[0])
+
+
+_LIBRARY.impl("linear_dynamic", linear_dynamic, "CompositeExplicitAutograd")
+_LIBRARY.impl("linear_weight_only", linear_weight_only, "CompositeExplicitAutograd")
+torch.library.register_fake("lightning_quant::linear_dynamic", _shape, lib=_LIBRARY)
+torch.library.register_fake("lightning_quant::linear_weight_only", _shape, lib=_LIBRARY)

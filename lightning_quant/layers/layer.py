@@ -1,0 +1,142 @@
+"""What every quantized layer is: a module with stored weights in the place of a float layer."""
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.utils import parametrize
+
+from lightning_quant.layers.storage import Scheme, dequantize, quantize
+from lightning_quant.routing import clone
+
+
+class StoredLayer(nn.Module):
+    """Base of the quantized layers; by itself one that turns its weights into float at each call.
+
+    Buffers are named after the float layer's parameters ("weight", "weight_scale"); what the layer lacks itself, such
+    as `in_features` or `stride`, are the float layer's attributes.
+
+    Attributes:
+        scheme: how the weights are stored and used.
+        names: the float layer's name of each stored weight to the buffer's.
+        shared: the float layer's name of every other parameter to the name here.
+    """
+
+    def __init__(self, float_layer: nn.Module, scheme: Scheme, stored: dict[str, tuple[Tensor, Tensor | None]]) -> None:
+        """Take the place of a float layer, whose other parameters are shared.
+
+        Args:
+            float_layer: left as it is.
+            scheme: how the weights are stored and used.
+            stored: name of each weight to its stored form and scale.
+        """
+        super().__init__()
+        self.scheme = scheme
+        self.names = {name: name.replace(".", "_") for name in stored}
+        for name, (weight, scale) in stored.items():
+            self.register_buffer(self.names[name], weight)
+            if scale is not None:
+                self.register_buffer(f"{self.names[name]}_scale", scale)
+        self.shared = {name: name.replace(".", "_") for name, _ in float_layer.named_parameters() if name not in stored}
+        for name, attribute in self.shared.items():
+            self.register_parameter(attribute, float_layer.get_parameter(name))
+        self.training = float_layer.training
+        # Last: from here on it answers for attributes, names of buffers among them. Not registered: it has no weights.
+        self.__dict__["_float_layer"] = _without_weights(float_layer)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if "_float_layer" not in self.__dict__:
+                raise
+            return getattr(self.__dict__["_float_layer"], name)
+
+    @staticmethod
+    def weight_names(float_layer: nn.Module) -> list[str]:
+        """Return the names of the parameters that are stored: those of more than one dimension that are no biases."""
+        return [
+            name
+            for name, parameter in float_layer.named_parameters()
+            if parameter.dim() > 1 and not name.rpartition(".")[2].startswith("bias")
+        ]
+
+    @staticmethod
+    def rows(float_layer: nn.Module, name: str) -> Tensor:
+        """Return a weight as it is stored, rows first."""
+        return float_layer.get_parameter(name)
+
+    @classmethod
+    def refusal(cls, float_layer: nn.Module, scheme: Scheme, group_size: int) -> str:
+        """Return why a layer has no such form, or an empty text."""
+        if scheme.arithmetic == "integer":
+            return f"no integer kernel for {type(float_layer).__name__} gives each row its own range"
+        return "no 4-bit form" if scheme.storage == "int4" else ""
+
+    def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
+        """Return the stored form of a weight and its scale."""
+        buffer = self.names[name]
+        return self.get_buffer(buffer), self._buffers.get(f"{buffer}_scale")
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the float layer with its weights in float."""
+        values = {name: dequantize(*self.stored(name)) for name in self.names}
+        others = {name: self.get_parameter(attribute) for name, attribute in self.shared.items()}
+        return functional_call(self._float_layer, {**values, **others}, args, kwargs)
+
+    def extra_repr(self) -> str:
+        """Say how the weights are stored."""
+        return f"{type(self._float_layer).__name__}, {self.scheme.action}"
+
+
+def from_float(
+    cls: type[StoredLayer], float_layer: nn.Module, scheme: Scheme, group_size: int, known: dict[Any, Any]
+) -> StoredLayer:
+    """Quantize the weights of a layer.
+
+    Args:
+        cls: which layer to make.
+        float_layer: left as it is.
+        scheme: how to store and use its weights.
+        group_size: of 4-bit weights.
+        known: weights that were stored before, so that tied ones stay tied; gets those stored now.
+    """
+    stored = {}
+    for name in cls.weight_names(float_layer):
+        weight = cls.rows(float_layer, name)
+        key = (weight.data_ptr(), tuple(weight.shape), weight.stride(), scheme.storage)
+        if key not in known:
+            known[key] = quantize(weight.detach(), scheme.storage, group_size)
+        stored[name] = known[key]
+    return cls(float_layer, scheme, stored)
+
+
+def _without_weights(float_layer: nn.Module) -> nn.Module:
+    """Return a copy whose parameters hold no data: shapes and attributes only."""
+    memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in float_layer.parameters()}
+    skeleton = copy.deepcopy(float_layer, memo).eval()
+    for hooks in (skeleton._forward_hooks, skeleton._forward_pre_hooks):
+        hooks.clear()
+    return skeleton
+
+
+def plain(float_layer: nn.Module) -> nn.Module:
+    """Return a layer whose weights are parameters: itself, or a copy where parametrizations or hooks compute them."""
+    parametrized = list(float_layer.parametrizations) if parametrize.is_parametrized(float_layer) else []  # type: ignore
+    by_hooks = [name for name, value in vars(float_layer).items() if isinstance(value, Tensor)]
+    if not parametrized and not by_hooks:
+        return float_layer
+    duplicate = clone(float_layer)
+    if parametrized:
+        # Not by `remove_parametrizations`, which would write into the shared parameters.
+        del duplicate.parametrizations
+        duplicate.__class__ = type(float_layer).__bases__[0]
+    for name in (*parametrized, *by_hooks):
+        value = getattr(float_layer, name).detach()
+        for source in [source for source in duplicate._parameters if source.startswith(f"{name}_")]:
+            del duplicate._parameters[source]
+        duplicate.__dict__.pop(name, None)
+        duplicate.register_parameter(name, nn.Parameter(value, requires_grad=False))
+    duplicate._forward_pre_hooks.clear()
+    return duplicate

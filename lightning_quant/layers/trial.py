@@ -1,0 +1,177 @@
+"""Which scheme a layer can bear: tried where the float model calls the layer, on what it reads there."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_quant.convert import signal_to_noise
+from lightning_quant.graph.table import Selection
+from lightning_quant.layers import KINDS, class_for
+from lightning_quant.layers.layer import StoredLayer, from_float, plain
+from lightning_quant.layers.storage import SCHEMES, Scheme, dequantize
+from lightning_quant.recipe import LayerRecipe
+
+_BITS = {"int4": 4, "int8": 8, "float16": 16, "bfloat16": 16}
+
+
+class Trial:
+    """The search for the first scheme whose output is close enough to the float layer's.
+
+    Attributes:
+        names: the places where the layer stands.
+        float_layer: the layer.
+        kind: its type.
+        layer: the quantized layer so far; None where the layer stays float.
+        unwanted: why it stays float whatever its outputs; empty when it may be quantized.
+        macs: multiply-adds of the calls seen.
+    """
+
+    def __init__(self, name: str, float_layer: nn.Module, recipe: LayerRecipe, known: dict[Any, Any]) -> None:
+        self.names, self.float_layer = [name], float_layer
+        self.kind = type(float_layer).__name__.removeprefix("Parametrized")
+        self.layer: StoredLayer | None = None
+        self.unwanted = ""
+        self.macs = 0
+        self._recipe, self._known = recipe, known
+        self._schemes: list[Scheme] = []
+        self._notes: list[str] = []
+        self._num_calls = 0
+
+    def allow(self, stored_class: type[StoredLayer], schemes: list[Scheme]) -> None:
+        """Let the layer be tried with the schemes that its class has a form for."""
+        self._stored_class = stored_class
+        for scheme in schemes:
+            refusal = stored_class.refusal(plain(self.float_layer), scheme, self._recipe.group_size)
+            if refusal:
+                self._notes.append(f"{scheme.action}: {refusal}")
+            else:
+                self._schemes.append(scheme)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The float layer's weights."""
+        return [p for p in self.float_layer.parameters() if p.dim() > 1]
+
+    @property
+    def bits(self) -> int:
+        """Bits of a stored value."""
+        return 32 if self.layer is None else _BITS[self.layer.scheme.storage]
+
+    @property
+    def reason(self) -> str:
+        """Why the layer does not have the scheme that the recipe wants; empty when it has."""
+        return self.unwanted or "; ".join(self._notes)
+
+    def see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        """Take one call of the float layer into account; a forward hook."""
+        self._num_calls += 1
+        self.macs += _multiply_adds(module, args, output)
+        while not self.unwanted and (layer := self._advance()) is not None:
+            if self._is_close(signal_to_noise(output, layer(*args, **kwargs))):
+                return
+
+    def finish(self) -> None:
+        """Judge a layer that was never called by its weights."""
+        if self._num_calls or self.unwanted:
+            return
+        self._schemes = [scheme for scheme in self._schemes if scheme.arithmetic != "integer"]
+        self._notes.append("not called on the captured call: judged by its weights")
+        while (layer := self._advance()) is not None:
+            rows = {name: layer.rows(plain(self.float_layer), name) for name in layer.names}
+            stored = {name: dequantize(*layer.stored(name)) for name in layer.names}
+            if self._is_close(signal_to_noise(rows, stored)):
+                return
+
+    def follow(self, other: "Trial") -> None:
+        """Take the form in which another layer needs a weight that both share."""
+        storage = None if other.layer is None else other.layer.scheme.storage
+        self._schemes = [] if storage is None else [s for s in self._schemes if s.storage == storage]
+        self.layer = None
+        self._notes.append(f"its weight is that of {other.names[0]}, which is stored with {other.bits} bits")
+        self._advance()
+
+    def _advance(self) -> StoredLayer | None:
+        """Return the layer of the current scheme, made now unless it exists; None when there is no scheme left."""
+        if self.layer is None and self._schemes:
+            known = dict(self._known)
+            self.layer = from_float(
+                self._stored_class, plain(self.float_layer), self._schemes[0], self._recipe.group_size, known
+            )
+            self._added = known.keys() - self._known.keys()
+            self._known.update(known)
+        return self.layer
+
+    def _is_close(self, ratio_db: float) -> bool:
+        if ratio_db >= self._recipe.floor_db:
+            return True
+        self._notes.append(
+            f"{self._schemes[0].action}: {ratio_db:.1f} dB signal-to-noise where {self._recipe.floor_db:g} are wanted"
+        )
+        for key in self._added:
+            del self._known[key]
+        self.layer = None
+        self._schemes = self._schemes[1:]
+        return False
+
+
+def trials(model: nn.Module, recipe: LayerRecipe, selection: Selection, *, half_arithmetic: bool) -> dict[str, Trial]:
+    """Return a trial for every layer with weights, by the first name of its place.
+
+    Args:
+        model: the float module.
+        recipe: what is tried.
+        selection: what the user wants.
+        half_arithmetic: whether the runtime computes in half precision; otherwise only weights are stored so.
+    """
+    schemes = [SCHEMES[name] for name in recipe.schemes]
+    if not half_arithmetic:
+        schemes = [replace(s, arithmetic="float") if s.arithmetic == "half" else s for s in schemes]
+    known: dict[Any, Any] = {}
+    found: dict[int, Trial] = {}
+    inside: list[str] = []
+    for name, module in model.named_modules(remove_duplicate=False):
+        if id(module) in found:
+            found[id(module)].names.append(name)
+            continue
+        if any(name.startswith(f"{outer}.") for outer in inside):
+            continue
+        stored_class = class_for(module)
+        has_weights = any(p.dim() > 1 for p in module.parameters(recurse=False))
+        if stored_class is None and not has_weights:
+            continue
+        trial = found[id(module)] = Trial(name or type(module).__name__, module, recipe, known)
+        if stored_class is not None:
+            inside.append(name)
+        trial.unwanted = selection.refusal(trial.names[0], trial.kind) or _refusal(module, stored_class, name)
+        if not trial.unwanted and stored_class is not None:
+            trial.allow(stored_class, schemes)
+    return {trial.names[0]: trial for trial in found.values()}
+
+
+def _refusal(module: nn.Module, stored_class: type[StoredLayer] | None, name: str) -> str:
+    if stored_class is None:
+        base = next((kind for kind in KINDS if isinstance(module, kind)), None)
+        return (
+            f"it overrides the forward of {base.__name__}" if base else f"no quantized form of {type(module).__name__}"
+        )
+    if not name:
+        return "it is the module itself: wrap it in another one"
+    if module._forward_pre_hooks and plain(module) is module:
+        return "it has forward pre-hooks"
+    return ""
+
+
+@torch.no_grad()
+def _multiply_adds(module: nn.Module, args: Any, output: Any) -> int:
+    """Return values of the weights times places where they are applied; a table's values are only read."""
+    if isinstance(module, nn.Embedding):
+        return 0
+    weights = sum(p.numel() for p in module.parameters() if p.dim() > 1)
+    first = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
+    if isinstance(module, nn.modules.conv._ConvNd):
+        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
+        return (args[0].numel() // module.in_channels if transposed else first.numel() // module.out_channels) * weights
+    return first.numel() // max(1, first.shape[-1]) * weights

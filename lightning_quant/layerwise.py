@@ -1,0 +1,222 @@
+"""Quantization layer by layer: dynamic, weight-only and half precision, without a graph and without calibration.
+
+One call of the float model decides: each layer is tried where it runs, on what it really reads, and the safest scheme
+that is needed takes its place. Layers that stay float, and all that is no layer, are shared with the float model.
+"""
+
+import inspect
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant import recipe as recipes
+from lightning_quant import runtimes
+from lightning_quant.calls import CallSpec, flatten_call
+from lightning_quant.captured import CapturedModel
+from lightning_quant.errors import PlanError
+from lightning_quant.graph.analyze import check_patterns, own_signature
+from lightning_quant.graph.plan import Plan, Row
+from lightning_quant.graph.table import Selection
+from lightning_quant.layers.layer import StoredLayer
+from lightning_quant.layers.trial import Trial, trials
+from lightning_quant.recipe import AnyRecipe, LayerRecipe
+from lightning_quant.routing import clone, evaluation_mode, resolve
+
+
+class Layerwise(CapturedModel):
+    """A float module, the plan for its layers, and the quantized layers that can take their places.
+
+    Attributes:
+        layers: name of every place to the quantized layer for it; a layer that is used in two places is one object.
+        outputs: what the float module and the quantized one make of the captured call.
+    """
+
+    def __init__(
+        self,
+        root: nn.Module,
+        signature: inspect.Signature,
+        spec: CallSpec,
+        tensors: list[Tensor],
+        recipe: LayerRecipe,
+        plan: Plan,
+        layers: dict[str, StoredLayer],
+        selection: Selection,
+    ) -> None:
+        self.root, self.signature, self.spec, self.tensors = root, signature, spec, tensors
+        self.recipe, self.plan, self.layers, self.selection = recipe, plan, layers, selection
+        self.varying: set[tuple[str, int]] = set()
+        self.outputs: tuple[Any, Any] = (None, None)
+
+    def compare(self) -> None:
+        """Run the float module and the quantized one on the captured call, and keep what they answer.
+
+        Raises:
+            PlanError: the quantized one cannot be called: its code reads a weight that is now stored otherwise.
+        """
+        args, kwargs = self.call(self.tensors)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(self.root):
+            float_output = self.root(*args, **kwargs)
+            try:
+                with self.attached():
+                    self.outputs = float_output, self.root(*args, **kwargs)
+            except (RuntimeError, TypeError) as error:
+                raise PlanError(
+                    f"Expected {type(self.root).__name__} to run with quantized layers, but {error}. If its code uses "
+                    "the weight of a layer beside the layer, keep that layer float with `exclude`."
+                ) from error
+
+    def release(self) -> None:
+        """Give up the quantized layers, once they are on disk; the outputs stay."""
+        self.layers = {}
+
+    def quantized(self) -> nn.Module:
+        """Return a copy of the module with the quantized layers in place; other tensors are shared."""
+        duplicate = clone(self.root).eval()
+        place(duplicate, self.layers)
+        return duplicate
+
+    @contextmanager
+    def attached(self, phase: str = "frozen") -> Iterator[None]:
+        """Put the quantized layers into the float module for the time of a block."""
+        before = {name: resolve(self.root, name) for name in self.layers}
+        place(self.root, self.layers)
+        try:
+            yield
+        finally:
+            place(self.root, before)
+
+    def detach(self) -> None:
+        """Do nothing: outside of `attached` the module is as it was."""
+
+    def bound_to(self, root: nn.Module, tensors: list[Tensor] | None = None) -> "Layerwise":
+        """Return the layers of another module of the same structure, chosen anew on its weights."""
+        args, kwargs = self.call(self.tensors if tensors is None else tensors)
+        other = quantize_layers(
+            root,
+            args,
+            kwargs,
+            recipe=self.recipe,
+            runtime=self.plan.runtime,
+            selection=self.selection,
+            module=self.plan.module,
+        )
+        other.varying = self.varying
+        return other
+
+
+def quantize_layers(
+    model: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    *,
+    recipe: str | AnyRecipe,
+    runtime: str = "torch",
+    selection: Selection | None = None,
+    module: str = "",
+) -> Layerwise:
+    """Choose a scheme for each layer of a module from one call, and quantize it; the module is left as it was.
+
+    Args:
+        model: the float module.
+        args: positional arguments of one real call.
+        kwargs: keyword arguments of the same call.
+        recipe: schemes and how close to float they must be.
+        runtime: name of the runtime, which says how half precision is computed.
+        selection: patterns of layers to include and exclude.
+        module: the module's qualified name, for the plan.
+
+    Raises:
+        PlanError: no layer can be quantized, or a pattern names none.
+    """
+    chosen = recipes.get(recipe)
+    if not isinstance(chosen, LayerRecipe):
+        raise PlanError(f"Expected `recipe` to quantize layers, but {chosen.name!r} needs `prepare` and calibration.")
+    selection = selection or Selection()
+    signature = own_signature(model)
+    spec, tensors = flatten_call(signature, args, kwargs or {})
+    where = runtimes.get(runtime, exporting=True)
+    if where.HALF_ARITHMETIC is None:
+        raise PlanError(f"Expected `runtime` to run quantized layers for {chosen.name!r}, but {runtime!r} does not.")
+    found = trials(model, chosen, selection, half_arithmetic=where.HALF_ARITHMETIC)
+    _run(model, list(found.values()), args, kwargs or {})
+    for trial in found.values():
+        trial.finish()
+    _keep_ties(found)
+    rows = tuple(_rows(found))
+    check_patterns(selection, list(rows))
+    layers = {name: trial.layer for trial in found.values() if trial.layer is not None for name in trial.names}
+    plan = Plan(chosen.name, runtime, module, (), rows)
+    if not layers:
+        reasons = "; ".join(f"{row.name} ({row.kind}): {row.reason}" for row in rows[:3]) or "it has no such layer"
+        raise PlanError(
+            f"Expected {type(model).__name__} to have a layer for recipe {chosen.name!r}, but nothing can be "
+            f"quantized: {reasons}."
+        )
+    quantized = Layerwise(model, signature, spec, tensors, chosen, plan, layers, selection)
+    quantized.compare()
+    return quantized
+
+
+def place(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
+    """Put layers in the places of those names; hooks of what stood there move with the place."""
+    for name, layer in layers.items():
+        owner, _, attribute = name.rpartition(".")
+        parent = resolve(root, owner)
+        old = parent._modules[attribute]
+        for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
+            setattr(layer, hooks, getattr(old, hooks))
+        parent._modules[attribute] = layer
+    for module in root.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            # Its fast path would pass stored weights to a float kernel.
+            stored = any(isinstance(child, StoredLayer) for child in module.modules())
+            module.activation_relu_or_gelu = 0 if stored else _activation_code(module.activation)
+
+
+def _activation_code(activation: Any) -> int:
+    """Return what the constructor of `nn.TransformerEncoderLayer` makes of an activation."""
+    if activation is nn.functional.relu or isinstance(activation, nn.ReLU):
+        return 1
+    return 2 if activation is nn.functional.gelu or isinstance(activation, nn.GELU) else 0
+
+
+@torch.no_grad()
+def _run(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Call the float model once; every layer's trial sees what the layer reads and answers."""
+    handles = [trial.float_layer.register_forward_hook(trial.see, with_kwargs=True) for trial in found]
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with torch.random.fork_rng(devices=[]), evaluation_mode(model):
+            model(*args, **kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+        for handle in handles:
+            handle.remove()
+
+
+def _keep_ties(found: dict[str, Trial]) -> None:
+    """Give layers that share a weight one form of it: the form of the one that needs most bits."""
+    by_weight: dict[int, list[Trial]] = {}
+    for trial in found.values():
+        for weight in trial.weights:
+            by_weight.setdefault(weight.data_ptr(), []).append(trial)
+    for sharing in by_weight.values():
+        neediest = max(sharing, key=lambda trial: trial.bits)
+        for trial in sharing:
+            if trial.bits != neediest.bits:
+                trial.follow(neediest)
+
+
+def _rows(found: dict[str, Trial]) -> Iterator[Row]:
+    counted: set[int] = set()
+    for name, trial in found.items():
+        weights = [weight for weight in trial.weights if weight.data_ptr() not in counted]
+        counted.update(weight.data_ptr() for weight in weights)
+        values = 0 if trial.unwanted else sum(weight.numel() for weight in weights)
+        action = "float" if trial.layer is None else trial.layer.scheme.action
+        yield replace(Row(name, trial.kind, action, trial.reason, trial.macs), weights=values)

@@ -1,0 +1,92 @@
+"""A model that the user built, filled with the tensors of an artifact."""
+
+import json
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from lightning_quant.errors import ArtifactError
+from lightning_quant.layers import StoredLayer, class_for
+from lightning_quant.layers.layer import plain
+from lightning_quant.layers.storage import SCHEMES
+from lightning_quant.layerwise import place
+from lightning_quant.routing import resolve
+
+
+def fill(model: nn.Module, path: Path) -> nn.Module:
+    """Replace a float model's layers by stored ones and set all its tensors; on error it is left as it was.
+
+    Args:
+        model: of the structure of the one that was quantized; returned.
+        path: file of tensors.
+
+    Raises:
+        ArtifactError: the model has another structure; the message names what differs.
+    """
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    schemes, aliases = (json.loads(metadata[key]) for key in ("layers", "aliases"))
+    tensors |= {name: tensors[first] for name, first in aliases.items()}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = sorted(set(schemes) - set(modules))
+    if missing:
+        raise ArtifactError(
+            f"Expected `into` to have the structure of the model that was quantized, but it has no {missing[0]!r}. "
+            "Build it with the same code and configuration."
+        )
+    layers: dict[str, StoredLayer] = {}
+    for name, scheme in schemes.items():
+        layers[name] = _stored(modules[name], name, scheme, tensors)
+    for name, module in modules.items():
+        first = next((n for n in layers if modules[n] is module), None)
+        if first is not None:
+            layers[name] = layers[first]
+    before = {name: modules[name] for name in layers}
+    place(model, layers)
+    try:
+        _set_tensors(model, tensors)
+    except ArtifactError:
+        place(model, before)
+        raise
+    return model.eval()
+
+
+def _stored(float_layer: nn.Module, name: str, scheme: str, tensors: dict[str, Tensor]) -> StoredLayer:
+    stored_class = class_for(float_layer)
+    if stored_class is None or scheme not in SCHEMES:
+        raise ArtifactError(
+            f"Expected {name!r} of `into` to be a layer for {scheme!r}, but got {type(float_layer).__name__}."
+        )
+    layer = plain(float_layer)
+    stored = {}
+    for weight in stored_class.weight_names(layer):
+        key = f"{name}.{weight.replace('.', '_')}"
+        if key not in tensors:
+            raise ArtifactError(f"Expected the artifact to hold {key!r} for `into`, but it does not.")
+        stored[weight] = (tensors[key], tensors.get(f"{key}_scale"))
+    return stored_class(layer, SCHEMES[scheme], stored)
+
+
+def _set_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Set every parameter and buffer by name; parameters become new objects, so that others keep theirs."""
+    named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    for name, tensor in named.items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "nothing of that name"
+            raise ArtifactError(
+                f"Expected the artifact to hold {name!r} of shape {tuple(tensor.shape)} for `into`, but it holds "
+                f"{found}."
+            )
+    made: dict[int, nn.Parameter] = {}
+    for name in named:
+        owner, _, attribute = name.rpartition(".")
+        module = resolve(model, owner)
+        if attribute in module._parameters:
+            value = tensors[name]
+            parameter = made.setdefault(id(value), nn.Parameter(value, requires_grad=False))
+            module._parameters[attribute] = parameter
+        else:
+            module._buffers[attribute] = tensors[name]
