@@ -119,6 +119,8 @@ class Matcher:
 
     def _fuse_pad(self, unit: _Unit) -> None:
         pad = unit.source[0]
+        if not self.table.fuses_pad:
+            return
         if self.operations[pad].kind != "pad" or len(pad.users) != 1 or not unit.operation.kind.startswith("conv"):
             return
         fake = pad.meta.get("fake")

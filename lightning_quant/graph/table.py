@@ -18,6 +18,7 @@ class OperatorTable:
         reasons: kind to reason, for kinds that stay float.
         fuses_add: whether a convolution adds another quantized tensor before it rounds, so that nothing is rounded
             between convolution and addition.
+        fuses_pad: whether a padding before a convolution disappears in it; otherwise what it makes is quantized.
     """
 
     weighted: frozenset[str]
@@ -27,6 +28,7 @@ class OperatorTable:
     shared_scale: frozenset[str]
     reasons: Mapping[str, str] = field(default_factory=dict)
     fuses_add: bool = False
+    fuses_pad: bool = True
 
 
 @dataclass(frozen=True)

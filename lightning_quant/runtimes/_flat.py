@@ -33,9 +33,12 @@ def example_tensors(spec: CallSpec, tensors: list[Tensor], dynamic: dict[str, di
     return [_widen(t, dynamic.get(name, {})).cpu() for name, t in zip(spec.names, tensors, strict=True)]
 
 
-def dynamic_shapes(spec: CallSpec, dynamic: dict[str, dict[int, str]]) -> tuple[Any, ...] | None:
-    """Return what `torch.export` wants to know of the dimensions that may vary; None when none may."""
-    dims = {name: torch.export.Dim(name) for dimensions in dynamic.values() for name in dimensions.values()}
+def dynamic_shapes(
+    spec: CallSpec, dynamic: dict[str, dict[int, str]], limits: dict[str, int] | None = None
+) -> tuple[Any, ...] | None:
+    """Return what `torch.export` wants to know of the dimensions that may vary, up to limits; None when none may."""
+    names = {name for dimensions in dynamic.values() for name in dimensions.values()}
+    dims = {name: torch.export.Dim(name, max=(limits or {}).get(name)) for name in names}
     shapes = tuple({i: dims[n] for i, n in dynamic.get(name, {}).items()} or None for name in spec.names)
     return (shapes,) if any(shapes) else None
 

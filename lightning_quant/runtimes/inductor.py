@@ -53,6 +53,7 @@ TABLE = OperatorTable(
         "softmax": "kept float: eight bits are too few for its tails",
     },
     fuses_add=True,
+    fuses_pad=False,
 )
 # How the integer kernels' names begin.
 _KERNELS = {"conv2d": "qconv", "linear": "qlinear"}

@@ -1,0 +1,369 @@
+"""Runtime `executorch`: a .pte program for phones and small devices, whose integer operators XNNPACK carries out.
+
+What the table says was tried on ExecuTorch 1.5 with torch 2.13, with the operators of the lowered graphs counted:
+- XNNPACK knows int8 activations, not uint8: the same values with another zero point. It quantizes biases itself.
+- A linear layer runs in integers only when its output is quantized, too.
+- Average pools run in float; a padding is no part of a convolution.
+- Memory is planned for the largest sizes, so dimensions that vary have an upper bound.
+
+Loading a program runs native code of the wheel on what the file says: load only what you trust.
+"""
+
+import collections
+import functools
+import inspect
+import json
+import re
+import tempfile
+import weakref
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_quant.calls import CallSpec
+from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+from lightning_quant.graph.plan import Operator
+from lightning_quant.graph.table import OperatorTable
+from lightning_quant.loaded import LoadedModule
+from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, first_line, quiet
+from lightning_quant.runtimes._standalone import torch_inputs
+from lightning_quant.signature import Signature
+
+REQUIRES = ("executorch", "torchao")
+# Decibels by which simulation and artifact are closer to each other than simulation and float.
+PARITY_MARGIN_DB = 3.0
+MODEL_FILE = "model.pte"
+# Largest batch of a program, unless the captured one is larger; other dimensions may grow by this factor.
+_MAX_BATCH, _MAX_GROWTH = 64, 4
+_FLOAT = "XNNPACK computes it in float"
+TABLE = OperatorTable(
+    weighted=frozenset({"conv1d", "conv2d", "linear"}),
+    fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
+    float_output=frozenset(),
+    own_scale=frozenset({"add", "mul"}),
+    shared_scale=frozenset({"reshape", "max_pool", "pass"}),
+    reasons={
+        **dict.fromkeys(("sub", "matmul", "avg_pool", "global_avg_pool", "attention", "tanh", "sigmoid"), _FLOAT),
+        **dict.fromkeys(("leaky_relu", "hardswish", "hardsigmoid", "gelu", "silu", "mish", "elu", "prelu"), _FLOAT),
+        **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv3d", "selu"), _FLOAT),
+        **dict.fromkeys(("softplus", "layer_norm", "group_norm", "log_softmax"), _FLOAT),
+        "cat": "XNNPACK wants one scale for all that it joins",
+        "softmax": "kept float: eight bits are too few for its tails",
+    },
+    fuses_pad=False,
+)
+# What XNNPACK calls the operators of each kind; integer ones are counted with `_INTEGER` after their names.
+_NODES = {
+    "conv1d": ("XNNConv2d", "XNNDepthwiseConv2d"),
+    "conv2d": ("XNNConv2d", "XNNDepthwiseConv2d"),
+    "linear": ("XNNFullyConnected",),
+    "add": ("XNNAdd",),
+    "mul": ("XNNMultiply",),
+}
+_INTEGER = "_int8"
+
+
+class ExecuTorchModule(LoadedModule):
+    """A .pte program that is called like the module it came from; tensors come back on the device of the inputs.
+
+    Raises:
+        ArtifactError: ExecuTorch refuses the program, or its inputs and outputs are not those of the signature.
+    """
+
+    def __init__(self, path: Path, signature: Signature, *, threads: int | None = None) -> None:
+        super().__init__(signature)
+        _use_threads(threads)
+        try:
+            # The method points into the program.
+            self.program = _program(path)
+        except (RuntimeError, ValueError) as error:
+            raise ArtifactError(f"Expected {path} to be a program of ExecuTorch, but {first_line(error)}") from error
+        self.method = self.program.load_method("forward")
+        self.limits = _check_fits(self.method.metadata, signature, path)
+
+    def run(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run the program's method."""
+        device = tensors[0].device if tensors else torch.device("cpu")
+        for info, tensor, limit in zip(self.signature.inputs, tensors, self.limits, strict=True):
+            if any(size > most for size, most in zip(tensor.shape, limit, strict=True)):
+                raise QuantizationError(
+                    f"Expected `{info.name}` to be at most {limit} large, for which the program plans its memory, but "
+                    f"got {tuple(tensor.shape)}. Call it with smaller batches, or export from a larger one."
+                )
+        inputs = [
+            t.detach().to("cpu", getattr(torch, info.dtype)).contiguous()
+            for info, t in zip(self.signature.inputs, tensors, strict=True)
+        ]
+        # Results lie in the program's own memory, which the next call overwrites.
+        return [output.clone().to(device) for output in self.method.execute(inputs)]
+
+
+def export(
+    module: nn.Module,
+    signature: inspect.Signature,
+    spec: CallSpec,
+    tensors: list[Tensor],
+    path: Path,
+    *,
+    dynamic: dict[str, dict[int, str]],
+) -> None:
+    """Lower a module to XNNPACK and write the program; arguments as for ONNX.
+
+    Raises:
+        ExportError: torch.export or ExecuTorch refuses the module, with the reason.
+    """
+    examples = tuple(example_tensors(spec, tensors, dynamic))
+    limits = {
+        label: max(_MAX_BATCH, size) if label == "batch" else _MAX_GROWTH * size
+        for name, tensor in zip(spec.names, examples, strict=True)
+        for dimension, label in dynamic.get(name, {}).items()
+        for size in [tensor.shape[dimension]]
+    }
+    shapes = dynamic_shapes(spec, dynamic, limits)
+    flat = Flat(module, signature, spec).eval()
+    try:
+        with quiet(), torch.no_grad():
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+
+            graph_module = _as_xnnpack_reads_it(torch.export.export(flat, examples, dynamic_shapes=shapes).module())
+            program = torch.export.export(
+                graph_module, examples, dynamic_shapes=shapes[0] if shapes is not None else None
+            )
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            _restore_bounds(lowered.exported_program())
+            path.write_bytes(lowered.to_executorch().buffer)
+            _check_sizes_follow(path, flat, examples, dynamic)
+    except ExportError:
+        raise
+    except _refusals() as error:
+        raise ExportError(
+            f"Expected ExecuTorch to lower the module, but it says: {first_line(error)}. Name a child module that "
+            'exports (`module="..."`), or exclude what does not.'
+        ) from error
+
+
+def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> ExecuTorchModule:
+    """Load an artifact's program; the option is `threads`, which holds for all programs of a process."""
+    return ExecuTorchModule(folder / files["model"], signature, **options)
+
+
+def check(path: Path) -> None:
+    """Load a written program once.
+
+    Raises:
+        ExportError: ExecuTorch refuses it.
+    """
+    try:
+        _program(path)
+    except RuntimeError as error:
+        raise ExportError(f"Expected ExecuTorch to load the program, but it says: {first_line(error)}") from error
+
+
+def standalone(files: dict[str, str], signature: Signature) -> str:
+    """Return lines that run an artifact's program with ExecuTorch alone, in the artifact's folder."""
+    names = [info.name for info in signature.outputs]
+    return f"""import torch
+from executorch.runtime import Runtime
+
+method = Runtime.get().load_program({files["model"]!r}).load_method("forward")
+{torch_inputs(signature)}
+outputs = dict(zip({names!r}, method.execute(list(inputs.values()))))
+"""
+
+
+def count_operators(path: Path) -> dict[str, int]:
+    """Return how often each XNNPACK operator occurs in a program's delegates, and each other operator beside them."""
+    from executorch.exir._serialize._program import deserialize_pte_binary
+
+    program = deserialize_pte_binary(path.read_bytes()).program
+    counts: collections.Counter[str] = collections.Counter()
+    for plan in program.execution_plan:
+        counts.update(operator.name.removeprefix("aten::") for operator in plan.operators)
+        for delegate in plan.delegates:
+            counts.update(_xnnpack_nodes(program.backend_delegate_data[delegate.processed.index].data))
+    return dict(counts)
+
+
+def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
+    """Return kind to number of planned integer operators for which XNNPACK has no integer operator."""
+    left = dict(counts)
+    missing: dict[str, int] = {}
+    for operator in operators:
+        if operator.kind not in _NODES:
+            continue
+        name = next((n for n in _NODES[operator.kind] if left.get(n + _INTEGER, 0)), None)
+        if name is None:
+            missing[operator.kind] = missing.get(operator.kind, 0) + 1
+        else:
+            left[name + _INTEGER] -= 1
+    return missing
+
+
+# Programs that are alive: they point into the pool of threads.
+_LOADED: "weakref.WeakSet[Any]" = weakref.WeakSet()
+
+
+@functools.cache
+def _runtime() -> Any:
+    with quiet():
+        from executorch.runtime import Runtime
+
+        return Runtime.get()
+
+
+def _program(path: Path) -> Any:
+    """Load a program and its method; the file is read into memory, so that it may be replaced."""
+    program = _runtime().load_program(path.read_bytes())
+    program.load_method("forward")
+    _LOADED.add(program)
+    return program
+
+
+def _use_threads(number: int | None) -> None:
+    """Let the pool of the process, of which there is one, have so many threads.
+
+    Raises:
+        QuantizationError: a loaded program uses the pool, and would crash.
+    """
+    from executorch.extension.pybindings import portable_lib
+
+    current = portable_lib._threadpool_get_thread_count()
+    if number is None or current == number:
+        return
+    if _LOADED:
+        raise QuantizationError(
+            f"Expected `threads` to be {current}, as in the programs of ExecuTorch that are loaded, but got {number}: "
+            "a process has one pool of threads. Let go of those programs first, or load this one in another process."
+        )
+    portable_lib._unsafe_reset_threadpool(number)
+
+
+def _as_xnnpack_reads_it(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """Write a QDQ graph with int8 activations and float biases; every value stays what it was."""
+    ops = torch.ops.quantized_decomposed
+    for node in list(graph_module.graph.nodes):
+        pair = node.target in (ops.quantize_per_tensor.default, ops.dequantize_per_tensor.default)
+        if pair and node.args[5] is torch.uint8:
+            source, scale, zero_point, low, high, _ = node.args
+            node.args = (source, scale, zero_point - 128, low - 128, high - 128, torch.int8)
+        elif node.target is ops.dequantize_per_channel.default and node.args[6] is torch.int32:
+            integers, step = (_fetch(graph_module, argument.target) for argument in node.args[:2])
+            name = f"bias_of_{node.name}"
+            graph_module.register_buffer(name, integers.float() * step)
+            with graph_module.graph.inserting_before(node):
+                node.replace_all_uses_with(graph_module.graph.get_attr(name))
+    for node in list(graph_module.graph.nodes):
+        if node.target is ops.dequantize_per_tensor.default:
+            _give_each_reader_its_own(node)
+    graph_module.graph.eliminate_dead_code()
+    graph_module.recompile()
+    return graph_module
+
+
+def _give_each_reader_its_own(node: fx.Node) -> None:
+    """Copy a dequantize node for every reader but the first: partitions that share one depend on each other."""
+    for reader in list(node.users)[1:]:
+        with node.graph.inserting_before(reader):
+            reader.replace_input_with(node, node.graph.node_copy(node))
+
+
+def _check_sizes_follow(
+    path: Path, flat: Flat, examples: tuple[Tensor, ...], dynamic: dict[str, dict[int, str]]
+) -> None:
+    """Make sure that results are as large as they should be for a batch of one, not as large as memory was planned.
+
+    Raises:
+        ExportError: they are not.
+    """
+    inputs = [
+        tensor[:1].contiguous() if dynamic.get(name, {}).get(0) == "batch" else tensor
+        for name, tensor in zip(flat.spec.names, examples, strict=True)
+    ]
+    expected = [tuple(tensor.shape) for tensor in flat(*inputs)]
+    program = _program(path)
+    actual = [tuple(tensor.shape) for tensor in program.load_method("forward").execute(inputs)]
+    if actual != expected:
+        raise ExportError(
+            f"Expected ExecuTorch to give results of {expected} for a batch of one, but it gives {actual}: it does not "
+            "resize a result that other operators read as well. Let the module return final results only, or choose "
+            "another runtime."
+        )
+
+
+def _restore_bounds(program: Any) -> None:
+    """Tell the symbols of a lowered program their bounds again, without which it plans memory for about 15 samples."""
+    for node in program.graph.nodes:
+        values = node.meta.get("val")
+        for value in values if isinstance(values, tuple | list) else [values]:
+            for size in value.shape if isinstance(value, Tensor) else ():
+                if isinstance(size, torch.SymInt):
+                    size.node.shape_env.var_to_range.update(program.range_constraints)
+
+
+def _fetch(root: nn.Module, name: str) -> Tensor:
+    owner, _, attribute = name.rpartition(".")
+    return getattr(root.get_submodule(owner) if owner else root, attribute)
+
+
+def _xnnpack_nodes(data: bytes) -> list[str]:
+    """Return the operators of a delegate, from its flatbuffer by the schema that the wheel carries."""
+    from executorch.backends.xnnpack import serialization
+    from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
+    from executorch.exir._serialize._flatbuffer import _flatc_decompile
+
+    header = XNNHeader.from_bytes(data[: XNNHeader.EXPECTED_LENGTH])
+    with tempfile.TemporaryDirectory() as folder:
+        schema, binary = Path(folder) / "schema.fbs", Path(folder) / "graph.bin"
+        schema.write_bytes(resources.files(serialization).joinpath("schema.fbs").read_bytes())
+        binary.write_bytes(data[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size])
+        _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
+        # Bounds of activations may be infinite, which JSON has no numbers for.
+        graph = json.loads(re.sub(r":\s*[-+]?(inf|nan)\w*", ": null", (Path(folder) / "graph.json").read_text()))
+    values = [value["xvalue_union"] for value in graph["xvalues"]]
+    integers = {value["tensor_value"]["id_out"] for value in values if "tensor_value" in value}
+    return [
+        node["xnode_union_type"] + (_INTEGER if node["xnode_union"].get("output_id") in integers else "")
+        for node in graph["xnodes"]
+    ]
+
+
+def _refusals() -> tuple[type[Exception], ...]:
+    from torch._dynamo.exc import TorchDynamoException
+
+    return RuntimeError, ValueError, AssertionError, NotImplementedError, KeyError, TypeError, TorchDynamoException
+
+
+def _scalar_type(dtype: str) -> int:
+    """Return the number that ExecuTorch's schema has for a dtype."""
+    from executorch.exir.schema import ScalarType
+
+    names = {"uint8": "BYTE", "int8": "CHAR", "int16": "SHORT", "int32": "INT", "int64": "LONG", "float16": "HALF"}
+    names |= {"float32": "FLOAT", "float64": "DOUBLE", "bool": "BOOL", "bfloat16": "BFLOAT16"}
+    return int(ScalarType[names[dtype]]) if dtype in names else -1
+
+
+def _check_fits(metadata: Any, signature: Signature, path: Path) -> list[tuple[int, ...]]:
+    """Make sure that a method's inputs and outputs are those of a signature; return the largest sizes of its inputs."""
+    inputs = [metadata.input_tensor_meta(index) for index in range(metadata.num_inputs())]
+    outputs = [metadata.output_tensor_meta(index) for index in range(metadata.num_outputs())]
+    limits = [tuple(meta.sizes()) for meta in inputs]
+    fits = (
+        [meta.dtype() for meta in inputs] == [_scalar_type(info.dtype) for info in signature.inputs]
+        and [meta.dtype() for meta in outputs] == [_scalar_type(info.dtype) for info in signature.outputs]
+        and [len(limit) for limit in limits] == [len(info.shape) for info in signature.inputs]
+        and all(
+            isinstance(size, str) or size == most
+            for info, limit in zip(signature.inputs, limits, strict=True)
+            for size, most in zip(info.shape, limit, strict=True)
+        )
+    )
+    if not fits:
+        raise ArtifactError(
+            f"Expected {path} to have the inputs and outputs of its signature, but it takes {limits} and gives "
+            f"{[tuple(meta.sizes()) for meta in outputs]}."
+        )
+    return limits
