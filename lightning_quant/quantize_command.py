@@ -156,12 +156,9 @@ class _PlanOnly(PostTrainingQuantization):
         """Called when fit ends: nothing is made."""
 
 
-_QUIET: dict[str, Any] = {
-    "logger": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "enable_checkpointing": False,
-}
+_QUIET: dict[str, Any] = dict.fromkeys(
+    ("logger", "enable_progress_bar", "enable_model_summary", "enable_checkpointing"), False
+)
 
 
 def _options(trainer: Any) -> dict[str, Any]:
