@@ -1,5 +1,6 @@
 """What both callbacks share: their arguments, what they refuse before training, and what they do when fit ends."""
 
+import importlib
 import time
 import warnings
 from pathlib import Path
@@ -28,6 +29,7 @@ from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import has_layers
 from lightning_quant.layerwise import quantize_layers
+from lightning_quant.loss_inputs import LossInputs, leave_out_labels
 from lightning_quant.prepare import prepare
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import resolve
@@ -77,6 +79,7 @@ class QuantizationCallback(Callback):
         # Known from fit start on, when the module exists on its device and its data can be read.
         self.prepared: Quantizable | None = None
         self.artifact: Artifact | None = None
+        self.loss_inputs: LossInputs | None = None
         self.path = ""
         self.seconds: dict[str, float] = {}
         # What the report should say: of the weights that were chosen, and of what was found at fit start.
@@ -121,7 +124,8 @@ class QuantizationCallback(Callback):
         begun = self._begun
         self.teardown(trainer, pl_module, "fit")
         if begun and self._checkpoint is None:
-            rank_zero_info(f"{type(self).__name__}: no artifact was made. {recovery(self, trainer)}")
+            outcome = "an artifact was written, but not measured" if self.artifact else "no artifact was made"
+            rank_zero_info(f"{type(self).__name__}: {outcome}. {recovery(self, trainer)}")
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -161,7 +165,7 @@ class QuantizationCallback(Callback):
         self._checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=False)
         self.notes = (f"weights are those of {Path(ckpt_path).name}",)
         try:
-            Trainer(**options).fit(model, train_dataloaders, val_dataloaders, datamodule)
+            _trainer_class(model)(**options).fit(model, train_dataloaders, val_dataloaders, datamodule)
         finally:
             self._checkpoint, self.notes = None, ()
         if self.artifact is None:
@@ -219,11 +223,11 @@ class QuantizationCallback(Callback):
         )
 
     def _plan(self, module: nn.Module, found: Capture) -> Quantizable:
-        call = (module, found.args, found.kwargs)
         where: dict[str, Any] = {"runtime": self.runtime, "selection": self.selection, "module": found.path}
         if isinstance(self.recipe, LayerRecipe):
-            return quantize_layers(*call, recipe=self.recipe, **where)
-        return prepare(*call, recipe=self.recipe, observer=self.observer(), **where)
+            args, kwargs, self.loss_inputs = leave_out_labels(module, found.args, found.kwargs)
+            return quantize_layers(module, args, kwargs, recipe=self.recipe, **where)
+        return prepare(module, found.args, found.kwargs, recipe=self.recipe, observer=self.observer(), **where)
 
     def _look_beside(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]:
         if self.example != "train_batch" or not self.path:
@@ -245,6 +249,12 @@ class QuantizationCallback(Callback):
 def warn(message: str) -> None:
     """Warn that something asked for had no effect or made matters worse."""
     warnings.warn(message, NoEffectWarning, stacklevel=3)
+
+
+def _trainer_class(model: LightningModule) -> Any:
+    """Return the Trainer of the namespace that a model comes from: those of the other refuse it."""
+    old = any(base.__module__.startswith("pytorch_lightning.") for base in type(model).__mro__)
+    return importlib.import_module("pytorch_lightning").Trainer if old else Trainer
 
 
 def _is_configured(pl_module: LightningModule) -> bool:

@@ -1,8 +1,11 @@
 """When fit has ended: take the weights to export, make the artifact, measure it, and log it."""
 
+import math
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -74,6 +77,8 @@ def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deploym
         started = time.perf_counter()
         metrics = _metrics(callback, trainer, deployment, artifact)
         callback.seconds["evaluate"] = time.perf_counter() - started
+        if callback.loss_inputs is not None and callback.loss_inputs.formula is None:
+            notes = (*notes, "metrics that use the model's own loss are missing: the artifact takes no labels")
         if not metrics:
             notes = (*notes, f"no validation metrics: {why_no_metrics(trainer)}")
     result = group.on_first(_report, callback, trainer, replace(deployment, notes=notes), artifact, metrics)
@@ -146,20 +151,28 @@ def _evaluate_artifact(
         filled = clone(pl_module)
         artifacts.load(artifact.path, into=resolve(filled, path))
         return evaluate(trainer, filled, path, limit_batches=limit, group=group)
+    target: Callable[..., Any] = artifacts.load(artifact.path)
+    without_loss = False
+    if callback.loss_inputs is not None:
+        target = callback.loss_inputs.outside(target)
+        without_loss = callback.loss_inputs.formula is None
     if isinstance(prepared, Layerwise):
         layers = tuple(prepared.layers)
     else:
         operators = [operator for graph in prepared.plan.graphs if not graph.path for operator in graph.operators]
         layers = tuple(layer for operator in operators if (layer := operator.weight.rpartition(".")[0]))
-    return evaluate(
+    values = evaluate(
         trainer,
         pl_module,
         path,
-        artifacts.load(artifact.path),
+        target,
         quantized_layers=weighted_layers(prepared.root, layers),
         limit_batches=limit,
         group=group,
     )
+    if without_loss:
+        return {name: value for name, value in values.items() if not math.isnan(value)}
+    return values
 
 
 def _load_best(

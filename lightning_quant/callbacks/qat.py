@@ -30,7 +30,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     Args:
         recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe`, or a dict of its fields.
         runtime: where the artifact will run.
-        module: name of the module to quantize; by default the outermost one with convolution or linear layers that
+        module: name of the module to quantize; by default the outermost one with layers to quantize that
             `training_step` calls.
         output_dir: the artifact's folder; "quantized" beside the logs by default. An artifact there is replaced.
         schedule: when the phases of training begin.

@@ -224,8 +224,11 @@ def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
 
 def _never_called(root: nn.Module, rows: list[Row]) -> Iterator[Row]:
     listed = [row.name.partition("#")[0] for row in rows]
-    for path, child in root.named_modules(remove_duplicate=False):
-        is_weighted = ops.kind_of(child) in ops.WEIGHTED
+    modules = dict(root.named_modules(remove_duplicate=False))
+    # A layer with several names has a row under the one that it is called by.
+    called = {id(modules[name]) for name in listed if name in modules}
+    for path, child in modules.items():
+        is_weighted = ops.kind_of(child) in ops.WEIGHTED and id(child) not in called
         if is_weighted and not any(name == path or name.startswith(f"{path}.") for name in listed):
             reason = "inside a layer that runs as a whole" if any(path.startswith(f"{n}.") for n in listed) else ""
             yield Row(path, type(child).__name__, "float", reason or "the captured call never reaches it")

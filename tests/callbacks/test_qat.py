@@ -7,15 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import onnx
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint, ModelPruning
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning_models import (
     BATCH,
-    NUM_BATCHES,
     NUM_CLASSES,
     Classifier,
     ConvNet,
@@ -32,7 +30,6 @@ from lightning_models import (
     tensors_of,
     validate_by_hand,
 )
-from onnx import numpy_helper
 from torch import Tensor, nn
 
 from lightning_quant import QuantizationAwareTraining, Schedule, load
@@ -400,115 +397,12 @@ def test_checkpoint_from_before_fake_quantization_is_no_candidate(tmp_path: Path
 # --- beside other features of Lightning
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-def test_lower_precision(precision: Any, tmp_path: Path) -> None:
-    callback = QuantizationAwareTraining(output_dir=tmp_path, schedule=SCHEDULE)
-    module = seeded()
-    fit(module, callback, max_epochs=EPOCHS, precision=precision)
-    x = images(BATCH, seed=1).tensors[0]
-    with torch.no_grad():
-        expected = copy.deepcopy(module.net).float().eval()(x)
-
-    # The ranges of quantized tensors are float32 in any precision, and so is what is exported.
-    assert decibels(expected, load(tmp_path)(x)) > 15
-    assert callback.artifact.report["parity"]["worst_share"] >= 0.999
-
-
-def test_averaged_weights_are_exported(tmp_path: Path) -> None:
-    callback = QuantizationAwareTraining(output_dir=tmp_path / "averaged", schedule=SCHEDULE, evaluate=False)
-    module = seeded()
-    fit(module, callback, EMAWeightAveraging(decay=0.5), max_epochs=EPOCHS)
-    plain = seeded()
-    with pytest.raises(EnoughError):
-        fit(
-            plain,
-            QuantizationAwareTraining(output_dir=tmp_path / "other", schedule=SCHEDULE),
-            StopAfterTraining(),
-            max_epochs=EPOCHS,
-        )
-    x = images(BATCH, seed=1).tensors[0]
-    with torch.no_grad():
-        assert decibels(module.net.eval()(x), load(tmp_path / "averaged")(x)) > 15
-    assert not torch.equal(module.net.conv1.weight, plain.net.conv1.weight)
-
-
-def test_pruned_weights_stay_zero(tmp_path: Path) -> None:
-    callback = QuantizationAwareTraining(output_dir=tmp_path, schedule=SCHEDULE, evaluate=False)
-    module = seeded()
-    pruning = ModelPruning("l1_unstructured", [(module.net.conv2, "weight")], amount=0.5, apply_pruning=first_epoch)
-    fit(module, callback, pruning, max_epochs=EPOCHS)
-    weights = [numpy_helper.to_array(item) for item in onnx.load(callback.artifact.model_path).graph.initializer]
-    (exported,) = [weight for weight in weights if weight.shape == (4, 4, 3, 3)]
-
-    assert (module.net.conv2.weight == 0).sum() == 72
-    assert (exported[(module.net.conv2.weight == 0).numpy()] == 0).all()
-    assert (exported != 0).sum() > 50
-
-
-def first_epoch(epoch: int) -> bool:
-    return epoch == 0
-
-
 def test_run_that_stops_before_fake_quantization_says_so(tmp_path: Path) -> None:
     schedule = Schedule(0, 20, 30, 40, unit="epochs")
     callback = QuantizationAwareTraining(output_dir=tmp_path, schedule=schedule, evaluate=False)
     fit(seeded(), callback, EarlyStopping("score", mode="max", patience=0), max_epochs=50)
 
     assert any("before fake quantization" in note for note in callback.artifact.report["notes"])
-
-
-# --- resume
-
-
-def test_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path) -> None:
-    def callbacks() -> tuple[QuantizationAwareTraining, Watch]:
-        callback = QuantizationAwareTraining(output_dir=tmp_path / "artifact", schedule=SCHEDULE)
-        return callback, Watch(callback)
-
-    whole, watch = callbacks()
-    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
-    module = seeded()
-    options = {"max_epochs": EPOCHS, "enable_checkpointing": True}
-    with pytest.raises(EnoughError):
-        fit(module, whole, watch, checkpoint, StopAfterTraining(), **options)
-    resumed, watch_resumed = callbacks()
-    second = seeded(seed=1)
-    again = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
-    trainer = make_trainer(resumed, watch_resumed, again, StopAfterTraining(), **options)
-    with pytest.raises(EnoughError):
-        trainer.fit(second, ckpt_path=tmp_path / "checkpoints" / "epoch=1.ckpt")
-
-    half = 2 * NUM_BATCHES
-    assert watch_resumed.phases == watch.phases[half:]
-    assert watch_resumed.ranges == watch.ranges[half:]
-    assert equal_tensors(tensors_of(second), tensors_of(module))
-
-
-def test_float_checkpoint_starts_observing_anew(tmp_path: Path) -> None:
-    module = seeded()
-    fit(module, max_epochs=1).save_checkpoint(tmp_path / "float.ckpt")
-    callback = QuantizationAwareTraining(output_dir=tmp_path / "artifact", schedule=Schedule(0, 6, 8, 8, unit="steps"))
-    watch = Watch(callback)
-    second = seeded(seed=1)
-    trainer = make_trainer(callback, watch, StopAfterTraining(), max_epochs=2)
-    with pytest.raises(EnoughError):
-        trainer.fit(second, ckpt_path=tmp_path / "float.ckpt")
-
-    assert watch.phases == ["observe"] * 2 + ["fake_quantize"] * 2
-    assert len(watch.ranges[0]) > 3
-
-
-def test_quantized_checkpoint_resumes_without_the_callback(tmp_path: Path) -> None:
-    callback = QuantizationAwareTraining(output_dir=tmp_path / "artifact", evaluate=False)
-    module = seeded()
-    checkpoint = ModelCheckpoint(tmp_path / "checkpoints", filename="{epoch}", save_top_k=-1)
-    with pytest.raises(EnoughError):
-        fit(module, callback, checkpoint, StopAfterTraining(), enable_checkpointing=True)
-    second = seeded(seed=1)
-    with pytest.warns(UserWarning, match="will not be used|callbacks"):
-        make_trainer(max_epochs=1).fit(second, ckpt_path=tmp_path / "checkpoints" / "epoch=0.ckpt")
-
-    assert equal_tensors(tensors_of(second), tensors_of(module))
 
 
 # --- when things go wrong, and again

@@ -194,7 +194,7 @@ class Unexportable(nn.Module):
 def test_module_without_layers(kind: Kind, folder: Path) -> None:
     refuse(
         kind(output_dir=folder),
-        r"convolution or linear layers in its training step, but it calls none\. Name it with `module=",
+        r"layers to quantize in its training step, but it calls none\. Name it with `module=",
         Classifier(NoLayers()),
     )
     refuse(kind(module="net", output_dir=folder), "something to quantize, but there is nothing", Classifier(NoLayers()))
