@@ -10,6 +10,7 @@ from torch import Tensor
 from lightning_quant.bias_correction import InputMeans
 from lightning_quant.errors import CalibrationError
 from lightning_quant.prepare import Prepared
+from lightning_quant.progress import tracked
 from lightning_quant.routing import device_of, evaluation_mode
 
 
@@ -33,7 +34,7 @@ def observe(prepared: Prepared, steps: Iterable[Callable[[], Any]], means: Input
     """Run steps in eval mode while ranges, and means when wanted, follow; return the number of steps."""
     number = 0
     with prepared.measuring(means), evaluation_mode(prepared.root), prepared.attached("observe", observing=True):
-        for step in steps:
+        for step in tracked(steps, "Calibrating", "batch"):
             step()
             number += 1
     return number

@@ -15,6 +15,7 @@ from lightning_quant.capture import isolated_rng
 from lightning_quant.distributed import Group
 from lightning_quant.errors import EvaluationError
 from lightning_quant.evaluate_shares import Share, lent_strategy, merged, without_repetitions
+from lightning_quant.progress import shown
 from lightning_quant.routing import Route, clone, resolve, route, unroute
 
 _ACCELERATORS = {"CUDAAccelerator": "gpu", "MPSAccelerator": "mps"}
@@ -80,7 +81,7 @@ def evaluate(
     shares = _Shares()
     loaders = without_repetitions(loaders, group)
     # The same random numbers for every candidate: what differs then is the candidate.
-    with _quiet(), isolated_rng(0):
+    with _quiet(), isolated_rng(0), shown("Evaluating"):
         evaluator = _small_trainer(trainer, limit_batches, group, shares)
         results = evaluator.validate(duplicate, dataloaders=loaders, verbose=False)
     group.together(_check_calls, counted, beside, path)

@@ -16,6 +16,7 @@ from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.golden import GoldenBatch
 from lightning_quant.layerwise import Layerwise
 from lightning_quant.prepare import Prepared
+from lightning_quant.progress import shown
 from lightning_quant.ranges import Ranges
 from lightning_quant.routing import clone, evaluation_mode, to_float32, unroute_all
 from lightning_quant.signature import Signature, make_signature, tensor_leaves
@@ -53,7 +54,7 @@ def export(
     converted, output = _converted(prepared, dynamic)
     seconds["convert"] = time.perf_counter() - started
     started = time.perf_counter()
-    with artifacts.staging(output_dir) as folder:
+    with shown("Exporting"), artifacts.staging(output_dir) as folder:
         staged = folder / runtime.MODEL_FILE
         dynamic = _write(prepared, converted, staged, dynamic)
         del converted
