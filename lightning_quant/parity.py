@@ -16,7 +16,7 @@ from lightning_quant.signature import tensor_leaves
 
 # Share of an operator's values that must lie within one step of the simulation, given equal inputs.
 MINIMUM_SHARE = 0.999
-# Where quantization costs next to nothing (a result that is mostly a float bias, say) a single step of one tensor is more
+# Where quantization costs next to nothing (a result that is mostly a float bias, say) one step of one tensor is more
 # than that; this close, artifact and simulation agree to four decimal places.
 ENOUGH_DB = 80.0
 
