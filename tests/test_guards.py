@@ -23,6 +23,7 @@ def test_guards_are_where_they_are_said_to_be(tmp_path: Path) -> None:
         guards.take_out(guard, tmp_path / str(index))
 
 
+@pytest.mark.slow
 def test_every_guard_has_been_recorded() -> None:
     record = json.loads(guards.RECORD.read_text())
 
