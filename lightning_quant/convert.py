@@ -104,7 +104,10 @@ def _convert(prepared: Prepared, *, static_sizes: bool) -> nn.Module:
         bound = _convert_island(prepared, island, module, static_sizes=static_sizes)
         if not path:
             return bound.eval()
-        replace_submodule(root, path, bound)
+        # Under every name that it has.
+        for name, child in list(root.named_modules(remove_duplicate=False)):
+            if child is module:
+                replace_submodule(root, name, bound)
     return root.eval()
 
 

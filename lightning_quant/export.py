@@ -18,7 +18,7 @@ from lightning_quant.layerwise import Layerwise
 from lightning_quant.prepare import Prepared
 from lightning_quant.progress import shown
 from lightning_quant.ranges import Ranges
-from lightning_quant.routing import clone, evaluation_mode, to_float32, unroute_all
+from lightning_quant.routing import clone, evaluation_mode, to_float32, unroute_all, without_fast_path
 from lightning_quant.signature import Signature, make_signature, tensor_leaves
 
 DynamicShapes = dict[str, dict[int, str]]
@@ -160,7 +160,7 @@ def _golden_batch(prepared: Quantizable, staged: Path, signature: Signature) -> 
 
 def _float_outputs(prepared: Quantizable, inputs: list[Tensor]) -> list[Tensor]:
     args, kwargs = prepared.call(inputs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root), without_fast_path():
         return tensor_leaves(prepared.root(*args, **kwargs))
 
 

@@ -5,6 +5,7 @@ that is needed takes its place. Layers that stay float, and all that is no layer
 """
 
 import inspect
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
-from lightning_quant.calls import CallSpec, flatten_call
+from lightning_quant.calls import CallSpec, flatten_call, map_tensors
 from lightning_quant.captured import CapturedModel
+from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import PlanError
 from lightning_quant.graph.analyze import check_patterns, own_signature
 from lightning_quant.graph.plan import Plan, Row
@@ -24,7 +26,17 @@ from lightning_quant.graph.table import Selection
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.trial import Trial, trials
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
-from lightning_quant.routing import clone, evaluation_mode, resolve
+from lightning_quant.routing import (
+    clone,
+    evaluation_mode,
+    resolve,
+    to_float32,
+    unroute_all,
+    without_fast_path,
+)
+
+# Where PyTorch's encoders say whether their fused kernels may run.
+_FAST_PATH = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 
 class Layerwise(CapturedModel):
@@ -58,7 +70,7 @@ class Layerwise(CapturedModel):
             PlanError: the quantized one cannot be called: its code reads a weight that is now stored otherwise.
         """
         args, kwargs = self.call(self.tensors)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(self.root):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(self.root), without_fast_path():
             float_output = self.root(*args, **kwargs)
             try:
                 with self.attached():
@@ -68,6 +80,11 @@ class Layerwise(CapturedModel):
                     f"Expected {type(self.root).__name__} to run with quantized layers, but {error}. If its code uses "
                     "the weight of a layer beside the layer, keep that layer float with `exclude`."
                 ) from error
+        if math.isnan(signal_to_noise(*self.outputs)):
+            raise PlanError(
+                f"Expected {type(self.root).__name__} to give numbers with quantized layers, but it gives NaN. If its "
+                "code uses the weight of a layer beside the layer, keep that layer float with `exclude`."
+            )
 
     def release(self) -> None:
         """Give up the quantized layers, once they are on disk; the outputs stay."""
@@ -136,13 +153,14 @@ def quantize_layers(
     if not isinstance(chosen, LayerRecipe):
         raise PlanError(f"Expected `recipe` to quantize layers, but {chosen.name!r} needs `prepare` and calibration.")
     selection = selection or Selection()
+    model, args, kwargs = _in_float32(model, args, kwargs or {})
     signature = own_signature(model)
-    spec, tensors = flatten_call(signature, args, kwargs or {})
+    spec, tensors = flatten_call(signature, args, kwargs)
     where = runtimes.get(runtime, exporting=True)
     if where.HALF_ARITHMETIC is None:
         raise PlanError(f"Expected `runtime` to run quantized layers for {chosen.name!r}, but {runtime!r} does not.")
     found = trials(model, chosen, selection, half_arithmetic=where.HALF_ARITHMETIC)
-    _run(model, list(found.values()), args, kwargs or {})
+    _run(model, list(found.values()), args, kwargs)
     for trial in found.values():
         trial.finish()
     _keep_ties(found)
@@ -170,31 +188,44 @@ def place(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
         for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
             setattr(layer, hooks, getattr(old, hooks))
         parent._modules[attribute] = layer
+    _set_fast_path(root)
+
+
+def _set_fast_path(root: nn.Module) -> None:
+    """Keep stored weights from PyTorch's fused encoder kernels, which are for float; give those back afterwards."""
     for module in root.modules():
-        if isinstance(module, nn.TransformerEncoderLayer):
-            # Its fast path would pass stored weights to a float kernel.
-            stored = any(isinstance(child, StoredLayer) for child in module.modules())
-            module.activation_relu_or_gelu = 0 if stored else _activation_code(module.activation)
+        for kind, switch in _FAST_PATH.items():
+            if isinstance(module, kind) and hasattr(module, switch):
+                before = module.__dict__.pop("_before_layers", None)
+                if before is not None:
+                    setattr(module, switch, before)
+                if any(isinstance(child, StoredLayer) for child in module.modules()):
+                    module.__dict__["_before_layers"] = getattr(module, switch)
+                    setattr(module, switch, type(getattr(module, switch))(0))
 
 
-def _activation_code(activation: Any) -> int:
-    """Return what the constructor of `nn.TransformerEncoderLayer` makes of an activation."""
-    if activation is nn.functional.relu or isinstance(activation, nn.ReLU):
-        return 1
-    return 2 if activation is nn.functional.gelu or isinstance(activation, nn.GELU) else 0
+def _in_float32(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
+    """Return a model of another precision as a float32 copy, with a call of it; what is quantized is float32."""
+    tensors = (*model.parameters(), *model.buffers())
+    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
+        model = clone(model)
+        unroute_all(model)
+        to_float32(model)
+        args, kwargs = map_tensors(lambda t: t.float() if t.is_floating_point() else t, (args, kwargs))
+    return model, args, kwargs
 
 
 @torch.no_grad()
 def _run(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Call the float model once; every layer's trial sees what the layer reads and answers."""
-    handles = [trial.float_layer.register_forward_hook(trial.see, with_kwargs=True) for trial in found]
-    fast_path = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
+    # Before the user's hooks, which may change what the layer answers.
+    handles = [trial.float_layer.register_forward_hook(trial.see, with_kwargs=True, prepend=True) for trial in found]
     try:
-        with torch.random.fork_rng(devices=[]), evaluation_mode(model):
+        with torch.random.fork_rng(devices=[]), evaluation_mode(model), without_fast_path():
             model(*args, **kwargs)
     finally:
-        torch.backends.mha.set_fastpath_enabled(fast_path)
         for handle in handles:
             handle.remove()
 
@@ -217,6 +248,6 @@ def _rows(found: dict[str, Trial]) -> Iterator[Row]:
     for name, trial in found.items():
         weights = [weight for weight in trial.weights if weight.data_ptr() not in counted]
         counted.update(weight.data_ptr() for weight in weights)
-        values = 0 if trial.unwanted else sum(weight.numel() for weight in weights)
+        values = 0 if trial.excluded else sum(weight.numel() for weight in weights)
         action = "float" if trial.layer is None else trial.layer.scheme.action
         yield replace(Row(name, trial.kind, action, trial.reason, trial.macs), weights=values)

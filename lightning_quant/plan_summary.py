@@ -15,7 +15,8 @@ def summarize(plan: dict[str, Any], operators: dict[str, int]) -> str:
         first = f"{counts['int8']} operators run in int8 with {fused} more fused into them"
     else:
         first = f"Layers: {', '.join(f'{count} {action}' for action, count in counts.most_common())}"
-        first += f"; {plan['stored_share']:.1%} of the weights' values are stored with fewer bits"
+        of_what = "values that are not excluded" if any(map(_is_excluded, rows)) else "values"
+        first += f"; {plan['stored_share']:.1%} of the weights' {of_what} are stored with fewer bits"
     parts = [f"{first}: {plan['coverage']:.1%} of the multiply-adds."]
     if operators:
         by_number = sorted(operators.items(), key=lambda item: (-item[1], item[0]))
@@ -32,3 +33,7 @@ def summarize(plan: dict[str, Any], operators: dict[str, int]) -> str:
     if other:
         parts.append(text_table(("layer", "is", "because"), other))
     return "\n\n".join(parts)
+
+
+def _is_excluded(row: dict[str, Any]) -> bool:
+    return row["reason"].startswith(("excluded by", "not in `include`"))

@@ -115,6 +115,17 @@ def _flags(module: nn.Module, *, training: bool) -> Iterator[None]:
             child.training = before
 
 
+@contextmanager
+def without_fast_path() -> Iterator[None]:
+    """Run PyTorch's encoders layer by layer; their fused kernels call no layer and leave padded places out."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
 def resolve(root: nn.Module, path: str) -> nn.Module:
     """Return the submodule at a dotted path; the empty path is the root itself."""
     return root.get_submodule(path) if path else root
@@ -164,11 +175,15 @@ def unparametrized(layer: nn.Module) -> Iterator[None]:
 
 
 def to_float32(module: nn.Module) -> None:
-    """Give a copy float32 parameters of its own where it shares others with the user's module."""
+    """Give a copy float32 parameters of its own where it shares others with the user's module; ties are kept."""
+    made: dict[int, nn.Parameter] = {}
     for child in module.modules():
-        for name, parameter in child._parameters.items():
+        for name, parameter in list(child._parameters.items()):
             if parameter is not None and parameter.is_floating_point() and parameter.dtype != torch.float32:
-                child._parameters[name] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
+                if id(parameter) not in made:
+                    made[id(parameter)] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
+                # Recurrent layers keep a list of their weights, which follows attributes only.
+                setattr(child, name, made[id(parameter)])
         for name, buffer in child._buffers.items():
             if buffer is not None and buffer.is_floating_point():
                 child._buffers[name] = buffer.float()

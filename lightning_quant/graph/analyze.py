@@ -226,10 +226,11 @@ def _never_called(root: nn.Module, rows: list[Row]) -> Iterator[Row]:
     listed = [row.name.partition("#")[0] for row in rows]
     modules = dict(root.named_modules(remove_duplicate=False))
     # A layer with several names has a row under the one that it is called by.
-    called = {id(modules[name]) for name in listed if name in modules}
+    called = {
+        id(child) for path, child in modules.items() if any(n == path or n.startswith(f"{path}.") for n in listed)
+    }
     for path, child in modules.items():
-        is_weighted = ops.kind_of(child) in ops.WEIGHTED and id(child) not in called
-        if is_weighted and not any(name == path or name.startswith(f"{path}.") for name in listed):
+        if ops.kind_of(child) in ops.WEIGHTED and id(child) not in called:
             reason = "inside a layer that runs as a whole" if any(path.startswith(f"{n}.") for n in listed) else ""
             yield Row(path, type(child).__name__, "float", reason or "the captured call never reaches it")
 

@@ -62,7 +62,8 @@ class Row:
             action of a `Scheme` in layers.
         reason: why, for everything that is not as the recipe asks.
         macs: multiply-adds of one captured call.
-        weights: values of its weights, in plans of layers; tied ones count for the first layer that has them.
+        weights: values of its weights, in plans of layers; tied ones count for the first layer that has them, and
+            those that the user excluded not at all.
     """
 
     name: str
@@ -118,7 +119,7 @@ class Plan:
 
     @property
     def stored_share(self) -> float:
-        """Share of the weights' values that are stored with fewer bits, in [0, 1], in plans of layers."""
+        """Share of the weights' values, without excluded ones, stored with fewer bits, in [0, 1]; for layers."""
         total = sum(row.weights for row in self.rows)
         return sum(row.weights for row in self.rows if row.action != "float") / total if total else 0.0
 

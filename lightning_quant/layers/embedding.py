@@ -19,10 +19,10 @@ class StoredEmbedding(StoredLayer):
             return "a table is only read"
         return "embeddings are stored with eight bits for each value" if scheme.storage == "int4" else ""
 
-    def forward(self, indices: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Return `(..., embedding_dim)` for indices of any shape."""
         weight, scale = self.stored("weight")
-        rows = F.embedding(indices, weight)
+        rows = F.embedding(input, weight)
         if scale is None:
             return dequantize(rows, None)
-        return rows.to(scale.dtype) * F.embedding(indices, scale.unsqueeze(1))
+        return rows.to(scale.dtype) * F.embedding(input, scale.unsqueeze(1))

@@ -46,8 +46,9 @@ def linear_dynamic(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
     high, low = rows.amax(-1, keepdim=True), rows.amin(-1, keepdim=True)
-    step = ((high - low) * (1 / 254)).clamp_(min=torch.finfo(torch.float32).tiny)
-    middle = (high + low) * 0.5
+    # Scaled before they are added: the range of a row may be wider than float32.
+    step = (high * (1 / 254) - low * (1 / 254)).clamp_(min=torch.finfo(torch.float32).tiny)
+    middle = high * 0.5 + low * 0.5
     integers = (rows - middle).mul_(step.reciprocal()).round_().clamp_(-127, 127).to(torch.int8)
     product, weight_sums = _integer_product(integers, weight, scale)
     product.mul_(step).addr_(middle.flatten(), weight_sums)
@@ -98,19 +99,23 @@ def unpack(packed: Tensor, scale: Tensor) -> Tensor:
 def _integer_product(rows: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return `rows @ weight.T * scale` in float32, and the sums of the dequantized weight's rows."""
     if not (rows.is_cpu and torch.backends.mkldnn.is_available()):
-        sums = weight.sum(1, dtype=torch.int32) * scale
-        return F.linear(rows.float(), weight.float()) * scale, sums
+        return F.linear(rows.float(), weight.float()) * scale, weight.sum(1, dtype=torch.int32) * scale
     version = 0 if weight.is_inference() else weight._version
     packed = _PACKED.get(weight)
     if packed is None or packed[0] != version:
-        sums = weight.sum(1, dtype=torch.int32) * scale
+        sums = weight.sum(1, dtype=torch.int32)
         zero_points = torch.zeros(weight.shape[0], dtype=torch.int32)
-        packed = _PACKED[weight] = (version, torch.ops.onednn.qlinear_prepack(weight, None), zero_points, sums)
+        packed = _PACKED[weight] = (
+            version,
+            torch.ops.onednn.qlinear_prepack(weight.contiguous(), None),
+            zero_points,
+            sums,
+        )
     _, prepacked, zero_points, sums = packed
     product = torch.ops.onednn.qlinear_pointwise(
         rows, 1.0, 0, prepacked, scale, zero_points, None, 1.0, 0, torch.float32, "none", [], ""
     )
-    return product, sums
+    return product, sums * scale
 
 
 def _shape(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,8 +1,10 @@
 """What every quantized layer is: a module with stored weights in the place of a float layer."""
 
 import copy
-from typing import Any
+from collections import OrderedDict
+from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils import parametrize
@@ -44,8 +46,11 @@ class StoredLayer(nn.Module):
         self.training = float_layer.training
         # Last: from here on it answers for attributes, names of buffers among them. Not registered: it has no weights.
         self.__dict__["_float_layer"] = _without_weights(float_layer)
+        self.__dict__["_unreadable"] = {buffer: name for name, buffer in self.names.items()}
 
     def __getattr__(self, name: str) -> Any:
+        if name in self.__dict__.get("_unreadable", ()):
+            return self._poison(name)
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -76,14 +81,23 @@ class StoredLayer(nn.Module):
 
     def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return the stored form of a weight and its scale."""
-        buffer = self.names[name]
-        return self.get_buffer(buffer), self._buffers.get(f"{buffer}_scale")
+        weight = cast(Tensor, self._buffers[self.names[name]])
+        return weight, self._buffers.get(f"{self.names[name]}_scale")
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the float layer with its weights in float."""
         values = {name: dequantize(*self.stored(name)) for name in self.names}
         others = {name: self.get_parameter(attribute) for name, attribute in self.shared.items()}
         return functional_call(self._float_layer, {**values, **others}, args, kwargs)
+
+    def _poison(self, name: str) -> Tensor:
+        """Return what code outside gets for a weight: its shape and type, to be asked for, and NaN for its values.
+
+        The integers would be taken for the weight itself in `x + layer.weight`, and nobody would notice.
+        """
+        original = self._unreadable[name]
+        parameter, device = self._float_layer.get_parameter(original), self.stored(original)[0].device
+        return torch.full((), torch.nan, dtype=parameter.dtype, device=device).expand(parameter.shape)
 
     def extra_repr(self) -> str:
         """Say how the weights are stored."""
@@ -114,17 +128,25 @@ def from_float(
 
 def _without_weights(float_layer: nn.Module) -> nn.Module:
     """Return a copy whose parameters hold no data: shapes and attributes only."""
-    memo = {id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in float_layer.parameters()}
-    skeleton = copy.deepcopy(float_layer, memo).eval()
-    for hooks in (skeleton._forward_hooks, skeleton._forward_pre_hooks):
-        hooks.clear()
-    return skeleton
+    memo: dict[int, Any] = {
+        id(p): nn.Parameter(p.detach().to("meta"), p.requires_grad) for p in float_layer.parameters()
+    }
+    # Hooks stay with the place where the layer stood, and copies of them could copy whatever they are bound to.
+    hooks = [table for table in vars(float_layer).values() if isinstance(table, OrderedDict)]
+    memo |= {id(table): OrderedDict() for table in hooks}
+    return copy.deepcopy(float_layer, memo).eval()
 
 
 def plain(float_layer: nn.Module) -> nn.Module:
     """Return a layer whose weights are parameters: itself, or a copy where parametrizations or hooks compute them."""
     parametrized = list(float_layer.parametrizations) if parametrize.is_parametrized(float_layer) else []  # type: ignore
-    by_hooks = [name for name, value in vars(float_layer).items() if isinstance(value, Tensor)]
+    # As `torch.nn.utils.weight_norm`, `spectral_norm` and `prune` leave them.
+    sources = ("_g", "_v", "_orig")
+    by_hooks = [
+        name
+        for name, value in vars(float_layer).items()
+        if isinstance(value, Tensor) and any(f"{name}{source}" in float_layer._parameters for source in sources)
+    ]
     if not parametrized and not by_hooks:
         return float_layer
     duplicate = clone(float_layer)
@@ -138,5 +160,11 @@ def plain(float_layer: nn.Module) -> nn.Module:
             del duplicate._parameters[source]
         duplicate.__dict__.pop(name, None)
         duplicate.register_parameter(name, nn.Parameter(value, requires_grad=False))
-    duplicate._forward_pre_hooks.clear()
+    for key in [key for key, hook in duplicate._forward_pre_hooks.items() if computes_weight(hook)]:
+        del duplicate._forward_pre_hooks[key]
     return duplicate
+
+
+def computes_weight(hook: Any) -> bool:
+    """Tell whether a forward pre-hook is one of PyTorch's that compute a weight from other parameters."""
+    return type(hook).__module__.startswith("torch.nn.utils.")

@@ -23,13 +23,13 @@ class StoredLinear(StoredLayer):
     def refusal(cls, float_layer: nn.Module, scheme: Scheme, group_size: int) -> str:
         """Return why a layer has no such form, or an empty text."""
         in_features = cls.rows(float_layer, "weight").shape[1]
-        if scheme.storage == "int4" and in_features % group_size:
+        if scheme.storage == "int4" and (in_features % group_size or in_features % 2):
             return f"its {in_features} input features do not divide into groups of {group_size}"
         return ""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
         """Multiply as the scheme says."""
-        return linear(x, *self.stored("weight"), self._parameters.get("bias"), self.scheme.arithmetic)
+        return linear(input, *self.stored("weight"), self._parameters.get("bias"), self.scheme.arithmetic)
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, arithmetic: str) -> Tensor:
@@ -42,6 +42,8 @@ def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
         bias: `(out_features,)`, or None.
         arithmetic: as in `Scheme`.
     """
+    if not x.is_floating_point():
+        raise TypeError(f"a layer with stored weights got {x.dtype} where it reads floating point")
     if scale is None:
         dtype = weight.dtype if arithmetic == "half" else torch.float32
         return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)).to(x.dtype)

@@ -37,15 +37,18 @@ class StoredRecurrent(StoredLayer):
             else super().refusal(float_layer, scheme, group_size)
         )
 
-    def forward(self, x: Any, state: Any = None) -> Any:
+    def forward(self, input: Any, hx: Any = None) -> Any:
         """Run the float layer's forward, with its sequence operator replaced by one on dequantized weights."""
-        layer = self._float_layer
+        x, state, layer = input, hx, self._float_layer
         values = {name: dequantize(*self.stored(name)) for name in self.names}
         values |= {name: self.get_parameter(attribute) for name, attribute in self.shared.items()}
         flat = [values[name] for name in layer._flat_weights_names]
         if isinstance(x, PackedSequence) or x.dim() == 2:
             layer._flat_weights = flat
-            return layer(x, state)
+            try:
+                return layer(x, state)
+            finally:
+                layer._flat_weights = []
         states = _initial_state(layer, x) if state is None else [state] if isinstance(state, Tensor) else list(state)
         weights, biases = (
             [value for name, value in zip(layer._flat_weights_names, flat, strict=True) if name.startswith(kind)]
@@ -65,9 +68,9 @@ class StoredCell(StoredLayer):
         """Return why a layer has no such form, or an empty text."""
         return "no 4-bit form" if scheme.storage == "int4" else ""
 
-    def forward(self, x: Tensor, state: Any = None) -> Any:
-        """Take one step from `x` `(batch, input_size)` or `(input_size,)`."""
-        layer = self._float_layer
+    def forward(self, input: Tensor, hx: Any = None) -> Any:
+        """Take one step from `input` `(batch, input_size)` or `(input_size,)`."""
+        x, state, layer = input, hx, self._float_layer
         if state is None:
             zeros = x.new_zeros(*x.shape[:-1], layer.hidden_size)
             state = (zeros, zeros) if isinstance(layer, nn.LSTMCell) else zeros

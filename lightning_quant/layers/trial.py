@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_quant.convert import signal_to_noise
+from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import KINDS, class_for
-from lightning_quant.layers.layer import StoredLayer, from_float, plain
+from lightning_quant.layers.layer import StoredLayer, computes_weight, from_float, plain
 from lightning_quant.layers.storage import SCHEMES, Scheme, dequantize
 from lightning_quant.recipe import LayerRecipe
 
@@ -26,6 +27,7 @@ class Trial:
         kind: its type.
         layer: the quantized layer so far; None where the layer stays float.
         unwanted: why it stays float whatever its outputs; empty when it may be quantized.
+        excluded: whether that is because the user wants it.
         macs: multiply-adds of the calls seen.
     """
 
@@ -33,7 +35,7 @@ class Trial:
         self.names, self.float_layer = [name], float_layer
         self.kind = type(float_layer).__name__.removeprefix("Parametrized")
         self.layer: StoredLayer | None = None
-        self.unwanted = ""
+        self.unwanted, self.excluded = "", False
         self.macs = 0
         self._recipe, self._known = recipe, known
         self._schemes: list[Scheme] = []
@@ -52,8 +54,9 @@ class Trial:
 
     @property
     def weights(self) -> list[Tensor]:
-        """The float layer's weights."""
-        return [p for p in self.float_layer.parameters() if p.dim() > 1]
+        """The float layer's weights; where there is no form for a module, what is inside it is not part of it."""
+        is_whole = class_for(self.float_layer) is not None
+        return [p for p in self.float_layer.parameters(recurse=is_whole) if p.dim() > 1]
 
     @property
     def bits(self) -> int:
@@ -68,7 +71,7 @@ class Trial:
     def see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Take one call of the float layer into account; a forward hook."""
         self._num_calls += 1
-        self.macs += _multiply_adds(module, args, output)
+        self.macs += _multiply_adds(module, args, kwargs, output)
         while not self.unwanted and (layer := self._advance()) is not None:
             if self._is_close(signal_to_noise(output, layer(*args, **kwargs))):
                 return
@@ -126,6 +129,11 @@ def trials(model: nn.Module, recipe: LayerRecipe, selection: Selection, *, half_
         selection: what the user wants.
         half_arithmetic: whether the runtime computes in half precision; otherwise only weights are stored so.
     """
+    unknown = sorted(set(recipe.schemes) - set(SCHEMES))
+    if unknown or not recipe.schemes:
+        raise QuantizationError(f"Expected `schemes` to be out of {sorted(SCHEMES)}, but got {list(recipe.schemes)}.")
+    if recipe.group_size < 1:
+        raise QuantizationError(f"Expected `group_size` to be positive, but got {recipe.group_size}.")
     schemes = [SCHEMES[name] for name in recipe.schemes]
     if not half_arithmetic:
         schemes = [replace(s, arithmetic="float") if s.arithmetic == "half" else s for s in schemes]
@@ -145,7 +153,8 @@ def trials(model: nn.Module, recipe: LayerRecipe, selection: Selection, *, half_
         trial = found[id(module)] = Trial(name or type(module).__name__, module, recipe, known)
         if stored_class is not None:
             inside.append(name)
-        trial.unwanted = selection.refusal(trial.names[0], trial.kind) or _refusal(module, stored_class, name)
+        excluded = selection.refusal(trial.names[0], trial.kind)
+        trial.unwanted, trial.excluded = excluded or _refusal(module, stored_class, name), bool(excluded)
         if not trial.unwanted and stored_class is not None:
             trial.allow(stored_class, schemes)
     return {trial.names[0]: trial for trial in found.values()}
@@ -159,19 +168,22 @@ def _refusal(module: nn.Module, stored_class: type[StoredLayer] | None, name: st
         )
     if not name:
         return "it is the module itself: wrap it in another one"
-    if module._forward_pre_hooks and plain(module) is module:
+    if "forward" in module.__dict__:
+        return "its forward was replaced by another one"
+    if any(not computes_weight(hook) for hook in module._forward_pre_hooks.values()):
         return "it has forward pre-hooks"
     return ""
 
 
 @torch.no_grad()
-def _multiply_adds(module: nn.Module, args: Any, output: Any) -> int:
+def _multiply_adds(module: nn.Module, args: Any, kwargs: Any, output: Any) -> int:
     """Return values of the weights times places where they are applied; a table's values are only read."""
     if isinstance(module, nn.Embedding):
         return 0
     weights = sum(p.numel() for p in module.parameters() if p.dim() > 1)
     first = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
     if isinstance(module, nn.modules.conv._ConvNd):
-        transposed = isinstance(module, nn.modules.conv._ConvTransposeNd)
-        return (args[0].numel() // module.in_channels if transposed else first.numel() // module.out_channels) * weights
+        if isinstance(module, nn.modules.conv._ConvTransposeNd):
+            return (args[0] if args else kwargs["input"]).numel() // module.in_channels * weights
+        return first.numel() // module.out_channels * weights
     return first.numel() // max(1, first.shape[-1]) * weights

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import ArtifactError
@@ -11,6 +12,9 @@ from lightning_quant.layers.layer import plain
 from lightning_quant.layers.storage import SCHEMES
 from lightning_quant.layerwise import place
 from lightning_quant.routing import resolve
+
+# Prefix, in the file of tensors, of those that the exporter lifted out of the forward's code.
+CONSTANT = "program."
 
 
 def fill(model: nn.Module, path: Path) -> nn.Module:
@@ -67,7 +71,19 @@ def _stored(float_layer: nn.Module, name: str, scheme: str, tensors: dict[str, T
         if key not in tensors:
             raise ArtifactError(f"Expected the artifact to hold {key!r} for `into`, but it does not.")
         stored[weight] = (tensors[key], tensors.get(f"{key}_scale"))
+        expected, found = stored_class.rows(layer, weight).shape, _shape(*stored[weight])
+        if expected != found:
+            raise ArtifactError(
+                f"Expected {key!r} of the artifact to have the shape that `into` has, {tuple(expected)}, but got "
+                f"{tuple(found)}."
+            )
     return stored_class(layer, SCHEMES[scheme], stored)
+
+
+def _shape(stored: Tensor, scale: Tensor | None) -> torch.Size:
+    """Return the shape of a stored weight in float."""
+    is_packed = scale is not None and scale.dim() == 2
+    return torch.Size([stored.shape[0], 2 * stored.shape[1]]) if is_packed else stored.shape
 
 
 def _set_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
@@ -80,6 +96,12 @@ def _set_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
                 f"Expected the artifact to hold {name!r} of shape {tuple(tensor.shape)} for `into`, but it holds "
                 f"{found}."
             )
+    unused = sorted(name for name in set(tensors) - set(named) if not name.startswith(CONSTANT))
+    if unused:
+        raise ArtifactError(
+            f"Expected `into` to have the structure of the model that was quantized, but it has no {unused[0]!r}. "
+            "Build it with the same code and configuration."
+        )
     made: dict[int, nn.Parameter] = {}
     for name in named:
         owner, _, attribute = name.rpartition(".")
@@ -87,6 +109,7 @@ def _set_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
         if attribute in module._parameters:
             value = tensors[name]
             parameter = made.setdefault(id(value), nn.Parameter(value, requires_grad=False))
-            module._parameters[attribute] = parameter
+            # Recurrent layers keep a list of their weights, which follows attributes only.
+            setattr(module, attribute, parameter)
         else:
             module._buffers[attribute] = tensors[name]

@@ -123,7 +123,15 @@ class OnnxRuntimeModule(LoadedModule):
 
 
 def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> OnnxRuntimeModule:
-    """Load an artifact's model file; options are `threads` and `providers`."""
+    """Load an artifact's model file; options are `threads` and `providers`.
+
+    Raises:
+        QuantizationError: a model to fill is given.
+    """
+    if "into" in options:
+        raise QuantizationError(
+            "Expected no `into`, but got one: an ONNX file has no tensors by name. Quantize for runtime 'torch'."
+        )
     return OnnxRuntimeModule(folder / files["model"], signature, **options)
 
 

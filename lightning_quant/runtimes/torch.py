@@ -26,7 +26,7 @@ from lightning_quant.graph.plan import Operator
 from lightning_quant.latency import torch_threads
 from lightning_quant.layers import StoredLayer
 from lightning_quant.loaded import LoadedModule
-from lightning_quant.runtimes._fill import fill
+from lightning_quant.runtimes._fill import CONSTANT, fill
 from lightning_quant.runtimes._flat import Flat, example_tensors, first_line, quiet
 from lightning_quant.signature import Signature
 
@@ -37,8 +37,6 @@ HALF_ARITHMETIC = True
 # The float module itself is the peer of comparisons.
 IN_PROCESS = True
 _PROGRAM = "program.json.gz"
-# Prefix, in the file of tensors, of those that the exporter lifted out of the forward's code.
-_CONSTANT = "program."
 # What PyTorch's reader raises, beside its own error, when a program is not what it expects.
 _DAMAGE = (AttributeError, RuntimeError, AssertionError)
 
@@ -53,7 +51,7 @@ class TorchModule(LoadedModule):
 
         super().__init__(signature)
         tensors = load_file(folder / files["model"])
-        constants = {name: tensors.pop(name) for name in list(tensors) if name.startswith(_CONSTANT)}
+        constants = {name: tensors.pop(name) for name in list(tensors) if name.startswith(CONSTANT)}
         self.threads = threads
         # In the order in which the exporter was given them.
         self.state = dict(sorted(tensors.items()))
@@ -168,7 +166,7 @@ def check(path: Path) -> None:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        constants = {name: file.get_tensor(name) for name in file.keys() if name.startswith(_CONSTANT)}  # noqa: SIM118
+        constants = {name: file.get_tensor(name) for name in file.keys() if name.startswith(CONSTANT)}  # noqa: SIM118
     try:
         _deserialize(path.parent / _PROGRAM, constants)
     except ArtifactError as error:
@@ -207,7 +205,7 @@ def _serialize(program: Any) -> tuple[bytes, dict[str, Tensor]]:
         # What the exporter remembers of the user's code, with paths of this machine.
         node.meta = {key: value for key, value in node.meta.items() if key in ("val", "tensor_meta")}
     artifact = serialize.serialize(program)
-    return artifact.exported_program, {f"{_CONSTANT}{name}": value for name, value in program.constants.items()}
+    return artifact.exported_program, {f"{CONSTANT}{name}": value for name, value in program.constants.items()}
 
 
 def _deserialize(path: Path, constants: dict[str, Tensor]) -> nn.Module:
@@ -216,7 +214,7 @@ def _deserialize(path: Path, constants: dict[str, Tensor]) -> nn.Module:
 
     import lightning_quant.layers  # noqa: F401
 
-    named = {name.removeprefix(_CONSTANT): value for name, value in constants.items()}
+    named = {name.removeprefix(CONSTANT): value for name, value in constants.items()}
     try:
         text = gzip.decompress(path.read_bytes())
         program = serialize.deserialize(serialize.SerializedArtifact(text, {}, named, b""))  # type: ignore[arg-type]

@@ -1,0 +1,243 @@
+"""What keeps training safe, each guard with the code that it is and the tests that must miss it.
+
+`test_guards.py` takes them out one at a time, in a copy of the package, and records which tests go red.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import lightning_quant
+
+PACKAGE = Path(lightning_quant.__file__).parent
+TESTS = Path(__file__).parent
+RECORD = TESTS / "guards.json"
+
+
+@dataclass(frozen=True)
+class Guard:
+    """A guard: where it stands, what takes it out, and where to look for tests that miss it."""
+
+    name: str
+    file: str
+    code: str
+    without: str
+    tests: str
+
+
+GUARDS = (
+    Guard(
+        "ranges follow training batches alone",
+        "callbacks/qat.py",
+        "        prepared.observing = False\n",
+        "        pass\n",
+        "callbacks/test_qat.py -k validation",
+    ),
+    Guard(
+        "the module gets its forward back when fit ends",
+        "prepare.py",
+        "                unroute(resolve(self.root, path))\n",
+        "                pass\n",
+        "callbacks/test_qat.py -k after_fit",
+    ),
+    Guard(
+        "copies get their forward back too",
+        "prepare.py",
+        "            twin.detach()\n",
+        "            pass\n",
+        "callbacks/test_model_peculiarities.py -k copies",
+    ),
+    Guard(
+        "copies move no range",
+        "prepare.py",
+        "return self.control.observing and not self._is_twin",
+        "return self.control.observing",
+        "callbacks/test_model_peculiarities.py -k copies",
+    ),
+    Guard(
+        "a checkpoint's ranges are taken over",
+        "callbacks/qat.py",
+        "            prepared.load_state_dict(self._restored)\n",
+        "            pass\n",
+        "callbacks/test_checkpoints.py -k resumed_run",
+    ),
+    Guard(
+        "loaders resume where they stood",
+        "callbacks/training_data.py",
+        "            trainer.fit_loop._combined_loader = None\n",
+        "            pass\n",
+        "callbacks/test_checkpoints.py -k resumed_run",
+    ),
+    Guard(
+        "capture draws no random number of the run",
+        "capture.py",
+        "    with torch.random.fork_rng():\n",
+        "    if True:\n",
+        "callbacks/test_training_data.py -k bit_equal",
+    ),
+    Guard(
+        "an idle callback is not routed",
+        "callbacks/qat.py",
+        '        if prepared.phase != "off":\n            prepared.attach()',
+        "        prepared.attach()",
+        "callbacks/test_idle.py",
+    ),
+    Guard(
+        "extremes are reduced over processes",
+        "distributed.py",
+        "        dist.all_reduce(reduced, operation)\n",
+        "",
+        "callbacks/test_distributed_training.py -k ranges_are_those",
+    ),
+    Guard(
+        "histograms of processes are added up",
+        "distributed.py",
+        "            observer.counts = group.total(observer.counts)\n",
+        "            pass\n",
+        "callbacks/test_distributed_training.py -k histograms_of_all",
+    ),
+    Guard(
+        "metrics are merged over processes",
+        "evaluate.py",
+        "        return merged(group.gather(shares.values))\n",
+        "        pass\n",
+        "callbacks/test_distributed_training.py -k metrics_are_those",
+    ),
+    Guard(
+        "repeated samples are left out",
+        "evaluate.py",
+        "    loaders = without_repetitions(loaders, group)\n",
+        "",
+        "callbacks/test_distributed_training.py -k metrics_are_those",
+    ),
+    Guard(
+        "strategies that shard are refused",
+        "callbacks/base.py",
+        "            _refused_in_callback(self._check_strategy, trainer)\n",
+        "",
+        "callbacks/test_distributed_training.py -k shard",
+    ),
+    Guard(
+        "calibration is float32 in any precision",
+        "callbacks/training_data.py",
+        "tensor.float() if tensor.is_floating_point() else tensor",
+        "tensor",
+        "callbacks/test_lightning_features.py -k precisions",
+    ),
+    Guard(
+        "BatchNorm is measured anew after weight averaging",
+        "callbacks/qat.py",
+        'if phase == "frozen_batch_norm" and is_updating_batch_norm(trainer):',
+        "if False:",
+        "callbacks/test_other_callbacks.py -k stochastic",
+    ),
+    Guard(
+        "a second training of one module is refused",
+        "callbacks/qat.py",
+        "        _check_others(self, trainer)\n",
+        "",
+        "callbacks/test_other_callbacks.py -k two_trainings",
+    ),
+    Guard(
+        "compilers do not look into routed graphs, and copies are not compiled",
+        "routing.py",
+        "    _forget_compiled_steps(duplicate)\n",
+        "",
+        "callbacks/test_model_peculiarities.py -k compiled",
+    ),
+    Guard(
+        "parametrized layers use the rounded weight",
+        "prepare.py",
+        ", unparametrized(layer):",
+        ":",
+        "callbacks/test_model_peculiarities.py -k parametrized",
+    ),
+    Guard(
+        "power iterations run once",
+        "convert.py",
+        "torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):\n        prepared.root(*args, **kwargs)",
+        "torch.random.fork_rng(devices=[]):\n        prepared.root(*args, **kwargs)",
+        "callbacks/test_model_peculiarities.py -k power",
+    ),
+    Guard(
+        "lazy layers are refused",
+        "callbacks/base.py",
+        "        _check_initialized(pl_module)\n",
+        "",
+        "callbacks/test_model_peculiarities.py -k lazy",
+    ),
+    Guard(
+        "calls beside the forward are found",
+        "callbacks/base.py",
+        "        self.findings = self._look_beside(trainer, pl_module)\n",
+        "",
+        "callbacks/test_model_peculiarities.py -k beside",
+    ),
+    Guard(
+        "evaluation knows the epoch",
+        "evaluate.py",
+        "    _lend_progress(trainer, evaluator)\n",
+        "",
+        "callbacks/test_lightning_features.py -k knows_the_epoch",
+    ),
+    Guard(
+        "an interrupted run says how to go on",
+        "callbacks/base.py",
+        "        if begun and self._checkpoint is None:",
+        "        if False:",
+        "callbacks/test_interruptions.py -k without_checkpoints",
+    ),
+    Guard(
+        "the manifest alone is the commit",
+        "artifact.py",
+        '    with tempfile.TemporaryDirectory(dir=path, prefix=".staging-") as folder:\n        yield Path(folder)',
+        "    yield path",
+        "callbacks/test_interruptions.py -k killed",
+    ),
+)
+
+
+def take_out(guard: Guard, folder: Path) -> Path:
+    """Return a folder with a copy of the package without one guard."""
+    copy = folder / "lightning_quant"
+    shutil.copytree(PACKAGE, copy, ignore=shutil.ignore_patterns("__pycache__"))
+    file = copy / guard.file
+    source = file.read_text()
+    if source.count(guard.code) != 1:
+        raise ValueError(f"Expected {guard.file} to hold the code of {guard.name!r} once; it has changed.")
+    file.write_text(source.replace(guard.code, guard.without))
+    return folder
+
+
+def red_tests(package: Path | None, tests: str) -> list[str]:
+    """Return the tests that fail, with the package of that folder in place of this one."""
+    path = os.pathsep.join(entry for entry in sys.path if entry)
+    environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{path}" if package else path}
+    where, *selection = tests.split(" ", 2)
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE", str(TESTS / where), *selection]
+    result = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
+    if result.returncode not in (0, 1):
+        raise RuntimeError(result.stdout[-2000:] + result.stderr[-2000:])
+    lines = [line.split(" ")[1] for line in result.stdout.splitlines() if line.startswith(("FAILED ", "ERROR "))]
+    return sorted({line.rpartition("/")[2].partition("[")[0] for line in lines})
+
+
+def table() -> str:
+    """Return the record of the last complete run in Markdown."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    lines = [
+        "## Guards",
+        "",
+        "`pytest -m slow tests/test_guards.py` takes each out of a copy of the package; these tests went red:",
+        "",
+        "| guard | in | red without it |",
+        "|---|---|---|",
+    ]
+    for guard in GUARDS:
+        red = ", ".join(f"`{test}`" for test in record.get(guard.name, [])) or "not recorded"
+        lines.append(f"| {guard.name} | `{guard.file}` | {red} |")
+    return "\n".join(lines)

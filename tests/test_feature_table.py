@@ -1,0 +1,60 @@
+"""The table of tests/README.md is what the tests show, no more and no less."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import features
+import guards
+import pytest
+
+TESTS = Path(features.__file__).parent
+README = TESTS / "README.md"
+HEAD = """# What the tests show
+
+`pytest` runs the ordinary suite, `pytest -m slow` the rest. A tiny net, tiny data and one or two epochs each.
+
+## Features of Lightning
+
+Every row is made of the tests that it names: `python tests/test_feature_table.py` writes this file, and a test
+compares. *Verified*: a real Trainer ran it, and the artifact agrees with the module. *Refused*: before the first
+batch, for the reason given.
+"""
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[features.Row]:
+    return collected(tmp_path_factory.mktemp("features") / "rows.json")
+
+
+def collected(path: Path) -> list[features.Row]:
+    """Collect all tests, slow ones included, in a process of its own."""
+    environment = os.environ | {"LIGHTNING_QUANT_FEATURES": str(path)}
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", str(TESTS / "callbacks")]
+    result = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
+    if not path.exists():
+        raise RuntimeError(result.stdout + result.stderr)
+    return json.loads(path.read_text())
+
+
+def readme(rows: list[features.Row]) -> str:
+    return f"{HEAD}\n{features.table(rows)}\n\n{guards.table()}\n"
+
+
+def test_table_is_up_to_date(rows: list[features.Row]) -> None:
+    assert README.read_text() == readme(rows), "run `python tests/test_feature_table.py`"
+
+
+def test_every_row_names_its_tests(rows: list[features.Row]) -> None:
+    assert len({(row["group"], row["name"]) for row in rows}) > 60
+    assert {row["callback"] for row in rows} == {"QAT", "PTQ"}
+    assert all("::test_" in row["test"] for row in rows)
+
+
+if __name__ == "__main__":
+    import tempfile
+
+    with tempfile.TemporaryDirectory() as folder:
+        README.write_text(readme(collected(Path(folder) / "rows.json")))

@@ -1,0 +1,30 @@
+"""Every guard is missed by a test when it is taken out."""
+
+import json
+from pathlib import Path
+
+import guards
+import pytest
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("guard", guards.GUARDS, ids=lambda guard: guard.name.replace(" ", "-"))
+def test_a_test_goes_red_without_the_guard(guard: guards.Guard, tmp_path: Path) -> None:
+    red = guards.red_tests(guards.take_out(guard, tmp_path), guard.tests)
+    record = json.loads(guards.RECORD.read_text()) if guards.RECORD.exists() else {}
+    guards.RECORD.write_text(json.dumps(record | {guard.name: red}, indent=2, sort_keys=True) + "\n")
+
+    assert red
+
+
+def test_guards_are_where_they_are_said_to_be(tmp_path: Path) -> None:
+    for index, guard in enumerate(guards.GUARDS):
+        guards.take_out(guard, tmp_path / str(index))
+
+
+def test_every_guard_has_been_recorded() -> None:
+    record = json.loads(guards.RECORD.read_text())
+
+    assert set(record) == {guard.name for guard in guards.GUARDS}
+    assert all(record.values())

@@ -1,0 +1,72 @@
+"""Random nets: whatever is built out of the supported operators keeps every promise."""
+
+import copy
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from lightning_models import decibels, equal_tensors, tensors_of
+from random_nets import RandomNet, Spec, specs
+
+from lightning_quant.artifact import load
+from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.convert import check_agreement, convert
+from lightning_quant.export import export
+from lightning_quant.parity import check_parity
+from lightning_quant.prepare import prepare
+from lightning_quant.runtimes import onnxruntime as runtime
+
+
+def check(spec: Spec) -> None:
+    """Check every promise on one net."""
+    net = RandomNet(spec).eval()
+    x = net.example()
+    twin, before = copy.deepcopy(net), tensors_of(net)
+    prepared = prepare(net, (x,))
+    calibrate(prepared, steps_of(prepared, [x]))
+    prepared.attach()
+    assert list(net.state_dict()) == list(before)
+    with torch.no_grad():
+        prepared.set_phase("frozen")
+        simulated = net(x)
+    # Raises when simulation and QDQ graph are farther apart than simulation and float.
+    prepared.detach()
+    check_agreement(prepared, convert(prepared), (x,), {})
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = export(prepared, Path(folder) / "artifact")
+        loaded = load(artifact.path, threads=1)
+        parity = check_parity(prepared, loaded, runtime, artifact.model_path, [x])
+        exported = loaded(x)
+    assert parity.failures == []
+    assert exported.shape == simulated.shape
+    assert decibels(simulated, exported) > 25 or torch.allclose(simulated, exported, atol=1e-6)
+    with torch.no_grad():
+        assert torch.equal(net(x), twin(x))
+        assert torch.equal(net.train()(x), twin.train()(x))
+    assert equal_tensors(before, tensors_of(RandomNet(spec).eval()))
+
+
+ordinary = settings(
+    max_examples=60,
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],
+)
+
+
+@ordinary
+@given(specs())
+def test_random_nets(spec: Spec) -> None:
+    check(spec)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@settings(ordinary, max_examples=500)
+@given(specs())
+def test_many_random_nets(spec: Spec) -> None:
+    check(spec)
