@@ -7,6 +7,7 @@ if TYPE_CHECKING:
     from lightning_quant.artifact import Artifact, load
     from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining, Schedule
     from lightning_quant.pipeline import quantize
+    from lightning_quant.quantize_command import QuantizationCLI
     from lightning_quant.recipe import Recipe
     from lightning_quant.verification import verify
 
@@ -15,6 +16,7 @@ __all__ = [
     "Artifact",
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
+    "QuantizationCLI",
     "Recipe",
     "Schedule",
     "load",
@@ -26,6 +28,7 @@ _HOMES = {
     "Artifact": "artifact",
     "PostTrainingQuantization": "callbacks",
     "QuantizationAwareTraining": "callbacks",
+    "QuantizationCLI": "quantize_command",
     "Recipe": "recipe",
     "Schedule": "callbacks",
     "load": "artifact",

@@ -13,6 +13,7 @@ from lightning_quant import artifact as artifacts
 from lightning_quant import recipe as recipes
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
+from lightning_quant.auto import AUTO, choose_runtime
 from lightning_quant.calibrate import as_call, calibrate, steps_of
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.export import DynamicShapes, Quantizable, export, in_float32
@@ -40,7 +41,8 @@ def quantize(
     Args:
         model: the float module.
         recipe: numerics, by name or object.
-        runtime: where the artifact will run.
+        runtime: where the artifact will run; "auto" makes one for every installed runtime and keeps the fastest whose
+            parity holds, with what was measured in the report.
         calibration_data: calls, each a tensor, a tuple of arguments or a dict of keyword arguments. Batches as in
             training; a few hundred samples are enough.
         output_dir: the artifact's folder; "quantized" in the working directory by default. An artifact there
@@ -62,6 +64,16 @@ def quantize(
     if first is None:
         raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
     recipe = recipes.get(recipe)
+    notes: tuple[str, ...] = ()
+    if runtime == AUTO:
+        data = [first, *calls]
+        options: dict[str, Any] = {"include": include, "exclude": exclude, "dynamic_shapes": dynamic_shapes}
+
+        def make(name: str, path: Path) -> Artifact:
+            return quantize(model, recipe, name, calibration_data=data, output_dir=path, threads=threads, **options)
+
+        runtime, note = choose_runtime(make, threads)
+        notes, calls = (note,), iter(data[1:])
     selection = Selection(tuple(include), tuple(exclude))
     seconds: dict[str, float] = {}
     quantized: Quantizable
@@ -72,7 +84,7 @@ def quantize(
     artifact = export(quantized, folder, dynamic_shapes=dynamic_shapes, classes=class_labels(model), seconds=seconds)
     if isinstance(quantized, Layerwise):
         quantized.release()
-    report = assess(quantized, artifact, seconds=seconds, threads=threads)
+    report = assess(quantized, artifact, seconds=seconds, threads=threads, notes=notes)
     return artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
 
 

@@ -18,6 +18,9 @@ from timing import bootstrap_ratio, interleaved, median_ms, table
 from torch import Tensor, nn
 
 import lightning_quant as lq
+from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.export import export
+from lightning_quant.prepare import prepare
 
 PAIRS = {
     "lightning_quant int8, OpenVINO": "NNCF int8, OpenVINO",
@@ -68,7 +71,9 @@ def build(folder: Path, size: int, threads: int) -> dict[str, Callable[[Tensor],
     model.eval()
     models: dict[str, Callable[[Tensor], Tensor]] = {}
     for name, runtime in zip(PAIRS, ("openvino", "inductor"), strict=True):
-        lq.quantize(model, runtime=runtime, calibration_data=calibration, output_dir=folder / runtime, threads=threads)
+        prepared = prepare(model, (calibration[0],), runtime=runtime, observer="mse")
+        calibrate(prepared, steps_of(prepared, calibration))
+        export(prepared, folder / runtime)
         models[name] = lq.load(folder / runtime, threads=threads)
     models["torchao PT2E int8, Inductor"] = torchao_pt2e(distinct_relus(model), calibration, folder / "pt2e.pt2")
     if importlib.util.find_spec("nncf"):

@@ -1,0 +1,59 @@
+"""`runtime="auto"`: try every installed runtime on this machine, and take the fastest that computes what it should."""
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from lightning_quant import golden, runtimes
+from lightning_quant.artifact import Artifact, load
+from lightning_quant.errors import QuantizationError
+from lightning_quant.latency import Timing, measure
+
+AUTO = "auto"
+# What a report's warnings begin with when an artifact is not what was simulated.
+_WRONG = "parity FAILED"
+
+
+def choose_runtime(make: Callable[[str, Path], Artifact], threads: int | None = None) -> tuple[str, str]:
+    """Return the name of the fastest correct runtime, and what was measured in words.
+
+    Args:
+        make: writes the artifact of a runtime to a folder, measured.
+        threads: of the measurement; one by default.
+
+    Raises:
+        QuantizationError: no runtime gave a correct artifact; the message has every reason.
+    """
+    refused: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as name:
+        candidates: dict[str, Callable[[], Any]] = {}
+        for runtime in runtimes.names():
+            try:
+                artifact = make(runtime, Path(name, runtime))
+                wrong = [w for w in (artifact.report or {}).get("warnings", []) if w.startswith(_WRONG)]
+                if wrong:
+                    refused[runtime] = wrong[0]
+                    continue
+                batch = golden.load(artifact.golden_path, artifact.signature)
+                candidates[runtime] = functools.partial(
+                    load(artifact.path, threads=threads or 1).run, list(batch.inputs)
+                )
+            except QuantizationError as error:
+                refused[runtime] = str(error)
+        if not candidates:
+            reasons = "; ".join(f"{runtime}: {reason}" for runtime, reason in refused.items())
+            raise QuantizationError(f"Expected a runtime to give a correct artifact, but none did: {reasons}")
+        timings = measure(candidates)
+    fastest = min(timings, key=lambda runtime: timings[runtime].median_ms)
+    return fastest, _in_words(fastest, timings, refused)
+
+
+def _in_words(fastest: str, timings: dict[str, Timing], refused: dict[str, str]) -> str:
+    measured = ", ".join(f"{runtime} {timing} ms" for runtime, timing in timings.items())
+    text = f"{fastest} was chosen as the fastest on the golden batch, in interleaved rounds: {measured}"
+    if refused:
+        reasons = "; ".join(f"{runtime} ({reason[:200]})" for runtime, reason in refused.items())
+        text += f". Not considered: {reasons}"
+    return text
