@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-# What transformers says of configurations as small as these.
+from lightning_quant.recipe import RECIPES, LayerRecipe
+
 VOCABULARY, WIDTH = 96, 32
+LAYER_RECIPES = sorted(name for name, recipe in RECIPES.items() if isinstance(recipe, LayerRecipe))
 
 
 class Around(nn.Module):

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from layer_models import Around, TokenClassifier, bert, gpt2, llama, t5, tokens
+from layer_models import LAYER_RECIPES, Around, TokenClassifier, bert, gpt2, llama, t5, tokens
 from lightning_models import decibels, equal_tensors, tensors_of
 from torch import Tensor, nn
 
@@ -13,9 +13,7 @@ from lightning_quant.errors import PlanError
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layerwise import quantize_layers
-from lightning_quant.recipe import RECIPES, LayerRecipe
 
-LAYER_RECIPES = sorted(name for name, recipe in RECIPES.items() if isinstance(recipe, LayerRecipe))
 FLOORS_DB = {"int8_dynamic": 28, "int8_weight_only": 30, "int4_weight_only": 8, "float16": 50, "bfloat16": 32}
 
 

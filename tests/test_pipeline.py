@@ -262,3 +262,56 @@ def test_input_that_does_not_exist_in_dynamic_shapes(tmp_path: Path) -> None:
             mlp(), calibration_data=[torch.randn(4, 6)], output_dir=tmp_path, dynamic_shapes={"image": {1: "width"}}
         )
     assert list(tmp_path.iterdir()) == []
+
+
+# --- recipes of layers
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_refused_layers_leave_the_artifact_of_before(runtime: str, tmp_path: Path) -> None:
+    quantize(mlp(), "int8_weight_only", runtime, calibration_data=[torch.randn(4, 6)], output_dir=tmp_path)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for model, recipe in (
+        (nn.Sequential(nn.ReLU()), "int8_dynamic"),
+        (mlp(), {"name": "int8_dynamic", "floor_db": 200}),
+        (mlp(), {"name": "int8_dynamic", "schemes": ["int3"]}),
+    ):
+        with pytest.raises(QuantizationError):
+            quantize(model, recipe, runtime, calibration_data=[torch.randn(4, 6)], output_dir=tmp_path)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_fallback_to_float_below_the_share_has_failed(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8)).eval()
+    with torch.no_grad():
+        model[0].weight[:, 0] = 1e4
+    x = torch.randn(8, 64)
+    x[:, 0] = 0
+    artifact = quantize(model, "int8_weight_only", "torch", calibration_data=[x], output_dir=tmp_path)
+    rows = {row["name"]: row for row in artifact.plan["rows"]}
+    assert (rows["0"]["action"], rows["1"]["action"]) == ("float", "int8 weights")
+    assert "dB signal-to-noise where 20 are wanted" in rows["0"]["reason"]
+    share = 8 / (64 + 8)
+    assert artifact.plan["stored_share"] == pytest.approx(share)
+    text = artifact.report_path.read_text()
+    assert f"int8_weight_only FAILED: only {share:.1%} of the weights' values" in text
+    assert rows["0"]["reason"] in text
+    with torch.no_grad():
+        assert decibels(model(x), load(tmp_path)(x)) > 30
+    # Without what fell back, or with a lower demand, nothing has failed.
+    for options in ({"exclude": ["0"]}, {}):
+        recipe = {"name": "int8_weight_only", "min_stored_share": 0.75 if options else 0.1}
+        artifact = quantize(model, recipe, "torch", calibration_data=[x], output_dir=tmp_path, **options)
+        assert "FAILED" not in artifact.report_path.read_text()
+
+
+def test_sizes_that_vary_between_calls_may_vary(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv1d(3, 8, 3), nn.ReLU(), nn.AdaptiveAvgPool1d(1)).eval()
+    calls = [torch.randn(2, 3, 9), torch.randn(4, 3, 12)]
+    quantize(model, "int8_weight_only", "torch", calibration_data=calls, output_dir=tmp_path / "varies")
+    quantize(model, "int8_weight_only", "torch", calibration_data=calls[:1], output_dir=tmp_path / "fixed")
+    x = torch.randn(3, 3, 20)
+    with torch.no_grad():
+        assert decibels(model(x), load(tmp_path / "varies")(x)) > 30
+    with pytest.raises(QuantizationError, match="to have shape"):
+        load(tmp_path / "fixed")(x)

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from lightning_quant.latency import Timing
+from lightning_quant.layer_parity import LayerParity
 from lightning_quant.parity import Parity
 from lightning_quant.report import LatencyRow, MetricRow, Report
 
@@ -249,3 +250,41 @@ def test_markdown_leaves_out_tables_without_rows() -> None:
 def test_markdown_names_failed_parity() -> None:
     assert "Parity FAILED: every operator" not in GOOD.to_markdown()
     assert "FAILED" in changed(parity=BAD_PARITY).to_markdown().split("\n\n")[1]
+
+
+# --- recipes of layers
+
+
+def of_layers(*, share: float = 1.0, parity: LayerParity | None = None, **row: str) -> Report:
+    layer = {"name": "lstm", "kind": "LSTM", "action": "int8 weights", "reason": "", "macs": 10, "weights": 10, **row}
+    plan = {"coverage": 1.0, "stored_share": share, "rows": [layer]}
+    return changed(recipe="int8_dynamic", runtime="torch", plan=plan, parity=parity, min_stored_share=0.75)
+
+
+def test_too_few_stored_weights_have_failed() -> None:
+    (warning,) = of_layers(share=0.74, reason="int8 dynamic: 3.0 dB").warnings
+    assert warning.startswith("int8_dynamic FAILED: only 74.0% of the weights' values are stored with fewer bits")
+    assert warning.endswith("less than 75%")
+    assert warning in of_layers(share=0.74).to_markdown()
+    assert of_layers(share=0.75).warnings == []
+
+
+def test_layers_and_their_reasons_are_in_the_text() -> None:
+    text = of_layers(reason="int8 dynamic: 3.0 dB signal-to-noise where 20 are wanted").to_markdown()
+    assert "Layers: 1 int8 weights; 100.0% of the weights' values are stored with fewer bits" in text
+    assert "int8 dynamic: 3.0 dB signal-to-noise where 20 are wanted" in text
+    text = of_layers(action="float", reason='excluded by "lstm"').to_markdown()
+    assert "100.0% of the weights' values that are not excluded are stored with fewer bits" in text
+
+
+@pytest.mark.parametrize(
+    ("quantization_db", "float_artifact_db", "fails"),
+    [(30.0, 29.0, False), (30.0, 26.5, True), (90.0, 61.0, False), (90.0, 59.0, True), (20.0, math.nan, True)],
+)
+def test_parity_of_layers(quantization_db: float, float_artifact_db: float, fails: bool) -> None:
+    parity = LayerParity(quantization_db, 40.0, float_artifact_db, None)
+    report = of_layers(parity=parity)
+    assert bool(report.warnings) is fails
+    assert report.scalars()["quant/parity_failed"] == float(fails)
+    assert ("Parity FAILED" if fails else "Parity ok") in report.to_markdown()
+    json.dumps(report.to_dict(), allow_nan=False)
