@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.adjustments import Layer
 from lightning_quant.fake_quantize import BIAS_LIMIT, SMALLEST_SCALE, channel_maximum, weight_scale
 from lightning_quant.routing import fetch, resolve
 
@@ -78,6 +79,13 @@ def fold_at(module: nn.Module, names: tuple[str, str, str], input_scale: Tensor,
         input_scale,
         quant_max,
     )
+
+
+def fold_adjusted(layer: Layer, input_scale: Tensor, quant_max: int) -> Folded:
+    """Return the scales of a layer that was folded before; one with a scale of its own keeps it."""
+    if layer.scale is None:
+        return fold(layer.weight, layer.bias, None, input_scale, quant_max)
+    return Folded(None, layer.bias, layer.scale, layer.scale, layer.scale * input_scale)
 
 
 def _gain_and_bias(bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from lightning_quant.export import DynamicShapes, Quantizable, export, in_float3
 from lightning_quant.graph.table import Selection
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import Layerwise, quantize_layers
-from lightning_quant.prepare import prepare
+from lightning_quant.prepare import Prepared, prepare
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
 
 
@@ -72,7 +72,8 @@ def quantize(
     artifact = export(quantized, folder, dynamic_shapes=dynamic_shapes, classes=class_labels(model), seconds=seconds)
     if isinstance(quantized, Layerwise):
         quantized.release()
-    report = assess(quantized, artifact, seconds=seconds, threads=threads)
+    notes = tuple(str(step) for step in quantized.accuracy_steps) if isinstance(quantized, Prepared) else ()
+    report = assess(quantized, artifact, seconds=seconds, threads=threads, notes=notes)
     return artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
 
 

@@ -47,6 +47,11 @@ class Recipe:
             `lightning_quant.observers`: "min_max", "moving_average", "percentile" or "mse".
         training_observer: the same for quantization-aware training.
         bias_correction: whether calibration takes the mean of the weights' rounding error out of the biases.
+        overrides: fnmatch pattern on qualified names or layer types to "float" or to the name of a recipe whose weight
+            grid these layers get instead; the first pattern that matches counts.
+        accuracy_steps: what calibration tries beyond ranges and bias correction, names from
+            `lightning_quant.accuracy.ladder`, each kept only when it lowers the error on held-back batches.
+        time_budget_s: seconds after which calibration begins no further step, and a step that can stops.
         percentile: share of the values, in percent, that the "percentile" observer keeps inside the range.
     """
 
@@ -56,6 +61,9 @@ class Recipe:
     calibration_observer: str = "mse"
     training_observer: str = "moving_average"
     bias_correction: bool = True
+    overrides: dict[str, str] = field(default_factory=dict)
+    accuracy_steps: tuple[str, ...] = ()
+    time_budget_s: float = 600.0
     percentile: float = 99.99
 
 
@@ -87,6 +95,25 @@ RECIPES: dict[str, AnyRecipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(),
+        # Minutes where `int8` takes seconds.
+        Recipe(
+            name="int8_accurate",
+            accuracy_steps=(
+                "correct_outputs",
+                "scale_depthwise",
+                "equalize",
+                "absorb",
+                "choose_ranges",
+                "smooth",
+                "smooth_sums",
+            ),
+        ),
+        # Four-bit weights in int8 kernels: no smaller file in every runtime, but what four-bit hardware computes.
+        Recipe(
+            name="int4_weights",
+            weight=IntegerSpec(bits=4, symmetric=True, per_channel=True),
+            accuracy_steps=("shrink_scales", "gptq", "correct_outputs", "scale_depthwise"),
+        ),
         # Without VNNI, x86 kernels add two uint8 x int8 products in 16 bits, which saturates for full-range weights.
         Recipe(name="int8_reduce_range", weight=IntegerSpec(bits=7, symmetric=True, per_channel=True)),
         LayerRecipe("int8_dynamic", ("dynamic", "weight_only")),

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,6 +117,8 @@ class PostTrainingQuantization(QuantizationCallback):
         deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
         if isinstance(deployment.prepared, Prepared):
             self._calibrate(trainer, deployment.prepared, deployment.pl_module)
+            steps = tuple(str(step) for step in deployment.prepared.accuracy_steps)
+            deployment = replace(deployment, notes=(*deployment.notes, *steps))
         self.artifact = finish(self, trainer, deployment)
 
     @override
@@ -139,4 +141,5 @@ class PostTrainingQuantization(QuantizationCallback):
             calibrate(prepared, steps())
         else:
             calibrate_together(group, prepared, steps)
+        deployed.take_over(prepared)
         self.seconds["calibrate"] = time.perf_counter() - started
