@@ -40,8 +40,8 @@ def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis
     unused = sorted(set(grids) - used)
     if unused:
         raise PlanError(
-            f"Expected `overrides` to hold patterns on names or types of quantized layers, but got {unused[0]!r}, which "
-            f"matches none of {', '.join(sorted(o.key for o in operators.values() if o.weight)[:8])}."
+            f"Expected `overrides` to hold patterns on names or types of quantized layers, but got {unused[0]!r}, "
+            f"which matches none of {', '.join(sorted(o.key for o in operators.values() if o.weight)[:8])}."
         )
     return found
 

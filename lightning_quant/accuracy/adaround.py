@@ -65,7 +65,8 @@ def adaround(
         one entry for each layer that was tried.
     """
     results: list[Reconstruction] = []
-    progress = tqdm(total=sum(bool(operator.weight) for operator in prepared.operators.values()), leave=False)
+    number = sum(bool(operator.weight) for operator in prepared.operators.values())
+    progress = tqdm(total=number, leave=False, disable=None)
 
     def visit(site: Site) -> None:
         progress.set_description(f"adaround {path_of(site.identity)}{site.operator.key}")

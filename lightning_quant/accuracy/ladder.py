@@ -73,7 +73,7 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
     budget = Budget(kept, time.monotonic() + prepared.recipe.time_budget_s)
     observe_anew(prepared, budget.calls)
     results = []
-    progress = tqdm(prepared.recipe.accuracy_steps, desc="accuracy", leave=False)
+    progress = tqdm(prepared.recipe.accuracy_steps, desc="accuracy", leave=False, disable=None)
     for name in progress:
         if budget.is_spent:
             break

@@ -168,8 +168,9 @@ def _own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str
         )
         entry = seen.setdefault(identity, [0.0, 0.0, 0.0, 0.0])
         noise = (rounded * scale - values).square().sum()
-        for index, value in enumerate((values.square().sum(), noise, outside.sum(), values.numel())):
+        for index, value in enumerate((values.square().sum(), noise, outside.sum())):
             entry[index] += float(value)
+        entry[3] += values.numel()
 
     with prepared.watching(count), prepared.attached("observe"):
         for args, kwargs in calls:
