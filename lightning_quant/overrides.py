@@ -48,7 +48,7 @@ def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis
 
 def _grid(recipe: Recipe, pattern: str, target: str) -> int:
     other = recipes.get(target)
-    if other.activation != recipe.activation:
+    if not isinstance(other, Recipe) or other.activation != recipe.activation:
         raise QuantizationError(
             f"Expected `overrides` to map {pattern!r} to 'float' or a recipe with the activations of {recipe.name!r}, "
             f"but got {target!r}. Keep that layer in float instead."
