@@ -18,12 +18,9 @@ class Ranges:
     Attributes:
         edges: identity to edge.
         observers: identity to observer, for the edges whose own values count.
-<<<<<<< HEAD
         deferred: when a dict, observers stay as they are and it gets `(-low, high)` of what they would have seen:
             several processes count a batch only when the extremes of all are known.
-=======
         chosen: identity to the range to use in place of its observer's.
->>>>>>> 7168580 (Accuracy ladder: scaling of channels, absorption, ranges by output error, learned rounding)
     """
 
     def __init__(self, edges: dict[str, Edge], recipe: Recipe, observer: str) -> None:
@@ -121,7 +118,6 @@ class Ranges:
             self.observers[identity].load_state(saved)
         self.forget_parameters()
 
-<<<<<<< HEAD
     @torch.no_grad()
     def _defer(self, deferred: dict[str, Tensor], identity: str, x: Tensor) -> None:
         if x.numel() == 0:
@@ -132,11 +128,6 @@ class Ranges:
         if self.observers[identity].low is None:
             self._parameters.pop(self._group(identity), None)
 
-    def _range(self, identity: str) -> tuple[Tensor, Tensor]:
-        if self.deferred and identity in self.deferred and self.observers[identity].low is None:
-            # The first batch has no other range than what this process has just seen of it.
-            return -self.deferred[identity][0], self.deferred[identity][1]
-=======
     def source(self, identity: str) -> str:
         """Return the observed edge whose range an edge has, the edge itself when it is observed."""
         return identity if identity in self.observers else self._members[self._group(identity)][0]
@@ -149,7 +140,9 @@ class Ranges:
     def _range(self, identity: str) -> tuple[Tensor, Tensor]:
         if identity in self.chosen:
             return self.chosen[identity]
->>>>>>> 7168580 (Accuracy ladder: scaling of channels, absorption, ranges by output error, learned rounding)
+        if self.deferred and identity in self.deferred and self.observers[identity].low is None:
+            # The first batch has no other range than what this process has just seen of it.
+            return -self.deferred[identity][0], self.deferred[identity][1]
         try:
             return self.observers[identity].range()
         except CalibrationError as error:

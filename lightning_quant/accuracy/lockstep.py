@@ -113,12 +113,12 @@ def _run_island(
             if node.target in _WEIGHTED and node.op == "call_method":
                 visit(_site(prepared, module, node, runs))
             for run in runs:
-                prepared.phase, prepared._integers = run.phase, run.integers
+                prepared.control.phase, prepared._integers = run.phase, run.integers
                 _step(node, run, prepared, module)
                 for read in last_readers.get(node, ()):
                     del run.values[read]
     finally:
-        prepared.phase, prepared._integers = before
+        prepared.control.phase, prepared._integers = before
 
 
 def _site(prepared: Prepared, module: nn.Module, node: fx.Node, runs: list[_Run]) -> Site:

@@ -125,6 +125,12 @@ class PostTrainingQuantization(QuantizationCallback):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._prepare(trainer, pl_module)
         if isinstance(self.recipe, Recipe):
+            if self.recipe.accuracy_steps and self.group.size > 1:
+                raise QuantizationError(
+                    f"Expected a recipe that several processes can calibrate together, but got {self.recipe.name!r}, "
+                    "whose accuracy steps need all batches in one. Use 'int8', or quantize the checkpoint afterwards "
+                    "with `lightning_quant.quantize`."
+                )
             check_data(trainer, pl_module, self.calibration.data)
 
     def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> None:
