@@ -30,6 +30,7 @@ from lightning_quant.graph.analyze import Analysis, Island, analyze
 from lightning_quant.graph.instrument import Instrumented, instrument
 from lightning_quant.graph.plan import Edge, Operator, identify, path_of
 from lightning_quant.graph.table import Selection
+from lightning_quant.learned_steps import LearnedSteps, quantize_with_learned_step
 from lightning_quant.overrides import override_weights, without_float_overrides
 from lightning_quant.ranges import Ranges
 from lightning_quant.recipe import Recipe
@@ -73,6 +74,7 @@ class Prepared(CapturedModel):
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
         input_means: when set, gets the means of what weighted operators read while observing.
         bias_corrections: operator to what is added to its folded bias, `(out_channels,)`.
+        learned_steps: the weights' scales while they are trained; None where they follow from the weights.
         layers: operator to the layer that stands in for the module's own, where an accuracy algorithm changed it.
         channels: edge to how its values map on the grid, where they are not rounded as they are.
         accuracy_steps: what was tried for accuracy, and what came of it.
@@ -104,6 +106,7 @@ class Prepared(CapturedModel):
         self.layers: dict[str, Layer] = {}
         self.channels: dict[str, ChannelScale] = {}
         self.accuracy_steps: tuple[AccuracyStep, ...] = ()
+        self.learned_steps: LearnedSteps | None = None
         self.only: frozenset[str] | None = None
         self.watcher: Callable[[str, Tensor], None] | None = None
         # Results that have their BatchNorm folded in already, until it is its turn.
@@ -260,6 +263,7 @@ class Prepared(CapturedModel):
             "phase": self.phase,
             "observers": self.ranges.state_dict(),
             "bias_corrections": dict(self.bias_corrections),
+            **({} if self.learned_steps is None else {"learned_steps": self.learned_steps.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -274,6 +278,8 @@ class Prepared(CapturedModel):
         corrections = {identity: value.to(device) for identity, value in state["bias_corrections"].items()}
         self.bias_corrections.clear()
         self.bias_corrections.update(corrections)
+        if self.learned_steps is not None and "learned_steps" in state:
+            self.learned_steps.load_state_dict(state["learned_steps"], device)
         self.set_phase(state["phase"])
 
     # --- running, called from the graphs
@@ -331,7 +337,10 @@ class Prepared(CapturedModel):
             folded = fold_adjusted(self.layers[identity], input_scale, quant_max)
         else:
             names = (operator.weight, operator.bias, operator.batch_norm.partition("#")[0])
-            folded = fold_at(resolve(self.root, path), names, input_scale, quant_max)
+            step = None
+            if self.learned_steps is not None:
+                step = self.learned_steps.step_of(identity, self.weight(identity), quant_max).detach()
+            folded = fold_at(resolve(self.root, path), names, input_scale, quant_max, step)
         correction = self.bias_corrections.get(identity) if corrected else None
         return folded if correction is None else replace(folded, bias=folded.bias + correction.to(folded.bias))
 
@@ -398,7 +407,7 @@ class Prepared(CapturedModel):
         if self.only is not None:
             return self._run_alone(identity, folded, x, call)
         if not self.computes_integers:
-            return call(x, fake_quantize_weight(weight, folded.unfolded_scale), bias)
+            return call(x, self._rounded_weight(identity, weight, folded), bias)
         operator, path = self.operators[identity], path_of(identity)
         input_scale, _ = self.ranges.parameters(identify(path, operator.inputs[0]))
         integers = self.weight_integers(identity, folded)
@@ -411,6 +420,15 @@ class Prepared(CapturedModel):
             output = identify(path, operator.output)
             self._integers[output] = integer.requantize(sums, step, self.ranges.parameters(output)[0])
         return (sums * step).to(x.dtype)
+
+    def _rounded_weight(self, identity: str, weight: Tensor, folded: Folded) -> Tensor:
+        if self.learned_steps is None:
+            return fake_quantize_weight(weight, folded.unfolded_scale)
+        quant_max = self.weight_quant_max(identity)
+        step = self.learned_steps.step_of(identity, weight, quant_max)
+        # A scale that was stretched for the sake of the bias is not the learned one, and passes no gradient to it.
+        step = torch.where(folded.unfolded_scale > step * 1.0001, folded.unfolded_scale, step)
+        return quantize_with_learned_step(weight, step, quant_max)
 
     def _run_alone(self, identity: str, folded: Folded, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
         """Compute a layer with a rounded weight among others that stay float."""

@@ -52,6 +52,8 @@ class Recipe:
         accuracy_steps: what calibration tries beyond ranges and bias correction, names from
             `lightning_quant.accuracy.ladder`, each kept only when it lowers the error on held-back batches.
         time_budget_s: seconds after which calibration begins no further step, and a step that can stops.
+        learned_step_rate: learning rate, in logarithms, of the weights' scales in quantization-aware training; 0 takes
+            them from the largest weights instead. Grids of few bits want it.
         percentile: share of the values, in percent, that the "percentile" observer keeps inside the range.
     """
 
@@ -64,6 +66,7 @@ class Recipe:
     overrides: dict[str, str] = field(default_factory=dict)
     accuracy_steps: tuple[str, ...] = ()
     time_budget_s: float = 600.0
+    learned_step_rate: float = 0.0
     percentile: float = 99.99
 
 
@@ -113,6 +116,7 @@ RECIPES: dict[str, AnyRecipe] = {
             name="int4_weights",
             weight=IntegerSpec(bits=4, symmetric=True, per_channel=True),
             accuracy_steps=("shrink_scales", "gptq", "correct_outputs", "scale_depthwise"),
+            learned_step_rate=1e-3,
         ),
         # Without VNNI, x86 kernels add two uint8 x int8 products in 16 bits, which saturates for full-range weights.
         Recipe(name="int8_reduce_range", weight=IntegerSpec(bits=7, symmetric=True, per_channel=True)),

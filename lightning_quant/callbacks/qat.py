@@ -7,6 +7,7 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_quant import observers
@@ -16,6 +17,7 @@ from lightning_quant.callbacks.schedule import Schedule, Timeline, resolve
 from lightning_quant.distributed import merge_batch
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
+from lightning_quant.learned_steps import LearnedSteps
 from lightning_quant.prepare import Prepared
 from lightning_quant.recipe import LayerRecipe, Recipe
 
@@ -121,6 +123,15 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.require_prepared().observing = True
 
     @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Called before the user's optimizer moves weights: ours moves their learned scales."""
+        prepared = self.require_prepared()
+        if prepared.learned_steps is not None and prepared.quantizes:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            factor = 1.0 if scaler is None else 1.0 / scaler.get_scale()
+            prepared.learned_steps.update(lambda grad: self.group.mean(grad) * factor)
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -143,6 +154,8 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _begin(self, trainer: Trainer) -> None:
         prepared = self.require_prepared()
+        if prepared.recipe.learned_step_rate > 0 and prepared.learned_steps is None:
+            prepared.learned_steps = LearnedSteps(prepared.recipe.learned_step_rate)
         if self._checkpoint is not None:
             prepared.load_state_dict(self._state_in(self._checkpoint))
             return
