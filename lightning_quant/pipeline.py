@@ -108,8 +108,11 @@ def _quantize_layers(
     """Quantize on the first call; the others tell which sizes vary."""
     started = time.perf_counter()
     args, kwargs = as_call(first)
-    quantized = quantize_layers(model, args, kwargs, recipe=recipe, runtime=runtime, selection=selection)
-    for call in calls:
-        quantized.note_sizes(*as_call(call))
+    others = [as_call(call) for call in calls]
+    quantized = quantize_layers(
+        model, args, kwargs, recipe=recipe, runtime=runtime, selection=selection, calls=[(args, kwargs), *others]
+    )
+    for call in others:
+        quantized.note_sizes(*call)
     seconds["quantize"] = time.perf_counter() - started
     return in_float32(quantized)

@@ -82,6 +82,8 @@ class LayerRecipe:
         schemes: names out of `lightning_quant.layers.storage.SCHEMES`, the wanted one first, then safer ones.
         floor_db: signal-to-noise ratio in decibels that a layer's output must reach.
         group_size: values of a row that share a scale, for 4-bit weights.
+        gptq: whether the integers of linear layers' weights are chosen by the layers' outputs instead of rounding to
+            nearest; see `lightning_quant.accuracy.gptq`.
         min_stored_share: share of the weights' values that must be stored with fewer bits, in [0, 1]; below it the
             report says that the recipe failed.
     """
@@ -90,6 +92,7 @@ class LayerRecipe:
     schemes: tuple[str, ...]
     floor_db: float = 20.0
     group_size: int = 32
+    gptq: bool = False
     min_stored_share: float = 0.75
 
 
@@ -123,6 +126,8 @@ RECIPES: dict[str, AnyRecipe] = {
         LayerRecipe("int8_dynamic", ("dynamic", "weight_only")),
         LayerRecipe("int8_weight_only", ("weight_only",)),
         LayerRecipe("int4_weight_only", ("weight_only_4bit", "weight_only"), floor_db=12.0),
+        LayerRecipe("int8_weight_only_gptq", ("weight_only",), gptq=True),
+        LayerRecipe("int4_weight_only_gptq", ("weight_only_4bit", "weight_only"), floor_db=12.0, gptq=True),
         LayerRecipe("float16", ("float16",), floor_db=40.0),
         LayerRecipe("bfloat16", ("bfloat16",), floor_db=30.0),
     )
