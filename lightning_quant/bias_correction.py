@@ -37,18 +37,18 @@ class InputMeans:
 
 
 @torch.no_grad()
-def bias_correction(weight: Tensor, folded: Folded, mean: Tensor, quant_max: int) -> Tensor:
+def bias_correction(weight: Tensor, folded: Folded, integers: Tensor, mean: Tensor) -> Tensor:
     """Return what to add to a folded bias, `(out_channels,)`, so that the mean of the output stays.
 
     Args:
         weight: `(out_channels, in_channels // groups, ...)`, before folding.
         folded: the layer's scales.
+        integers: the folded weight in whole steps.
         mean: `(in_channels,)`, of the layer's input.
-        quant_max: 127 for 8-bit weights, 63 for 7-bit weights.
     """
     shape = (-1, *[1] * (weight.dim() - 1))
     exact = weight.double() if folded.gain is None else weight.double() * folded.gain.double().view(shape)
-    error = folded.integers(weight, quant_max).double() * folded.scale.double().view(shape) - exact
+    error = integers.double() * folded.scale.double().view(shape) - exact
     error = error.flatten(2).sum(2) if weight.dim() > 2 else error
     groups = len(mean) // weight.shape[1]
     by_group = mean.view(groups, 1, -1).expand(-1, len(error) // groups, -1).reshape(len(error), -1)

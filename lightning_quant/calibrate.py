@@ -1,4 +1,4 @@
-"""Learn ranges from calls: run the float module while its tensors are observed."""
+"""Stage 4: learn ranges from calls, and then whatever the recipe does for accuracy."""
 
 import functools
 from collections.abc import Callable, Iterable
@@ -17,6 +17,8 @@ from lightning_quant.routing import device_of, evaluation_mode
 def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
     """Observe every quantized tensor while steps run the module in eval mode; return the number of steps.
 
+    A recipe with `accuracy_steps` keeps the calls in memory and climbs the ladder on them.
+
     Args:
         prepared: detached; its observers are updated.
         steps: each calls the module at least once.
@@ -25,8 +27,17 @@ def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
         CalibrationError: there was no step, or a tensor was never seen or is not finite.
     """
     means = InputMeans() if prepared.recipe.bias_correction else None
-    number = observe(prepared, steps, means)
+    if not prepared.recipe.accuracy_steps:
+        number = observe(prepared, steps, means)
+        settle(prepared, number, means)
+        return number
+    from lightning_quant.accuracy.ladder import climb
+    from lightning_quant.accuracy.recalibrate import recorded_calls
+
+    with recorded_calls(prepared.root) as calls:
+        number = observe(prepared, steps, means)
     settle(prepared, number, means)
+    prepared.accuracy_steps = climb(prepared, calls)
     return number
 
 

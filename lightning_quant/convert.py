@@ -11,14 +11,15 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lightning_quant.adjustments import ChannelScale
 from lightning_quant.calls import ResultSpec, flatten_call
 from lightning_quant.errors import ExportError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island, has_weights
-from lightning_quant.graph.plan import Operator, identify, path_of
+from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
 from lightning_quant.prepare import Prepared
-from lightning_quant.routing import clone, evaluation_mode, fetch, replace_submodule, resolve, unroute_all
+from lightning_quant.routing import clone, evaluation_mode, replace_submodule, resolve, unroute_all
 
 _INT32 = torch.iinfo(torch.int32)
 _TOLERANCE_DB = 3.0
@@ -170,8 +171,11 @@ def _convert_island(prepared: Prepared, island: Island, module: nn.Module, *, st
     for edge in island.plan.edges:
         if edge.passed:
             continue
-        scale, zero_point = prepared.ranges.parameters(identify(island.path, edge.key))
-        _insert_pair(graph, nodes[edge.key], scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
+        identity = identify(island.path, edge.key)
+        scale, zero_point = prepared.ranges.parameters(identity)
+        pair = _insert_pair(graph, nodes[edge.key], scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
+        if identity in prepared.channels:
+            _scale_channels(island, edge.key, prepared.channels[identity].to(torch.device("cpu")), *pair)
     for name, layer in layers.items():
         module.add_module(name, layer)
     graph_module = fx.GraphModule(module, graph)
@@ -187,23 +191,24 @@ def _convert_layer(
 ) -> QuantizedLayer:
     """Fold BatchNorm into a layer and quantize it; `module` has its strides and padding, the prepared its weights."""
     folded = prepared.folded(identity)
-    weight = fetch(resolve(prepared.root, path_of(identity)), operator.weight)
-    integers = folded.integers(weight, prepared.recipe.weight.quant_max).to(torch.int8)
+    integers = prepared.weight_integers(identity, folded).to(torch.int8)
     bias = folded.bias_integers.to(torch.int32)
-    options = _layer_options(nodes[operator.key], operator, module)
+    node = nodes[operator.key]
+    layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+    options = layer_options(node, operator, layer)
     tensors = (integers, folded.scale, bias, folded.bias_step)
     return QuantizedLayer(operator.kind, options, *(tensor.detach().cpu() for tensor in tensors))
 
 
-def _layer_options(node: fx.Node, operator: Operator, module: nn.Module) -> dict[str, Any]:
+def layer_options(node: fx.Node, operator: Operator, layer: nn.Module | None) -> dict[str, Any]:
+    """Return stride, padding, dilation and groups of a convolution, from its layer or from the call's arguments."""
     if operator.kind == "linear":
         return {}
-    names = ("stride", "padding", "dilation", "groups")
-    if node.op == "call_module":
-        layer = module.get_submodule(str(node.target))
-        return {name: getattr(layer, name) for name in names}
     defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    return {name: ops.argument(node, 3 + i, name, defaults[name]) for i, name in enumerate(names)}
+    if layer is not None:
+        return {name: getattr(layer, name) for name in defaults}
+    first = 5 if node.target == "run_function" else 3
+    return {name: ops.argument(node, first + i, name, defaults[name]) for i, name in enumerate(defaults)}
 
 
 def _replace_layer(graph: fx.Graph, operator: Operator, nodes: dict[str, fx.Node], name: str) -> None:
@@ -254,9 +259,10 @@ def _shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx
                 "pad",
             ):
                 origin = origin.args[0]  # type: ignore[assignment]
-            if origin.meta["key"] not in edges:
+            identity = identify(island.path, origin.meta["key"])
+            if origin.meta["key"] not in edges or identity in prepared.channels:
                 continue
-            scale, zero_point = prepared.ranges.parameters(identify(island.path, origin.meta["key"]))
+            scale, zero_point = prepared.ranges.parameters(identity)
             low = (-zero_point - 1) * scale
             high = (prepared.recipe.activation.quant_max - zero_point + 1) * scale
             with node.graph.inserting_before(node):
@@ -271,7 +277,9 @@ def _runs_weights(node: fx.Node, module: nn.Module) -> bool:
     return node.op == "call_module" and has_weights(module.get_submodule(str(node.target)))
 
 
-def _insert_pair(graph: fx.Graph, node: fx.Node, scale: float, zero_point: int, quant_max: int) -> None:
+def _insert_pair(
+    graph: fx.Graph, node: fx.Node, scale: float, zero_point: int, quant_max: int
+) -> tuple[fx.Node, fx.Node]:
     while "dropped" in node.meta:
         node = node.meta["dropped"]
     readers = list(node.users)
@@ -284,3 +292,25 @@ def _insert_pair(graph: fx.Graph, node: fx.Node, scale: float, zero_point: int, 
         )
     for reader in readers:
         reader.replace_input_with(node, dequantized)
+    return quantized, dequantized
+
+
+def _scale_channels(island: Island, key: str, channels: ChannelScale, quantized: fx.Node, dequantized: fx.Node) -> None:
+    """Scale where operators meet that know nothing of it: float ones that write the edge, and float ones that read it.
+
+    Those in integers have the factors in their weights, or pass them on.
+    """
+    operators = island.plan.operators
+    passed_on = {edge.key for edge in island.plan.edges if edge.group != edge.key or not edge.observed}
+    if key not in passed_on and not any(operator.output == key for operator in operators):
+        source = quantized.args[0]
+        with quantized.graph.inserting_before(quantized):
+            scaled = quantized.graph.call_function(channels.to_grid, (source,))
+        quantized.replace_input_with(source, scaled)  # type: ignore[arg-type]
+    on_grid = passed_on | {operator.key for operator in operators} | {operator.pad for operator in operators}
+    readers = [reader for reader in dequantized.users if reader.meta.get("key") not in on_grid]
+    if readers:
+        with dequantized.graph.inserting_after(dequantized):
+            unscaled = dequantized.graph.call_function(channels.from_grid, (dequantized,))
+        for reader in readers:
+            reader.replace_input_with(dequantized, unscaled)

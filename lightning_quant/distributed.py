@@ -85,6 +85,10 @@ class Group:
         """Return the elementwise sum over all processes."""
         return self._reduced(tensor, dist.ReduceOp.SUM)
 
+    def mean(self, tensor: Tensor) -> Tensor:
+        """Return the elementwise mean over all processes."""
+        return self.total(tensor) / self.size
+
     def _reduced(self, tensor: Tensor, operation: Any) -> Tensor:
         if self.size == 1:
             return tensor

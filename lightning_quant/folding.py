@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.adjustments import Layer
 from lightning_quant.fake_quantize import BIAS_LIMIT, SMALLEST_SCALE, channel_maximum, weight_scale
 from lightning_quant.routing import fetch, resolve
 
@@ -46,7 +47,14 @@ class Folded:
 
 
 @torch.no_grad()
-def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None, input_scale: Tensor, quant_max: int) -> Folded:
+def fold(
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: nn.Module | None,
+    input_scale: Tensor,
+    quant_max: int,
+    step: Tensor | None = None,
+) -> Folded:
     """Fold a BatchNorm (or None) into a layer and choose the weight scales.
 
     The gain is gamma / sqrt(var + eps), the bias (bias - mean) * gain + beta. Source: Jacob et al. 2018,
@@ -58,9 +66,11 @@ def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None, input_scal
         norm: with running statistics.
         input_scale: 0-dim, scale of the tensor that the layer reads.
         quant_max: 127 for 8-bit weights, 63 for 7-bit weights.
+        step: `(out_channels,)`, learned scale of the unfolded weight, in place of that by the largest magnitudes.
     """
     gain, shift = (None, bias) if norm is None else _gain_and_bias(bias, norm)
-    unfolded = weight_scale(channel_maximum(weight), quant_max, gain=gain, bias=shift, input_scale=input_scale)
+    maximum = channel_maximum(weight) if step is None else step * quant_max
+    unfolded = weight_scale(maximum, quant_max, gain=gain, bias=shift, input_scale=input_scale)
     scale = unfolded if gain is None else unfolded * gain.abs()
     shift = torch.zeros_like(scale) if shift is None else shift.float()
     # Where the gain is zero so is the scale; the bias still needs a step that int32 can count.
@@ -68,7 +78,13 @@ def fold(weight: Tensor, bias: Tensor | None, norm: nn.Module | None, input_scal
     return Folded(gain, shift, scale, unfolded, scale * input_scale)
 
 
-def fold_at(module: nn.Module, names: tuple[str, str, str], input_scale: Tensor, quant_max: int) -> Folded:
+def fold_at(
+    module: nn.Module,
+    names: tuple[str, str, str],
+    input_scale: Tensor,
+    quant_max: int,
+    step: Tensor | None = None,
+) -> Folded:
     """Fold the layer and BatchNorm of these names (weight, bias, norm; empty when there is none) in a module."""
     weight, bias, norm = names
     return fold(
@@ -77,7 +93,15 @@ def fold_at(module: nn.Module, names: tuple[str, str, str], input_scale: Tensor,
         resolve(module, norm) if norm else None,
         input_scale,
         quant_max,
+        step,
     )
+
+
+def fold_adjusted(layer: Layer, input_scale: Tensor, quant_max: int) -> Folded:
+    """Return the scales of a layer that was folded before; one with a scale of its own keeps it."""
+    if layer.scale is None:
+        return fold(layer.weight, layer.bias, None, input_scale, quant_max)
+    return Folded(None, layer.bias, layer.scale, layer.scale, layer.scale * input_scale)
 
 
 def _gain_and_bias(bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -24,6 +24,7 @@ from lightning_quant.graph.analyze import check_patterns, own_signature
 from lightning_quant.graph.plan import Plan, Row
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers.layer import StoredLayer
+from lightning_quant.layers.refine import refine
 from lightning_quant.layers.trial import Trial, trials
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import (
@@ -134,6 +135,7 @@ def quantize_layers(
     runtime: str = "torch",
     selection: Selection | None = None,
     module: str = "",
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
 ) -> Layerwise:
     """Choose a scheme for each layer of a module from one call, and quantize it; the module is left as it was.
 
@@ -145,6 +147,7 @@ def quantize_layers(
         runtime: name of the runtime, which says how half precision is computed.
         selection: patterns of layers to include and exclude.
         module: the module's qualified name, for the plan.
+        calls: more calls of the module for recipes with GPTQ; the one call alone by default.
 
     Raises:
         PlanError: no layer can be quantized, or a pattern names none.
@@ -174,6 +177,8 @@ def quantize_layers(
             f"Expected {type(model).__name__} to have a layer for recipe {chosen.name!r}, but nothing can be "
             f"quantized: {reasons}."
         )
+    if chosen.gptq:
+        refine(model, layers, calls or [(args, kwargs or {})])
     quantized = Layerwise(model, signature, spec, tensors, chosen, plan, layers, selection)
     quantized.compare()
     return quantized

@@ -100,6 +100,7 @@ class Histogram(MinMax):
     """
 
     NUM_BINS = 2048
+    NUM_CANDIDATES = 100
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,6 +128,39 @@ class Histogram(MinMax):
         self.span_high = high + (1e-6 * torch.maximum(low.abs(), high.abs()) + 1e-30)
         self.counts = self.counts.to(low.device)
 
+    def percentile_range(self, percentile: float) -> tuple[Tensor, Tensor]:
+        """Return the range that leaves out an equal share of values on both sides, never wider than the data."""
+        low, high = MinMax.range(self)
+        cumulative = self.counts.cumsum(0) / self.counts.sum()
+        tail = (1 - percentile / 100) / 2
+        edges = self._edges()
+        last = self.NUM_BINS - 1
+        first_kept = int(torch.searchsorted(cumulative, tail, right=True).clamp(max=last))
+        last_kept = int(torch.searchsorted(cumulative, 1 - tail).clamp(max=last))
+        return torch.maximum(low, edges[first_kept].float()), torch.minimum(high, edges[last_kept + 1].float())
+
+    def least_error_range(self, num_levels: int) -> tuple[Tensor, Tensor]:
+        """Return the range with the least expected squared rounding and clipping error under the histogram.
+
+        Both ends are shrunk on a grid of `NUM_CANDIDATES` steps, one after the other, until neither improves.
+        Source: Choukroun et al. 2019, arXiv:1902.06822, equation 2 (minimal MSE), here by search over a histogram.
+        """
+        low, high = (end.double() for end in MinMax.range(self))
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        edges = self._edges()
+        centres = ((edges[:-1] + edges[1:]) / 2).clamp(low, high)
+        occupied = self.counts > 0
+        centres, weights = centres[occupied], self.counts[occupied]
+        shrink = torch.linspace(0.02, 1, self.NUM_CANDIDATES, dtype=torch.float64, device=low.device)
+        best_low, best_high = low, high
+        for _ in range(3):
+            highs, lows = high * shrink, low * shrink
+            best_high = highs[_least_error(centres, weights, best_low.expand_as(shrink), highs, num_levels)]
+            best_low = lows[_least_error(centres, weights, lows, best_high.expand_as(shrink), num_levels)]
+            if low == 0 or high == 0:
+                break
+        return best_low.float(), best_high.float()
+
     def _bin_counts(self, x: Tensor) -> Tensor:
         x = x.flatten()
         if x.device.type == "cpu":
@@ -150,6 +184,15 @@ class Histogram(MinMax):
         return self.span_low + steps * (self.span_high - self.span_low)
 
 
+def _least_error(centres: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, num_levels: int) -> int:
+    """Return the index of the candidate range with the least squared error over weighted values."""
+    scale = ((highs - lows) / (num_levels - 1)).clamp(min=1e-30).unsqueeze(1)
+    zero_point = torch.round(-lows.unsqueeze(1) / scale)
+    quantized = torch.clamp(torch.round(centres / scale) + zero_point, 0, num_levels - 1)
+    error = ((quantized - zero_point) * scale - centres).square() @ weights
+    return int(error.argmin())
+
+
 class Percentile(Histogram):
     """The range that leaves out an equal share of extreme values on both sides.
 
@@ -165,24 +208,11 @@ class Percentile(Histogram):
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Return the percentile range, never wider than the data."""
-        low, high = super().range()
-        cumulative = self.counts.cumsum(0) / self.counts.sum()
-        tail = (1 - self.percentile / 100) / 2
-        edges = self._edges()
-        last = self.NUM_BINS - 1
-        first_kept = int(torch.searchsorted(cumulative, tail, right=True).clamp(max=last))
-        last_kept = int(torch.searchsorted(cumulative, 1 - tail).clamp(max=last))
-        return torch.maximum(low, edges[first_kept].float()), torch.minimum(high, edges[last_kept + 1].float())
+        return self.percentile_range(self.percentile)
 
 
 class MeanSquaredError(Histogram):
-    """The range with the least expected squared rounding and clipping error under the histogram.
-
-    Both ends are shrunk on a grid of `NUM_CANDIDATES` steps, one after the other, until neither improves.
-    Source: Choukroun et al. 2019, arXiv:1902.06822, equation 2 (minimal MSE), here by search over a histogram.
-    """
-
-    NUM_CANDIDATES = 100
+    """The range with the least expected squared rounding and clipping error; see `Histogram.least_error_range`."""
 
     def __init__(self, num_levels: int = 256) -> None:
         super().__init__()
@@ -190,28 +220,7 @@ class MeanSquaredError(Histogram):
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Return the range of least expected squared error, never wider than the data."""
-        low, high = (end.double() for end in super().range())
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        edges = self._edges()
-        centres = ((edges[:-1] + edges[1:]) / 2).clamp(low, high)
-        occupied = self.counts > 0
-        centres, weights = centres[occupied], self.counts[occupied]
-        shrink = torch.linspace(0.02, 1, self.NUM_CANDIDATES, dtype=torch.float64, device=low.device)
-        best_low, best_high = low, high
-        for _ in range(3):
-            best_high = self._best(centres, weights, best_low.expand_as(shrink), high * shrink)[1]
-            best_low = self._best(centres, weights, low * shrink, best_high.expand_as(shrink))[0]
-            if low == 0 or high == 0:
-                break
-        return best_low.float(), best_high.float()
-
-    def _best(self, centres: Tensor, weights: Tensor, lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
-        scale = ((highs - lows) / (self.num_levels - 1)).clamp(min=1e-30).unsqueeze(1)
-        zero_point = torch.round(-lows.unsqueeze(1) / scale)
-        quantized = torch.clamp(torch.round(centres / scale) + zero_point, 0, self.num_levels - 1)
-        error = ((quantized - zero_point) * scale - centres).square() @ weights
-        best = int(error.argmin())
-        return lows[best], highs[best]
+        return self.least_error_range(self.num_levels)
 
 
 OBSERVERS: dict[str, Callable[[Recipe], Observer]] = {

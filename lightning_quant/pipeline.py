@@ -20,7 +20,7 @@ from lightning_quant.export import DynamicShapes, Quantizable, export, in_float3
 from lightning_quant.graph.table import Selection
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import Layerwise, quantize_layers
-from lightning_quant.prepare import prepare
+from lightning_quant.prepare import Prepared, prepare
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
 
 
@@ -84,6 +84,8 @@ def quantize(
     artifact = export(quantized, folder, dynamic_shapes=dynamic_shapes, classes=class_labels(model), seconds=seconds)
     if isinstance(quantized, Layerwise):
         quantized.release()
+    if isinstance(quantized, Prepared):
+        notes += tuple(str(step) for step in quantized.accuracy_steps)
     report = assess(quantized, artifact, seconds=seconds, threads=threads, notes=notes)
     return artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
 
@@ -119,8 +121,11 @@ def _quantize_layers(
     """Quantize on the first call; the others tell which sizes vary."""
     started = time.perf_counter()
     args, kwargs = as_call(first)
-    quantized = quantize_layers(model, args, kwargs, recipe=recipe, runtime=runtime, selection=selection)
-    for call in calls:
-        quantized.note_sizes(*as_call(call))
+    others = [as_call(call) for call in calls]
+    quantized = quantize_layers(
+        model, args, kwargs, recipe=recipe, runtime=runtime, selection=selection, calls=[(args, kwargs), *others]
+    )
+    for call in others:
+        quantized.note_sizes(*call)
     seconds["quantize"] = time.perf_counter() - started
     return in_float32(quantized)

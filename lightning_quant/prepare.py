@@ -18,17 +18,20 @@ from torch.nn.utils import parametrize
 
 from lightning_quant import integer, runtimes
 from lightning_quant import recipe as recipes
+from lightning_quant.adjustments import AccuracyStep, ChannelScale, Layer
 from lightning_quant.bias_correction import InputMeans, bias_correction
-from lightning_quant.calls import flatten_call
+from lightning_quant.calls import CallSpec, flatten_call
 from lightning_quant.captured import CapturedModel
 from lightning_quant.compilation import kept_from_compilers
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
-from lightning_quant.folding import Folded, fold_at
+from lightning_quant.folding import Folded, fold_adjusted, fold_at
 from lightning_quant.graph.analyze import Analysis, Island, analyze
 from lightning_quant.graph.instrument import Instrumented, instrument
 from lightning_quant.graph.plan import Edge, Operator, identify, path_of
 from lightning_quant.graph.table import Selection
+from lightning_quant.learned_steps import LearnedSteps, quantize_with_learned_step
+from lightning_quant.overrides import override_weights, without_float_overrides
 from lightning_quant.ranges import Ranges
 from lightning_quant.recipe import Recipe
 from lightning_quant.routing import Route, device_of, fetch, resolve, route, shadowed, unparametrized, unroute
@@ -71,6 +74,12 @@ class Prepared(CapturedModel):
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
         input_means: when set, gets the means of what weighted operators read while observing.
         bias_corrections: operator to what is added to its folded bias, `(out_channels,)`.
+        learned_steps: the weights' scales while they are trained; None where they follow from the weights.
+        layers: operator to the layer that stands in for the module's own, where an accuracy algorithm changed it.
+        channels: edge to how its values map on the grid, where they are not rounded as they are.
+        accuracy_steps: what was tried for accuracy, and what came of it.
+        only: when set, the weighted operators and edges that are rounded; all others compute in float.
+        watcher: when set, gets every edge's identity and float values while nothing is rounded.
         recorded: when a list, every tensor that is rounded is appended to it as `(edge, integers)`.
     """
 
@@ -83,6 +92,8 @@ class Prepared(CapturedModel):
         for path, island in self.islands.items():
             edges.update({identify(path, edge.key): edge for edge in island.plan.edges})
             self.operators.update({identify(path, operator.key): operator for operator in island.plan.operators})
+        self.observer = observer
+        self.weight_quant_maxima = override_weights(recipe, self.operators, analysis)
         self.ranges = Ranges(edges, recipe, observer)
         self.control = Control()
         # What runs in deep copies of the routed module: target networks, teachers.
@@ -92,6 +103,14 @@ class Prepared(CapturedModel):
         self.recorded: list[tuple[str, Tensor]] | None = None
         self.input_means: InputMeans | None = None
         self.bias_corrections: dict[str, Tensor] = {}
+        self.layers: dict[str, Layer] = {}
+        self.channels: dict[str, ChannelScale] = {}
+        self.accuracy_steps: tuple[AccuracyStep, ...] = ()
+        self.learned_steps: LearnedSteps | None = None
+        self.only: frozenset[str] | None = None
+        self.watcher: Callable[[str, Tensor], None] | None = None
+        # Results that have their BatchNorm folded in already, until it is its turn.
+        self._normalized: list[Tensor] = []
         self._graphs: dict[Any, Instrumented] = {}
         # Edge to the integers, without zero point and not clipped, that its producer has just computed for it.
         self._integers: dict[str, Tensor] = {}
@@ -175,6 +194,25 @@ class Prepared(CapturedModel):
         finally:
             self.input_means = None
 
+    @contextmanager
+    def watching(self, watcher: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Show the float values of every edge to a function."""
+        self.watcher = watcher
+        try:
+            yield
+        finally:
+            self.watcher = None
+
+    @contextmanager
+    def quantizing_only(self, identities: frozenset[str]) -> Iterator[None]:
+        """Round the weights of these operators and the values of these edges alone."""
+        self.only = identities
+        try:
+            yield
+        finally:
+            self.only = None
+            self._normalized.clear()
+
     def set_phase(self, phase: str) -> None:
         """Change the phase.
 
@@ -190,11 +228,20 @@ class Prepared(CapturedModel):
         """Whether tensors are rounded in this phase."""
         return self.phase in PHASES[2:]
 
+    def rounds(self, identity: str) -> bool:
+        """Tell whether an operator's weight or an edge is rounded now."""
+        return self.quantizes and (self.only is None or identity in self.only)
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether calibration changed biases or layers, which only the integer computation knows of."""
+        return bool(self.bias_corrections or self.layers)
+
     @property
     def computes_integers(self) -> bool:
         """Whether operators compute what integer kernels do: in evaluation, without gradients or after calibration."""
-        in_evaluation = not self.root.training and (not torch.is_grad_enabled() or bool(self.bias_corrections))
-        return self.quantizes and in_evaluation
+        in_evaluation = not self.root.training and (not torch.is_grad_enabled() or self.adjusted)
+        return self.quantizes and in_evaluation and self.only is None
 
     def bound_to(self, root: nn.Module, tensors: list[Tensor] | None = None) -> "Prepared":
         """Return the same plan and ranges over another module of the same structure, and another captured call."""
@@ -205,12 +252,18 @@ class Prepared(CapturedModel):
         other._graphs, other._integers = {}, {}
         return other
 
+    def take_over(self, other: "Prepared") -> None:
+        """Take over what calibration taught another binding of the same plan."""
+        self.ranges, self.layers, self.channels = other.ranges, other.layers, other.channels
+        self.bias_corrections, self.accuracy_steps = other.bias_corrections, other.accuracy_steps
+
     def state_dict(self) -> dict[str, Any]:
         """Return phase and ranges: tensors, numbers, strings and dicts only."""
         return {
             "phase": self.phase,
             "observers": self.ranges.state_dict(),
             "bias_corrections": dict(self.bias_corrections),
+            **({} if self.learned_steps is None else {"learned_steps": self.learned_steps.state_dict()}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -225,6 +278,8 @@ class Prepared(CapturedModel):
         corrections = {identity: value.to(device) for identity, value in state["bias_corrections"].items()}
         self.bias_corrections.clear()
         self.bias_corrections.update(corrections)
+        if self.learned_steps is not None and "learned_steps" in state:
+            self.learned_steps.load_state_dict(state["learned_steps"], device)
         self.set_phase(state["phase"])
 
     # --- running, called from the graphs
@@ -232,54 +287,93 @@ class Prepared(CapturedModel):
     def run(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an island's graph on a call."""
         island = self.islands[path]
-        module = resolve(self.root, path)
         spec, tensors = flatten_call(island.signature, args, kwargs)
-        key = (path, spec.key(), tuple(child.training for child in module.modules()))
-        graph = self._graphs.get(key)
-        if graph is None:
-            graph = self._graphs[key] = instrument(module, island, spec, tensors)
+        graph = self.graph(path, spec, tensors)
         if not path:
             self._note_sizes(spec.names, tensors)
-        return graph.output_spec.build(graph.function(module, self, *tensors))
+        return graph.output_spec.build(graph.function(resolve(self.root, path), self, *tensors))
+
+    def graph(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
+        """Return the graph that runs an island on calls of this structure under the module's present flags."""
+        module = resolve(self.root, path)
+        key = (path, spec.key(), tuple(child.training for child in module.modules()))
+        if key not in self._graphs:
+            self._graphs[key] = instrument(module, self.islands[path], spec, tensors)
+        return self._graphs[key]
 
     def quantize_edge(self, identity: str, x: Tensor) -> Tensor:
         """Observe and round one tensor, as the phase says."""
         if self.observing and self.phase in ("observe", "fake_quantize"):
-            self.ranges.observe(identity, x)
-        if not self.quantizes:
+            self.ranges.observe(identity, self.on_grid(identity, x, clipped=True))
+        if self.watcher is not None:
+            self.watcher(identity, x)
+        if not self.rounds(identity):
             return x
         scale, zero_point = self.ranges.parameters(identity)
         quant_max, integers = self.recipe.activation.quant_max, self._integers.pop(identity, None)
         if integers is None:
-            rounded = fake_quantize(x, scale, zero_point, quant_max)
+            rounded = fake_quantize(self.on_grid(identity, x), scale, zero_point, quant_max)
         else:
             rounded = (integers.clamp(-zero_point.item(), quant_max - zero_point.item()) * scale).to(x.dtype)
         if self.recorded is not None:
             integers = torch.round(rounded.detach().float() / scale + zero_point)
             self.recorded.append((identity, integers.to(torch.uint8)))
-        return rounded
+        channels = self.channels.get(identity)
+        return rounded if channels is None else channels.from_grid(rounded)
 
-    def folded(self, identity: str) -> Folded:
+    def on_grid(self, identity: str, x: Tensor, *, clipped: bool = False) -> Tensor:
+        """Map values of an edge to those that are rounded, if wanted with the clip that the grid's end carries out."""
+        channels = self.channels.get(identity)
+        if channels is None:
+            return x
+        return channels.to_grid(x).clamp(max=channels.clip) if clipped else channels.to_grid(x)
+
+    def folded(self, identity: str, *, corrected: bool = True) -> Folded:
         """Return bias and scales of a weighted operator as they are exported; the same in training and in convert."""
         operator, path = self.operators[identity], path_of(identity)
         input_scale, _ = self.ranges.parameters(identify(path, operator.inputs[0]))
-        names = (operator.weight, operator.bias, operator.batch_norm.partition("#")[0])
-        folded = fold_at(resolve(self.root, path), names, input_scale, self.recipe.weight.quant_max)
-        correction = self.bias_corrections.get(identity)
+        quant_max = self.weight_quant_max(identity)
+        if identity in self.layers:
+            folded = fold_adjusted(self.layers[identity], input_scale, quant_max)
+        else:
+            names = (operator.weight, operator.bias, operator.batch_norm.partition("#")[0])
+            step = None
+            if self.learned_steps is not None:
+                step = self.learned_steps.step_of(identity, self.weight(identity), quant_max).detach()
+            folded = fold_at(resolve(self.root, path), names, input_scale, quant_max, step)
+        correction = self.bias_corrections.get(identity) if corrected else None
         return folded if correction is None else replace(folded, bias=folded.bias + correction.to(folded.bias))
+
+    def weight(self, identity: str) -> Tensor:
+        """Return the weight that `folded` belongs to: the module's own, or that of the layer in its place."""
+        if identity in self.layers:
+            return self.layers[identity].weight
+        return fetch(resolve(self.root, path_of(identity)), self.operators[identity].weight)
+
+    def weight_integers(self, identity: str, folded: Folded) -> Tensor:
+        """Return a weight in whole steps of its scale, float32."""
+        layer = self.layers.get(identity)
+        if layer is not None and layer.integers is not None:
+            return layer.integers
+        return folded.integers(self.weight(identity), self.weight_quant_max(identity))
+
+    def weight_quant_max(self, identity: str) -> int:
+        """Return the highest integer of an operator's weight, after overrides."""
+        return self.weight_quant_maxima.get(identity, self.recipe.weight.quant_max)
 
     @torch.no_grad()
     def correct_biases(self, means: InputMeans) -> None:
         """Correct every bias for the rounding of its weights, from the means of what the operators read."""
         self.bias_corrections.clear()
         for identity, mean in means.means.items():
-            weight = fetch(resolve(self.root, path_of(identity)), self.operators[identity].weight)
-            correction = bias_correction(weight, self.folded(identity), mean, self.recipe.weight.quant_max)
-            self.bias_corrections[identity] = correction
+            folded = self.folded(identity)
+            self.bias_corrections[identity] = bias_correction(
+                self.weight(identity), folded, self.weight_integers(identity, folded), mean
+            )
 
     def run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
         """Call a layer, hooks and all, with a rounded weight in place of its own."""
-        if not self.quantizes:
+        if not self.rounds(identity):
             self._note_input(identity, x)
             return layer(x)
 
@@ -301,7 +395,7 @@ class Prepared(CapturedModel):
     ) -> Tensor:
         """Call a functional layer with a rounded weight."""
         function = getattr(F, self.operators[identity].kind)
-        if not self.quantizes:
+        if not self.rounds(identity):
             self._note_input(identity, x)
             return function(x, weight, bias, *args, **kwargs)
         return self._run_weighted(identity, x, weight, bias, lambda x, w, b: function(x, w, b, *args, **kwargs))
@@ -310,13 +404,16 @@ class Prepared(CapturedModel):
         self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor]
     ) -> Tensor:
         folded = self.folded(identity)
+        if self.only is not None:
+            return self._run_alone(identity, folded, x, call)
         if not self.computes_integers:
-            return call(x, fake_quantize_weight(weight, folded.unfolded_scale), bias)
+            return call(x, self._rounded_weight(identity, weight, folded), bias)
         operator, path = self.operators[identity], path_of(identity)
         input_scale, _ = self.ranges.parameters(identify(path, operator.inputs[0]))
-        integers = folded.integers(weight, self.recipe.weight.quant_max)
+        integers = self.weight_integers(identity, folded)
+        on_grid = self.on_grid(identify(path, operator.inputs[0]), x.float())
         with torch.autocast(x.device.type, enabled=False):
-            sums = call(torch.round(x.float() / input_scale), integers, None)
+            sums = call(torch.round(on_grid / input_scale), integers, None)
         shape = (-1,) if operator.kind == "linear" else (-1, *[1] * (sums.dim() - 2))
         sums, step = sums + folded.bias_integers.view(shape), folded.bias_step.view(shape)
         if operator.quantized_output:
@@ -324,19 +421,43 @@ class Prepared(CapturedModel):
             self._integers[output] = integer.requantize(sums, step, self.ranges.parameters(output)[0])
         return (sums * step).to(x.dtype)
 
+    def _rounded_weight(self, identity: str, weight: Tensor, folded: Folded) -> Tensor:
+        if self.learned_steps is None:
+            return fake_quantize_weight(weight, folded.unfolded_scale)
+        quant_max = self.weight_quant_max(identity)
+        step = self.learned_steps.step_of(identity, weight, quant_max)
+        # A scale that was stretched for the sake of the bias is not the learned one, and passes no gradient to it.
+        step = torch.where(folded.unfolded_scale > step * 1.0001, folded.unfolded_scale, step)
+        return quantize_with_learned_step(weight, step, quant_max)
+
+    def _run_alone(self, identity: str, folded: Folded, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
+        """Compute a layer with a rounded weight among others that stay float."""
+        operator, path = self.operators[identity], path_of(identity)
+        integers = self.weight_integers(identity, folded)
+        weight = integers * folded.scale.view(-1, *[1] * (integers.dim() - 1))
+        y = call(self.on_grid(identify(path, operator.inputs[0]), x.float()), weight, None)
+        y = y + folded.bias.view((-1,) if operator.kind == "linear" else (-1, *[1] * (y.dim() - 2)))
+        channels = self.channels.get(identify(path, operator.output))
+        y = (y if channels is None else channels.from_grid(y)).to(x.dtype)
+        if operator.batch_norm:
+            self._normalized.append(y)
+        return y
+
     def run_add(self, identity: str, first: Tensor, second: Tensor) -> Tensor:
         """Add two quantized tensors."""
         operator, path = self.operators[identity], path_of(identity)
         rounded = all(identify(path, key) in self.ranges.edges for key in operator.inputs)
         if self.computes_integers and operator.quantized_output and rounded:
             output = identify(path, operator.output)
-            one, other = (self.ranges.parameters(identify(path, key)) for key in operator.inputs)
-            self._integers[output] = integer.add(first, second, (one, other), self.ranges.parameters(output))
+            edges = [identify(path, key) for key in operator.inputs]
+            one, other = (self.ranges.parameters(edge) for edge in edges)
+            operands = self.on_grid(edges[0], first), self.on_grid(edges[1], second)
+            self._integers[output] = integer.add(*operands, (one, other), self.ranges.parameters(output))
         return first + second
 
     def run_batch_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
         """Call a BatchNorm that is fused into the layer before it, unless that one computed it in integers already."""
-        if self.computes_integers:
+        if self.computes_integers or any(x is normalized for normalized in self._normalized):
             return x
         if self.phase != "frozen_batch_norm":
             return norm(x)
@@ -345,7 +466,9 @@ class Prepared(CapturedModel):
 
     def _note_input(self, identity: str, x: Tensor) -> None:
         if self.observing and self.input_means is not None:
-            self.input_means.update(identity, self.operators[identity].kind, x)
+            operator = self.operators[identity]
+            x = self.on_grid(identify(path_of(identity), operator.inputs[0]), x)
+            self.input_means.update(identity, operator.kind, x)
 
 
 def prepare(
@@ -383,12 +506,13 @@ def prepare(
             f"Expected `runtime` to have integer kernels for recipe {chosen.name!r}, but {runtime!r} has none. It runs "
             f"{sorted(name for name, known in recipes.RECIPES.items() if not isinstance(known, Recipe))}."
         )
+    selection = without_float_overrides(selection or Selection(), chosen)
     analysis = analyze(
         model,
         args,
         kwargs or {},
         table,
-        selection or Selection(),
+        selection,
         recipe=chosen.name,
         runtime=runtime,
         module=module,

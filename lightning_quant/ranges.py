@@ -20,12 +20,14 @@ class Ranges:
         observers: identity to observer, for the edges whose own values count.
         deferred: when a dict, observers stay as they are and it gets `(-low, high)` of what they would have seen:
             several processes count a batch only when the extremes of all are known.
+        chosen: identity to the range to use in place of its observer's.
     """
 
     def __init__(self, edges: dict[str, Edge], recipe: Recipe, observer: str) -> None:
         self.edges = edges
         self.quant_max = recipe.activation.quant_max
         self.observers = {i: observers.build(observer, recipe) for i, edge in edges.items() if edge.observed}
+        self.chosen: dict[str, tuple[Tensor, Tensor]] = {}
         self._members: dict[str, list[str]] = {}
         for identity in self.observers:
             self._members.setdefault(self._group(identity), []).append(identity)
@@ -126,7 +128,18 @@ class Ranges:
         if self.observers[identity].low is None:
             self._parameters.pop(self._group(identity), None)
 
+    def source(self, identity: str) -> str:
+        """Return the observed edge whose range an edge has, the edge itself when it is observed."""
+        return identity if identity in self.observers else self._members[self._group(identity)][0]
+
+    def choose(self, identity: str, low: Tensor, high: Tensor) -> None:
+        """Use a range for an edge in place of its observer's."""
+        self.chosen[identity] = low, high
+        self.forget_parameters()
+
     def _range(self, identity: str) -> tuple[Tensor, Tensor]:
+        if identity in self.chosen:
+            return self.chosen[identity]
         if self.deferred and identity in self.deferred and self.observers[identity].low is None:
             # The first batch has no other range than what this process has just seen of it.
             return -self.deferred[identity][0], self.deferred[identity][1]

@@ -47,6 +47,13 @@ class Recipe:
             `lightning_quant.observers`: "min_max", "moving_average", "percentile" or "mse".
         training_observer: the same for quantization-aware training.
         bias_correction: whether calibration takes the mean of the weights' rounding error out of the biases.
+        overrides: fnmatch pattern on qualified names or layer types to "float" or to the name of a recipe whose weight
+            grid these layers get instead; the first pattern that matches counts.
+        accuracy_steps: what calibration tries beyond ranges and bias correction, names from
+            `lightning_quant.accuracy.ladder`, each kept only when it lowers the error on held-back batches.
+        time_budget_s: seconds after which calibration begins no further step, and a step that can stops.
+        learned_step_rate: learning rate, in logarithms, of the weights' scales in quantization-aware training; 0 takes
+            them from the largest weights instead. Grids of few bits want it.
         percentile: share of the values, in percent, that the "percentile" observer keeps inside the range.
     """
 
@@ -56,6 +63,10 @@ class Recipe:
     calibration_observer: str = "mse"
     training_observer: str = "moving_average"
     bias_correction: bool = True
+    overrides: dict[str, str] = field(default_factory=dict)
+    accuracy_steps: tuple[str, ...] = ()
+    time_budget_s: float = 600.0
+    learned_step_rate: float = 0.0
     percentile: float = 99.99
 
 
@@ -71,6 +82,8 @@ class LayerRecipe:
         schemes: names out of `lightning_quant.layers.storage.SCHEMES`, the wanted one first, then safer ones.
         floor_db: signal-to-noise ratio in decibels that a layer's output must reach.
         group_size: values of a row that share a scale, for 4-bit weights.
+        gptq: whether the integers of linear layers' weights are chosen by the layers' outputs instead of rounding to
+            nearest; see `lightning_quant.accuracy.gptq`.
         min_stored_share: share of the weights' values that must be stored with fewer bits, in [0, 1]; below it the
             report says that the recipe failed.
     """
@@ -79,6 +92,7 @@ class LayerRecipe:
     schemes: tuple[str, ...]
     floor_db: float = 20.0
     group_size: int = 32
+    gptq: bool = False
     min_stored_share: float = 0.75
 
 
@@ -87,11 +101,33 @@ RECIPES: dict[str, AnyRecipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(),
+        # Minutes where `int8` takes seconds.
+        Recipe(
+            name="int8_accurate",
+            accuracy_steps=(
+                "correct_outputs",
+                "scale_depthwise",
+                "equalize",
+                "absorb",
+                "choose_ranges",
+                "smooth",
+                "smooth_sums",
+            ),
+        ),
+        # Four-bit weights in int8 kernels: no smaller file in every runtime, but what four-bit hardware computes.
+        Recipe(
+            name="int4_weights",
+            weight=IntegerSpec(bits=4, symmetric=True, per_channel=True),
+            accuracy_steps=("shrink_scales", "gptq", "correct_outputs", "scale_depthwise"),
+            learned_step_rate=1e-3,
+        ),
         # Without VNNI, x86 kernels add two uint8 x int8 products in 16 bits, which saturates for full-range weights.
         Recipe(name="int8_reduce_range", weight=IntegerSpec(bits=7, symmetric=True, per_channel=True)),
         LayerRecipe("int8_dynamic", ("dynamic", "weight_only")),
         LayerRecipe("int8_weight_only", ("weight_only",)),
         LayerRecipe("int4_weight_only", ("weight_only_4bit", "weight_only"), floor_db=12.0),
+        LayerRecipe("int8_weight_only_gptq", ("weight_only",), gptq=True),
+        LayerRecipe("int4_weight_only_gptq", ("weight_only_4bit", "weight_only"), floor_db=12.0, gptq=True),
         LayerRecipe("float16", ("float16",), floor_db=40.0),
         LayerRecipe("bfloat16", ("bfloat16",), floor_db=30.0),
     )

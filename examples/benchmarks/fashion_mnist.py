@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_quant as lq
 
-FLOAT, PTQ, QAT = "float", "post-training int8", "quantization-aware training int8"
+FLOAT, PTQ, QAT = "float", "post-training", "quantization-aware training"
 
 
 class FashionClassifier(LightningModule):
@@ -73,11 +73,22 @@ def fit(seed: int, epochs: int, callbacks: list[Callback]) -> FashionClassifier:
     return classifier.eval()
 
 
+def ptq_of(recipe: str, folder: Path) -> lq.PostTrainingQuantization:
+    """Return the callback that makes the post-training artifact."""
+    return lq.PostTrainingQuantization(recipe, module="net", output_dir=folder, threads=1)
+
+
+def qat_of(recipe: str, folder: Path) -> lq.QuantizationAwareTraining:
+    """Return the callback that makes the artifact trained through rounding."""
+    return lq.QuantizationAwareTraining(recipe, module="net", output_dir=folder, threads=1)
+
+
 def main() -> None:
     """Train every seed twice and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--recipe", default="int8")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     right: dict[str, list[Tensor]] = {FLOAT: [], PTQ: [], QAT: []}
@@ -85,8 +96,8 @@ def main() -> None:
         runs = []
         for seed in arguments.seeds:
             ptq, qat = Path(name, f"ptq-{seed}"), Path(name, f"qat-{seed}")
-            float_net = fit(seed, arguments.epochs, [lq.PostTrainingQuantization(module="net", output_dir=ptq)]).net
-            fit(seed, arguments.epochs, [lq.QuantizationAwareTraining(module="net", output_dir=qat)])
+            float_net = fit(seed, arguments.epochs, [ptq_of(arguments.recipe, ptq)]).net
+            fit(seed, arguments.epochs, [qat_of(arguments.recipe, qat)])
             runs.append({FLOAT: float_net, PTQ: lq.load(ptq, threads=1), QAT: lq.load(qat, threads=1)})
         images, labels = fashion_mnist("test")
         for run in runs:
@@ -102,7 +113,7 @@ def main() -> None:
         )
         for kind, answers in right.items()
     ]
-    title = f"FashionMNIST, {arguments.epochs} epochs, {len(labels)} test images"
+    title = f"FashionMNIST, {arguments.recipe}, {arguments.epochs} epochs, {len(labels)} test images"
     print(table(rows, (title, "accuracy %", "per seed", "this - float, points [95 %]")))
 
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -117,12 +117,20 @@ class PostTrainingQuantization(QuantizationCallback):
         deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
         if isinstance(deployment.prepared, Prepared):
             self._calibrate(trainer, deployment.prepared, deployment.pl_module)
+            steps = tuple(str(step) for step in deployment.prepared.accuracy_steps)
+            deployment = replace(deployment, notes=(*deployment.notes, *steps))
         self.artifact = finish(self, trainer, deployment)
 
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._prepare(trainer, pl_module)
         if isinstance(self.recipe, Recipe):
+            if self.recipe.accuracy_steps and self.group.size > 1:
+                raise QuantizationError(
+                    f"Expected a recipe that several processes can calibrate together, but got {self.recipe.name!r}, "
+                    "whose accuracy steps need all batches in one. Use 'int8', or quantize the checkpoint afterwards "
+                    "with `lightning_quant.quantize`."
+                )
             check_data(trainer, pl_module, self.calibration.data)
 
     def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> None:
@@ -139,4 +147,5 @@ class PostTrainingQuantization(QuantizationCallback):
             calibrate(prepared, steps())
         else:
             calibrate_together(group, prepared, steps)
+        deployed.take_over(prepared)
         self.seconds["calibrate"] = time.perf_counter() - started

@@ -1,5 +1,6 @@
 """Quantization-aware training as a callback."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -7,17 +8,23 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from torch import Tensor
+from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_quant import observers
+from lightning_quant.accuracy.batch_norm import reestimate_batch_norm
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback, warn
-from lightning_quant.callbacks.finish import choose_weights, finish
+from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
 from lightning_quant.callbacks.schedule import Schedule, Timeline, resolve
+from lightning_quant.callbacks.training_data import calibration_steps, independent_copy
 from lightning_quant.distributed import merge_batch
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
+from lightning_quant.learned_steps import LearnedSteps
 from lightning_quant.prepare import Prepared
 from lightning_quant.recipe import LayerRecipe, Recipe
+from lightning_quant.routing import resolve as module_at
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -42,6 +49,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
         threads: for the latencies in the report; torch's number of threads by default.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
+        batch_norm_batches: training batches on which BatchNorm's statistics are measured anew for the artifact, under
+            rounding and with the final weights; 0 keeps those of training.
 
     Raises:
         MisconfigurationException: before the first batch, when anything is known to fail, with the way out.
@@ -67,6 +76,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         limit_eval_batches: int | float | None = None,
         threads: int | None = None,
         dynamic_shapes: DynamicShapes | None = None,
+        batch_norm_batches: int = 0,
     ) -> None:
         super().__init__(
             recipe,
@@ -89,6 +99,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             )
         given = Schedule() if schedule is None else schedule
         self.schedule = _refused_in_callback(lambda: Schedule(**given)) if isinstance(given, dict) else given
+        self.batch_norm_batches = batch_norm_batches
         self.timeline = Timeline({}, in_epochs=False)
         # A checkpoint's state arrives before fit start, when there is nothing yet to put it into.
         self._restored: dict[str, Any] | None = None
@@ -121,6 +132,15 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.require_prepared().observing = True
 
     @override
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
+        """Called before the user's optimizer moves weights: ours moves their learned scales."""
+        prepared = self.require_prepared()
+        if prepared.learned_steps is not None and prepared.quantizes:
+            scaler = getattr(trainer.precision_plugin, "scaler", None)
+            factor = 1.0 if scaler is None else 1.0 / scaler.get_scale()
+            prepared.learned_steps.update(lambda grad: self.group.mean(grad) * factor)
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -139,10 +159,33 @@ class QuantizationAwareTraining(QuantizationCallback):
             note = "nothing was trained through rounding: the run ended before fake quantization began"
             warn(f"QuantizationAwareTraining: {note}.")
             deployment = replace(deployment, notes=(*deployment.notes, note))
+        if self.batch_norm_batches > 0 and self.require_prepared().quantizes:
+            self._reestimate(trainer, deployment)
         self.artifact = finish(self, trainer, deployment)
+
+    def _reestimate(self, trainer: Trainer, deployment: Deployment) -> None:
+        """Measure BatchNorm's statistics on a copy that may run the user's training step, and take them over."""
+        duplicate = independent_copy(trainer, deployment.pl_module)
+        root = module_at(duplicate, self.path)
+        prepared = deployment.prepared.bound_to(root)
+        steps = calibration_steps(trainer, duplicate, self.batch_norm_batches, 0, "train")
+        measured: dict[str, Tensor] = {}
+
+        def noting() -> Iterator[Callable[[], Any]]:
+            # The end of the steps puts the copy's buffers back.
+            for step in steps:
+                yield step
+                measured.update({name: buffer.clone() for name, buffer in root.named_buffers()})
+
+        if isinstance(prepared, Prepared):
+            reestimate_batch_norm(prepared, noting())
+        for name, buffer in deployment.prepared.root.named_buffers():
+            buffer.copy_(measured[name])
 
     def _begin(self, trainer: Trainer) -> None:
         prepared = self.require_prepared()
+        if prepared.recipe.learned_step_rate > 0 and prepared.learned_steps is None:
+            prepared.learned_steps = LearnedSteps(prepared.recipe.learned_step_rate)
         if self._checkpoint is not None:
             prepared.load_state_dict(self._state_in(self._checkpoint))
             return

@@ -18,8 +18,9 @@ from lightning_quant.graph.trace import trace
 
 @dataclass(frozen=True)
 class Instrumented:
-    """A graph with quantizers as a function, and how its leaves make up the result."""
+    """A graph with quantizers, the same as a function, and how its leaves make up the result."""
 
+    graph: fx.Graph
     function: Callable[..., Any]
     output_spec: ResultSpec
 
@@ -49,7 +50,7 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
         if edge.key in keys and not edge.passed:
             _quantize_edge(graph, prepared, keys[edge.key], identify(island.path, edge.key))
     graph.lint()
-    return Instrumented(_function_of(graph), traced.output_spec)
+    return Instrumented(graph, _function_of(graph), traced.output_spec)
 
 
 def _module_reference(graph: fx.Graph, node: fx.Node) -> fx.Node:

@@ -1,0 +1,102 @@
+"""GPTQ: round the weights of a linear layer one input after the other, and let the rest make up for each error.
+
+Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1, with the Cholesky form of the inverse Hessian, blocks of
+lazily updated columns (section 3.3) and dampening of one percent of the mean diagonal.
+"""
+
+import torch
+from torch import Tensor
+
+_BLOCK = 128
+
+
+class Hessian:
+    """The second moment of a layer's inputs, which is the Hessian of its squared output error up to a factor.
+
+    Attributes:
+        total: `(in_features, in_features)`, float64 sum of outer products.
+        count: number of inputs.
+    """
+
+    def __init__(self, features: int) -> None:
+        self.total = torch.zeros(features, features, dtype=torch.float64)
+        self.count = 0
+
+    @torch.no_grad()
+    def update(self, x: Tensor) -> None:
+        """Take in inputs of shape `(..., in_features)`."""
+        x = x.detach().reshape(-1, x.shape[-1]).float()
+        self.total += (x.T @ x).double().cpu()
+        self.count += len(x)
+
+    @property
+    def mean(self) -> Tensor:
+        """The sum over the number of inputs, float64."""
+        return self.total / max(self.count, 1)
+
+
+@torch.no_grad()
+def gptq(
+    weight: Tensor,
+    hessian: Tensor,
+    scale: Tensor,
+    quant_min: int,
+    quant_max: int,
+    *,
+    zero_point: Tensor | None = None,
+    dampening: float = 0.01,
+) -> Tensor:
+    """Return the integers of a weight that keep the layer's output, int32, `(out_features, in_features)`.
+
+    Args:
+        weight: `(out_features, in_features)`.
+        hessian: `(in_features, in_features)`, second moment of the inputs; see `Hessian`.
+        scale: `(out_features, in_features // group_size)` or `(out_features,)`, positive.
+        quant_min: lowest integer of the grid.
+        quant_max: highest integer of the grid.
+        zero_point: like `scale`, the integer of 0.0; zero when left out.
+        dampening: share of the mean diagonal that is added to the diagonal.
+    """
+    rows, columns = weight.shape
+    scales, zeros = _by_column(scale, columns), _by_column(scale * 0 if zero_point is None else zero_point, columns)
+    working, hessian = weight.detach().double().cpu().clone(), hessian.double().cpu().clone()
+    dead = hessian.diagonal() == 0
+    hessian.diagonal()[dead] = 1
+    # Inputs with much power first (the paper's "act-order"), while many weights are left to make up for their errors.
+    order = torch.argsort(hessian.diagonal() * ~dead, descending=True)
+    working, scales, zeros = working[:, order], scales[:, order], zeros[:, order]
+    inverse = _inverse_factor(hessian[order][:, order], dampening)
+    integers = torch.empty(rows, columns, dtype=torch.float64)
+    for start in range(0, columns, _BLOCK):
+        end = min(start + _BLOCK, columns)
+        errors = torch.zeros(rows, end - start, dtype=torch.float64)
+        for column in range(start, end):
+            values, step, zero = working[:, column], scales[:, column], zeros[:, column]
+            integers[:, column] = torch.round(values / step + zero).clamp(quant_min, quant_max)
+            error = (values - (integers[:, column] - zero) * step) / inverse[column, column]
+            working[:, column:end] -= error.unsqueeze(1) * inverse[column, column:end]
+            errors[:, column - start] = error
+        working[:, end:] -= errors @ inverse[start:end, end:]
+    result = torch.empty_like(integers)
+    result[:, order] = integers
+    return result.to(torch.int32).to(weight.device)
+
+
+def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    """Return the mean squared error of the layer's outputs, summed over outputs, for inputs with this second moment."""
+    difference = (weight - rounded).double().cpu()
+    return float(((difference @ hessian.double().cpu()) * difference).sum())
+
+
+def _by_column(values: Tensor, columns: int) -> Tensor:
+    values = values.double().cpu()
+    values = values.unsqueeze(1) if values.dim() == 1 else values
+    return values.repeat_interleave(columns // values.shape[1], 1)
+
+
+def _inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
+    """Return the upper Cholesky factor of the inverse of the dampened Hessian."""
+    hessian = hessian.clone()
+    hessian.diagonal().add_(dampening * float(hessian.diagonal().mean()))
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
+    return torch.linalg.cholesky(inverse, upper=True)

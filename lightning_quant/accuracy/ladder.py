@@ -1,0 +1,228 @@
+"""Climb a ladder of accuracy algorithms; keep a step only when it lowers the error on held-back calibration data."""
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+
+import torch
+from torch.utils import _pytree as pytree
+from tqdm.auto import tqdm
+
+from lightning_quant.accuracy.absorption import absorb
+from lightning_quant.accuracy.adaround import adaround
+from lightning_quant.accuracy.equalization import equalize
+from lightning_quant.accuracy.groups import ScalingGroup, scaling_groups
+from lightning_quant.accuracy.output_correction import correct_outputs
+from lightning_quant.accuracy.range_choice import choose_ranges
+from lightning_quant.accuracy.recalibrate import Call, observe_anew
+from lightning_quant.accuracy.smoothing import smooth
+from lightning_quant.accuracy.weight_rounding import gptq_layers, shrink_scales
+from lightning_quant.adjustments import AccuracyStep
+from lightning_quant.convert import signal_to_noise
+from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.prepare import Prepared
+from lightning_quant.routing import evaluation_mode
+
+HELD_BACK_EVERY = 4
+
+
+@dataclass
+class Budget:
+    """What a step may use.
+
+    Attributes:
+        calls: calls of the module to fit to.
+        deadline: `time.monotonic()` at which to stop.
+        corrects_outputs: whether biases are corrected by the outputs of the quantized model; a step that changes
+            anything has to do that again.
+    """
+
+    calls: list[Call]
+    deadline: float
+    corrects_outputs: bool = False
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether the time is over."""
+        return time.monotonic() >= self.deadline
+
+
+def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
+    """Try the recipe's accuracy steps in order; return what came of each.
+
+    Every fourth call is held back: no step sees it, and it decides.
+
+    Args:
+        prepared: detached and calibrated; keeps what the kept steps changed.
+        calls: of the module, at least two.
+
+    Raises:
+        CalibrationError: there are fewer than two calls.
+        QuantizationError: a step has an unknown name.
+    """
+    if len(calls) < 2:
+        raise CalibrationError(
+            f"Expected at least two calibration batches for recipe {prepared.recipe.name!r}, one of them to be held "
+            f"back, but got {len(calls)}. Calibrate with more or smaller batches, or use recipe 'int8'."
+        )
+    unknown = [name for name in prepared.recipe.accuracy_steps if name not in STEPS]
+    if unknown:
+        raise QuantizationError(f"Expected `accuracy_steps` out of {sorted(STEPS)}, but got {unknown}.")
+    held_back = calls[HELD_BACK_EVERY - 1 :: HELD_BACK_EVERY] or calls[-1:]
+    kept = [call for call in calls if not any(call is other for other in held_back)]
+    budget = Budget(kept, time.monotonic() + prepared.recipe.time_budget_s)
+    observe_anew(prepared, budget.calls)
+    results = []
+    progress = tqdm(prepared.recipe.accuracy_steps, desc="accuracy", leave=False, disable=None)
+    for name in progress:
+        if budget.is_spent:
+            break
+        progress.set_postfix_str(name)
+        results.append(_try(prepared, name, budget, held_back))
+    return tuple(results)
+
+
+def _try(prepared: Prepared, name: str, budget: Budget, held_back: list[Call]) -> AccuracyStep:
+    started, before = time.monotonic(), output_snr(prepared, held_back)
+    saved = snapshot(prepared)
+    corrected = budget.corrects_outputs
+    changed = STEPS[name](prepared, budget)
+    after = output_snr(prepared, held_back)
+    kept = changed > 0 and after > before
+    if not kept:
+        restore(prepared, saved)
+        budget.corrects_outputs = corrected
+    return AccuracyStep(name, before, after, kept, changed, time.monotonic() - started)
+
+
+@torch.no_grad()
+def output_snr(prepared: Prepared, calls: list[Call]) -> float:
+    """Return signal over noise of the quantized module's output on calls, in decibels."""
+    with evaluation_mode(prepared.root):
+        exact = [prepared.root(*args, **kwargs) for args, kwargs in calls]
+        with prepared.attached("frozen"):
+            quantized = [prepared.root(*args, **kwargs) for args, kwargs in calls]
+    return signal_to_noise(pytree.tree_leaves(exact), pytree.tree_leaves(quantized))
+
+
+def snapshot(prepared: Prepared) -> tuple[object, ...]:
+    """Return what `restore` needs to undo steps; layers and ranges are replaced by steps, never written into."""
+    dicts = tuple(dict(d) for d in (prepared.layers, prepared.channels, prepared.bias_corrections))
+    return (*dicts, prepared.ranges, dict(prepared.ranges.chosen))
+
+
+def restore(prepared: Prepared, saved: tuple[object, ...]) -> None:
+    """Undo everything since a snapshot."""
+    prepared.layers, prepared.channels, prepared.bias_corrections, prepared.ranges = saved[:4]  # type: ignore[assignment]
+    prepared.ranges.chosen = saved[4]  # type: ignore[assignment]
+    prepared.ranges.forget_parameters()
+
+
+def is_depthwise(prepared: Prepared, group: ScalingGroup) -> bool:
+    """Tell whether each reader of a group has one input channel for each output: scaling costs its weights nothing."""
+    return all(prepared.weight(identity).shape[1] == 1 for identity in group.consumers) and group.channels > 1
+
+
+def _refresh(prepared: Prepared, budget: Budget, calls: list[Call]) -> None:
+    """Learn ranges and bias corrections again, after layers or channel scales have changed."""
+    observe_anew(prepared, calls)
+    if budget.corrects_outputs:
+        correct_outputs(prepared, calls)
+
+
+def _correct_outputs(prepared: Prepared, budget: Budget) -> int:
+    budget.corrects_outputs = True
+    return correct_outputs(prepared, budget.calls)
+
+
+def _scale_depthwise(prepared: Prepared, budget: Budget) -> int:
+    groups = [g for g in scaling_groups(prepared) if not g.from_float and is_depthwise(prepared, g)]
+    number = smooth(prepared, groups, budget.calls)
+    _refresh(prepared, budget, budget.calls)
+    return number
+
+
+def _smooth_each(groups: Iterable[ScalingGroup], prepared: Prepared, budget: Budget) -> int:
+    """Smooth one group after the other, each only if that lowers the output's error on the calls to fit to."""
+    calls, number = budget.calls, 0
+    _refresh(prepared, budget, calls[:1])
+    best = output_snr(prepared, calls[:1])
+    for group in groups:
+        if budget.is_spent:
+            break
+        saved = snapshot(prepared)
+        smooth(prepared, [group], calls[:1])
+        _refresh(prepared, budget, calls[:1])
+        error = output_snr(prepared, calls[:1])
+        if error > best:
+            best, number = error, number + 1
+        else:
+            restore(prepared, saved)
+    _refresh(prepared, budget, calls)
+    return number
+
+
+def _smooth(prepared: Prepared, budget: Budget) -> int:
+    return _smooth_each(
+        [g for g in scaling_groups(prepared) if not g.links and not is_depthwise(prepared, g)], prepared, budget
+    )
+
+
+def _smooth_sums(prepared: Prepared, budget: Budget) -> int:
+    return _smooth_each(
+        [g for g in scaling_groups(prepared) if g.links and not is_depthwise(prepared, g)], prepared, budget
+    )
+
+
+def _equalize(prepared: Prepared, budget: Budget) -> int:
+    number = equalize(prepared, scaling_groups(prepared), budget.calls)
+    _refresh(prepared, budget, budget.calls)
+    return number
+
+
+def _absorb(prepared: Prepared, budget: Budget) -> int:
+    number = len(absorb(prepared, scaling_groups(prepared), budget.calls))
+    _refresh(prepared, budget, budget.calls)
+    return number
+
+
+def _choose_ranges(prepared: Prepared, budget: Budget) -> int:
+    # Ranges with a choice of their own belong to the grids; observing anew would forget it.
+    number = choose_ranges(prepared, budget.calls)
+    if budget.corrects_outputs:
+        correct_outputs(prepared, budget.calls)
+    return number
+
+
+def _adaround(prepared: Prepared, budget: Budget) -> int:
+    results = adaround(prepared, budget.calls, deadline=budget.deadline)
+    if budget.corrects_outputs:
+        correct_outputs(prepared, budget.calls)
+    return sum(result.learned < result.nearest for result in results)
+
+
+def _shrink_scales(prepared: Prepared, budget: Budget) -> int:
+    number = shrink_scales(prepared)
+    _refresh(prepared, budget, budget.calls)
+    return number
+
+
+def _gptq(prepared: Prepared, budget: Budget) -> int:
+    number = gptq_layers(prepared, budget.calls)
+    if budget.corrects_outputs:
+        correct_outputs(prepared, budget.calls)
+    return number
+
+
+STEPS: dict[str, Callable[[Prepared, Budget], int]] = {
+    "scale_depthwise": _scale_depthwise,
+    "smooth": _smooth,
+    "smooth_sums": _smooth_sums,
+    "equalize": _equalize,
+    "absorb": _absorb,
+    "choose_ranges": _choose_ranges,
+    "correct_outputs": _correct_outputs,
+    "shrink_scales": _shrink_scales,
+    "gptq": _gptq,
+    "adaround": _adaround,
+}

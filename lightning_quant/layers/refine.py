@@ -1,0 +1,73 @@
+"""Round stored weights of linear layers by GPTQ, with the second moments of what the layers read."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.accuracy.gptq import Hessian, gptq, output_error
+from lightning_quant.layers.kernels import pack
+from lightning_quant.layers.layer import StoredLayer
+from lightning_quant.layers.linear import StoredLinear
+from lightning_quant.layers.storage import dequantize
+from lightning_quant.routing import evaluation_mode, resolve
+
+_GRIDS = {"int8": (-127, 127), "int4": (-8, 7)}
+
+
+@torch.no_grad()
+def refine(
+    root: nn.Module, layers: dict[str, StoredLayer], calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+) -> dict[str, tuple[float, float]]:
+    """Change the integers of stored weights, not their scales, to those of less output error.
+
+    A weight that several layers share stays as it is, and so does a layer that rounding to nearest serves better.
+
+    Args:
+        root: the float module.
+        layers: name of every place to the layer for it; their buffers are written.
+        calls: of the module; they give the inputs.
+
+    Returns:
+        name to the mean squared error of the layer's output, rounded to nearest and as it is now.
+    """
+    chosen = {name: layer for name, layer in layers.items() if _is_refinable(layer, layers)}
+    hessians: dict[str, Hessian] = {}
+
+    def hook(name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else next(iter(kwargs.values()))
+            hessians.setdefault(name, Hessian(x.shape[-1])).update(x)
+
+        return see
+
+    handles = [resolve(root, name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in chosen]
+    try:
+        with evaluation_mode(root), torch.random.fork_rng(devices=[]):
+            for args, kwargs in calls:
+                root(*args, **kwargs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: _refine(resolve(root, name), chosen[name], hessian.mean) for name, hessian in hessians.items()}
+
+
+def _is_refinable(layer: StoredLayer, layers: dict[str, StoredLayer]) -> bool:
+    if not isinstance(layer, StoredLinear) or layer.scheme.storage not in _GRIDS:
+        return False
+    place = layer.stored("weight")[0].data_ptr()
+    buffers = [other.get_buffer(name) for other in layers.values() for name in other.names.values()]
+    return sum(buffer.data_ptr() == place for buffer in buffers) == 1
+
+
+def _refine(float_layer: nn.Module, layer: StoredLayer, hessian: Tensor) -> tuple[float, float]:
+    weight = StoredLinear.rows(float_layer, "weight").detach().float()
+    stored, scale = layer.stored("weight")
+    nearest = output_error(weight, dequantize(stored, scale), hessian)
+    integers = gptq(weight, hessian, scale, *_GRIDS[layer.scheme.storage]).to(torch.int8)  # type: ignore[arg-type]
+    learned = pack(integers) if layer.scheme.storage == "int4" else integers
+    error = output_error(weight, dequantize(learned, scale), hessian)
+    if error < nearest:
+        stored.copy_(learned)
+    return nearest, min(error, nearest)

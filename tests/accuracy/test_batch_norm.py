@@ -1,0 +1,56 @@
+"""Statistics of BatchNorm measured anew under rounding."""
+
+import functools
+from pathlib import Path
+
+import pytest
+import torch
+from lightning_models import equal_tensors, fit, seeded, tensors_of
+from models import CASES
+
+import lightning_quant as lq
+from lightning_quant.accuracy.batch_norm import reestimate_batch_norm
+from lightning_quant.calibrate import calibrate
+from lightning_quant.errors import CalibrationError
+from lightning_quant.fake_quantize import fake_quantize
+from lightning_quant.prepare import prepare
+
+
+def test_statistics_are_the_means_over_all_batches_of_what_the_rounded_layer_gives() -> None:
+    case = next(case for case in CASES if case.name == "mlp")
+    model = case.build()
+    calls = [case.call(16)[0][0] for _ in range(4)]
+    prepared = prepare(model, (calls[0],), recipe="int8", observer="min_max")
+    steps = [functools.partial(model, x) for x in calls]
+    calibrate(prepared, steps)
+    prepared.bias_corrections.clear()
+    norm, linear = model.layers[1], model.layers[0]
+    with torch.no_grad():
+        norm.running_mean += 5
+        rounded = [fake_quantize(x, *prepared.ranges.parameters(":x"), 255) for x in calls]
+        scale = linear.weight.abs().amax(1, keepdim=True) / 127
+        weight = torch.round(linear.weight / scale) * scale
+        outputs = [x @ weight.T + linear.bias for x in rounded]
+    flags = [module.training for module in model.modules()]
+    assert reestimate_batch_norm(prepared, steps) == 2
+    means, variances = [y.mean(0) for y in outputs], [y.var(0) for y in outputs]
+    torch.testing.assert_close(norm.running_mean, torch.stack(means).mean(0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(norm.running_var, torch.stack(variances).mean(0), atol=1e-4, rtol=1e-4)
+    assert norm.momentum == 0.1
+    assert [module.training for module in model.modules()] == flags
+    with pytest.raises(CalibrationError, match="at least one batch"):
+        reestimate_batch_norm(prepared, [])
+
+
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+def test_the_artifact_of_a_fit_has_them_and_the_users_module_has_not(tmp_path: Path) -> None:
+    models = {}
+    for number in (0, 4):
+        folder = tmp_path / str(number)
+        callback = lq.QuantizationAwareTraining(output_dir=folder, batch_norm_batches=number, threads=1)
+        module = seeded()
+        fit(module, callback, max_epochs=1, default_root_dir=tmp_path)
+        models[number] = (tensors_of(module), lq.load(folder, threads=1))
+    assert equal_tensors(models[0][0], models[4][0])
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(models[0][1](x), models[4][1](x))
