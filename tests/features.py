@@ -7,7 +7,7 @@ import pytest
 Row = dict[str, str]
 
 
-def feature(group: str, name: str, *, only: str = "", refused: str = "", note: str = "") -> Any:
+def feature(group: str, name: str, *, only: str = "", refused: str = "", needs: str = "", note: str = "") -> Any:
     """Mark a test with the row of the table that it is the evidence for.
 
     Args:
@@ -15,9 +15,10 @@ def feature(group: str, name: str, *, only: str = "", refused: str = "", note: s
         name: of the feature.
         only: "QAT", "PTQ" or "both" for a test that has no parameter `kind`, which says so by itself.
         refused: the reason, where the test shows that the feature is refused before training.
+        needs: what the test is skipped without; the table then does not call the feature verified.
         note: what else a reader should know.
     """
-    return pytest.mark.feature(group, name, only=only, refused=refused, note=note)
+    return pytest.mark.feature(group, name, only=only, refused=refused, needs=needs, note=note)
 
 
 def rows_of(items: list[Any]) -> list[Row]:
@@ -28,7 +29,8 @@ def rows_of(items: list[Any]) -> list[Row]:
             group, name = marker.args
             for callback in _callbacks(item, marker.kwargs["only"]):
                 refused, note = marker.kwargs["refused"], marker.kwargs["note"]
-                result = f"refused: {refused}" if refused else "verified"
+                needs = marker.kwargs["needs"]
+                result = f"refused: {refused}" if refused else f"not verified: needs {needs}" if needs else "verified"
                 suite = "slow" if item.get_closest_marker("slow") else ""
                 test = f"{item.path.name}::{item.originalname}"
                 rows.append(

@@ -84,7 +84,7 @@ def equal(first: Any, second: Any) -> bool:
     "strategy",
     [
         pytest.param("ddp", marks=feature("Several processes", "ddp", only="QAT")),
-        pytest.param("ddp_fork", marks=feature("Several processes", "ddp_fork and ddp_notebook", only="QAT")),
+        pytest.param("ddp_fork", marks=feature("Several processes", "ddp_fork", only="QAT")),
         pytest.param("ddp_spawn", marks=[feature("Several processes", "ddp_spawn", only="QAT"), pytest.mark.slow]),
     ],
 )
@@ -262,8 +262,7 @@ def test_strategies_that_shard_are_refused_with_the_way_out(
 
 @feature(
     "Several processes",
-    "SyncBatchNorm",
-    note="in one process; PyTorch refuses it for several ones on the CPU, so that test needs two GPUs",
+    "SyncBatchNorm in one process",
 )
 def test_synchronized_batch_norm_in_one_process(kind: Any, tmp_path: Path) -> None:
     net = nn.SyncBatchNorm.convert_sync_batchnorm(ConvNet())
@@ -278,6 +277,7 @@ def test_synchronized_batch_norm_in_one_process(kind: Any, tmp_path: Path) -> No
         assert decibels(net.eval()(x), load(tmp_path)(x)) > 15
 
 
+@feature("Several processes", "SyncBatchNorm between processes", only="QAT", needs="two GPUs")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs: PyTorch has no SyncBatchNorm between CPUs")
 def test_synchronized_batch_norm_between_two_gpus(tmp_path: Path) -> None:
     result = launch("sync", "ddp", tmp_path)
