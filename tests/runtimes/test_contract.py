@@ -85,24 +85,34 @@ class Made:
                 return [tensor_leaves(self.prepared.root(*args, **kwargs)) for args, kwargs in self.calls]
 
 
-@pytest.fixture(scope="session")
-def made(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Made]:
-    folder, found = tmp_path_factory.mktemp("contract"), {}
-    for runtime, name in PAIRS:
+class Artifacts(dict[tuple[str, str], Made]):
+    """Exports each pair of runtime and net when it is first asked for, so that no single test waits for all."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, pair: tuple[str, str]) -> Made:
+        runtime, name = pair
         torch.manual_seed(0)
         case = next(case for case in CASES if case.name == name)
         _, prepared = calibrated(case, runtime=runtime)
-        artifact = export(prepared, folder / f"{runtime}-{name}")
+        artifact = export(prepared, self.folder / f"{runtime}-{name}")
         calls = [case.call(batch) for batch in BATCHES]
-        found[runtime, name] = Made(runtimes.get(runtime), case, prepared, artifact, calls)
-    return found
+        self[pair] = Made(runtimes.get(runtime), case, prepared, artifact, calls)
+        return self[pair]
 
 
 @pytest.fixture(scope="session")
-def fresh_results(made: dict[tuple[str, str], Made]) -> dict[str, list[list[Tensor]]]:
+def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    return Artifacts(tmp_path_factory.mktemp("contract"))
+
+
+@pytest.fixture(scope="session")
+def fresh_results(made: Artifacts) -> dict[str, list[list[Tensor]]]:
     """What one fresh process, which knows none of the nets, gets from the artifacts."""
-    calls = {item.artifact.path.name: item.calls for item in made.values()}
-    folder = next(iter(made.values())).artifact.path.parent
+    calls = {made[pair].artifact.path.name: made[pair].calls for pair in PAIRS}
+    folder = made.folder
     torch.save(calls, folder / "calls.pt")
     ran = subprocess.run(
         [sys.executable, "-W", "error::UserWarning", "-c", LOAD_AND_RUN, str(folder)],
@@ -113,20 +123,8 @@ def fresh_results(made: dict[tuple[str, str], Made]) -> dict[str, list[list[Tens
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)
-def item(request: pytest.FixtureRequest, made: dict[tuple[str, str], Made]) -> Made:
+def item(request: pytest.FixtureRequest, made: Artifacts) -> Made:
     return made[request.param]
-
-
-def test_fresh_process_gets_the_simulated_results_at_every_batch_size(
-    item: Made, fresh_results: dict[str, list[list[Tensor]]]
-) -> None:
-    loaded = fresh_results[item.artifact.path.name]
-    floating, simulated = item.outputs(simulated=False), item.outputs(simulated=True)
-    for expected, actual in zip(floating, loaded, strict=True):
-        assert [leaf.shape for leaf in actual] == [leaf.shape for leaf in expected]
-        assert [leaf.dtype for leaf in actual] == [leaf.dtype for leaf in expected]
-    # Over all batches, since a single sample's rounding may cancel by chance.
-    assert signal_to_noise(simulated, loaded) >= signal_to_noise(floating, simulated) + item.runtime.PARITY_MARGIN_DB
 
 
 def test_loaded_artifact_is_called_like_the_module(item: Made) -> None:
@@ -207,7 +205,7 @@ def test_file_names_no_path_of_this_machine(item: Made) -> None:
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_model_of_another_format_with_right_hashes_is_refused(runtime: str, made: dict[tuple[str, str], Made]) -> None:
+def test_model_of_another_format_with_right_hashes_is_refused(runtime: str, made: Artifacts) -> None:
     item = made[runtime, "residual"]
     folder = item.artifact.path.parent / f"broken-{runtime}"
     folder.mkdir()
@@ -220,7 +218,7 @@ def test_model_of_another_format_with_right_hashes_is_refused(runtime: str, made
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
-def test_signature_of_another_model_is_refused(runtime: str, made: dict[tuple[str, str], Made]) -> None:
+def test_signature_of_another_model_is_refused(runtime: str, made: Artifacts) -> None:
     item, other = made[runtime, "multi_modal"], made[runtime, "residual"]
     with pytest.raises(ArtifactError, match="inputs and outputs of its signature"):
         item.runtime.load(item.artifact.path, item.artifact.model_files, other.artifact.signature)
@@ -272,3 +270,18 @@ def test_manifest_says_which_engine_wrote_it(item: Made) -> None:
 
     assert set(item.runtime.REQUIRES) <= set(manifest["versions"])
     assert manifest["runtime"] == item.prepared.plan.runtime
+
+
+# Last, when every artifact is there.
+
+
+def test_fresh_process_gets_the_simulated_results_at_every_batch_size(
+    item: Made, fresh_results: dict[str, list[list[Tensor]]]
+) -> None:
+    loaded = fresh_results[item.artifact.path.name]
+    floating, simulated = item.outputs(simulated=False), item.outputs(simulated=True)
+    for expected, actual in zip(floating, loaded, strict=True):
+        assert [leaf.shape for leaf in actual] == [leaf.shape for leaf in expected]
+        assert [leaf.dtype for leaf in actual] == [leaf.dtype for leaf in expected]
+    # Over all batches, since a single sample's rounding may cancel by chance.
+    assert signal_to_noise(simulated, loaded) >= signal_to_noise(floating, simulated) + item.runtime.PARITY_MARGIN_DB
