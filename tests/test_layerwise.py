@@ -15,6 +15,7 @@ from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layerwise import quantize_layers
 
 FLOORS_DB = {"int8_dynamic": 28, "int8_weight_only": 30, "int4_weight_only": 8, "float16": 50, "bfloat16": 32}
+FLOORS_DB |= {f"{name}_gptq": FLOORS_DB[name] for name in ("int8_weight_only", "int4_weight_only")}
 
 
 def actions(result: Any) -> dict[str, str]:

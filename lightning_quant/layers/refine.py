@@ -57,7 +57,7 @@ def _is_refinable(layer: StoredLayer, layers: dict[str, StoredLayer]) -> bool:
     if not isinstance(layer, StoredLinear) or layer.scheme.storage not in _GRIDS:
         return False
     place = layer.stored("weight")[0].data_ptr()
-    buffers = [other.get_buffer(name) for other in layers.values() for name in other.names.values()]
+    buffers = [other.stored(name)[0] for other in layers.values() for name in other.names]
     return sum(buffer.data_ptr() == place for buffer in buffers) == 1
 
 
