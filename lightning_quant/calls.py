@@ -101,9 +101,19 @@ def flatten_call(
 
 
 def rebuild_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return args and kwargs that pass the bound arguments to a function of that signature."""
+    """Return args and kwargs that pass the bound arguments to a function of that signature.
+
+    Arguments with defaults go by keyword: decorators, such as those of transformers, add some of them in that way.
+    """
     bound = inspect.BoundArguments(signature, dict(arguments))
-    return bound.args, bound.kwargs
+    args, kwargs = bound.args, bound.kwargs
+    parameters = list(signature.parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL and arguments.get(p.name) for p in parameters):
+        return args, kwargs
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(args)]
+    needed = sum(p.kind is p.POSITIONAL_ONLY or p.default is p.empty for p in positional)
+    by_name = {p.name: value for p, value in zip(positional[needed:], args[needed:], strict=True)}
+    return args[:needed], {**by_name, **kwargs}
 
 
 def forward_signature(function: Callable[..., Any]) -> inspect.Signature:

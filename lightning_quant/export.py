@@ -32,6 +32,7 @@ def export(
     dynamic_shapes: DynamicShapes | None = None,
     classes: tuple[str, ...] | None = None,
     seconds: dict[str, float] | None = None,
+    release: bool = False,
 ) -> Artifact:
     """Convert a trained or calibrated model, check it against its simulation, and write the artifact.
 
@@ -41,6 +42,7 @@ def export(
         dynamic_shapes: input name to dimension to its name, beside the batch and what varied in the calls seen.
         classes: labels of the classes, where they are known; left out when no output has a score for each.
         seconds: gets the time of the stages under "convert" and "export".
+        release: give up quantized layers once they are written, so that they are not held beside the loaded artifact.
 
     Raises:
         CalibrationError: an edge was never observed.
@@ -58,6 +60,8 @@ def export(
         staged = folder / runtime.MODEL_FILE
         dynamic = _write(prepared, converted, staged, dynamic)
         del converted
+        if release and isinstance(prepared, Layerwise):
+            prepared.release()
         signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic)
         content = {
             "recipe": prepared.recipe.name,

@@ -19,7 +19,7 @@ from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.export import DynamicShapes, Quantizable, export, in_float32
 from lightning_quant.graph.table import Selection
 from lightning_quant.labels import class_labels
-from lightning_quant.layerwise import Layerwise, quantize_layers
+from lightning_quant.layerwise import quantize_layers
 from lightning_quant.prepare import Prepared, prepare
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
 
@@ -81,9 +81,9 @@ def quantize(
         quantized = _quantize_layers(model, recipe, runtime, selection, first, calls, seconds)
     else:
         quantized = _calibrated(model, recipe, runtime, selection, first, calls, seconds)
-    artifact = export(quantized, folder, dynamic_shapes=dynamic_shapes, classes=class_labels(model), seconds=seconds)
-    if isinstance(quantized, Layerwise):
-        quantized.release()
+    artifact = export(
+        quantized, folder, dynamic_shapes=dynamic_shapes, classes=class_labels(model), seconds=seconds, release=True
+    )
     if isinstance(quantized, Prepared):
         notes += tuple(str(step) for step in quantized.accuracy_steps)
     report = assess(quantized, artifact, seconds=seconds, threads=threads, notes=notes)

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import audio_classifier
 import cli
+import lenet_all_ways
 import onnx
 import pytest
 import quickstart
@@ -78,6 +80,38 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         exec(block, namespace)
     for model in tmp_path.rglob("model-*.onnx"):
         onnx.checker.check_model(onnx.load(model))
+
+
+@pytest.mark.filterwarnings(NO_WORKERS_OR_OVERWRITE)
+def test_lenet_in_every_precision_is_smaller_and_as_accurate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(lenet_all_ways, "OUTPUT", tmp_path)
+    monkeypatch.setattr(lenet_all_ways, "EPOCHS", 3)
+    lenet_all_ways.main()
+    rows = _printed_rows(capsys.readouterr().out)
+    assert list(rows) == ["float32, PyTorch", *lenet_all_ways.AFTER_FIT, "static int8, QAT"]
+    float_bytes, float_accuracy = float(rows["float32, PyTorch"][0]), float(rows["float32, PyTorch"][1])
+    for name, (num_bytes, accuracy, *_) in list(rows.items())[1:]:
+        assert float(num_bytes) / float_bytes < (0.57 if "float16" in name else 0.40), name
+        assert float(accuracy) >= float_accuracy - (0.05 if "QAT" in name else 0.01), name
+
+
+def test_audio_transformer_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(audio_classifier, "EPOCHS", 1)
+    audio_classifier.main(num_train=64, num_validation=64)
+    rows = _printed_rows(capsys.readouterr().out)
+    assert float(rows["quantized"][1]) <= 0.27
+    assert abs(float(rows["quantized"][2]) - float(rows["original"][2])) <= 2 / 64
+
+
+def _printed_rows(printed: str) -> dict[str, list[str]]:
+    """Return the cells of a printed table's rows by the first cell."""
+    lines = [line.strip("| ").split("|") for line in printed.splitlines() if line.startswith("| ")]
+    return {first.strip(): [cell.strip().replace(",", "") for cell in cells] for first, *cells in lines[1:]}
 
 
 @pytest.mark.slow

@@ -117,11 +117,11 @@ def decibels(reference: Tensor, other: Tensor, *, centred: bool = False) -> floa
     Args:
         reference: the float model's, `(..., features)`.
         other: of the same shape.
-        centred: leave the mean of each feature out of the signal, which a bias alone can make.
+        centred: leave the mean of each feature out of both, which a bias alone can make.
     """
     signal, noise = reference.double(), reference.double() - other.double()
     if centred:
-        signal = signal - signal.flatten(0, -2).mean(0)
+        signal, noise = (values - values.flatten(0, -2).mean(0) for values in (signal, noise))
     return float(10 * torch.log10(signal.square().sum() / noise.square().sum()))
 
 

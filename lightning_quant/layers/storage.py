@@ -8,8 +8,9 @@ from torch import Tensor
 from lightning_quant.layers.kernels import pack, unpack
 
 _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
-# Values that are rounded at a time, so that a large weight is never copied whole in float.
-_BLOCK = 2**22
+# Values that are rounded at a time: a large weight is never copied whole in float, and glibc, which adapts to the size
+# of what is freed, still gives the memory of large tensors back to the system.
+_BLOCK = 2**18
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,14 @@ def quantize(weight: Tensor, storage: str, group_size: int) -> tuple[Tensor, Ten
     if storage in _HALF:
         return weight.to(_HALF[storage]), None
     rows = max(1, _BLOCK // max(1, weight[0].numel()))
-    quantize_rows = _quantize_int8 if storage == "int8" else _quantize_int4
-    parts = [quantize_rows(weight[start : start + rows].float(), group_size) for start in range(0, len(weight), rows)]
-    return torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
+    is_int8 = storage == "int8"
+    quantize_rows = _quantize_int8 if is_int8 else _quantize_int4
+    integers = weight.new_empty(weight.shape if is_int8 else (len(weight), weight.shape[1] // 2), dtype=torch.int8)
+    scale = weight.new_empty(len(weight), *(() if is_int8 else (weight.shape[1] // group_size,)), dtype=torch.float32)
+    for start in range(0, len(weight), rows):
+        part = slice(start, start + rows)
+        integers[part], scale[part] = quantize_rows(weight[part].float(), group_size)
+    return integers, scale
 
 
 def dequantize(stored: Tensor, scale: Tensor | None) -> Tensor:

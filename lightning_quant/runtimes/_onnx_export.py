@@ -51,8 +51,10 @@ def export_onnx(
                 input_names=list(spec.names),
                 output_names=output_names(example_output, spec.names),
                 custom_translation_table=translations(),
+                optimize=False,
                 verbose=False,
             )
+            _optimize(program.model)  # type: ignore[union-attr]
     except (torch.onnx.errors.OnnxExporterError, torch.onnx.OnnxExporterError, RuntimeError) as error:
         raise ExportError(
             f"Expected the module to export to ONNX, but PyTorch's exporter says: {first_line(error)}. Name a child "
@@ -60,6 +62,25 @@ def export_onnx(
         ) from error
     _strip(program.model)  # type: ignore[union-attr]
     program.save(path)  # type: ignore[union-attr]
+
+
+def _optimize(model: Any) -> None:
+    """Simplify the graph as PyTorch's exporter would, but leave small weights as they are stored.
+
+    The exporter computes what depends on constants of up to 8,192 values, and so would write weights of small layers in
+    float.
+    """
+    from onnxscript.optimizer import optimize_ir
+    from onnxscript.rewriter.onnx_fusions import fuse
+
+    optimize_ir(model, should_fold=lambda node: False if _widens(node) else None)
+    fuse(model)
+
+
+def _widens(node: Any) -> bool:
+    """Tell whether a node turns stored weights into wider values."""
+    stored = ("INT8", "FLOAT16", "BFLOAT16")
+    return node.op_type == "Cast" and node.inputs[0].dtype is not None and node.inputs[0].dtype.name in stored
 
 
 def _strip(model: Any) -> None:

@@ -1,0 +1,41 @@
+"""ONNX files hold weights as they are stored."""
+
+from pathlib import Path
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+import lightning_quant as lq
+
+_TYPES = {"int8_weight_only": "int8", "float16": "float16"}
+
+
+class _Small(nn.Module):
+    """Weights of fewer values than PyTorch's exporter computes with when it writes a file."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.conv, self.head = nn.LSTM(16, 24, batch_first=True), nn.Conv1d(24, 16, 3), nn.Linear(16, 20)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(self.lstm(x)[0].transpose(1, 2)).transpose(1, 2))
+
+
+@pytest.mark.parametrize("recipe", sorted(_TYPES))
+def test_small_weights_are_written_as_they_are_stored(recipe: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = _Small().eval()
+    x = torch.randn(2, 8, 16, generator=torch.Generator().manual_seed(1))
+    artifact = lq.quantize(model, recipe, "onnxruntime", calibration_data=[x], output_dir=tmp_path, threads=1)
+    smallest = min(p.numel() for p in model.parameters() if p.dim() > 1)
+    large = [
+        t for t in onnx.load(artifact.model_path).graph.initializer if onnx.numpy_helper.to_array(t).size >= smallest
+    ]
+    written = {onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type).name for tensor in large}
+    assert written == {_TYPES[recipe]}
+    assert len(large) == 4
+    with torch.no_grad():
+        error = lq.load(tmp_path)(x) - model(x)
+    assert error.square().mean().sqrt() < 0.05 * model(x).square().mean().sqrt()
