@@ -15,6 +15,8 @@ from lightning_quant.routing import resolve
 
 # Prefix, in the file of tensors, of those that the exporter lifted out of the forward's code.
 CONSTANT = "program."
+# Key of the metadata: name of each stored layer to its scheme, and of each tensor's further names to its first.
+STRUCTURE = "structure"
 
 
 def fill(model: nn.Module, path: Path) -> nn.Module:
@@ -32,7 +34,8 @@ def fill(model: nn.Module, path: Path) -> nn.Module:
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    schemes, aliases = (json.loads(metadata[key]) for key in ("layers", "aliases"))
+    structure = json.loads(metadata[STRUCTURE])
+    schemes, aliases = structure["layers"], structure["aliases"]
     tensors |= {name: tensors[first] for name, first in aliases.items()}
     modules = dict(model.named_modules(remove_duplicate=False))
     missing = sorted(set(schemes) - set(modules))

@@ -61,6 +61,7 @@ def export_onnx(
             'module that exports (`module="..."`), or exclude what does not.'
         ) from error
     _strip(program.model)  # type: ignore[union-attr]
+    _keep_names_apart(program.model)  # type: ignore[union-attr]
     program.save(path)  # type: ignore[union-attr]
 
 
@@ -93,3 +94,12 @@ def _strip(model: Any) -> None:
         for value in (*node.inputs, *node.outputs):
             if value is not None:
                 value.metadata_props.clear()
+
+
+def _keep_names_apart(model: Any) -> None:
+    """Rename values that have the name of an output, as a result called "embedding" may."""
+    outputs = {value.name: value for value in model.graph.outputs}
+    for node in model.graph.all_nodes():
+        for value in node.outputs:
+            if value.name in outputs and outputs[value.name] is not value:
+                value.name = f"{value.name}_inside"

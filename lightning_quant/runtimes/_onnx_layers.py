@@ -56,8 +56,8 @@ def _linear_weight_only(x: Any, weight: Any, scale: Any, bias: Any = None) -> An
     op = _opset()
     if len(scale.shape) == 2:
         return _linear_int4(x, weight, scale, bias)
-    columns = op.DequantizeLinear(op.Transpose(weight, perm=[1, 0]), scale, axis=1)
-    result = op.MatMul(x, columns)
+    # Not DequantizeLinear: with MatMul, sessions make MatMulNBits of it at int8 accuracy, which rounds the activations.
+    result = op.Mul(op.MatMul(x, op.Cast(op.Transpose(weight, perm=[1, 0]), to=_FLOAT)), scale)
     return result if bias is None else op.Add(result, bias)
 
 
@@ -119,16 +119,18 @@ def _recurrent(
     for layer in range(num_layers):
         places = [(layer * directions + direction) * 2 for direction in range(directions)]
         stacked = [_stack(op, [op.Gather(weights[p + side], order, axis=0) for p in places]) for side in (0, 1)]
-        bias = [op.Concat(*(op.Gather(biases[p + side], order, axis=0) for side in (0, 1)), axis=0) for p in places]
+        bias = [_both_biases(op, biases[p : p + 2], order) for p in places] if biases else []
         begin = [tensor if num_layers == 1 else parts[layer] for tensor, parts in zip(state, initial, strict=True)]
-        output, *end = _node(
-            op, mode, sequence, stacked, _stack(op, bias) if biases else None, begin, hidden, directions
-        )
+        output, *end = _node(op, mode, sequence, stacked, _stack(op, bias) if bias else None, begin, hidden, directions)
         sequence = op.Reshape(op.Transpose(output, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
         for kept, tensor in zip(after, end, strict=True):
             kept.append(tensor)
     result = op.Transpose(sequence, perm=[1, 0, 2]) if batch_first else sequence
     return [result, *(op.Concat(*kept, axis=0) if num_layers > 1 else kept[0] for kept in after)]
+
+
+def _both_biases(op: Any, biases: Sequence[Any], order: Any) -> Any:
+    return op.Concat(*(op.Gather(bias, order, axis=0) for bias in biases), axis=0)
 
 
 def _stack(op: Any, tensors: list[Any]) -> Any:

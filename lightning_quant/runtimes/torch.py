@@ -26,7 +26,7 @@ from lightning_quant.graph.plan import Operator
 from lightning_quant.latency import torch_threads
 from lightning_quant.layers import StoredLayer
 from lightning_quant.loaded import LoadedModule
-from lightning_quant.runtimes._fill import CONSTANT, fill
+from lightning_quant.runtimes._fill import CONSTANT, STRUCTURE, fill
 from lightning_quant.runtimes._flat import Flat, example_tensors, first_line, quiet
 from lightning_quant.signature import Signature
 
@@ -131,7 +131,8 @@ def export(
     (path.parent / _PROGRAM).write_bytes(gzip.compress(text, mtime=0))
     layers = {name: child.scheme.name for name, child in module.named_modules() if isinstance(child, StoredLayer)}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in {**state, **constants}.items()}
-    save_file(contiguous, path, metadata={"layers": json.dumps(layers), "aliases": json.dumps(_aliases(module))})
+    # One entry, since the file has entries in no fixed order.
+    save_file(contiguous, path, metadata={STRUCTURE: json.dumps({"layers": layers, "aliases": _aliases(module)})})
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

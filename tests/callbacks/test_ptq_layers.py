@@ -1,5 +1,6 @@
 """Recipes of layers in the callback, on modules as users write them."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +46,7 @@ class WrapsTransformers(LightningModule):
 
     def __init__(self, model: nn.Module | None = None) -> None:
         super().__init__()
-        import copy
-
-        self.model = copy.deepcopy(bert()) if model is None else model
+        self.model = copy.deepcopy(bert()).train() if model is None else model
         self.accuracy = MulticlassAccuracy(3, average="micro")
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -188,9 +187,7 @@ class LanguageModel(WrapsTransformers):
     """Validates by generating, too, which only the model's own class can."""
 
     def __init__(self) -> None:
-        import copy
-
-        super().__init__(copy.deepcopy(gpt2()))
+        super().__init__(copy.deepcopy(gpt2()).train())
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         return self.model(input_ids=batch["input_ids"], labels=batch["input_ids"]).loss
