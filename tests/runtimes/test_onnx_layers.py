@@ -86,12 +86,12 @@ def test_weight_only_is_the_product_with_the_rounded_weight(tmp_path: Path) -> N
 
 
 def test_four_bits_are_matmul_nbits(tmp_path: Path) -> None:
-    model, x = nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 8)), torch.randn(5, 64)
+    model, x = nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 96)), torch.randn(5, 64)
     artifact = save(model, {"input": x}, tmp_path, "int4_weight_only")[1]
     assert [row["action"] for row in artifact.plan["rows"]] == ["int4 weights", "int8 weights"]
     nodes = [node for node in onnx.load(artifact.model_path).graph.node if node.op_type == "MatMulNBits"]
     assert [{a.name: a.i for a in node.attribute} for node in nodes] == [
-        {"K": 64, "N": 48, "bits": 4, "block_size": 32}
+        {"K": 64, "N": 200, "bits": 4, "block_size": 32}
     ]
     with torch.no_grad():
         model[0].weight.copy_(rounded(model[0].weight, "int4"))
@@ -99,7 +99,7 @@ def test_four_bits_are_matmul_nbits(tmp_path: Path) -> None:
         torch.testing.assert_close(load(tmp_path)(x), model(x), rtol=1e-4, atol=1e-5)
     # Half a byte for each value of the first layer, one for the second.
     held = sum(a.nbytes for a in tensors_in(artifact.model_path).values() if a.dtype in (np.int8, np.uint8))
-    assert held == 64 * 48 // 2 + 48 * 8
+    assert held == 64 * 200 // 2 + 200 * 96
 
 
 @pytest.mark.parametrize("recipe", ["float16", "bfloat16"])
