@@ -153,7 +153,8 @@ def main() -> None:
             "kB on disk",
             "int8 % of weight bytes",
             "of recurrent",
-            "centred dB",
+            "dB",
+            "dB of what varies",
             "median CPU ms",
             "times faster [95 %]",
         )
