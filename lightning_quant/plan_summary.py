@@ -11,7 +11,7 @@ def summarize(plan: dict[str, Any], operators: dict[str, int]) -> str:
     rows = plan["rows"]
     fused = sum(row["action"] == "fused" for row in rows)
     counts = collections.Counter(row["action"] for row in rows if row["action"] not in ("float", "fused"))
-    if set(counts) <= {"int8"}:
+    if not any(row.get("weights") for row in rows):
         first = f"{counts['int8']} operators run in int8 with {fused} more fused into them"
     else:
         first = f"Layers: {', '.join(f'{count} {action}' for action, count in counts.most_common())}"

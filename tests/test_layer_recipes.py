@@ -70,6 +70,7 @@ def call(batch: int, length: int) -> dict[str, Tensor]:
 
 
 FLOORS_DB = {"int8_dynamic": 28, "int8_weight_only": 28, "int4_weight_only": 12, "float16": 45, "bfloat16": 30}
+FLOORS_DB |= {f"{name}_gptq": FLOORS_DB[name] for name in ("int8_weight_only", "int4_weight_only")}
 
 
 # Exporting to ONNX takes longest: two recipes show all of its operators.

@@ -10,14 +10,16 @@ from lightning_quant.recipe import RECIPES, IntegerSpec, LayerRecipe, Recipe, ge
 
 def test_named_recipes() -> None:
     assert all(get(name) is recipe and recipe.name == name for name, recipe in RECIPES.items())
-    assert LAYER_RECIPES == ["bfloat16", "float16", "int4_weight_only", "int8_dynamic", "int8_weight_only"]
+    by_gptq = ["int4_weight_only_gptq", "int8_weight_only_gptq"]
+    others = ["bfloat16", "float16", "int4_weight_only", "int8_dynamic", "int8_weight_only"]
+    assert sorted(LAYER_RECIPES) == sorted(others + by_gptq)
 
 
 @pytest.mark.parametrize("name", LAYER_RECIPES)
 def test_recipes_of_layers_start_with_what_they_are_called_and_get_safer(name: str) -> None:
     schemes = [SCHEMES[scheme] for scheme in get(name).schemes]
     first = {"int8_dynamic": "int8 dynamic", "int8_weight_only": "int8 weights", "int4_weight_only": "int4 weights"}
-    assert schemes[0].action == first.get(name, name)
+    assert schemes[0].action == first.get(name.removesuffix("_gptq"), name)
     safer = ["int4 weights", "int8 dynamic", "int8 weights", "bfloat16", "float16"]
     assert [safer.index(scheme.action) for scheme in schemes] == sorted(safer.index(s.action) for s in schemes)
 

@@ -41,6 +41,7 @@ def export_onnx(
     with torch.no_grad():
         args, kwargs = rebuild_call(signature, spec.arguments(examples))
         example_output = module(*args, **kwargs)
+    names = output_names(example_output, spec.names)
     try:
         with quiet(), torch.no_grad():
             program = torch.onnx.export(
@@ -49,12 +50,13 @@ def export_onnx(
                 dynamo=True,
                 dynamic_shapes=dynamic_shapes(spec, dynamic),
                 input_names=list(spec.names),
-                output_names=output_names(example_output, spec.names),
+                output_names=names,
                 custom_translation_table=translations(),
                 optimize=False,
                 verbose=False,
             )
             _optimize(program.model)  # type: ignore[union-attr]
+            _name(program.model, spec.names, names)  # type: ignore[union-attr]
     except (torch.onnx.errors.OnnxExporterError, torch.onnx.OnnxExporterError, RuntimeError) as error:
         raise ExportError(
             f"Expected the module to export to ONNX, but PyTorch's exporter says: {first_line(error)}. Name a child "
@@ -76,6 +78,14 @@ def _optimize(model: Any) -> None:
 
     optimize_ir(model, should_fold=lambda node: False if _widens(node) else None)
     fuse(model)
+
+
+def _name(model: Any, inputs: tuple[str, ...], outputs: list[str]) -> None:
+    """Name inputs and outputs again: a tensor that is both, or a result twice, has got other names on the way."""
+    for values, names in ((model.graph.outputs, outputs), (model.graph.inputs, inputs)):
+        if len(values) == len(names):
+            for value, name in zip(values, names, strict=True):
+                value.name = name
 
 
 def _widens(node: Any) -> bool:
