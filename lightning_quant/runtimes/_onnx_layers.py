@@ -4,9 +4,9 @@ Found with ONNX Runtime 1.31 on a Xeon with VNNI and AMX, one thread, 192 rows o
 and 50,257 outputs: float 4.9 and 98; rows quantized by standard operators before MatMulInteger 1.0 and 27.5;
 DynamicQuantizeMatMul, one activation scale for the tensor, 0.7 and 17.5; MatMulNBits with 8 bits 9.1 and 240, at int8
 accuracy level 4.2 and 76 (it is made for single rows). Weight-only: Cast before MatMul 5.4 and 99, DequantizeLinear 5.7
-and 95, but sessions make MatMulNBits of that, which rounds activations: 2.8 dB beside one loud feature. The Transpose of
-a constant, which lets an embedding and an output layer share one stored weight, is folded when a session starts. An LSTM
-with weights that are cast and scaled is as fast as a float one, since that is folded, too.
+and 95, but sessions make MatMulNBits of that, which rounds activations: 2.8 dB beside one loud feature. Transpose of
+a constant, which lets an embedding and an output layer share one stored weight, is folded when a session starts. LSTMs
+with weights that are cast and scaled are as fast as float ones, since that is folded, too.
 """
 
 from collections.abc import Callable, Sequence
