@@ -18,6 +18,7 @@ from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island, has_weights
 from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
+from lightning_quant.layers.placement import place
 from lightning_quant.prepare import Prepared
 from lightning_quant.routing import clone, evaluation_mode, replace_submodule, resolve, unroute_all
 
@@ -99,17 +100,24 @@ def _convert(prepared: Prepared, *, static_sizes: bool) -> nn.Module:
     root = clone(prepared.root)
     unroute_all(root)
     root.eval()
+    stored = dict(prepared.stored_layers())
     for path in sorted(prepared.islands, key=lambda path: -path.count(".") - bool(path)):
         island = prepared.islands[path]
         module = resolve(root, path)
-        bound = _convert_island(prepared, island, module, static_sizes=static_sizes)
+        inside = {name: stored.pop(name) for name in [name for name in stored if _is_inside(name, path)]}
+        bound = _convert_island(prepared, island, module, inside, static_sizes=static_sizes)
         if not path:
             return bound.eval()
         # Under every name that it has.
         for name, child in list(root.named_modules(remove_duplicate=False)):
             if child is module:
                 replace_submodule(root, name, bound)
+    place(root, stored)
     return root.eval()
+
+
+def _is_inside(name: str, path: str) -> bool:
+    return not path or name.startswith(f"{path}.")
 
 
 def check_agreement(prepared: Prepared, converted: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> float:
@@ -153,7 +161,10 @@ def signal_to_noise(reference: Any, other: Any) -> float:
     return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
 
 
-def _convert_island(prepared: Prepared, island: Island, module: nn.Module, *, static_sizes: bool) -> BoundGraph:
+def _convert_island(
+    prepared: Prepared, island: Island, module: nn.Module, stored: dict[str, nn.Module], *, static_sizes: bool
+) -> BoundGraph:
+    """Convert a traceable part; `stored` are layers of other recipes by their names in the whole module."""
     traced = trace(module, island.spec, island.tensors, set(island.opaque))
     graph = traced.graph
     nodes = {node.meta["key"]: node for node in graph.nodes if "key" in node.meta}
@@ -178,6 +189,8 @@ def _convert_island(prepared: Prepared, island: Island, module: nn.Module, *, st
             _scale_channels(island, edge.key, prepared.channels[identity].to(torch.device("cpu")), *pair)
     for name, layer in layers.items():
         module.add_module(name, layer)
+    prefix = f"{island.path}." if island.path else ""
+    place(module, {name.removeprefix(prefix): layer for name, layer in stored.items()})
     graph_module = fx.GraphModule(module, graph)
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()

@@ -8,7 +8,7 @@ import ctypes
 import inspect
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -26,20 +26,17 @@ from lightning_quant.graph.analyze import check_patterns, own_signature
 from lightning_quant.graph.plan import Plan, Row
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers.layer import StoredLayer
+from lightning_quant.layers.placement import place, placed
 from lightning_quant.layers.refine import refine
 from lightning_quant.layers.trial import Trial, trials
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import (
     clone,
     evaluation_mode,
-    resolve,
     to_float32,
     unroute_all,
     without_fast_path,
 )
-
-# Where PyTorch's encoders say whether their fused kernels may run.
-_FAST_PATH = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
 
 
 class Layerwise(CapturedModel):
@@ -106,12 +103,8 @@ class Layerwise(CapturedModel):
     @contextmanager
     def attached(self, phase: str = "frozen") -> Iterator[None]:
         """Put the quantized layers into the float module for the time of a block."""
-        before = {name: resolve(self.root, name) for name in self.layers}
-        place(self.root, self.layers)
-        try:
+        with placed(self.root, self.layers):
             yield
-        finally:
-            place(self.root, before)
 
     def detach(self) -> None:
         """Do nothing: outside of `attached` the module is as it was."""
@@ -188,31 +181,6 @@ def quantize_layers(
     quantized = Layerwise(model, signature, spec, tensors, chosen, plan, layers, selection)
     quantized.compare()
     return quantized
-
-
-def place(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
-    """Put layers in the places of those names; hooks of what stood there move with the place."""
-    for name, layer in layers.items():
-        owner, _, attribute = name.rpartition(".")
-        parent = resolve(root, owner)
-        old = parent._modules[attribute]
-        for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
-            setattr(layer, hooks, getattr(old, hooks))
-        parent._modules[attribute] = layer
-    _set_fast_path(root)
-
-
-def _set_fast_path(root: nn.Module) -> None:
-    """Keep stored weights from PyTorch's fused encoder kernels, which are for float; give those back afterwards."""
-    for module in root.modules():
-        for kind, switch in _FAST_PATH.items():
-            if isinstance(module, kind) and hasattr(module, switch):
-                before = module.__dict__.pop("_before_layers", None)
-                if before is not None:
-                    setattr(module, switch, before)
-                if any(isinstance(child, StoredLayer) for child in module.modules()):
-                    module.__dict__["_before_layers"] = getattr(module, switch)
-                    setattr(module, switch, type(getattr(module, switch))(0))
 
 
 def _in_float32(

@@ -1,22 +1,51 @@
 """Mixed precision by hand: what a recipe's overrides mean for the operators of a module."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 
+from torch import nn
+
 from lightning_quant import recipe as recipes
+from lightning_quant.captured import CapturedModel
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.graph.analyze import Analysis
-from lightning_quant.graph.plan import Operator, identify
+from lightning_quant.graph.plan import Operator, Plan, identify
 from lightning_quant.graph.table import Selection, matches
-from lightning_quant.recipe import Recipe
+from lightning_quant.recipe import LayerRecipe, Recipe
 
 FLOAT = "float"
+_WEIGHTS = re.compile(r"int([4-8])_weights")
 
 
-def without_float_overrides(selection: Selection, recipe: Recipe) -> Selection:
-    """Return a selection that leaves out what overrides keep in float."""
+def select(selection: Selection, recipe: Recipe) -> Selection:
+    """Return a selection that leaves out what overrides keep in float or have stored by a recipe of layers."""
     kept = tuple(pattern for pattern, target in recipe.overrides.items() if target == FLOAT)
-    return replace(selection, exclude=(*selection.exclude, *kept))
+    return replace(selection, exclude=(*selection.exclude, *kept), stored=tuple(_stored(recipe).items()))
+
+
+def store_layers(model: CapturedModel, recipe: Recipe, plan: Plan) -> tuple[dict[str, nn.Module], Plan]:
+    """Quantize the layers that overrides leave to recipes of layers, on the weights and the captured call as they are.
+
+    Returns:
+        name of every place to the layer for it, and the plan with rows that say so.
+
+    Raises:
+        PlanError: a pattern names no layer that its recipe can quantize, or the runtime runs no such layers.
+    """
+    from lightning_quant.layerwise import quantize_layers
+
+    args, kwargs = model.call(model.tensors)
+    layers: dict[str, nn.Module] = {}
+    rows = {row.name: row for row in plan.rows}
+    for pattern, name in _stored(recipe).items():
+        chosen = Selection(include=(pattern,))
+        found = quantize_layers(model.root, args, kwargs, recipe=name, runtime=plan.runtime, selection=chosen)
+        for row in found.plan.rows:
+            if matches(pattern, row.name, row.kind) and row.name not in layers:
+                rows[row.name] = replace(row, macs=rows[row.name].macs if row.name in rows else row.macs)
+        layers = {**found.layers, **layers}
+    return layers, replace(plan, rows=tuple(rows.values()))
 
 
 def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis: Analysis) -> dict[str, int]:
@@ -26,7 +55,8 @@ def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis
         QuantizationError: an override names no recipe, or one that needs other activations than this recipe's.
         PlanError: a pattern matches no weighted operator.
     """
-    grids = {pattern: _grid(recipe, pattern, target) for pattern, target in recipe.overrides.items() if target != FLOAT}
+    elsewhere = {FLOAT, *_stored(recipe).values()}
+    grids = {p: _grid(recipe, p, target) for p, target in recipe.overrides.items() if target not in elsewhere}
     kinds = {row.name: row.kind for row in analysis.plan.rows}
     found: dict[str, int] = {}
     used: set[str] = set()
@@ -46,11 +76,23 @@ def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis
     return found
 
 
+def _stored(recipe: Recipe) -> dict[str, str]:
+    """Return pattern to recipe, for overrides that name a recipe of layers.
+
+    Not those with ranges that arrive with each row: their sums are not those of the simulation, to the bit.
+    """
+    found = {pattern: recipes.RECIPES.get(target) for pattern, target in recipe.overrides.items()}
+    return {p: r.name for p, r in found.items() if isinstance(r, LayerRecipe) and "dynamic" not in r.schemes}
+
+
 def _grid(recipe: Recipe, pattern: str, target: str) -> int:
-    other = recipes.get(target)
+    bits = _WEIGHTS.fullmatch(target)
+    if bits is not None:
+        return 2 ** (int(bits[1]) - 1) - 1
+    other = recipes.RECIPES.get(target)
     if not isinstance(other, Recipe) or other.activation != recipe.activation:
         raise QuantizationError(
-            f"Expected `overrides` to map {pattern!r} to 'float' or a recipe with the activations of {recipe.name!r}, "
-            f"but got {target!r}. Keep that layer in float instead."
+            f"Expected `overrides` to map {pattern!r} to 'float', 'int4_weights' to 'int8_weights', or the name of a "
+            f"recipe with the activations of {recipe.name!r} or with no activations at all, but got {target!r}."
         )
     return other.weight.quant_max

@@ -28,10 +28,11 @@ from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
 from lightning_quant.folding import Folded, fold_adjusted, fold_at
 from lightning_quant.graph.analyze import Analysis, Island, analyze
 from lightning_quant.graph.instrument import Instrumented, instrument
-from lightning_quant.graph.plan import Edge, Operator, identify, path_of
+from lightning_quant.graph.plan import Edge, Operator, Plan, identify, path_of
 from lightning_quant.graph.table import Selection
+from lightning_quant.layers.placement import placed
 from lightning_quant.learned_steps import LearnedSteps, quantize_with_learned_step
-from lightning_quant.overrides import override_weights, without_float_overrides
+from lightning_quant.overrides import override_weights, select, store_layers
 from lightning_quant.ranges import Ranges
 from lightning_quant.recipe import Recipe
 from lightning_quant.routing import Route, device_of, fetch, resolve, route, shadowed, unparametrized, unroute
@@ -114,6 +115,9 @@ class Prepared(CapturedModel):
         self._graphs: dict[Any, Instrumented] = {}
         # Edge to the integers, without zero point and not clipped, that its producer has just computed for it.
         self._integers: dict[str, Tensor] = {}
+        self._stored: dict[str, nn.Module] | None = None
+        # Float layers whose places stored ones have taken; graphs are traced with them.
+        self._displaced: dict[str, nn.Module] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_graphs": {}, "_twins": weakref.WeakSet()}
@@ -167,12 +171,15 @@ class Prepared(CapturedModel):
     @contextmanager
     def attached(self, phase: str, *, observing: bool = False) -> Iterator[None]:
         """Route for the time of a block, in a phase of its own."""
+        stored = self.stored_layers() if phase == "frozen" and self.only is None else {}
         before, self.control = self.control, Control(observing=observing)
         try:
             self.set_phase(phase)
             self.attach()
-            yield
+            with placed(self.root, stored) as self._displaced:
+                yield
         finally:
+            self._displaced = {}
             self.detach()
             self.control = before
 
@@ -249,8 +256,19 @@ class Prepared(CapturedModel):
         other.root = root
         other.tensors = self.tensors if tensors is None else tensors
         other.control, other._twins, other._is_twin = Control(), weakref.WeakSet(), False
-        other._graphs, other._integers = {}, {}
+        other._graphs, other._integers, other._stored, other._displaced = {}, {}, None, {}
         return other
+
+    def stored_layers(self) -> dict[str, nn.Module]:
+        """Return the layers whose weights overrides leave to recipes of layers, made the first time they are needed."""
+        if self._stored is None:
+            self._stored, self.plan = store_layers(self, self.recipe, self.plan)
+        return self._stored
+
+    def planned(self) -> Plan:
+        """Return the plan, with what overrides leave to recipes of layers."""
+        self.stored_layers()
+        return self.plan
 
     def take_over(self, other: "Prepared") -> None:
         """Take over what calibration taught another binding of the same plan."""
@@ -298,7 +316,8 @@ class Prepared(CapturedModel):
         module = resolve(self.root, path)
         key = (path, spec.key(), tuple(child.training for child in module.modules()))
         if key not in self._graphs:
-            self._graphs[key] = instrument(module, self.islands[path], spec, tensors)
+            with placed(self.root, self._displaced):
+                self._graphs[key] = instrument(module, self.islands[path], spec, tensors)
         return self._graphs[key]
 
     def quantize_edge(self, identity: str, x: Tensor) -> Tensor:
@@ -506,7 +525,7 @@ def prepare(
             f"Expected `runtime` to have integer kernels for recipe {chosen.name!r}, but {runtime!r} has none. It runs "
             f"{sorted(name for name, known in recipes.RECIPES.items() if not isinstance(known, Recipe))}."
         )
-    selection = without_float_overrides(selection or Selection(), chosen)
+    selection = select(selection or Selection(), chosen)
     analysis = analyze(
         model,
         args,
@@ -517,4 +536,7 @@ def prepare(
         runtime=runtime,
         module=module,
     )
-    return Prepared(model, analysis, chosen, observer or chosen.training_observer)
+    prepared = Prepared(model, analysis, chosen, observer or chosen.training_observer)
+    # What can be refused is refused now; the layers themselves are made of the weights that will be exported.
+    prepared.plan = prepared.bound_to(model).planned()
+    return prepared

@@ -24,6 +24,13 @@ class IntegerSpec:
     symmetric: bool = False
     per_channel: bool = False
 
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise QuantizationError(
+                f"Expected `bits` to be in [2, 8], but got {self.bits}: no runtime here has integer kernels for wider "
+                "grids, so that all between them would be float. Keep layers float with `overrides` or `exclude`."
+            )
+
     @property
     def quant_min(self) -> int:
         """Lowest integer of the grid."""
@@ -47,8 +54,11 @@ class Recipe:
             `lightning_quant.observers`: "min_max", "moving_average", "percentile" or "mse".
         training_observer: the same for quantization-aware training.
         bias_correction: whether calibration takes the mean of the weights' rounding error out of the biases.
-        overrides: fnmatch pattern on qualified names or layer types to "float" or to the name of a recipe whose weight
-            grid these layers get instead; the first pattern that matches counts.
+        overrides: fnmatch pattern on qualified names or layer types to what these layers are instead: "float";
+            "int4_weights" to "int8_weights", or another recipe with the same activations, for another grid of the
+            weights, where the first pattern that matches counts; or a recipe of layers that leaves activations float
+            ("int8_weight_only", "int4_weight_only", "float16"), which also knows embeddings and recurrent layers, on
+            runtimes that run both.
         accuracy_steps: what calibration tries beyond ranges and bias correction, names from
             `lightning_quant.accuracy.ladder`, each kept only when it lowers the error on held-back batches.
         time_budget_s: seconds after which calibration begins no further step, and a step that can stops.

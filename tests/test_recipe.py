@@ -45,3 +45,11 @@ def test_dict_changes_fields_of_the_recipe_of_its_name() -> None:
 def test_unknown_name_or_field(recipe: object, message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
         get(recipe)
+
+
+@pytest.mark.parametrize("bits", [1, 16])
+def test_grids_without_kernels_are_refused(bits: int) -> None:
+    with pytest.raises(QuantizationError, match=rf"`bits` to be in \[2, 8\], but got {bits}: no runtime"):
+        IntegerSpec(bits=bits)
+    with pytest.raises(QuantizationError, match=r"Keep layers float with `overrides`"):
+        get({"name": "int8", "activation": {"bits": bits}})

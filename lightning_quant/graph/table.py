@@ -33,17 +33,26 @@ class OperatorTable:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which operators the user wants quantized: fnmatch patterns on qualified names and on layer types."""
+    """Which operators the user wants quantized: fnmatch patterns on qualified names and on layer types.
+
+    Attributes:
+        include: what may be quantized.
+        exclude: what stays float.
+        stored: what is no part of a graph because a recipe of layers stores its weights, with that recipe's name.
+    """
 
     include: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
+    stored: tuple[tuple[str, str], ...] = ()
 
     def refusal(self, name: str, layer: str) -> str:
         """Return why an operator is not wanted, or an empty text."""
         if not any(matches(pattern, name, layer) for pattern in self.include):
             return "not in `include`"
         excluded_by = next((pattern for pattern in self.exclude if matches(pattern, name, layer)), None)
-        return f'excluded by "{excluded_by}"' if excluded_by is not None else ""
+        if excluded_by is not None:
+            return f'excluded by "{excluded_by}"'
+        return next((f"left to {recipe}" for pattern, recipe in self.stored if matches(pattern, name, layer)), "")
 
 
 def matches(pattern: str, name: str, layer: str) -> bool:

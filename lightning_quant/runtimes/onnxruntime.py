@@ -8,6 +8,8 @@ What the table says was tried on ONNX Runtime 1.31, CPU, with counts from the op
 - A mean over all places stays a float ReduceMean; an average pool over the whole window is QLinearAveragePool.
 - QLinearConcat takes inputs of different scales, so they need not share one.
 - Linear on more than two dimensions becomes MatMulIntegerToFloat and a float bias; flattened to two it is one QGemm.
+- Activations of 16 bits have none at all: around Conv, Gemm, MatMul, Add, Mul, Concat, pooling and activations the
+  session keeps DequantizeLinear and QuantizeLinear (uint16 or int16, opset 21) and computes in float.
 - There is no integer kernel for ConvTranspose, BatchNormalization, HardSwish, Gelu or PRelu on the CPU.
 """
 

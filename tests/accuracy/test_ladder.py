@@ -16,7 +16,7 @@ from lightning_quant.accuracy.range_choice import choose_ranges
 from lightning_quant.accuracy.weight_rounding import gptq_layers, least_error_scale, shrink_scales
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import check_agreement, convert
-from lightning_quant.errors import CalibrationError, PlanError, QuantizationError
+from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.prepare import Prepared, prepare
 from lightning_quant.recipe import RECIPES, IntegerSpec, Recipe
 
@@ -167,20 +167,3 @@ def test_coarse_weights_get_scales_and_rounding_of_less_error() -> None:
     weight = torch.tensor([[1.0] + [0.1] * 63])
     natural = torch.tensor([1.0 / 7])
     assert float(least_error_scale(weight, natural, 7)) < 0.9 * float(natural)
-
-
-def test_overrides_by_name_and_type() -> None:
-    model = uneven(nn.ReLU)
-    recipe = Recipe(overrides={"layers.0": "float", "layers.6": "int4_weights"})
-    prepared = prepare(model, (images(8),), recipe=recipe, observer="mse")
-    assert {operator.key for operator in prepared.operators.values() if operator.weight} == {"layers.3", "layers.6"}
-    row = next(row for row in prepared.plan.rows if row.name == "layers.0")
-    assert (row.action, row.reason) == ("float", 'excluded by "layers.0"')
-    calibrate(prepared, steps_of(prepared, [images(8)]))
-    maxima = {i: int(prepared.weight_integers(i, prepared.folded(i)).abs().max()) for i in (":layers.3", ":layers.6")}
-    assert maxima == {":layers.3": 127, ":layers.6": 7}
-    check_agreement(prepared, convert(prepared), (images(8),), {})
-    with pytest.raises(PlanError, match=r"`overrides` to hold patterns .* but got 'head'"):
-        prepare(model, (images(8),), recipe=Recipe(overrides={"head": "int4_weights"}))
-    with pytest.raises(QuantizationError, match=r"'layers.6' to 'float' or a recipe with the activations of 'int8'"):
-        prepare(model, (images(8),), recipe=Recipe(overrides={"layers.6": "int8_dynamic"}))

@@ -671,3 +671,48 @@ def test_nothing_left_to_quantize_raises_with_the_reasons() -> None:
         rows_of(nn.Sequential(nn.Linear(4, 4)), torch.randn(2, 4), exclude=("Linear",))
     with pytest.raises(PlanError, match="no convolution or linear layer"):
         rows_of(nn.Sequential(nn.Flatten()), torch.randn(2, 4))
+
+
+class PostNorm(nn.Module):
+    """Two residual branches: the sum of the first is normalized, and added again if `pre`; so is the second's."""
+
+    def __init__(self, *, pre: bool) -> None:
+        super().__init__()
+        self.pre = pre
+        self.first, self.second, self.third = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.norm, self.last = nn.LayerNorm(8), nn.LayerNorm(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        total = x + self.second(x)
+        normalized = self.norm(total)
+        return self.last((total if self.pre else normalized) + self.third(normalized))
+
+
+@pytest.mark.parametrize("pre", [False, True])
+def test_residual_sums_in_front_of_a_layer_norm_stay_float(pre: bool) -> None:
+    torch.manual_seed(0)
+    model, x = PostNorm(pre=pre), torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        # One feature of the sum is far from the others, and LayerNorm makes it small again.
+        model.second.bias[3] += 400
+        model.norm.weight[3] = model.last.weight[3] = 1e-3
+    rows = rows_of(model, x)
+    assert (rows["add"].action, rows["add"].reason) == ("float", "nothing reads its result in integers")
+    assert rows["add#1"].action == "float"
+    assert all(rows[name].action == "int8" for name in ("first", "second", "third"))
+    assert noise(model, x) > 25
+    # A sum that a convolution or linear layer reads as well is quantized as before.
+    assert rows_of(nn.Sequential(Summed()), x)["0.add"].action == "int8"
+
+
+class Summed(nn.Module):
+    """A residual sum that a linear layer reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.relu(self.first(x))
+        return self.last(x + self.first(x))

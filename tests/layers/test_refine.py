@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_quant.layers.refine import refine
+from lightning_quant.layers.storage import dequantize
 from lightning_quant.layerwise import quantize_layers
 
 
@@ -56,3 +58,52 @@ def test_the_recipe_applies_it(bits: str) -> None:
             with quantize_layers(model, (x,), recipe=recipe).attached():
                 errors.append(float((model(x) - exact).square().mean()))
     assert errors[1] < 0.6 * errors[0]
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward net, with a LayerNorm behind each."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.merge = (nn.Linear(width, width) for _ in range(4))
+        self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
+        self.first, self.second = nn.LayerNorm(width), nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = [layer(x).unflatten(-1, (4, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+        mixed = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        x = self.first(x + self.merge(mixed))
+        return self.second(x + self.narrow(F.gelu(self.widen(x))))
+
+
+class Encoder(nn.Module):
+    """Two blocks over embedded tokens."""
+
+    def __init__(self, width: int = 64) -> None:
+        super().__init__()
+        self.tokens, self.places = nn.Embedding(200, width), nn.Embedding(24, width)
+        self.blocks = nn.Sequential(Block(width), Block(width))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.blocks(self.tokens(tokens) + self.places(torch.arange(tokens.shape[1])))
+
+
+@pytest.mark.parametrize("bits", ["int8", "int4"])
+def test_every_layer_of_a_transformer_has_less_output_error(bits: str) -> None:
+    torch.manual_seed(0)
+    model, generator = Encoder().eval(), torch.Generator().manual_seed(1)
+    # Some tokens are much more frequent than others, as in language.
+    shares = 1 / torch.arange(1, 201)
+    calls = [((torch.multinomial(shares.expand(16, -1), 24, True, generator=generator),), {}) for _ in range(4)]
+    quantized = quantize_layers(model, *calls[0], recipe=f"{bits}_weight_only")
+    linear = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    before = {name: dequantize(*quantized.layers[name].stored("weight")).clone() for name in linear}
+    seen: dict[str, list[Tensor]] = {name: [] for name in linear}
+    for name in linear:
+        model.get_submodule(name).register_forward_pre_hook(lambda _, args, name=name: seen[name].append(args[0]))
+    refine(model, quantized.layers, calls)
+    for name in linear:
+        x, weight = torch.cat(seen[name]).flatten(0, 1), model.get_submodule(name).weight.detach()
+        after = dequantize(*quantized.layers[name].stored("weight"))
+        nearest, learned = (float((x @ (w - weight).T).square().sum()) for w in (before[name], after))
+        assert learned < 0.9 * nearest
