@@ -12,6 +12,7 @@ from torch import nn
 
 from lightning_quant import artifact as artifacts
 from lightning_quant import runtimes
+from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
 from lightning_quant.errors import ExportError
 from lightning_quant.export import Quantizable, dynamic_dimensions, export_float, samples_of
@@ -37,6 +38,7 @@ def assess(
     checkpoint_bytes: int | None = None,
     threads: int | None = None,
     notes: tuple[str, ...] = (),
+    sensitivity: Sensitivity | None = None,
 ) -> Report:
     """Measure an artifact against the float module it came from.
 
@@ -48,6 +50,7 @@ def assess(
         checkpoint_bytes: size of the training checkpoint.
         threads: for all latencies; torch's number of threads by default.
         notes: what else the reader should know.
+        sensitivity: which operator costs what, when that was asked for.
     """
     seconds = dict(seconds or {})
     runtime = runtimes.get(prepared.plan.runtime)
@@ -79,6 +82,7 @@ def assess(
         plan=prepared.plan.to_dict(),
         notes=(*notes, *remarks),
         min_stored_share=prepared.recipe.min_stored_share if isinstance(prepared, Layerwise) else None,
+        sensitivity=sensitivity,
     )
 
 

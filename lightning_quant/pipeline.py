@@ -11,6 +11,7 @@ from torch import nn
 
 from lightning_quant import artifact as artifacts
 from lightning_quant import recipe as recipes
+from lightning_quant.accuracy.sensitivity import NUM_CALLS, check_rankable, rank_operators
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
 from lightning_quant.auto import AUTO, choose_runtime
@@ -35,6 +36,7 @@ def quantize(
     exclude: tuple[str, ...] | list[str] = (),
     dynamic_shapes: DynamicShapes | None = None,
     threads: int | None = None,
+    sensitivity: bool = False,
 ) -> Artifact:
     """Quantize a trained float module and write the artifact; the module itself stays as it is.
 
@@ -51,6 +53,8 @@ def quantize(
         exclude: likewise, of what stays float.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
         threads: for the latencies in the report; torch's number of threads by default.
+        sensitivity: whether the report says which operator costs what; it runs the model three or four times for each
+            operator, on the first two calls. For recipes that need calibration.
 
     Raises:
         QuantizationError: an argument is wrong or a stage failed; nothing is half written.
@@ -64,6 +68,7 @@ def quantize(
     if first is None:
         raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
     recipe = recipes.get(recipe)
+    check_rankable(recipe, sensitivity=sensitivity)
     notes: tuple[str, ...] = ()
     if runtime == AUTO:
         data = [first, *calls]
@@ -77,16 +82,20 @@ def quantize(
     selection = Selection(tuple(include), tuple(exclude))
     seconds: dict[str, float] = {}
     quantized: Quantizable
+    found = None
     if isinstance(recipe, LayerRecipe):
         quantized = _quantize_layers(model, recipe, runtime, selection, first, calls, seconds)
     else:
-        quantized = _calibrated(model, recipe, runtime, selection, first, calls, seconds)
+        few = [first, *itertools.islice(calls, NUM_CALLS - 1)] if sensitivity else [first]
+        prepared = _calibrated(model, recipe, runtime, selection, itertools.chain(few, calls), seconds)
+        found = rank_operators(prepared, [as_call(call) for call in few]) if sensitivity else None
+        quantized = prepared
     artifact = export(
         quantized, folder, dynamic_shapes=dynamic_shapes, classes=class_labels(model), seconds=seconds, release=True
     )
     if isinstance(quantized, Prepared):
         notes += tuple(str(step) for step in quantized.accuracy_steps)
-    report = assess(quantized, artifact, seconds=seconds, threads=threads, notes=notes)
+    report = assess(quantized, artifact, seconds=seconds, threads=threads, notes=notes, sensitivity=found)
     return artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
 
 
@@ -95,18 +104,17 @@ def _calibrated(
     recipe: Recipe,
     runtime: str,
     selection: Selection,
-    first: Any,
     calls: Iterator[Any],
     seconds: dict[str, float],
-) -> Quantizable:
+) -> Prepared:
     started = time.perf_counter()
-    observer = recipe.calibration_observer
+    first, observer = next(calls), recipe.calibration_observer
     prepared = prepare(model, *as_call(first), recipe=recipe, runtime=runtime, selection=selection, observer=observer)
     seconds["capture"] = time.perf_counter() - started
     started = time.perf_counter()
     calibrate(prepared, steps_of(prepared, itertools.chain([first], calls)))
     seconds["calibrate"] = time.perf_counter() - started
-    return in_float32(prepared)
+    return in_float32(prepared)  # type: ignore[return-value]
 
 
 def _quantize_layers(

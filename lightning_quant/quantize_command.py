@@ -33,6 +33,7 @@ class _Quantizing:
         num_batches: int = 32,
         evaluate: bool = True,
         threads: int | None = None,
+        sensitivity: bool = False,
     ) -> Any:
         """Quantize a trained checkpoint and write the artifact, evaluated with the model's own validation.
 
@@ -49,6 +50,7 @@ class _Quantizing:
             num_batches: training batches to calibrate with.
             evaluate: whether to run the validation loop on float, simulated and exported model.
             threads: for the latencies in the report.
+            sensitivity: whether the report says which operator costs what.
         """
         if ckpt_path is None:
             raise QuantizationError("Expected `--ckpt_path` to name a trained checkpoint, but got none.")
@@ -62,6 +64,7 @@ class _Quantizing:
             calibration={"num_batches": num_batches},
             evaluate=evaluate,
             threads=threads,
+            sensitivity=sensitivity,
         )
         return callback.quantize_checkpoint(ckpt_path, model, datamodule, **_options(self))
 

@@ -2,13 +2,16 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_quant.latency import Timing
 from lightning_quant.layer_parity import LayerParity
 from lightning_quant.parity import Parity
 from lightning_quant.plan_summary import summarize
 from lightning_quant.tables import text_table
+
+if TYPE_CHECKING:
+    from lightning_quant.accuracy.sensitivity import Sensitivity
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Report:
         notes: what else a reader should know.
         min_stored_share: share of the weights' values that a recipe of layers must store with fewer bits; None for
             others.
+        sensitivity: which operator costs what, where that was asked for.
     """
 
     recipe: str
@@ -95,6 +99,7 @@ class Report:
     plan: dict[str, Any]
     notes: tuple[str, ...] = ()
     min_stored_share: float | None = None
+    sensitivity: "Sensitivity | None" = None
 
     @property
     def size_ratio(self) -> float:
@@ -155,6 +160,7 @@ class Report:
         parts += [f"**Warning:** {warning}." for warning in self.warnings]
         parts += [self._summary(), self._metric_table(), self._latency_table(), self._parity_text()]
         parts += [f"Note: {note}." for note in self.notes]
+        parts += ["" if self.sensitivity is None else str(self.sensitivity)]
         parts += [summarize(self.plan, self.operators), self._seconds_text()]
         return "\n\n".join(part for part in parts if part) + "\n"
 

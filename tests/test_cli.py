@@ -35,9 +35,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(project: Path) -> Artifact:
     """What the command makes of it."""
-    code = run_in(
-        project, "quantize", "--config", "quantize.yaml", "--output", "out", "--threads", "1", "--num-batches=4"
-    )
+    arguments = ("--output", "out", "--threads", "1", "--num-batches=4", "--sensitivity=true")
+    code = run_in(project, "quantize", "--config", "quantize.yaml", *arguments)
     assert code == 0
     return read(project / "out")
 
@@ -64,6 +63,9 @@ def test_quantize_uses_the_projects_own_classes_checkpoint_and_validation(quanti
     assert row["artifact"] == pytest.approx(row["float_value"], abs=0.02)
     assert row["float_value"] > 0.5
     assert any("best.ckpt" in note for note in quantized.report["notes"])
+    assert {layer["name"] for layer in quantized.report["sensitivity"]["layers"]} == {
+        row["name"] for row in quantized.plan["rows"] if row["action"] == "int8" and not row["reason"]
+    }
 
 
 def test_quantize_prints_json_and_fails_with_the_number(

@@ -315,3 +315,13 @@ def test_sizes_that_vary_between_calls_may_vary(tmp_path: Path) -> None:
         assert decibels(model(x), load(tmp_path / "varies")(x)) > 30
     with pytest.raises(QuantizationError, match="to have shape"):
         load(tmp_path / "fixed")(x)
+
+
+def test_sensitivity_on_request(tmp_path: Path) -> None:
+    calls = [torch.randn(16, 6, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    found = quantize(mlp(), calibration_data=calls, output_dir=tmp_path / "int8", threads=1, sensitivity=True)
+    assert {layer["name"] for layer in found.report["sensitivity"]["layers"]} == {"0", "2"}
+    assert found.report["sensitivity"]["gains"] == {}
+    assert quantize(mlp(), calibration_data=iter(calls), output_dir=tmp_path / "int8").report["sensitivity"] is None
+    with pytest.raises(QuantizationError, match="calibrated for `sensitivity`, such as 'int8', but got 'int8_dynamic'"):
+        quantize(mlp(), "int8_dynamic", calibration_data=calls, output_dir=tmp_path / "none", sensitivity=True)

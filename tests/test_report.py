@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lightning_quant.accuracy.sensitivity import LayerSensitivity, Sensitivity
 from lightning_quant.latency import Timing
 from lightning_quant.layer_parity import LayerParity
 from lightning_quant.parity import Parity
@@ -50,6 +51,24 @@ def changed(**values: Any) -> Report:
 
 
 BAD_PARITY = Parity("layer1.add", 0.42, 30.0, 12.0, 0.5)
+
+
+LAYER = LayerSensitivity(
+    *("stem.0", "conv2d", 0.02, 0.001, 0.021, 0.004, 17.0, 0.0, 6.0, 0.001), widest=40.0, float_bytes=12_000
+)
+
+
+def test_sensitivity_stands_in_the_report_where_it_was_asked_for() -> None:
+    found = Sensitivity((LAYER, dataclasses.replace(LAYER, name="head", without_error=0.019)), 0.02, {"val_acc": 0.008})
+    text = changed(sensitivity=found).to_markdown()
+
+    assert (
+        "80% of the error comes from stem.0, weights, range 40 times its median channel; keep it float with "
+        '`overrides={"stem.0": "float"}`: val_acc +0.0080, +7.0 dB, +12 KB.'
+    ) in text
+    assert text.index("| stem.0") < text.index("| head")
+    assert changed(sensitivity=found).to_dict()["sensitivity"]["layers"][1]["name"] == "head"
+    assert "of the error comes from" not in GOOD.to_markdown()
 
 
 # --- warnings

@@ -27,12 +27,13 @@ def observe_anew(prepared: Prepared, calls: list[Call]) -> None:
 
 
 @contextmanager
-def recorded_calls(module: nn.Module) -> Iterator[list[Call]]:
-    """Record the arguments of every call of a module, detached copies of its tensors."""
+def recorded_calls(module: nn.Module, limit: int | None = None) -> Iterator[list[Call]]:
+    """Record the arguments of every call of a module, or of the first ones, detached copies of its tensors."""
     calls: list[Call] = []
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        calls.append(map_tensors(lambda tensor: tensor.detach().clone(), (args, kwargs)))
+        if limit is None or len(calls) < limit:
+            calls.append(map_tensors(lambda tensor: tensor.detach().clone(), (args, kwargs)))
 
     handle = module.register_forward_pre_hook(hook, with_kwargs=True)
     try:

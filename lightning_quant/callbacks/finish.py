@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant import artifact as artifacts
 from lightning_quant import runtimes
+from lightning_quant.accuracy.sensitivity import Sensitivity, all_but
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
 from lightning_quant.callbacks.base import QuantizationCallback, warn
@@ -35,12 +36,14 @@ class Deployment:
         prepared: the prepared model over its module.
         checkpoint: the checkpoint file that the weights come from or that training wrote last, if any.
         notes: what the report should say of the choice.
+        sensitivity: which operator costs what, where that was asked for.
     """
 
     pl_module: LightningModule
     prepared: Quantizable
     checkpoint: Path | None
     notes: tuple[str, ...]
+    sensitivity: Sensitivity | None = None
 
 
 def choose_weights(
@@ -76,6 +79,9 @@ def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deploym
     if callback.evaluate:
         started = time.perf_counter()
         metrics = _metrics(callback, trainer, deployment, artifact)
+        if metrics and deployment.sensitivity is not None:
+            found = replace(deployment.sensitivity, gains=_gains(callback, trainer, deployment, deployment.sensitivity))
+            deployment = replace(deployment, sensitivity=found)
         callback.seconds["evaluate"] = time.perf_counter() - started
         if callback.loss_inputs is not None and callback.loss_inputs.formula is None:
             notes = (*notes, "metrics that use the model's own loss are missing: the artifact takes no labels")
@@ -109,6 +115,7 @@ def _report(
         checkpoint_bytes=deployment.checkpoint.stat().st_size if deployment.checkpoint else None,
         threads=callback.threads,
         notes=deployment.notes,
+        sensitivity=deployment.sensitivity,
     )
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
     publish(trainer, report, artifact)
@@ -139,6 +146,18 @@ def _metrics(
     return tuple(
         MetricRow(name, value, simulated.get(name), exported.get(name)) for name, value in float_values.items()
     )
+
+
+def _gains(
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, found: Sensitivity
+) -> dict[str, float]:
+    """Return how the user's metrics change with the most harmful operator in float."""
+    prepared: Any = deployment.prepared
+    limit, values = callback.limit_eval_batches, []
+    for left_out in ("", found.layers[0].name):
+        with prepared.quantizing_only(all_but(prepared, left_out)), prepared.attached("frozen"):
+            values.append(evaluate(trainer, deployment.pl_module, callback.path, limit_batches=limit))
+    return {name: values[1][name] - value for name, value in values[0].items()}
 
 
 def _evaluate_artifact(

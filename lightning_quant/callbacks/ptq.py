@@ -10,6 +10,8 @@ from typing import Any, Literal
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_quant.accuracy.recalibrate import Call, recorded_calls
+from lightning_quant.accuracy.sensitivity import NUM_CALLS, check_rankable, rank_operators
 from lightning_quant.calibrate import calibrate
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
 from lightning_quant.callbacks.finish import choose_weights, finish
@@ -64,6 +66,9 @@ class PostTrainingQuantization(QuantizationCallback):
         limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
         threads: for the latencies in the report; torch's number of threads by default.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
+        sensitivity: whether the report says which operator costs what: it runs the module three or four times for each
+            operator, on two calibration batches, and the validation loop twice for the worst one. For recipes that
+            are calibrated, in one process.
 
     Raises:
         MisconfigurationException: before the first batch, when anything is known to fail, with the way out.
@@ -89,6 +94,7 @@ class PostTrainingQuantization(QuantizationCallback):
         limit_eval_batches: int | float | None = None,
         threads: int | None = None,
         dynamic_shapes: DynamicShapes | None = None,
+        sensitivity: bool = False,
     ) -> None:
         super().__init__(
             recipe,
@@ -106,6 +112,8 @@ class PostTrainingQuantization(QuantizationCallback):
         )
         given = Calibration() if calibration is None else calibration
         self.calibration = _refused_in_callback(lambda: Calibration(**given)) if isinstance(given, dict) else given
+        _refused_in_callback(lambda: check_rankable(self.recipe, sensitivity=sensitivity))
+        self.sensitivity = sensitivity
 
     @override
     def observer(self) -> str:
@@ -116,24 +124,26 @@ class PostTrainingQuantization(QuantizationCallback):
         """Called when fit ends: calibrate on the weights to export, then convert, export, measure, log."""
         deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
         if isinstance(deployment.prepared, Prepared):
-            self._calibrate(trainer, deployment.prepared, deployment.pl_module)
+            calls = self._calibrate(trainer, deployment.prepared, deployment.pl_module)
             steps = tuple(str(step) for step in deployment.prepared.accuracy_steps)
-            deployment = replace(deployment, notes=(*deployment.notes, *steps))
+            found = rank_operators(deployment.prepared, calls) if self.sensitivity else None
+            deployment = replace(deployment, notes=(*deployment.notes, *steps), sensitivity=found)
         self.artifact = finish(self, trainer, deployment)
 
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._prepare(trainer, pl_module)
         if isinstance(self.recipe, Recipe):
-            if self.recipe.accuracy_steps and self.group.size > 1:
+            if self.group.size > 1 and (self.recipe.accuracy_steps or self.sensitivity):
+                what = "`sensitivity` needs" if self.sensitivity else f"the accuracy steps of {self.recipe.name!r} need"
                 raise QuantizationError(
-                    f"Expected a recipe that several processes can calibrate together, but got {self.recipe.name!r}, "
-                    "whose accuracy steps need all batches in one. Use 'int8', or quantize the checkpoint afterwards "
-                    "with `lightning_quant.quantize`."
+                    f"Expected one process, but got {self.group.size}: {what} all batches in one. Use 'int8' without "
+                    "`sensitivity`, or quantize the checkpoint afterwards with `quantize_checkpoint`."
                 )
             check_data(trainer, pl_module, self.calibration.data)
 
-    def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> None:
+    def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> list[Call]:
+        """Calibrate, and return the first calls where they are needed afterwards."""
         started = time.perf_counter()
         duplicate = independent_copy(trainer, pl_module)
         prepared = deployed.bound_to(resolve(duplicate, self.path))
@@ -143,9 +153,11 @@ class PostTrainingQuantization(QuantizationCallback):
         def steps() -> Iterator[Callable[[], Any]]:
             return calibration_steps(trainer, duplicate, number, chosen.seed, chosen.data)
 
-        if group.size == 1:
-            calibrate(prepared, steps())
-        else:
-            calibrate_together(group, prepared, steps)
+        with recorded_calls(prepared.root, NUM_CALLS if self.sensitivity else 0) as calls:
+            if group.size == 1:
+                calibrate(prepared, steps())
+            else:
+                calibrate_together(group, prepared, steps)
         deployed.take_over(prepared)
         self.seconds["calibrate"] = time.perf_counter() - started
+        return calls

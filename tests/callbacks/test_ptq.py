@@ -1,4 +1,5 @@
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining, Recipe, load
 from lightning_quant.callbacks.ptq import Calibration
 from lightning_quant.errors import EvaluationError
+from lightning_quant.recipe import IntegerSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
@@ -145,6 +147,36 @@ def test_artifact_is_close_to_the_float_model(finished: Finished) -> None:
 
 
 # --- calibration data
+
+
+COARSE = Recipe(name="coarse", weight=IntegerSpec(bits=3, symmetric=True, per_channel=True), bias_correction=False)
+
+
+def test_report_says_which_operator_costs_what(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"recipe": COARSE, "evaluate": True, "calibration": {"num_batches": 2, "seed": 3}}
+    report = quantized(tmp_path / "all", seeded(), sensitivity=True, **settings).artifact.report
+    found = report["sensitivity"]
+    worst = found["layers"][0]["name"]
+    recipe = replace(COARSE, overrides={worst: "float"})
+    spared = quantized(tmp_path / "spared", seeded(), **settings | {"recipe": recipe}).artifact.report
+    loss, without = (
+        next(row["simulated"] for row in each["metrics"] if row["name"] == "val_loss") for each in (report, spared)
+    )
+
+    assert {layer["name"] for layer in found["layers"]} == {"conv1", "conv2", "head", "add"}
+    assert found["layers"] == sorted(found["layers"], key=lambda layer: layer["without_error"])
+    assert abs(without - loss) > 0.01
+    assert found["gains"]["val_loss"] == pytest.approx(without - loss, rel=0.1)
+    (path,) = (tmp_path / "all").glob("report-*.md")
+    line = next(line for line in path.read_text().splitlines() if "of the error comes from" in line)
+    assert f"from {worst}, weights" in line
+    assert f"val_loss {found['gains']['val_loss']:+.4f}" in line
+    assert spared["sensitivity"] is None
+
+
+def test_sensitivity_of_recipes_of_layers_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match=r"calibrated for `sensitivity`, .* but got 'int8_weight_only'"):
+        PostTrainingQuantization("int8_weight_only", output_dir=tmp_path, sensitivity=True)
 
 
 def test_number_of_batches(tmp_path: Path) -> None:
