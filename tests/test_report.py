@@ -54,7 +54,7 @@ BAD_PARITY = Parity("layer1.add", 0.42, 30.0, 12.0, 0.5)
 
 
 LAYER = LayerSensitivity(
-    *("stem.0", "conv2d", 0.02, 0.001, 0.021, 0.004, 17.0, 0.0, 6.0, 0.001), widest=40.0, float_bytes=12_000
+    *("stem.0", "conv2d", 0.02, 0.001, 0.021, 0.004, 17.0, 0.0, 6.0, 0.001), widest=40.0, spread=3.0, float_bytes=12_000
 )
 
 

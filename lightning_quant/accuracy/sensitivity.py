@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
+from lightning_quant.accuracy.edge_statistics import edge_statistics
 from lightning_quant.accuracy.lockstep import Site, lockstep
 from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import folded_layer
@@ -47,7 +48,8 @@ class LayerSensitivity:
         low: lower end of its output's range; of its input's where the output stays float.
         high: upper end of that range.
         clipped: share of those values outside that range, in [0, 1].
-        widest: widest range of a weight channel over the median one; how far activations' channels differ, without.
+        widest: widest range of a weight's output channel over the median one; 1 without a weight.
+        spread: largest magnitude of the widest activation channel over the median channel's, of the values of `low`.
         float_bytes: how many bytes more the file takes with its weight in float.
         score_gain: by how much the given score rises with this operator in float; None without one.
     """
@@ -63,6 +65,7 @@ class LayerSensitivity:
     high: float
     clipped: float
     widest: float
+    spread: float
     float_bytes: int
     score_gain: float | None = None
 
@@ -85,8 +88,9 @@ class Sensitivity:
         """Say in one line where the loss comes from, and what to do about it."""
         worst = self.layers[0]
         share = max(0.0, 1 - worst.without_error / self.error) if self.error else 0.0
-        part = "weights" if worst.weight_error > worst.activation_error else "activations"
-        detail = f"range {worst.widest:.0f} times its median channel" if worst.widest >= 2 else f"{worst.kind}"
+        in_weights = worst.weight_error > worst.activation_error
+        part, times = ("weights", worst.widest) if in_weights else ("activations", worst.spread)
+        detail = f"range {times:.0f} times its median channel" if times >= 2 else f"{worst.kind}"
         gains = [] if worst.score_gain is None else [f"{100 * worst.score_gain:+.1f} points"]
         gains += [f"{name} {value:+.4f}" for name, value in self.gains.items()]
         gains += [f"{10 * math.log10(self.error / worst.without_error):+.1f} dB"] if worst.without_error else []
@@ -214,32 +218,15 @@ def _error(exact: list[Any], actual: list[Any]) -> float:
 
 
 def _own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str, Any]]:
-    """Return for each operator its own signal-to-noise ratio, its output's range, and its weight's spread."""
-    seen: dict[str, list[float]] = {}
+    """Return for each operator its own signal-to-noise ratio, its range, and how far its channels differ."""
+    seen, weight_noise = edge_statistics(prepared, calls), _weight_noise(prepared, calls)
     statistics: dict[str, dict[str, Any]] = {}
-
-    def count(identity: str, x: Tensor) -> None:
-        scale, zero_point = prepared.ranges.parameters(identity)
-        values = prepared.on_grid(identity, x).float()
-        rounded = torch.round(values / scale).clamp(-zero_point, prepared.recipe.activation.quant_max - zero_point)
-        outside = (values < (-zero_point - 0.5) * scale) | (
-            values > (prepared.recipe.activation.quant_max - zero_point + 0.5) * scale
-        )
-        entry = seen.setdefault(identity, [0.0, 0.0, 0.0, 0.0])
-        noise = (rounded * scale - values).square().sum()
-        for index, value in enumerate((values.square().sum(), noise, outside.sum())):
-            entry[index] += float(value)
-        entry[3] += values.numel()
-
-    with prepared.watching(count), prepared.attached("observe"):
-        for args, kwargs in calls:
-            prepared.root(*args, **kwargs)
-    weight_noise = _weight_noise(prepared, calls)
     quant_max = prepared.recipe.activation.quant_max
     for identity, operator in prepared.operators.items():
         edge = identify(path_of(identity), operator.output if operator.quantized_output else operator.inputs[0])
-        power, noise, outside, number = seen.get(edge, [0.0, 0.0, 0.0, 0.0])
-        ratio = (noise / power if power and operator.quantized_output else 0.0) + weight_noise.get(identity, 0.0)
+        found, ratio = seen.get(edge), weight_noise.get(identity, 0.0)
+        if found is not None and found.power and operator.quantized_output:
+            ratio += found.noise / found.power
         low = high = 0.0
         if edge in prepared.ranges.edges:
             scale, zero_point = prepared.ranges.parameters(edge)
@@ -253,8 +240,9 @@ def _own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str
             "own_db": -10 * math.log10(ratio) if ratio else math.inf,
             "low": low,
             "high": high,
-            "clipped": outside / number if number else 0.0,
+            "clipped": 0.0 if found is None else found.outside / found.number,
             "widest": widest,
+            "spread": 1.0 if found is None else found.spread,
             "float_bytes": extra,
         }
     return statistics

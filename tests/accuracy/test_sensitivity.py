@@ -7,6 +7,7 @@ import torch
 from models import CASES
 from torch import Tensor, nn
 
+from lightning_quant.accuracy.edge_statistics import edge_statistics
 from lightning_quant.accuracy.sensitivity import sensitivity
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import signal_to_noise
@@ -92,7 +93,8 @@ def test_the_worst_layer_is_named_with_the_way_out() -> None:
     _, prepared, calls = five_layers()
     found = sensitivity(prepared, calls, score=lambda outputs: float(outputs[0][0, 0] * 0))
     assert found.layers[0].name == "layers.2"
-    assert "layers.2, activations" in found.explanation()
+    assert "layers.2, activations, range" in found.explanation()
+    assert found.layers[0].spread > 50
     assert '{"layers.2": "float"}' in found.explanation()
     assert "+0.0 points" in found.explanation()
     assert found.layers[0].high > 150
@@ -116,3 +118,17 @@ def test_every_net_can_be_diagnosed_and_is_left_as_it_was(case) -> None:
     assert all(0 <= layer.clipped <= 1 for layer in found.layers)
     with torch.no_grad():
         assert signal_to_noise(before, model(*calls[0][0], **calls[0][1])) == float("inf")
+
+
+def test_statistics_of_each_channel() -> None:
+    model, prepared, calls = five_layers()
+    with torch.no_grad():
+        found = edge_statistics(prepared, calls)
+        hidden = torch.relu(model.layers[0](torch.cat([args[0] for args, _ in calls])))
+    statistics = found[":relu"]
+    torch.testing.assert_close(statistics.high, hidden.amax(0))
+    torch.testing.assert_close(statistics.low, hidden.amin(0))
+    torch.testing.assert_close(statistics.mean.float(), hidden.mean(0))
+    assert statistics.number == hidden.numel()
+    assert statistics.power == pytest.approx(float(hidden.square().sum()), rel=1e-5)
+    assert statistics.outside == 0

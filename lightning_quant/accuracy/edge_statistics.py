@@ -1,0 +1,89 @@
+"""What passes through each quantized tensor, as a whole and channel by channel: for diagnosis."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_quant.accuracy.recalibrate import Call
+from lightning_quant.graph.plan import identify, path_of
+from lightning_quant.prepare import Prepared
+
+
+@dataclass
+class EdgeStatistics:
+    """Statistics of a tensor on its grid's scale, in float.
+
+    Attributes:
+        low: `(channels,)`, least value of each channel.
+        high: `(channels,)`, greatest value of each channel.
+        total: `(channels,)`, float64 sum of each channel's values.
+        number: of values.
+        power: sum of squares.
+        noise: sum of squared errors that rounding and clipping to the grid make.
+        outside: number of values beyond the range.
+    """
+
+    low: Tensor
+    high: Tensor
+    total: Tensor
+    number: int = 0
+    power: float = 0.0
+    noise: float = 0.0
+    outside: int = 0
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean of each channel, `(channels,)`."""
+        return self.total / (max(1, self.number) / len(self.total))
+
+    @property
+    def spread(self) -> float:
+        """The widest channel's largest magnitude over that of the median channel."""
+        reach = torch.maximum(self.high.abs(), self.low.abs())
+        return float(reach.max() / reach.median().clamp(min=1e-12))
+
+
+@torch.no_grad()
+def edge_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, EdgeStatistics]:
+    """Run calls in float and return the statistics of every edge that they reach.
+
+    Args:
+        prepared: detached and calibrated, its module in eval mode.
+        calls: of the module.
+    """
+    axes = _channel_axes(prepared)
+    found: dict[str, EdgeStatistics] = {}
+    quant_max = prepared.recipe.activation.quant_max
+
+    def count(identity: str, x: Tensor) -> None:
+        scale, zero_point = prepared.ranges.parameters(identity)
+        values = prepared.on_grid(identity, x).float()
+        if not values.numel() or not values.dim():
+            return
+        channels = values.movedim(axes.get(identity, 1 if x.dim() == 4 else -1), 0).flatten(1)
+        low, high = channels.aminmax(dim=1)
+        entry = found.setdefault(identity, EdgeStatistics(low, high, torch.zeros(len(low), dtype=torch.float64)))
+        entry.low, entry.high = torch.minimum(entry.low, low), torch.maximum(entry.high, high)
+        entry.total += channels.double().sum(1).cpu()
+        entry.number += values.numel()
+        integers = torch.round(values / scale)
+        rounded = integers.clamp(-zero_point, quant_max - zero_point)
+        entry.power += float(values.square().sum())
+        entry.noise += float((rounded * scale - values).square().sum())
+        entry.outside += int((integers != rounded).sum())
+
+    with prepared.watching(count), prepared.attached("observe"):
+        for args, kwargs in calls:
+            prepared.root(*args, **kwargs)
+    return found
+
+
+def _channel_axes(prepared: Prepared) -> dict[str, int]:
+    """Return edge to the dimension of its channels, for those that weighted operators write or read."""
+    axes: dict[str, int] = {}
+    for identity, operator in prepared.operators.items():
+        if operator.weight:
+            axis = -1 if operator.kind == "linear" else 1
+            axes |= {identify(path_of(identity), key): axis for key in (operator.inputs[0], operator.output)}
+    return axes
