@@ -15,11 +15,13 @@ class Hessian:
 
     Attributes:
         total: `(in_features, in_features)`, float64 sum of outer products.
+        sum: `(in_features,)`, float64 sum of the inputs.
         count: number of inputs.
     """
 
     def __init__(self, features: int) -> None:
         self.total = torch.zeros(features, features, dtype=torch.float64)
+        self.sum = torch.zeros(features, dtype=torch.float64)
         self.count = 0
 
     @torch.no_grad()
@@ -27,12 +29,19 @@ class Hessian:
         """Take in inputs of shape `(..., in_features)`."""
         x = x.detach().reshape(-1, x.shape[-1]).float()
         self.total += (x.T @ x).double().cpu()
+        self.sum += x.double().sum(0).cpu()
         self.count += len(x)
 
     @property
     def mean(self) -> Tensor:
         """The sum over the number of inputs, float64."""
         return self.total / max(self.count, 1)
+
+    @property
+    def covariance(self) -> Tensor:
+        """The mean less that of the inputs' own mean, for layers whose bias makes up for errors that never change."""
+        center = self.sum / max(self.count, 1)
+        return self.mean - torch.outer(center, center)
 
 
 @torch.no_grad()

@@ -24,17 +24,22 @@ def correct_outputs(prepared: Prepared, calls: list[Call]) -> int:
     corrected = []
 
     def visit(site: Site) -> None:
-        layer = folded_layer(prepared, site.identity)
-        folded = prepared.folded(site.identity, corrected=False)
-        weight = prepared.weight_integers(site.identity, folded)
-        weight = weight * along_rows(folded.scale, weight)
-        exact = _mean([site.compute(x, layer.weight, None) for x in site.float_inputs], site.channel_axis)
-        actual = _mean([site.compute(x, weight, None) for x in site.quantized_inputs], site.channel_axis)
-        prepared.bias_corrections[site.identity] = (exact - actual).float()
+        correct_output(prepared, site)
         corrected.append(site.identity)
 
     lockstep(prepared, calls, visit)
     return len(corrected)
+
+
+def correct_output(prepared: Prepared, site: Site) -> None:
+    """Restore the mean of one layer's output, with the weight that it has now."""
+    layer = folded_layer(prepared, site.identity)
+    folded = prepared.folded(site.identity, corrected=False)
+    weight = prepared.weight_integers(site.identity, folded)
+    weight = weight * along_rows(folded.scale, weight)
+    exact = _mean([site.compute(x, layer.weight, None) for x in site.float_inputs], site.channel_axis)
+    actual = _mean([site.compute(x, weight, None) for x in site.quantized_inputs], site.channel_axis)
+    prepared.bias_corrections[site.identity] = (exact - actual).float()
 
 
 def _mean(outputs: list[Tensor], axis: int) -> Tensor:

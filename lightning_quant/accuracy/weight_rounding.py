@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_quant.accuracy.gptq import Hessian, gptq, output_error
 from lightning_quant.accuracy.lockstep import Site, lockstep
+from lightning_quant.accuracy.output_correction import correct_output
 from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import along_rows, folded_layer
 from lightning_quant.prepare import Prepared
@@ -68,7 +69,8 @@ def shrink_scales(prepared: Prepared) -> int:
 def gptq_layers(prepared: Prepared, calls: list[Call]) -> int:
     """Round the weights of all ungrouped layers by GPTQ, on what they read in the quantized model; return how many.
 
-    A layer keeps rounding to nearest where that makes less error on the calls.
+    Errors are those around each output's mean, which the bias restores: later layers see it corrected. A layer keeps
+    rounding to nearest where that makes less error on the calls.
 
     Args:
         prepared: detached and calibrated.
@@ -86,11 +88,13 @@ def gptq_layers(prepared: Prepared, calls: list[Call]) -> int:
             hessian.update(x if site.operator.kind == "linear" else _patches(x, layer.weight, site))
         folded, quant_max = prepared.folded(site.identity), prepared.weight_quant_max(site.identity)
         scale = along_rows(folded.scale, flat)
-        integers = gptq(flat, hessian.mean, folded.scale, -quant_max, quant_max).float()
+        spread = hessian.covariance
+        integers = gptq(flat, spread, folded.scale, -quant_max, quant_max).float()
         nearest = prepared.weight_integers(site.identity, folded).flatten(1)
-        if output_error(flat, integers * scale, hessian.mean) < output_error(flat, nearest * scale, hessian.mean):
+        if output_error(flat, integers * scale, spread) < output_error(flat, nearest * scale, spread):
             integers = integers.view_as(layer.weight)
             prepared.layers[site.identity] = replace(layer, scale=folded.scale, integers=integers)
+            correct_output(prepared, site)
             changed.append(site.identity)
 
     lockstep(prepared, calls, visit)

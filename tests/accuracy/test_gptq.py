@@ -37,6 +37,14 @@ def test_less_output_error_than_rounding_to_nearest(bits: int) -> None:
     assert learned < 0.5 * rounded
 
 
+def test_covariance_leaves_the_mean_out() -> None:
+    inputs = correlated(300, 24, seed=9) + 5
+    hessian = Hessian(24)
+    for part in inputs.split(70):
+        hessian.update(part)
+    torch.testing.assert_close(hessian.covariance, torch.cov(inputs.double().T, correction=0), rtol=1e-4, atol=1e-4)
+
+
 def test_groups_and_zero_points() -> None:
     inputs, generator = correlated(256, 64, seed=2), torch.Generator().manual_seed(3)
     weight = torch.rand(8, 64, generator=generator) + 0.5
