@@ -86,6 +86,7 @@ class Saving(Callback):
             tensors=tensors_of(pl_module),
             world=trainer.world_size,
             corrections={k: v.clone() for k, v in self.callback.prepared.bias_corrections.items()},
+            steps=getattr(self.callback.prepared.learned_steps, "logarithms", {}),
         )
 
 
@@ -115,6 +116,8 @@ def main(scenario: str, strategy: str, folder: Path) -> None:
     run(folder, "ptq", ptq, seeded(Uneven), strategy=strategy)
     smallest = PostTrainingQuantization(MIN_MAX, output_dir=folder / "min_max", calibration={"num_batches": 4})
     run(folder, "min_max", smallest, seeded(Uneven), strategy=strategy)
+    learned = QuantizationAwareTraining("int4_weights", output_dir=folder / "learned", schedule=SCHEDULE)
+    run(folder, "learned", learned, seeded(Uneven), strategy=strategy)
     unused = QuantizationAwareTraining(output_dir=folder / "unused", schedule=SCHEDULE)
     run(folder, "unused", unused, seeded(Uneven, net=Branching()), strategy=f"{strategy}_find_unused_parameters_true")
 

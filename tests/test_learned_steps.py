@@ -1,6 +1,7 @@
 """Learned steps: gradients against the paper's equation, and a training that leaves the user's run alone."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -90,6 +91,12 @@ def test_a_fit_owns_its_steps_and_leaves_the_users_state_alone(tmp_path: Path) -
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert len(saved["optimizer_states"][0]["param_groups"][0]["params"]) == number
+    fit(seeded(), max_epochs=2, default_root_dir=tmp_path).save_checkpoint(tmp_path / "float.ckpt")
+    plain = torch.load(tmp_path / "float.ckpt", weights_only=True)
+    (ours,), (floats,) = saved["optimizer_states"], plain["optimizer_states"]
+    assert ours["param_groups"] == floats["param_groups"]
+    assert _shapes(ours["state"]) == _shapes(floats["state"])
+    assert saved["state_dict"].keys() == plain["state_dict"].keys()
     state = saved["callbacks"][callback.state_key]["learned_steps"]
     assert set(state["logarithms"]) == weighted
     assert "optimizer" in state
@@ -110,3 +117,7 @@ def test_recipes_without_a_rate_learn_no_steps(tmp_path: Path, rate: float) -> N
     callback = lq.QuantizationAwareTraining(recipe, output_dir=tmp_path / "artifact", evaluate=False, threads=1)
     fit(seeded(), callback, max_epochs=1, default_root_dir=tmp_path)
     assert (callback.require_prepared().learned_steps is not None) == (rate > 0)
+
+
+def _shapes(state: Any) -> Any:
+    return {key: _shapes(value) for key, value in state.items()} if isinstance(state, dict) else tuple(state.shape)

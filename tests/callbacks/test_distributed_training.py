@@ -125,6 +125,21 @@ def test_parameters_that_nothing_uses(ddp: Runs) -> None:
     assert load(ddp.folder / "unused")(torch.randn(2, 1, 8, 8)).shape == (2, 4)
 
 
+def test_learned_steps_move_by_the_gradients_of_all_processes(ddp: Runs) -> None:
+    first, second = ddp.both("learned")
+    start = {}
+    for identity, operator in prepare(seeded(Uneven).net.eval(), (images(4).tensors[0],)).operators.items():
+        if operator.weight:
+            weight = seeded(Uneven).net.get_parameter(operator.weight)
+            start[identity] = (2 * weight.abs().flatten(1).mean(1) / 7**0.5).log()
+
+    assert first["seen"] != second["seen"]
+    assert first["steps"].keys() == second["steps"].keys() == start.keys()
+    for identity, steps in first["steps"].items():
+        assert torch.equal(steps, second["steps"][identity])
+        assert not torch.equal(steps, start[identity])
+
+
 # --- calibration
 
 
