@@ -119,6 +119,7 @@ RECIPES: dict[str, AnyRecipe] = {
                 "scale_depthwise",
                 "equalize",
                 "absorb",
+                "migrate",
                 "choose_ranges",
                 "smooth",
                 "smooth_sums",
@@ -128,7 +129,7 @@ RECIPES: dict[str, AnyRecipe] = {
         Recipe(
             name="int4_weights",
             weight=IntegerSpec(bits=4, symmetric=True, per_channel=True),
-            accuracy_steps=("shrink_scales", "gptq", "correct_outputs", "scale_depthwise"),
+            accuracy_steps=("migrate", "shrink_scales", "gptq", "correct_outputs", "scale_depthwise"),
             learned_step_rate=1e-3,
         ),
         # Without VNNI, x86 kernels add two uint8 x int8 products in 16 bits, which saturates for full-range weights.

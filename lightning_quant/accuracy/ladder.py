@@ -24,6 +24,8 @@ from lightning_quant.prepare import Prepared
 from lightning_quant.routing import evaluation_mode
 
 HELD_BACK_EVERY = 4
+# How much of the difficulty of an activation moves into the weights that read it.
+ALPHAS = (0.35, 0.5, 0.65, 0.8, 0.95)
 
 
 @dataclass
@@ -162,6 +164,34 @@ def _smooth_each(groups: Iterable[ScalingGroup], prepared: Prepared, budget: Bud
     return number
 
 
+def _migrate(prepared: Prepared, budget: Budget) -> int:
+    """Smooth what linear layers read of float operators, LayerNorm above all, with the best of some strengths.
+
+    Together, not one after the other: in a transformer the errors of all layers hide what one of them gains.
+    """
+    groups = [g for g in scaling_groups(prepared) if g.from_float and not g.links and _is_linear(prepared, g)]
+    if not groups:
+        return 0
+    few = budget.calls[:2]
+    best, found = output_snr(prepared, few), snapshot(prepared)
+    before = found
+    for alpha in ALPHAS:
+        if budget.is_spent:
+            break
+        restore(prepared, before)
+        smooth(prepared, groups, budget.calls, alpha=alpha)
+        _refresh(prepared, budget, budget.calls)
+        error = output_snr(prepared, few)
+        if error > best:
+            best, found = error, snapshot(prepared)
+    restore(prepared, found)
+    return 0 if found is before else len(groups)
+
+
+def _is_linear(prepared: Prepared, group: ScalingGroup) -> bool:
+    return all(prepared.operators[identity].kind == "linear" for identity in group.consumers)
+
+
 def _smooth(prepared: Prepared, budget: Budget) -> int:
     return _smooth_each(
         [g for g in scaling_groups(prepared) if not g.links and not is_depthwise(prepared, g)], prepared, budget
@@ -216,6 +246,7 @@ def _gptq(prepared: Prepared, budget: Budget) -> int:
 
 STEPS: dict[str, Callable[[Prepared, Budget], int]] = {
     "scale_depthwise": _scale_depthwise,
+    "migrate": _migrate,
     "smooth": _smooth,
     "smooth_sums": _smooth_sums,
     "equalize": _equalize,

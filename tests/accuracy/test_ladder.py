@@ -170,3 +170,40 @@ def test_coarse_weights_get_scales_and_rounding_of_less_error() -> None:
     weight = torch.tensor([[1.0] + [0.1] * 63])
     natural = torch.tensor([1.0 / 7])
     assert float(least_error_scale(weight, natural, 7)) < 0.9 * float(natural)
+
+
+class Normalized(nn.Module):
+    """A LayerNorm with two loud features, and two linear layers that read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.one, self.other = nn.LayerNorm(32), nn.Linear(32, 16), nn.Linear(32, 16)
+        self.norm.weight = nn.Parameter(torch.ones(32).index_fill(0, torch.tensor([3, 20]), 40.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        return self.one(x) * torch.sigmoid(self.other(x))
+
+
+def test_difficulty_behind_a_layer_norm_migrates_into_the_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Normalized().eval()
+    with torch.no_grad():
+        for layer in (model.one, model.other):
+            layer.weight[:, [3, 20]] /= 40
+    x = torch.randn(128, 32, generator=torch.Generator().manual_seed(1))
+    recipe = Recipe(accuracy_steps=("migrate",))
+    prepared = prepare(model, (x[:16],), recipe=recipe, observer="mse")
+    calibrate(prepared, steps_of(prepared, list(x.split(16))))
+    (step,) = prepared.accuracy_steps
+    assert step.kept
+    assert step.after_db > step.before_db + 5
+    check_agreement(prepared, convert(prepared), (x,), {})
+    artifact = lq.quantize(model, recipe, calibration_data=x.split(16), output_dir=tmp_path / "artifact", threads=1)
+    assert artifact.report["still_float"] == {}
+    assert artifact.report["parity"]["worst_share"] > 0.999
+
+
+def test_nothing_migrates_where_no_linear_layer_reads_a_float_operator() -> None:
+    _, prepared, _ = climbed(("migrate",))
+    assert [(step.changed, step.kept) for step in prepared.accuracy_steps] == [(0, False)]
