@@ -34,6 +34,7 @@ class ScalingGroup:
         clip: upper bound of a fused clipping activation; infinite without one.
         padded: whether a consumer pads with zeros, which rules a shift out.
         activated: whether all producers have a fused activation that is zero for negative values.
+        normalized: whether a LayerNorm writes one of them.
     """
 
     edges: tuple[str, ...]
@@ -46,6 +47,7 @@ class ScalingGroup:
     clip: float
     padded: bool
     activated: bool
+    normalized: bool
 
 
 def scaling_groups(prepared: Prepared) -> list[ScalingGroup]:
@@ -138,6 +140,7 @@ class _Finder:
             clip=min((high for _, high in limits), default=math.inf),
             padded=any(bool(o.pad) or self._pads(o) for o in readers),
             activated=bool(writers) and all(self._bounds(o)[0] == 0 for o in writers),
+            normalized=any(self._kind(key) == "layer_norm" for key in keys),
         )
 
     def _bounds(self, operator: Operator) -> tuple[float, float]:

@@ -165,12 +165,12 @@ def _smooth_each(groups: Iterable[ScalingGroup], prepared: Prepared, budget: Bud
 
 
 def _migrate(prepared: Prepared, budget: Budget) -> int:
-    """Smooth what linear layers read of float operators, LayerNorm above all, with the best of some strengths.
+    """Smooth what linear layers read of float operators in a net with LayerNorm, with the best of some strengths.
 
-    Together, not one after the other: in a transformer the errors of all layers hide what one of them gains.
+    All at once, not one after the other: in a transformer the errors of all layers hide what one of them gains.
     """
     groups = [g for g in scaling_groups(prepared) if g.from_float and not g.links and _is_linear(prepared, g)]
-    if not groups:
+    if not any(group.normalized for group in groups):
         return 0
     few = budget.calls[:2]
     best, found = output_snr(prepared, few), snapshot(prepared)

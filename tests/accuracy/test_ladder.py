@@ -207,3 +207,11 @@ def test_difficulty_behind_a_layer_norm_migrates_into_the_weights(tmp_path: Path
 def test_nothing_migrates_where_no_linear_layer_reads_a_float_operator() -> None:
     _, prepared, _ = climbed(("migrate",))
     assert [(step.changed, step.kept) for step in prepared.accuracy_steps] == [(0, False)]
+
+
+def test_nothing_migrates_without_a_layer_norm() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    prepared = prepare(nn.Sequential(nn.Linear(8, 4)).eval(), (x,), recipe=Recipe(accuracy_steps=("migrate",)))
+    calibrate(prepared, steps_of(prepared, list(x.split(16))))
+    assert [step.changed for step in prepared.accuracy_steps] == [0]
