@@ -14,7 +14,7 @@ from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import folded_layer
 from lightning_quant.convert import signal_to_noise
 from lightning_quant.graph.plan import identify, path_of
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.tables import text_table
 
@@ -121,7 +121,7 @@ def sensitivity(prepared: Prepared, calls: list[Call], *, score: Score | None = 
         everything = frozenset(prepared.operators) | frozenset(prepared.ranges.edges)
 
         def run(quantized: frozenset[str]) -> list[Any]:
-            with prepared.quantizing_only(quantized), prepared.attached("frozen"):
+            with prepared.simulation.quantizing_only(quantized), prepared.attached("frozen"):
                 return [prepared.root(*args, **kwargs) for args, kwargs in calls]
 
         outputs = run(everything)
@@ -172,7 +172,7 @@ def _own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str
             entry[index] += float(value)
         entry[3] += values.numel()
 
-    with prepared.watching(count), prepared.attached("observe"):
+    with prepared.simulation.watching(count), prepared.attached("observe"):
         for args, kwargs in calls:
             prepared.root(*args, **kwargs)
     weight_noise = _weight_noise(prepared, calls)

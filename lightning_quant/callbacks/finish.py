@@ -21,7 +21,7 @@ from lightning_quant.evaluate import evaluate, weighted_layers, why_no_metrics
 from lightning_quant.export import Quantizable, export, in_float32_on_cpu
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import Layerwise
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.report import MetricRow, Report
 from lightning_quant.routing import clone, resolve, to_float32, unroute_all
 
