@@ -45,7 +45,8 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
             _call(graph, simulation, node, "run_add", (identify(island.path, operator.key), *node.args[:2]))
         if operator.batch_norm in keys:
             norm = keys[operator.batch_norm]
-            _call(graph, simulation, norm, "run_batch_norm", (_module_reference(graph, norm), argument(norm, 0, "input")))
+            called = _module_reference(graph, norm), argument(norm, 0, "input")
+            _call(graph, simulation, norm, "run_batch_norm", called)
     for edge in island.plan.edges:
         if edge.key in keys and not edge.passed:
             _quantize_edge(graph, simulation, keys[edge.key], identify(island.path, edge.key))
