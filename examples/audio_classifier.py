@@ -3,9 +3,12 @@
 `python examples/audio_classifier.py` needs `pip install transformers` and takes two minutes on one core.
 """
 
+import copy
+import functools
 import logging
 import tempfile
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics import Accuracy
 from transformers import ASTConfig, ASTForAudioClassification
@@ -25,6 +28,12 @@ from lightning_quant.tables import text_table
 SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
 EPOCHS, CLASSES, FRAMES, BANDS = 4, 8, 128, 64
 OUTPUT = Path("audio_output")
+QUANTIZED = (
+    ("int8_dynamic", "torch"),
+    ("int8_dynamic", "onnxruntime"),
+    ("int8_weight_only", "onnxruntime"),
+    ("int8", "onnxruntime"),
+)
 
 
 class AudioClassifier(LightningModule):
@@ -62,32 +71,46 @@ def tones(num: int, seed: int) -> TensorDataset:
     return TensorDataset((torch.log(energy + noise + 1e-3) + 2) / 2, labels)
 
 
+def quantized(model: nn.Module, calls: list[dict[str, Tensor]]) -> Iterator[tuple[str, nn.Module, int]]:
+    """Yield name, module and bytes on disk of what PyTorch's own function and each recipe make of a model."""
+    dynamic = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear})
+    torch.save(dynamic.state_dict(), OUTPUT / "dynamic.pt")
+    yield "torch.ao quantize_dynamic", dynamic, (OUTPUT / "dynamic.pt").stat().st_size
+    for recipe, runtime in QUANTIZED:
+        artifact = lq.quantize(
+            model, recipe, runtime, calibration_data=calls, output_dir=OUTPUT / f"{recipe}_{runtime}"
+        )
+        yield f"{recipe}, {runtime}", lq.load(artifact.path, threads=1), artifact.size_bytes
+
+
 def main(num_train: int = 768, num_validation: int = 512) -> None:
-    """Train, quantize the checkpoint and print original and quantized side by side."""
+    """Train, quantize the checkpoint and print the original and what became of it side by side."""
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
     seed_everything(0, verbose=False)
+    OUTPUT.mkdir(exist_ok=True)
     train, validation = (DataLoader(tones(n, s), 32, shuffle=s == 0) for n, s in ((num_train, 0), (num_validation, 1)))
     with tempfile.TemporaryDirectory() as folder:
         checkpoint = ModelCheckpoint(folder)
         settings = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
         trainer = Trainer(max_epochs=EPOCHS, callbacks=[checkpoint], **settings)
         trainer.fit(AudioClassifier(SHAPE), train, validation)
-        original = AudioClassifier.load_from_checkpoint(checkpoint.best_model_path).eval()
-    batches = [{"input_values": spectrograms} for spectrograms, _ in train][:2]
-    artifact = lq.quantize(original.model, "int8_dynamic", "torch", calibration_data=batches, output_dir=OUTPUT)
-    quantized = AudioClassifier(SHAPE).eval()
-    lq.load(OUTPUT, into=quantized.model)
+        classifier = AudioClassifier.load_from_checkpoint(checkpoint.best_model_path).eval()
+    calls = [{"input_values": spectrograms} for spectrograms, _ in train][:8]
+    size = sum(parameter.nbytes for parameter in classifier.model.parameters())
+    contestants = [("original", classifier.model, size), *quantized(classifier.model, calls)]
 
-    example = batches[0]["input_values"][:1]
-    times = measure({"original": lambda: original.model(example), "quantized": lambda: quantized.model(example)})
-    sizes = {"original": artifact.report["float_bytes"], "quantized": artifact.size_bytes}
+    example = {"input_values": calls[0]["input_values"][:1]}
+    with torch.no_grad():
+        times = measure({name: functools.partial(model, **example) for name, model, _ in contestants})
     rows = []
-    for name, module in (("original", original), ("quantized", quantized)):
-        accuracy = trainer.validate(module, validation, verbose=False)[0]["accuracy"]
-        ratio = sizes[name] / sizes["original"]
-        rows.append((name, f"{sizes[name]:,}", f"{ratio:.3f}", f"{accuracy:.4f}", f"{times[name].median_ms:.2f}"))
+    for name, model, num_bytes in contestants:
+        classifier.model = model
+        accuracy = trainer.validate(classifier, validation, verbose=False)[0]["accuracy"]
+        rows.append(
+            (name, f"{num_bytes:,}", f"{num_bytes / size:.3f}", f"{accuracy:.4f}", f"{times[name].median_ms:.2f}")
+        )
     print(text_table(("audio spectrogram transformer", "bytes", "ratio", "accuracy", "ms for 1"), rows))
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_quant.bias_correction import InputMeans
 from lightning_quant.errors import CalibrationError
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.progress import tracked
 from lightning_quant.routing import device_of, evaluation_mode
 
@@ -44,7 +44,11 @@ def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
 def observe(prepared: Prepared, steps: Iterable[Callable[[], Any]], means: InputMeans | None) -> int:
     """Run steps in eval mode while ranges, and means when wanted, follow; return the number of steps."""
     number = 0
-    with prepared.measuring(means), evaluation_mode(prepared.root), prepared.attached("observe", observing=True):
+    with (
+        prepared.simulation.measuring(means),
+        evaluation_mode(prepared.root),
+        prepared.attached("observe", observing=True),
+    ):
         for step in tracked(steps, "Calibrating", "batch"):
             step()
             number += 1

@@ -11,7 +11,7 @@ from lightning_quant.bias_correction import InputMeans
 from lightning_quant.calibrate import observe, settle
 from lightning_quant.errors import QuantizationError
 from lightning_quant.observers import Histogram
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.ranges import Ranges
 
 T = TypeVar("T")

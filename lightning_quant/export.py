@@ -15,7 +15,7 @@ from lightning_quant.convert import check_agreement, convert
 from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.golden import GoldenBatch
 from lightning_quant.layerwise import Layerwise
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.progress import shown
 from lightning_quant.ranges import Ranges
 from lightning_quant.routing import clone, evaluation_mode, to_float32, unroute_all, without_fast_path

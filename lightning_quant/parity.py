@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.convert import signal_to_noise
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.signature import tensor_leaves
 
@@ -86,7 +86,7 @@ def check_parity(
     args, kwargs = prepared.call(tensors)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
         float_output = prepared.root(*args, **kwargs)
-        with prepared.attached("frozen"), prepared.recording() as edges:
+        with prepared.attached("frozen"), prepared.simulation.recording() as edges:
             simulated = prepared.root(*args, **kwargs)
         exported = artifact(*args, **kwargs)
     inputs = dict(zip(prepared.spec.names, tensors, strict=True))

@@ -21,7 +21,8 @@ from lightning_quant.export import DynamicShapes, Quantizable, export, in_float3
 from lightning_quant.graph.table import Selection
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import quantize_layers
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
 
 

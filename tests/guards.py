@@ -11,6 +11,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import FileLock
+
 import lightning_quant
 
 PACKAGE = Path(lightning_quant.__file__).parent
@@ -39,21 +41,21 @@ GUARDS = (
     ),
     Guard(
         "the module gets its forward back when fit ends",
-        "prepare.py",
+        "prepared.py",
         "                unroute(resolve(self.root, path))\n",
         "                pass\n",
         "callbacks/test_qat.py -k after_fit",
     ),
     Guard(
         "copies get their forward back too",
-        "prepare.py",
+        "prepared.py",
         "            twin.detach()\n",
         "            pass\n",
         "callbacks/test_model_peculiarities.py -k copies",
     ),
     Guard(
         "copies move no range",
-        "prepare.py",
+        "prepared.py",
         "return self.control.observing and not self._is_twin",
         "return self.control.observing",
         "callbacks/test_model_peculiarities.py -k copies",
@@ -151,7 +153,7 @@ GUARDS = (
     ),
     Guard(
         "parametrized layers use the rounded weight",
-        "prepare.py",
+        "simulation.py",
         ", unparametrized(layer):",
         ":",
         "callbacks/test_model_peculiarities.py -k parametrized",
@@ -206,13 +208,17 @@ def take_out(guard: Guard, folder: Path) -> Path:
     return folder
 
 
+NAMES = {guard.name for guard in GUARDS}
+
+
 def red_tests(package: Path, tests: str) -> list[str]:
     """Return the tests that fail, with the package of that folder in place of this one."""
     path = os.pathsep.join(entry for entry in sys.path if entry)
     # Without the working directory in front, where the whole package lies.
     environment = os.environ | {"PYTHONPATH": f"{package}{os.pathsep}{path}", "PYTHONSAFEPATH": "1"}
     where, *selection = tests.split(" ", 2)
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-rfE", str(TESTS / where), *selection]
+    command = [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-rfE", str(TESTS / where)]
+    command += selection
     result = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
     if result.returncode not in (0, 1):
         raise RuntimeError(result.stdout[-2000:] + result.stderr[-2000:])
@@ -220,9 +226,16 @@ def red_tests(package: Path, tests: str) -> list[str]:
     return sorted({line.rpartition("/")[2].partition("[")[0] for line in lines})
 
 
+def record(guard: Guard, red: list[str]) -> None:
+    """Write which tests missed a guard; several processes may do so at once."""
+    with FileLock(RECORD.with_suffix(".lock")):
+        recorded = {name: tests for name, tests in json.loads(RECORD.read_text()).items() if name in NAMES}
+        RECORD.write_text(json.dumps(recorded | {guard.name: red}, indent=2, sort_keys=True) + "\n")
+
+
 def table() -> str:
     """Return the record of the last complete run in Markdown."""
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    recorded = json.loads(RECORD.read_text())
     lines = [
         "## Guards",
         "",
@@ -232,6 +245,6 @@ def table() -> str:
         "|---|---|---|",
     ]
     for guard in GUARDS:
-        red = ", ".join(f"`{test}`" for test in record.get(guard.name, [])) or "not recorded"
+        red = ", ".join(f"`{test}`" for test in recorded.get(guard.name, [])) or "not recorded"
         lines.append(f"| {guard.name} | `{guard.file}` | {red} |")
     return "\n".join(lines)

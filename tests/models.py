@@ -10,7 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_quant.calibrate import calibrate
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import Recipe
 
 

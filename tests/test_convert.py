@@ -12,7 +12,8 @@ from torch.nn.utils import parametrizations, prune
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import QuantizedLayer, check_agreement, convert, signal_to_noise
 from lightning_quant.errors import CalibrationError, ExportError
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import IntegerSpec, Recipe
 from lightning_quant.signature import tensor_leaves
 
@@ -162,7 +163,7 @@ def integer_block(block: Block, prepared: Prepared, x: Tensor) -> list[Tensor]:
 def test_a_residual_block_equals_integer_arithmetic_within_one_step() -> None:
     block, x = with_statistics(Block()).eval(), torch.randn(4, 16, 12, 12)
     prepared = ready(block, x)
-    with prepared.recording() as edges:
+    with prepared.simulation.recording() as edges:
         simulate(prepared, x)
     assert [identity for identity, _ in edges] == [":x", ":relu1", ":bn2", ":relu2"]
     for (identity, actual), expected in zip(edges, integer_block(block, prepared, x), strict=True):
@@ -336,7 +337,7 @@ def test_activations_keep_to_the_recipes_grid() -> None:
     recipe = Recipe(name="four_bit_activations", activation=IntegerSpec(bits=4))
     model = with_statistics(ResidualNet())
     prepared = ready(model, IMAGE, recipe=recipe)
-    with prepared.recording() as edges:
+    with prepared.simulation.recording() as edges:
         simulated = simulate(prepared, IMAGE)
     assert max(integers.max().item() for _, integers in edges) == 15
     with torch.no_grad():

@@ -14,7 +14,8 @@ from lightning_quant.accuracy.sensitivity import sensitivity
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import check_agreement, convert, signal_to_noise
 from lightning_quant.errors import NoEffectWarning, PlanError, QuantizationError
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import Recipe
 
 

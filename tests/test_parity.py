@@ -18,7 +18,8 @@ from lightning_quant.assess import assess
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.export import export
 from lightning_quant.parity import Parity, check_parity
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 
 
 @dataclass

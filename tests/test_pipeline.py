@@ -38,6 +38,20 @@ class TwoInputs(nn.Module):
         return {"scores": self.head(joint), "joint": joint}
 
 
+class Attention(nn.Module):
+    """Asks for a size, so that each layer has a graph of its own; three of them read one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.query, self.key, self.value, self.out = (nn.Linear(8, 8) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] > 100:
+            x = x[:, -100:]
+        weights = torch.softmax(self.query(x) @ self.key(x).transpose(1, 2), -1)
+        return self.out(weights @ self.value(x))
+
+
 def mlp() -> nn.Module:
     return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
 
@@ -303,6 +317,17 @@ def test_fallback_to_float_below_the_share_has_failed(tmp_path: Path) -> None:
         recipe = {"name": "int8_weight_only", "min_stored_share": 0.75 if options else 0.1}
         artifact = quantize(model, recipe, "torch", calibration_data=[x], output_dir=tmp_path, **options)
         assert "FAILED" not in artifact.report_path.read_text()
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_several_parts_that_read_one_tensor(runtime: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Attention().eval(), torch.randn(8, 5, 8)
+    artifact = quantize(model, "int8", runtime, calibration_data=[x], output_dir=tmp_path)
+    assert artifact.plan["coverage"] == 1.0
+    assert "Parity ok" in artifact.report_path.read_text()
+    with torch.no_grad():
+        assert decibels(model(x), load(tmp_path)(x)) > 25
 
 
 def test_sizes_that_vary_between_calls_may_vary(tmp_path: Path) -> None:

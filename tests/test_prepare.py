@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import CalibrationError, QuantizationError
-from lightning_quant.prepare import PHASES, Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import PHASES, Prepared
 from lightning_quant.recipe import Recipe
 from lightning_quant.signature import tensor_leaves
 
@@ -496,7 +497,7 @@ def check_that_gradients_change_nothing(model: nn.Module, prepared: Prepared, ar
 
 def test_recorded_integers_are_the_grid_of_each_edge() -> None:
     model, prepared = residual_net()
-    with torch.no_grad(), prepared.attached("frozen"), prepared.recording() as edges:
+    with torch.no_grad(), prepared.attached("frozen"), prepared.simulation.recording() as edges:
         model(IMAGE)
     assert [identity for identity, _ in edges] == list(dict(edges))
     assert set(dict(edges)) == set(prepared.ranges.edges)
@@ -505,7 +506,7 @@ def test_recorded_integers_are_the_grid_of_each_edge() -> None:
     expected = torch.clamp(torch.round(IMAGE / scale) + zero_point, 0, 255)
     assert image.dtype == torch.uint8
     assert torch.equal(image.float(), expected)
-    assert prepared.recorded is None
+    assert prepared.simulation.recorded is None
 
 
 @pytest.mark.parametrize("build", [lambda: nn.LSTM(4, 4), lambda: nn.Sequential(nn.ReLU(), nn.Flatten())])

@@ -12,7 +12,7 @@ from lightning_quant.accuracy.groups import ScalingGroup
 from lightning_quant.accuracy.lockstep import Site, lockstep
 from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import rescale
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 
 
 @torch.no_grad()

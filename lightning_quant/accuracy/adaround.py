@@ -16,7 +16,7 @@ from lightning_quant.accuracy.lockstep import Site, lockstep
 from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import along_rows, folded_layer
 from lightning_quant.graph.plan import path_of
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
 _WARM_UP = 0.2

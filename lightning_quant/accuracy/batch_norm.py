@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_quant.errors import CalibrationError
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.graph.plan import identify, path_of
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 
 
 @dataclass
@@ -73,7 +73,7 @@ def edge_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, EdgeStat
         entry.noise += float((rounded * scale - values).square().sum())
         entry.outside += int((integers != rounded).sum())
 
-    with prepared.watching(count), prepared.attached("observe"):
+    with prepared.simulation.watching(count), prepared.attached("observe"):
         for args, kwargs in calls:
             prepared.root(*args, **kwargs)
     return found

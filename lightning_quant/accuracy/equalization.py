@@ -14,7 +14,7 @@ from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import folded_layer, rescale
 from lightning_quant.accuracy.smoothing import activation_maxima, column_maximum
 from lightning_quant.fake_quantize import channel_maximum
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 
 
 @torch.no_grad()

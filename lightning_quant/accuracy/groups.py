@@ -13,7 +13,7 @@ from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode, resolve
 
 _LINKS = frozenset({"add", "avg_pool", "global_avg_pool", "leaky_relu"})

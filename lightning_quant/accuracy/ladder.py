@@ -20,7 +20,7 @@ from lightning_quant.accuracy.weight_rounding import gptq_layers, shrink_scales
 from lightning_quant.adjustments import AccuracyStep
 from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import CalibrationError, QuantizationError
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode
 
 HELD_BACK_EVERY = 4

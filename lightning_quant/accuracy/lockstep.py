@@ -16,7 +16,7 @@ from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.calls import flatten_call
 from lightning_quant.convert import layer_options
 from lightning_quant.graph.plan import Operator, identify, path_of
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode, resolve
 
 _WEIGHTED = ("run_layer", "run_function")
@@ -107,18 +107,18 @@ def _run_island(
     graph = prepared.graph(path, spec, same[0]).graph
     runs = [_Run(phase, tensors) for phase in (("off", "frozen") if quantized else ("off",)) for tensors in same]
     last_readers = _last_readers(graph)
-    before = prepared.phase, prepared._integers
+    before = prepared.phase, prepared.simulation.integers
     try:
         for node in graph.nodes:
             if node.target in _WEIGHTED and node.op == "call_method":
                 visit(_site(prepared, module, node, runs))
             for run in runs:
-                prepared.control.phase, prepared._integers = run.phase, run.integers
+                prepared.control.phase, prepared.simulation.integers = run.phase, run.integers
                 _step(node, run, prepared, module)
                 for read in last_readers.get(node, ()):
                     del run.values[read]
     finally:
-        prepared.control.phase, prepared._integers = before
+        prepared.control.phase, prepared.simulation.integers = before
 
 
 def _site(prepared: Prepared, module: nn.Module, node: fx.Node, runs: list[_Run]) -> Site:
@@ -138,7 +138,7 @@ def _step(node: fx.Node, run: _Run, prepared: Prepared, module: nn.Module) -> No
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda read: run.values[read])
     if node.op == "placeholder":
         position = sum(1 for other in run.values if other.op == "placeholder")
-        run.values[node] = prepared if position == 0 else run.tensors[position - 1]
+        run.values[node] = prepared.simulation if position == 0 else run.tensors[position - 1]
     elif node.op == "get_attr":
         run.values[node] = functools.reduce(getattr, str(node.target).split("."), module)
     elif node.op == "call_function":

@@ -15,7 +15,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.fake_quantize import affine_parameters, channel_maximum, fake_quantize, weight_scale
 from lightning_quant.graph.plan import identify, path_of
 from lightning_quant.observers import Histogram
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 
 PERCENTILES = (99.9, 99.99, 99.999)
 Range = tuple[Tensor, Tensor]

@@ -11,7 +11,7 @@ from torch import nn
 from lightning_quant.bias_correction import InputMeans
 from lightning_quant.calibrate import observe, settle
 from lightning_quant.calls import map_tensors
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.ranges import Ranges
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

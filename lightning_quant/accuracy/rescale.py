@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_quant.accuracy.groups import ScalingGroup
 from lightning_quant.adjustments import ChannelScale, Layer, unscaled
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 
 
 @torch.no_grad()

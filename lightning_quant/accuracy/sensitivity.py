@@ -20,7 +20,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.export import in_float32_on_cpu
 from lightning_quant.fake_quantize import fake_quantize
 from lightning_quant.graph.plan import identify, path_of
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, Recipe
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.tables import text_table
@@ -138,7 +138,7 @@ def sensitivity(prepared: Prepared, calls: list[Call], *, score: Score | None = 
         everything = all_but(prepared)
 
         def run(quantized: frozenset[str]) -> list[Any]:
-            with prepared.quantizing_only(quantized), prepared.attached("frozen"):
+            with prepared.simulation.quantizing_only(quantized), prepared.attached("frozen"):
                 return [prepared.root(*args, **kwargs) for args, kwargs in calls]
 
         outputs = run(everything)

@@ -22,7 +22,7 @@ from lightning_quant.evaluate import evaluate, weighted_layers, why_no_metrics
 from lightning_quant.export import Quantizable, export, in_float32_on_cpu
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import Layerwise
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.report import MetricRow, Report
 from lightning_quant.routing import clone, resolve, to_float32, unroute_all
 
@@ -155,7 +155,7 @@ def _gains(
     prepared: Any = deployment.prepared
     limit, values = callback.limit_eval_batches, []
     for left_out in ("", found.layers[0].name):
-        with prepared.quantizing_only(all_but(prepared, left_out)), prepared.attached("frozen"):
+        with prepared.simulation.quantizing_only(all_but(prepared, left_out)), prepared.attached("frozen"):
             values.append(evaluate(trainer, deployment.pl_module, callback.path, limit_batches=limit))
     return {name: values[1][name] - value for name, value in values[0].items()}
 

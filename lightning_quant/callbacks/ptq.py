@@ -19,7 +19,7 @@ from lightning_quant.callbacks.training_data import calibration_steps, check_dat
 from lightning_quant.distributed import calibrate_together
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, Recipe
 from lightning_quant.routing import resolve
 

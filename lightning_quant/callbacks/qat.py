@@ -22,7 +22,7 @@ from lightning_quant.distributed import merge_batch
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
 from lightning_quant.learned_steps import LearnedSteps
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import LayerRecipe, Recipe
 from lightning_quant.routing import resolve as module_at
 

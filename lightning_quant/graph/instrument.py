@@ -1,6 +1,6 @@
 """Put quantizers into a traced graph and make it a function.
 
-The function takes the module, the `Prepared` and the call's tensors: it holds no module and no tensor of its own.
+The function takes the module, the `Simulation` and the call's tensors: it holds no module and no tensor of its own.
 """
 
 from collections.abc import Callable
@@ -36,19 +36,20 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
         if key is not None:
             keys[key] = node
     with graph.inserting_before(nodes[0]):
-        prepared = graph.placeholder("lightning_quant_prepared")
+        simulation = graph.placeholder("lightning_quant_simulation")
     for operator in island.plan.operators:
         if operator.weight and operator.key in keys:
-            _quantize_weight(graph, prepared, keys[operator.key], identify(island.path, operator.key))
+            _quantize_weight(graph, simulation, keys[operator.key], identify(island.path, operator.key))
         if operator.kind == "add" and len(operator.inputs) == 2 and operator.key in keys:
             node = keys[operator.key]
-            _call(graph, prepared, node, "run_add", (identify(island.path, operator.key), *node.args[:2]))
+            _call(graph, simulation, node, "run_add", (identify(island.path, operator.key), *node.args[:2]))
         if operator.batch_norm in keys:
             norm = keys[operator.batch_norm]
-            _call(graph, prepared, norm, "run_batch_norm", (_module_reference(graph, norm), argument(norm, 0, "input")))
+            called = _module_reference(graph, norm), argument(norm, 0, "input")
+            _call(graph, simulation, norm, "run_batch_norm", called)
     for edge in island.plan.edges:
         if edge.key in keys and not edge.passed:
-            _quantize_edge(graph, prepared, keys[edge.key], identify(island.path, edge.key))
+            _quantize_edge(graph, simulation, keys[edge.key], identify(island.path, edge.key))
     graph.lint()
     return Instrumented(graph, _function_of(graph), traced.output_spec)
 
@@ -59,28 +60,28 @@ def _module_reference(graph: fx.Graph, node: fx.Node) -> fx.Node:
         return graph.create_node("get_attr", str(node.target))
 
 
-def _quantize_weight(graph: fx.Graph, prepared: fx.Node, node: fx.Node, identity: str) -> None:
+def _quantize_weight(graph: fx.Graph, simulation: fx.Node, node: fx.Node, identity: str) -> None:
     if node.op == "call_module":
         _call(
-            graph, prepared, node, "run_layer", (identity, _module_reference(graph, node), argument(node, 0, "input"))
+            graph, simulation, node, "run_layer", (identity, _module_reference(graph, node), argument(node, 0, "input"))
         )
         return
     node.op, node.target = "call_method", "run_function"
     node.args, node.kwargs = (
-        (prepared, identity, *node.args),
+        (simulation, identity, *node.args),
         {"x" if k == "input" else k: v for k, v in node.kwargs.items()},
     )
 
 
-def _call(graph: fx.Graph, prepared: fx.Node, node: fx.Node, method: str, args: tuple[Any, ...]) -> None:
+def _call(graph: fx.Graph, simulation: fx.Node, node: fx.Node, method: str, args: tuple[Any, ...]) -> None:
     with graph.inserting_before(node):
-        node.op, node.target, node.args, node.kwargs = "call_method", method, (prepared, *args), {}
+        node.op, node.target, node.args, node.kwargs = "call_method", method, (simulation, *args), {}
 
 
-def _quantize_edge(graph: fx.Graph, prepared: fx.Node, node: fx.Node, identity: str) -> None:
+def _quantize_edge(graph: fx.Graph, simulation: fx.Node, node: fx.Node, identity: str) -> None:
     readers = list(node.users)
     with graph.inserting_after(node):
-        rounded = graph.call_method("quantize_edge", (prepared, identity, node))
+        rounded = graph.call_method("quantize_edge", (simulation, identity, node))
     for reader in readers:
         reader.replace_input_with(node, rounded)
 

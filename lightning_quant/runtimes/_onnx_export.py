@@ -71,12 +71,18 @@ def _optimize(model: Any) -> None:
     """Simplify the graph as PyTorch's exporter would, but leave small weights as they are stored.
 
     The exporter computes what depends on constants of up to 8,192 values, and so would write weights of small layers in
-    float.
+    float. Equal nodes become one, but not those that quantize: there is one for every edge of the plan, and several
+    parts of a module may read the same tensor.
     """
     from onnxscript.optimizer import optimize_ir
     from onnxscript.rewriter.onnx_fusions import fuse
 
+    quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]
+    for index, node in enumerate(quantizers):
+        node.overload = str(index)
     optimize_ir(model, should_fold=lambda node: False if _widens(node) else None)
+    for node in quantizers:
+        node.overload = ""
     fuse(model)
 
 

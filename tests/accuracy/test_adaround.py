@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lightning_quant.accuracy.adaround import adaround
 from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import IntegerSpec, Recipe
 
 

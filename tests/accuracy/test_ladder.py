@@ -17,7 +17,8 @@ from lightning_quant.accuracy.weight_rounding import gptq_layers, least_error_sc
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import check_agreement, convert
 from lightning_quant.errors import CalibrationError, QuantizationError
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import RECIPES, IntegerSpec, Recipe
 
 

@@ -14,7 +14,8 @@ from lightning_quant.accuracy.rescale import along_columns, rescale
 from lightning_quant.accuracy.smoothing import column_maximum, smooth, smoothing_factor
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import check_agreement, convert, signal_to_noise
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 
 
 class Chain(nn.Module):

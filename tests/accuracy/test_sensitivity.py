@@ -11,7 +11,8 @@ from lightning_quant.accuracy.edge_statistics import edge_statistics
 from lightning_quant.accuracy.sensitivity import sensitivity
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import signal_to_noise
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import Recipe
 
 PLAIN = Recipe(bias_correction=False, calibration_observer="min_max")

@@ -27,7 +27,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_quant import QuantizationAwareTraining, load
 from lightning_quant.errors import NoEffectWarning
-from lightning_quant.prepare import RoutedForward
+from lightning_quant.prepared import RoutedForward
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),

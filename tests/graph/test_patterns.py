@@ -15,7 +15,8 @@ from lightning_quant.errors import PlanError
 from lightning_quant.graph import operations
 from lightning_quant.graph.plan import Row
 from lightning_quant.graph.table import Selection
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

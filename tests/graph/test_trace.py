@@ -16,7 +16,8 @@ from lightning_quant.calls import flatten_call
 from lightning_quant.convert import convert, signal_to_noise
 from lightning_quant.errors import PlanError, UntraceableError
 from lightning_quant.graph.trace import trace
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 
 TRACEABLE = [case for case in CASES if case.name not in ("branching", "views")]
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -30,7 +31,7 @@ def ready(model: nn.Module, *args: Tensor) -> Prepared:
 
 
 def recorded_edges(prepared: Prepared, *args: Tensor) -> list[str]:
-    with prepared.attached("frozen"), prepared.recording() as edges:
+    with prepared.attached("frozen"), prepared.simulation.recording() as edges:
         prepared.root(*args)
     return [identity for identity, _ in edges]
 

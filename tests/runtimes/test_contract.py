@@ -26,7 +26,7 @@ from lightning_quant.errors import ArtifactError, MissingRuntimeError, Quantizat
 from lightning_quant.export import export
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.parity import check_parity
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.signature import tensor_leaves
 
 # Those that run recipes of graphs; the others have a contract suite of their own.

@@ -16,7 +16,8 @@ from lightning_quant import load, runtimes
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.errors import ArtifactError, MissingRuntimeError, QuantizationError
 from lightning_quant.export import export
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 from lightning_quant.runtimes import executorch, inductor
 
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

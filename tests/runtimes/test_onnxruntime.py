@@ -36,7 +36,8 @@ from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.export import export, trial_export
 from lightning_quant.graph.table import Selection
 from lightning_quant.parity import check_parity
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 from lightning_quant.runtimes import onnxruntime as runtime
 from lightning_quant.signature import tensor_leaves
 

@@ -1,0 +1,306 @@
+"""A module with its plan and the state of its quantizers, routed to graphs that round.
+
+Only `forward` of the module (or of its islands) is routed to a graph that calls the user's own submodules by path.
+Observers and ranges are plain tensors outside the module.
+"""
+
+import copy
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.adjustments import AccuracyStep, ChannelScale, Layer
+from lightning_quant.bias_correction import InputMeans, bias_correction
+from lightning_quant.calls import CallSpec, flatten_call
+from lightning_quant.captured import CapturedModel
+from lightning_quant.compilation import kept_from_compilers
+from lightning_quant.errors import QuantizationError
+from lightning_quant.folding import Folded, fold_adjusted, fold_at
+from lightning_quant.graph.analyze import Analysis, Island
+from lightning_quant.graph.instrument import Instrumented, instrument
+from lightning_quant.graph.plan import Edge, Operator, Plan, identify, path_of
+from lightning_quant.layers.placement import placed
+from lightning_quant.learned_steps import LearnedSteps
+from lightning_quant.overrides import override_weights, store_layers
+from lightning_quant.ranges import Ranges
+from lightning_quant.recipe import Recipe
+from lightning_quant.routing import Route, device_of, fetch, resolve, route, unroute
+from lightning_quant.simulation import Simulation
+
+PHASES = ("off", "observe", "fake_quantize", "frozen", "frozen_batch_norm")
+
+
+@dataclass
+class Control:
+    """What phase a module is in, and whether it observes; shared with copies that users make of it meanwhile."""
+
+    phase: str = "off"
+    observing: bool = False
+
+
+class RoutedForward(Route):
+    """What stands in a module's `__dict__` as `forward`; a deepcopy of the module gets its own."""
+
+    def __init__(self, prepared: "Prepared", path: str) -> None:
+        self.prepared, self.path = prepared, path
+        self._run = kept_from_compilers(prepared.run)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the prepared graph."""
+        return self._run(self.path, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedForward":
+        return RoutedForward(copy.deepcopy(self.prepared, memo), self.path)
+
+
+class Prepared(CapturedModel):
+    """A module, its plan, and the state of its quantizers.
+
+    Attributes:
+        root: the user's module; it owns every parameter and buffer.
+        signature: of the module's own forward; with `spec` and `tensors` it is the captured call.
+        ranges: observers and scales of every edge.
+        simulation: runs the graphs' operators as the phase says.
+        control: the phase, which is "off", "observe", "fake_quantize", "frozen" (ranges fixed) or "frozen_batch_norm"
+            (and BatchNorm uses its running statistics), in the order of training; and whether ranges follow.
+        varying: `(input, dimension)` whose size differed from the captured call in some call since.
+        bias_corrections: operator to what is added to its folded bias, `(out_channels,)`.
+        learned_steps: the weights' scales while they are trained; None where they follow from the weights.
+        layers: operator to the layer that stands in for the module's own, where an accuracy algorithm changed it.
+        channels: edge to how its values map on the grid, where they are not rounded as they are.
+        accuracy_steps: what was tried for accuracy, and what came of it.
+    """
+
+    def __init__(self, root: nn.Module, analysis: Analysis, recipe: Recipe, observer: str) -> None:
+        self.root, self.plan, self.recipe = root, analysis.plan, recipe
+        self.signature, self.spec, self.tensors = analysis.signature, analysis.spec, analysis.tensors
+        self.islands: dict[str, Island] = {island.path: island for island in analysis.islands}
+        self.operators: dict[str, Operator] = {}
+        edges: dict[str, Edge] = {}
+        for path, island in self.islands.items():
+            edges.update({identify(path, edge.key): edge for edge in island.plan.edges})
+            self.operators.update({identify(path, operator.key): operator for operator in island.plan.operators})
+        self.observer = observer
+        self.weight_quant_maxima = override_weights(recipe, self.operators, analysis)
+        self.ranges = Ranges(edges, recipe, observer)
+        self.control = Control()
+        # What runs in deep copies of the routed module: target networks, teachers.
+        self._twins: weakref.WeakSet[Prepared] = weakref.WeakSet()
+        self._is_twin = False
+        self.varying: set[tuple[str, int]] = set()
+        self.bias_corrections: dict[str, Tensor] = {}
+        self.layers: dict[str, Layer] = {}
+        self.channels: dict[str, ChannelScale] = {}
+        self.accuracy_steps: tuple[AccuracyStep, ...] = ()
+        self.learned_steps: LearnedSteps | None = None
+        self._graphs: dict[Any, Instrumented] = {}
+        self._stored: dict[str, nn.Module] | None = None
+        # Float layers whose places stored ones have taken; graphs are traced with them.
+        self._displaced: dict[str, nn.Module] = {}
+        self.simulation = Simulation(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_graphs": {}, "_twins": weakref.WeakSet()}
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Prepared":
+        """Return what a copy of the routed module runs: the same ranges, in the same phase, moving none of them."""
+        twin = memo[id(self)] = self.bound_to(self.root)
+        twin.root = copy.deepcopy(self.root, memo)
+        twin.control, twin._is_twin = self.control, True
+        self._twins.add(twin)
+        return twin
+
+    @property
+    def phase(self) -> str:
+        """The present phase."""
+        return self.control.phase
+
+    @property
+    def observing(self) -> bool:
+        """Whether tensors that pass update the ranges now, in phases that have not frozen them."""
+        return self.control.observing and not self._is_twin
+
+    @observing.setter
+    def observing(self, value: bool) -> None:
+        self.control.observing = value
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether the module's forward, or those of its islands, are routed."""
+        return all(self._is_routed(path) for path in self.islands)
+
+    def attach(self) -> None:
+        """Route the module's forward, or those of its islands, to the prepared graphs."""
+        for path in self.islands:
+            route(resolve(self.root, path), RoutedForward(self, path))
+
+    def detach(self) -> None:
+        """Give every routed module, and copies made of it meanwhile, their own forward back; safe to call twice."""
+        for twin in self._twins:
+            twin.detach()
+        for path in self.islands:
+            if self._is_routed(path):
+                unroute(resolve(self.root, path))
+
+    def _is_routed(self, path: str) -> bool:
+        present = resolve(self.root, path).__dict__.get("forward")
+        return isinstance(present, RoutedForward) and present.prepared is self
+
+    @contextmanager
+    def attached(self, phase: str, *, observing: bool = False) -> Iterator[None]:
+        """Route for the time of a block, in a phase of its own."""
+        stored = self.stored_layers() if phase == "frozen" and self.simulation.only is None else {}
+        before, self.control = self.control, Control(observing=observing)
+        try:
+            self.set_phase(phase)
+            self.attach()
+            with placed(self.root, stored) as self._displaced:
+                yield
+        finally:
+            self._displaced = {}
+            self.detach()
+            self.control = before
+
+    def set_phase(self, phase: str) -> None:
+        """Change the phase.
+
+        Raises:
+            QuantizationError: no phase has that name.
+        """
+        if phase not in PHASES:
+            raise QuantizationError(f"Expected `phase` to be one of {PHASES}, but got {phase!r}.")
+        self.control.phase = phase
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether tensors are rounded in this phase."""
+        return self.phase in PHASES[2:]
+
+    @property
+    def adjusted(self) -> bool:
+        """Whether calibration changed biases or layers, which only the integer computation knows of."""
+        return bool(self.bias_corrections or self.layers)
+
+    def bound_to(self, root: nn.Module, tensors: list[Tensor] | None = None) -> "Prepared":
+        """Return the same plan and ranges over another module of the same structure, and another captured call."""
+        other = copy.copy(self)
+        other.root = root
+        other.tensors = self.tensors if tensors is None else tensors
+        other.control, other._twins, other._is_twin = Control(), weakref.WeakSet(), False
+        other._graphs, other.simulation = {}, Simulation(other)
+        other._stored, other._displaced = None, {}
+        return other
+
+    def stored_layers(self) -> dict[str, nn.Module]:
+        """Return the layers whose weights overrides leave to recipes of layers, made the first time they are needed."""
+        if self._stored is None:
+            self._stored, self.plan = store_layers(self, self.recipe, self.plan)
+        return self._stored
+
+    def planned(self) -> Plan:
+        """Return the plan, with what overrides leave to recipes of layers."""
+        self.stored_layers()
+        return self.plan
+
+    def take_over(self, other: "Prepared") -> None:
+        """Take over what calibration taught another binding of the same plan."""
+        self.ranges, self.layers, self.channels = other.ranges, other.layers, other.channels
+        self.bias_corrections, self.accuracy_steps = other.bias_corrections, other.accuracy_steps
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return phase and ranges: tensors, numbers, strings and dicts only."""
+        return {
+            "phase": self.phase,
+            "observers": self.ranges.state_dict(),
+            "bias_corrections": dict(self.bias_corrections),
+            **({} if self.learned_steps is None else {"learned_steps": self.learned_steps.state_dict()}),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over a saved state; may be called more than once.
+
+        Raises:
+            QuantizationError: the state belongs to another model.
+        """
+        self.ranges.load_state_dict(state["observers"])
+        device = device_of(self.root)
+        self.ranges.to(device)
+        corrections = {identity: value.to(device) for identity, value in state["bias_corrections"].items()}
+        self.bias_corrections.clear()
+        self.bias_corrections.update(corrections)
+        if self.learned_steps is not None and "learned_steps" in state:
+            self.learned_steps.load_state_dict(state["learned_steps"], device)
+        self.set_phase(state["phase"])
+
+    def run(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an island's graph on a call."""
+        island = self.islands[path]
+        spec, tensors = flatten_call(island.signature, args, kwargs)
+        graph = self.graph(path, spec, tensors)
+        if not path:
+            self._note_sizes(spec.names, tensors)
+        return graph.output_spec.build(graph.function(resolve(self.root, path), self.simulation, *tensors))
+
+    def graph(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
+        """Return the graph that runs an island on calls of this structure under the module's present flags."""
+        module = resolve(self.root, path)
+        key = (path, spec.key(), tuple(child.training for child in module.modules()))
+        if key not in self._graphs:
+            with placed(self.root, self._displaced):
+                self._graphs[key] = instrument(module, self.islands[path], spec, tensors)
+        return self._graphs[key]
+
+    def on_grid(self, identity: str, x: Tensor, *, clipped: bool = False) -> Tensor:
+        """Map values of an edge to those that are rounded, if wanted with the clip that the grid's end carries out."""
+        channels = self.channels.get(identity)
+        if channels is None:
+            return x
+        return channels.to_grid(x).clamp(max=channels.clip) if clipped else channels.to_grid(x)
+
+    def folded(self, identity: str, *, corrected: bool = True) -> Folded:
+        """Return bias and scales of a weighted operator as they are exported; the same in training and in convert."""
+        operator, path = self.operators[identity], path_of(identity)
+        input_scale, _ = self.ranges.parameters(identify(path, operator.inputs[0]))
+        quant_max = self.weight_quant_max(identity)
+        if identity in self.layers:
+            folded = fold_adjusted(self.layers[identity], input_scale, quant_max)
+        else:
+            names = (operator.weight, operator.bias, operator.batch_norm.partition("#")[0])
+            step = None
+            if self.learned_steps is not None:
+                step = self.learned_steps.step_of(identity, self.weight(identity), quant_max).detach()
+            folded = fold_at(resolve(self.root, path), names, input_scale, quant_max, step)
+        correction = self.bias_corrections.get(identity) if corrected else None
+        return folded if correction is None else replace(folded, bias=folded.bias + correction.to(folded.bias))
+
+    def weight(self, identity: str) -> Tensor:
+        """Return the weight that `folded` belongs to: the module's own, or that of the layer in its place."""
+        if identity in self.layers:
+            return self.layers[identity].weight
+        return fetch(resolve(self.root, path_of(identity)), self.operators[identity].weight)
+
+    def weight_integers(self, identity: str, folded: Folded) -> Tensor:
+        """Return a weight in whole steps of its scale, float32."""
+        layer = self.layers.get(identity)
+        if layer is not None and layer.integers is not None:
+            return layer.integers
+        return folded.integers(self.weight(identity), self.weight_quant_max(identity))
+
+    def weight_quant_max(self, identity: str) -> int:
+        """Return the highest integer of an operator's weight, after overrides."""
+        return self.weight_quant_maxima.get(identity, self.recipe.weight.quant_max)
+
+    @torch.no_grad()
+    def correct_biases(self, means: InputMeans) -> None:
+        """Correct every bias for the rounding of its weights, from the means of what the operators read."""
+        self.bias_corrections.clear()
+        for identity, mean in means.means.items():
+            folded = self.folded(identity)
+            self.bias_corrections[identity] = bias_correction(
+                self.weight(identity), folded, self.weight_integers(identity, folded), mean
+            )

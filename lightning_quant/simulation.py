@@ -1,0 +1,210 @@
+"""What prepared graphs call while they run: observing, rounding, and the arithmetic of integer kernels."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_quant import integer
+from lightning_quant.bias_correction import InputMeans
+from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
+from lightning_quant.folding import Folded
+from lightning_quant.graph.plan import identify, path_of
+from lightning_quant.learned_steps import quantize_with_learned_step
+from lightning_quant.routing import fetch, shadowed, unparametrized
+
+if TYPE_CHECKING:
+    from lightning_quant.prepared import Prepared
+
+
+class Simulation:
+    """Runs the operators of a prepared module as its phase says.
+
+    Attributes:
+        prepared: whose plan, ranges and phase count.
+        integers: edge to the integers, without zero point and not clipped, that its producer has just computed for it.
+        input_means: when set, gets the means of what weighted operators read while observing.
+        only: when set, the weighted operators and edges that are rounded; all others compute in float.
+        watcher: when set, gets every edge's identity and float values while nothing is rounded.
+        recorded: when a list, every tensor that is rounded is appended to it as `(edge, integers)`.
+    """
+
+    def __init__(self, prepared: "Prepared") -> None:
+        self.prepared = prepared
+        self.integers: dict[str, Tensor] = {}
+        self.input_means: InputMeans | None = None
+        self.only: frozenset[str] | None = None
+        self.watcher: Callable[[str, Tensor], None] | None = None
+        self.recorded: list[tuple[str, Tensor]] | None = None
+        # Results that have their BatchNorm folded in already, until it is its turn.
+        self._normalized: list[Tensor] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Record the integers of every quantized tensor, in the order of execution."""
+        self.recorded = []
+        try:
+            yield self.recorded
+        finally:
+            self.recorded = None
+
+    @contextmanager
+    def measuring(self, means: InputMeans | None) -> Iterator[None]:
+        """Let observed calls also count for the means of what weighted operators read."""
+        self.input_means = means
+        try:
+            yield
+        finally:
+            self.input_means = None
+
+    @contextmanager
+    def watching(self, watcher: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Show the float values of every edge to a function."""
+        self.watcher = watcher
+        try:
+            yield
+        finally:
+            self.watcher = None
+
+    @contextmanager
+    def quantizing_only(self, identities: frozenset[str]) -> Iterator[None]:
+        """Round the weights of these operators and the values of these edges alone."""
+        self.only = identities
+        try:
+            yield
+        finally:
+            self.only = None
+            self._normalized.clear()
+
+    def rounds(self, identity: str) -> bool:
+        """Tell whether an operator's weight or an edge is rounded now."""
+        return self.prepared.quantizes and (self.only is None or identity in self.only)
+
+    @property
+    def computes_integers(self) -> bool:
+        """Whether operators compute what integer kernels do: in evaluation, without gradients or after calibration."""
+        in_evaluation = not self.prepared.root.training and (not torch.is_grad_enabled() or self.prepared.adjusted)
+        return self.prepared.quantizes and in_evaluation and self.only is None
+
+    def quantize_edge(self, identity: str, x: Tensor) -> Tensor:
+        """Observe and round one tensor, as the phase says."""
+        if self.prepared.observing and self.prepared.phase in ("observe", "fake_quantize"):
+            self.prepared.ranges.observe(identity, self.prepared.on_grid(identity, x, clipped=True))
+        if self.watcher is not None:
+            self.watcher(identity, x)
+        if not self.rounds(identity):
+            return x
+        scale, zero_point = self.prepared.ranges.parameters(identity)
+        quant_max, integers = self.prepared.recipe.activation.quant_max, self.integers.pop(identity, None)
+        if integers is None:
+            rounded = fake_quantize(self.prepared.on_grid(identity, x), scale, zero_point, quant_max)
+        else:
+            rounded = (integers.clamp(-zero_point.item(), quant_max - zero_point.item()) * scale).to(x.dtype)
+        if self.recorded is not None:
+            integers = torch.round(rounded.detach().float() / scale + zero_point)
+            self.recorded.append((identity, integers.to(torch.uint8)))
+        channels = self.prepared.channels.get(identity)
+        return rounded if channels is None else channels.from_grid(rounded)
+
+    def run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
+        """Call a layer, hooks and all, with a rounded weight in place of its own."""
+        if not self.rounds(identity):
+            self._note_input(identity, x)
+            return layer(x)
+
+        def forward(x: Tensor) -> Tensor:
+            def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                with shadowed(layer, {"weight": weight, "bias": bias}), unparametrized(layer):
+                    return type(layer).forward(layer, x)
+
+            # Weights are read here, after hooks such as pruning have set them.
+            bias = fetch(layer, "bias") if layer.bias is not None else None
+            return self._run_weighted(identity, x, fetch(layer, "weight"), bias, call)
+
+        # Cached: a parametrization may change with every look at the weight, as spectral norm does.
+        with shadowed(layer, {"forward": forward}), parametrize.cached():
+            return layer(x)
+
+    def run_function(
+        self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Call a functional layer with a rounded weight."""
+        function = getattr(F, self.prepared.operators[identity].kind)
+        if not self.rounds(identity):
+            self._note_input(identity, x)
+            return function(x, weight, bias, *args, **kwargs)
+        return self._run_weighted(identity, x, weight, bias, lambda x, w, b: function(x, w, b, *args, **kwargs))
+
+    def run_add(self, identity: str, first: Tensor, second: Tensor) -> Tensor:
+        """Add two quantized tensors."""
+        operator, path = self.prepared.operators[identity], path_of(identity)
+        rounded = all(identify(path, key) in self.prepared.ranges.edges for key in operator.inputs)
+        if self.computes_integers and operator.quantized_output and rounded:
+            output = identify(path, operator.output)
+            edges = [identify(path, key) for key in operator.inputs]
+            one, other = (self.prepared.ranges.parameters(edge) for edge in edges)
+            operands = self.prepared.on_grid(edges[0], first), self.prepared.on_grid(edges[1], second)
+            self.integers[output] = integer.add(*operands, (one, other), self.prepared.ranges.parameters(output))
+        return first + second
+
+    def run_batch_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
+        """Call a BatchNorm that is fused into the layer before it, unless that one computed it in integers already."""
+        if self.computes_integers or any(x is normalized for normalized in self._normalized):
+            return x
+        if self.prepared.phase != "frozen_batch_norm":
+            return norm(x)
+        mean, variance = fetch(norm, "running_mean"), fetch(norm, "running_var")
+        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)  # type: ignore[arg-type]
+
+    def _run_weighted(
+        self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor]
+    ) -> Tensor:
+        folded = self.prepared.folded(identity)
+        if self.only is not None:
+            return self._run_alone(identity, folded, x, call)
+        if not self.computes_integers:
+            return call(x, self._rounded_weight(identity, weight, folded), bias)
+        operator, path = self.prepared.operators[identity], path_of(identity)
+        input_scale, _ = self.prepared.ranges.parameters(identify(path, operator.inputs[0]))
+        integers = self.prepared.weight_integers(identity, folded)
+        on_grid = self.prepared.on_grid(identify(path, operator.inputs[0]), x.float())
+        with torch.autocast(x.device.type, enabled=False):
+            sums = call(torch.round(on_grid / input_scale), integers, None)
+        shape = (-1,) if operator.kind == "linear" else (-1, *[1] * (sums.dim() - 2))
+        sums, step = sums + folded.bias_integers.view(shape), folded.bias_step.view(shape)
+        if operator.quantized_output:
+            output = identify(path, operator.output)
+            self.integers[output] = integer.requantize(sums, step, self.prepared.ranges.parameters(output)[0])
+        return (sums * step).to(x.dtype)
+
+    def _rounded_weight(self, identity: str, weight: Tensor, folded: Folded) -> Tensor:
+        if self.prepared.learned_steps is None:
+            return fake_quantize_weight(weight, folded.unfolded_scale)
+        quant_max = self.prepared.weight_quant_max(identity)
+        step = self.prepared.learned_steps.step_of(identity, weight, quant_max)
+        # A scale that was stretched for the sake of the bias is not the learned one, and passes no gradient to it.
+        step = torch.where(folded.unfolded_scale > step * 1.0001, folded.unfolded_scale, step)
+        return quantize_with_learned_step(weight, step, quant_max)
+
+    def _run_alone(self, identity: str, folded: Folded, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
+        """Compute a layer with a rounded weight among others that stay float."""
+        operator, path = self.prepared.operators[identity], path_of(identity)
+        integers = self.prepared.weight_integers(identity, folded)
+        weight = integers * folded.scale.view(-1, *[1] * (integers.dim() - 1))
+        y = call(self.prepared.on_grid(identify(path, operator.inputs[0]), x.float()), weight, None)
+        y = y + folded.bias.view((-1,) if operator.kind == "linear" else (-1, *[1] * (y.dim() - 2)))
+        channels = self.prepared.channels.get(identify(path, operator.output))
+        y = (y if channels is None else channels.from_grid(y)).to(x.dtype)
+        if operator.batch_norm:
+            self._normalized.append(y)
+        return y
+
+    def _note_input(self, identity: str, x: Tensor) -> None:
+        if self.prepared.observing and self.input_means is not None:
+            operator = self.prepared.operators[identity]
+            x = self.prepared.on_grid(identify(path_of(identity), operator.inputs[0]), x)
+            self.input_means.update(identity, operator.kind, x)
