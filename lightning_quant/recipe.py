@@ -58,7 +58,7 @@ class Recipe:
             "int4_weights" to "int8_weights", or another recipe with the same activations, for another grid of the
             weights, where the first pattern that matches counts; or a recipe of layers that leaves activations float
             ("int8_weight_only", "int4_weight_only", "float16"), which also knows embeddings and recurrent layers, on
-            runtimes that run both.
+            runtimes that run both; training leaves these in float, and what is exported is rounded.
         accuracy_steps: what calibration tries beyond ranges and bias correction, names from
             `lightning_quant.accuracy.ladder`, each kept only when it lowers the error on held-back batches.
         time_budget_s: seconds after which calibration begins no further step, and a step that can stops.

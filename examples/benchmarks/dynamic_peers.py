@@ -44,7 +44,9 @@ class _FirstOutput(nn.Module):
         return result if isinstance(result, Tensor) else result[0]
 
 
-def export_onnx(model: nn.Module, example: Mapping[str, Tensor], path: Path, *, by_name: bool = True) -> Path:
+def export_onnx(
+    model: nn.Module, example: Mapping[str, Tensor], path: Path, *, by_name: bool = True, varying: bool = False
+) -> Path:
     """Write the float model as an ONNX file with the sizes of an example, with PyTorch's own exporter.
 
     Args:
@@ -52,7 +54,9 @@ def export_onnx(model: nn.Module, example: Mapping[str, Tensor], path: Path, *, 
         example: tensors by the names that the file's inputs get.
         path: of the file to write.
         by_name: whether the model takes them as keyword arguments, or in this order.
+        varying: whether batch and length, the first two dimensions of every tensor, may be others.
     """
+    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
     path.parent.mkdir(parents=True, exist_ok=True)
     with quiet():
         torch.onnx.export(
@@ -61,6 +65,7 @@ def export_onnx(model: nn.Module, example: Mapping[str, Tensor], path: Path, *, 
             str(path),
             dynamo=True,
             input_names=list(example),
+            dynamic_shapes={"inputs": (sizes,) * len(example)} if varying else None,
             external_data=False,
             verbose=False,
         )

@@ -56,9 +56,9 @@ def embed(model: Callable[..., Any], tokenize: Callable[[list[str]], dict[str, T
     return torch.stack(vectors)
 
 
-def held_out(num: int, seed: int) -> Tensor:
-    """Draw the held-out messages of one split: `(num,)`, bool."""
-    shuffled = NUM_CHOOSING + torch.randperm(num - NUM_CHOOSING, generator=torch.Generator().manual_seed(seed))
+def held_out(num: int, seed: int, num_kept: int = NUM_CHOOSING) -> Tensor:
+    """Draw the held-out messages of one split, none of the first ones that are kept: `(num,)`, bool."""
+    shuffled = num_kept + torch.randperm(num - num_kept, generator=torch.Generator().manual_seed(seed))
     mask = torch.zeros(num, dtype=torch.bool)
     mask[shuffled[: int(HELD_OUT_SHARE * num)]] = True
     return mask
