@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from lightning_quant.accuracy.sensitivity import Sensitivity
 
 
+# Operators whose sensitivity is printed.
+_NUM_WORST = 10
+
+
 @dataclass(frozen=True)
 class MetricRow:
     """One validation metric of the float, the simulated and the exported model; None where it was not measured."""
@@ -160,7 +164,7 @@ class Report:
         parts += [f"**Warning:** {warning}." for warning in self.warnings]
         parts += [self._summary(), self._metric_table(), self._latency_table(), self._parity_text()]
         parts += [f"Note: {note}." for note in self.notes]
-        parts += ["" if self.sensitivity is None else str(self.sensitivity)]
+        parts += [self._sensitivity_text()]
         parts += [summarize(self.plan, self.operators), self._seconds_text()]
         return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -202,6 +206,13 @@ class Report:
 
     def _parity_text(self) -> str:
         return "" if self.parity is None else str(self.parity)
+
+    def _sensitivity_text(self) -> str:
+        if self.sensitivity is None:
+            return ""
+        worst = dataclasses.replace(self.sensitivity, layers=self.sensitivity.layers[:_NUM_WORST])
+        left = len(self.sensitivity.layers) - len(worst.layers)
+        return f"{worst}\n\nThe other {left} operators are in report.json." if left else str(worst)
 
     def _seconds_text(self) -> str:
         return "Seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()) + "."

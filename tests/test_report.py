@@ -69,6 +69,11 @@ def test_sensitivity_stands_in_the_report_where_it_was_asked_for() -> None:
     assert text.index("| stem.0") < text.index("| head")
     assert changed(sensitivity=found).to_dict()["sensitivity"]["layers"][1]["name"] == "head"
     assert "of the error comes from" not in GOOD.to_markdown()
+    assert "report.json" not in text
+    many = Sensitivity(tuple(dataclasses.replace(LAYER, name=f"layer{index}") for index in range(30)), 0.02)
+    text = changed(sensitivity=many).to_markdown()
+    assert text.count("| layer") == 10 + 1  # and the header
+    assert "The other 20 operators are in report.json." in text
 
 
 # --- warnings
