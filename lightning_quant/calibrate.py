@@ -1,7 +1,8 @@
 """Stage 4: learn ranges from calls, and then whatever the recipe does for accuracy."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -45,6 +46,7 @@ def observe(prepared: Prepared, steps: Iterable[Callable[[], Any]], means: Input
     """Run steps in eval mode while ranges, and means when wanted, follow; return the number of steps."""
     number = 0
     with (
+        _noting_sizes(prepared),
         prepared.simulation.measuring(means),
         evaluation_mode(prepared.root),
         prepared.attached("observe", observing=True),
@@ -53,6 +55,21 @@ def observe(prepared: Prepared, steps: Iterable[Callable[[], Any]], means: Input
             step()
             number += 1
     return number
+
+
+@contextmanager
+def _noting_sizes(prepared: Prepared) -> Iterator[None]:
+    """Let calls tell which sizes vary where the module itself has no graph that would see them."""
+    if "" in prepared.islands:
+        yield
+        return
+    handle = prepared.root.register_forward_pre_hook(
+        lambda _, args, kwargs: prepared.note_sizes(args, kwargs), with_kwargs=True
+    )
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def settle(prepared: Prepared, number: int, means: InputMeans | None) -> None:

@@ -520,3 +520,21 @@ def test_unknown_recipe_and_runtime_are_refused_with_the_known_ones() -> None:
         prepare(nn.Linear(4, 4), (torch.randn(2, 4),), recipe="int7")
     with pytest.raises(QuantizationError, match=r"`runtime`.*'onnxruntime'.*'tensorrt'"):
         prepare(nn.Linear(4, 4), (torch.randn(2, 4),), runtime="tensorrt")
+
+
+def test_sizes_that_vary_are_noted_where_the_module_itself_has_no_graph() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.other = nn.Linear(4, 8), nn.Linear(8, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.one(x)
+            return self.other(hidden if hidden.sum() > 0 else -hidden)
+
+    model, calls = Net().eval(), [torch.randn(2, length, 4) for length in (5, 7, 5)]
+    prepared = prepare(model, (calls[0],), observer="min_max")
+    calibrate(prepared, steps_of(prepared, calls))
+    assert "" not in prepared.islands
+    assert prepared.varying == {("x", 1)}
+    assert not model._forward_pre_hooks
