@@ -112,6 +112,8 @@ class Prepared(CapturedModel):
         twin = memo[id(self)] = self.bound_to(self.root)
         twin.root = copy.deepcopy(self.root, memo)
         twin.control, twin._is_twin = self.control, True
+        # A copy made in the middle of a block rounds what the block rounds, and has stored layers where it has them.
+        twin.simulation.only, twin._displaced = self.simulation.only, dict(self._displaced)
         self._twins.add(twin)
         return twin
 

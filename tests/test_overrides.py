@@ -138,6 +138,8 @@ def test_training_stores_the_weights_that_it_ended_with(tmp_path: Path) -> None:
     callback = lq.QuantizationAwareTraining(recipe, module="net", output_dir=tmp_path / "artifact", threads=1)
     fit(model, callback, max_epochs=1, default_root_dir=tmp_path)
     assert callback.artifact is not None
+    for row in callback.artifact.report["metrics"]:
+        assert row["simulated"] == pytest.approx(row["artifact"], abs=1e-4)
     weight = model.net.head.weight.detach()
     expected = torch.round(weight / (weight.abs().amax(1, keepdim=True) / 127)).to(torch.int8)
     tensors = onnx.load(callback.artifact.model_path).graph.initializer
