@@ -22,6 +22,11 @@ class LoadedModule(nn.Module):
         """Return the outputs for inputs, both in the order of the signature; outputs lie where the inputs do."""
         raise NotImplementedError
 
+    def train(self, mode: bool = True) -> "LoadedModule":
+        """Note the mode, as a Trainer sets it around validation; what is loaded computes the same in both."""
+        self.training = mode
+        return self
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run a call of the captured structure."""
         return self.signature.unflatten(self.run(self.signature.flatten(args, kwargs)))

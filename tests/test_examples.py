@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import audio_classifier
 import cli
@@ -99,10 +100,12 @@ def test_lenet_in_every_precision_is_smaller_and_as_accurate(
         assert float(accuracy) >= float_accuracy - (0.05 if "QAT" in name else 0.01), name
 
 
+@pytest.mark.parametrize("quantized", [audio_classifier.QUANTIZED[:1], pytest.param(None, marks=pytest.mark.slow)])
 def test_audio_transformer_from_its_checkpoint(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    quantized: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(audio_classifier, "QUANTIZED", quantized or audio_classifier.QUANTIZED)
     monkeypatch.setattr(audio_classifier, "EPOCHS", 1)
     audio_classifier.main(num_train=64, num_validation=64)
     rows = _printed_rows(capsys.readouterr().out)

@@ -99,6 +99,8 @@ def test_contract(recipe: str, runtime: str, tmp_path: Path) -> None:
     assert [row["weights"] for row in rows if row["name"] in ("embedding", "head")] == [VOCABULARY * 32, 0]
     assert artifact.size_bytes == sum((tmp_path / name).stat().st_size for name in artifact.model_files.values())
     loaded = load(tmp_path)
+    # A Trainer sets the mode of all modules around validation.
+    loaded.train().eval()
     assert not check_layer_parity(quantized, loaded).failures
     for batch, length in ((2, 6), (1, 9), (4, 3)):
         given = call(batch, length)

