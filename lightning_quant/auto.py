@@ -11,7 +11,6 @@ from lightning_quant.artifact import Artifact, load
 from lightning_quant.errors import QuantizationError
 from lightning_quant.latency import Timing, measure
 
-AUTO = "auto"
 # What a report's warnings begin with when an artifact is not what was simulated.
 _WRONG = "parity FAILED"
 

@@ -13,8 +13,9 @@ from lightning_quant import artifact as artifacts
 from lightning_quant import recipe as recipes
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
-from lightning_quant.auto import AUTO, choose_runtime
+from lightning_quant.auto import choose_runtime
 from lightning_quant.calibrate import as_call, calibrate, steps_of
+from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.export import DynamicShapes, Quantizable, export, in_float32
 from lightning_quant.graph.table import Selection
@@ -36,6 +37,7 @@ def quantize(
     exclude: tuple[str, ...] | list[str] = (),
     dynamic_shapes: DynamicShapes | None = None,
     threads: int | None = None,
+    engine: str = AUTO,
 ) -> Artifact:
     """Quantize a trained float module and write the artifact; the module itself stays as it is.
 
@@ -52,6 +54,8 @@ def quantize(
         exclude: likewise, of what stays float.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
         threads: for the latencies in the report; torch's number of threads by default.
+        engine: whose kernels run a static recipe on runtime "torch"; "auto" measures those of this build and takes the
+            fastest whose parity holds, with what was measured in the report.
 
     Raises:
         QuantizationError: an argument is wrong or a stage failed; nothing is half written.
@@ -65,6 +69,7 @@ def quantize(
     if first is None:
         raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
     recipe = recipes.get(recipe)
+    check_engine(runtime, engine)
     notes: tuple[str, ...] = ()
     if runtime == AUTO:
         data = [first, *calls]
@@ -83,7 +88,13 @@ def quantize(
     else:
         quantized = _calibrated(model, recipe, runtime, selection, first, calls, seconds)
     artifact = export(
-        quantized, folder, dynamic_shapes=dynamic_shapes, classes=class_labels(model), seconds=seconds, release=True
+        quantized,
+        folder,
+        dynamic_shapes=dynamic_shapes,
+        classes=class_labels(model),
+        seconds=seconds,
+        release=True,
+        engine=engine,
     )
     if isinstance(quantized, Prepared):
         notes += tuple(str(step) for step in quantized.accuracy_steps)

@@ -23,6 +23,7 @@ from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call, layers_beside
 from lightning_quant.capture import Capture, find_module
 from lightning_quant.distributed import Group
+from lightning_quant.engines import check_engine
 from lightning_quant.errors import CaptureError, NoEffectWarning, QuantizationError
 from lightning_quant.export import DynamicShapes, Quantizable, trial_export
 from lightning_quant.graph.analyze import has_weights
@@ -56,6 +57,7 @@ class QuantizationCallback(Callback):
         evaluate: bool,
         limit_eval_batches: int | float | None,
         threads: int | None,
+        engine: str,
         dynamic_shapes: DynamicShapes | None,
     ) -> None:
         super().__init__()
@@ -69,6 +71,7 @@ class QuantizationCallback(Callback):
         self.evaluate = evaluate
         self.limit_eval_batches = limit_eval_batches
         self.threads = threads
+        self.engine = engine
         self.dynamic_shapes = dynamic_shapes
         for name, value, choices in (
             ("example", example, ("train_batch", "example_input_array")),
@@ -186,6 +189,7 @@ class QuantizationCallback(Callback):
 
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
         runtimes.get(self.runtime, exporting=True)
+        check_engine(self.runtime, self.engine)
         if self.module is not None and trainer.lightning_module is not None and _is_configured(pl_module):
             find_module(pl_module, self.module)
         folder = self.folder(trainer)

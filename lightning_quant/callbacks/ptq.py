@@ -15,6 +15,7 @@ from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_cal
 from lightning_quant.callbacks.finish import choose_weights, finish
 from lightning_quant.callbacks.training_data import calibration_steps, check_data, independent_copy
 from lightning_quant.distributed import calibrate_together
+from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
 from lightning_quant.prepared import Prepared
@@ -63,6 +64,7 @@ class PostTrainingQuantization(QuantizationCallback):
         evaluate: whether to run the validation loop on float, simulated and exported model when fit ends.
         limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
         threads: for the latencies in the report; torch's number of threads by default.
+        engine: whose kernels run on runtime "torch"; "auto" measures and takes the fastest whose parity holds.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
 
     Raises:
@@ -88,6 +90,7 @@ class PostTrainingQuantization(QuantizationCallback):
         evaluate: bool = True,
         limit_eval_batches: int | float | None = None,
         threads: int | None = None,
+        engine: str = AUTO,
         dynamic_shapes: DynamicShapes | None = None,
     ) -> None:
         super().__init__(
@@ -102,6 +105,7 @@ class PostTrainingQuantization(QuantizationCallback):
             evaluate=evaluate,
             limit_eval_batches=limit_eval_batches,
             threads=threads,
+            engine=engine,
             dynamic_shapes=dynamic_shapes,
         )
         given = Calibration() if calibration is None else calibration

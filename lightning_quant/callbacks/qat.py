@@ -19,6 +19,7 @@ from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
 from lightning_quant.callbacks.schedule import Schedule, Timeline, resolve
 from lightning_quant.callbacks.training_data import calibration_steps, independent_copy
 from lightning_quant.distributed import merge_batch
+from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
 from lightning_quant.learned_steps import LearnedSteps
@@ -48,6 +49,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         evaluate: whether to run the validation loop on float, simulated and exported model when fit ends.
         limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
         threads: for the latencies in the report; torch's number of threads by default.
+        engine: whose kernels run on runtime "torch"; "auto" measures and takes the fastest whose parity holds.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
         batch_norm_batches: training batches on which BatchNorm's statistics are measured anew for the artifact, under
             rounding and with the final weights; 0 keeps those of training.
@@ -75,6 +77,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         evaluate: bool = True,
         limit_eval_batches: int | float | None = None,
         threads: int | None = None,
+        engine: str = AUTO,
         dynamic_shapes: DynamicShapes | None = None,
         batch_norm_batches: int = 0,
     ) -> None:
@@ -90,6 +93,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             evaluate=evaluate,
             limit_eval_batches=limit_eval_batches,
             threads=threads,
+            engine=engine,
             dynamic_shapes=dynamic_shapes,
         )
         if isinstance(self.recipe, LayerRecipe):

@@ -1,6 +1,5 @@
 """What every runtime owes: the same tests over all of them."""
 
-import importlib
 import json
 import os
 import shutil
@@ -29,10 +28,7 @@ from lightning_quant.parity import check_parity
 from lightning_quant.prepared import Prepared
 from lightning_quant.signature import tensor_leaves
 
-# Those that run recipes of graphs; the others have a contract suite of their own.
-RUNTIMES = tuple(
-    name for name in runtimes.names() if importlib.import_module(f"{runtimes.__name__}.{name}").TABLE is not None
-)
+RUNTIMES = tuple(runtimes.names())
 NETS = ("residual", "mlp", "multi_modal", "nested", "pooling")
 # Compiling takes a quarter of a minute for each net.
 FEW_NETS = {"inductor": ("residual", "multi_modal")}
