@@ -51,7 +51,7 @@ def assess(
     threads = threads or torch.get_num_threads()
     loaded = artifacts.load(artifact.path, threads=threads)
     started = time.perf_counter()
-    parity = _parity(prepared, loaded, artifact)
+    parity = parity_of(prepared, loaded, artifact)
     seconds["parity"] = time.perf_counter() - started
     started = time.perf_counter()
     latency, remarks = _latency(prepared, loaded, threads)
@@ -83,7 +83,8 @@ def _engine(artifact: Artifact) -> tuple[str, ...]:
     return (artifact.manifest["engine"]["measured"],) if "engine" in artifact.manifest else ()
 
 
-def _parity(prepared: Quantizable, loaded: nn.Module, artifact: Artifact) -> Parity | LayerParity:
+def parity_of(prepared: Quantizable, loaded: nn.Module, artifact: Artifact) -> Parity | LayerParity:
+    """Compare an artifact with what was exported to it."""
     if isinstance(prepared, Layerwise):
         return check_layer_parity(prepared, loaded)
     runtime = runtimes.get(prepared.plan.runtime)

@@ -52,7 +52,8 @@ class PostTrainingQuantization(QuantizationCallback):
     Args:
         recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe` or `LayerRecipe`, or a dict of
             fields. Recipes of layers (dynamic, weight-only, half precision) are not calibrated.
-        runtime: where the artifact will run.
+        runtime: where the artifact will run; "auto" tries every installed one when fit begins and takes the fastest
+            whose parity holds, with what was measured in the report.
         module: name of the module to quantize; by default the outermost one with layers to quantize that
             `training_step` calls.
         output_dir: the artifact's folder; "quantized" beside the logs by default. An artifact there is replaced.

@@ -37,7 +37,8 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     Args:
         recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe`, or a dict of its fields.
-        runtime: where the artifact will run.
+        runtime: where the artifact will run; "auto" tries every installed one when fit begins and takes the fastest
+            whose parity holds, with what was measured in the report.
         module: name of the module to quantize; by default the outermost one with layers to quantize that
             `training_step` calls.
         output_dir: the artifact's folder; "quantized" beside the logs by default. An artifact there is replaced.
@@ -123,6 +124,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit begins: capture, plan, trial export; take over the ranges of a resumed run."""
+        if self._checkpoint is not None and self.runtime == AUTO:
+            self._take_runtime(_refused_in_callback(self._state_in, self._checkpoint))
         super().on_fit_start(trainer, pl_module)
         _refused_in_callback(self._begin, trainer)
 
@@ -229,6 +232,11 @@ class QuantizationAwareTraining(QuantizationCallback):
                 f"{self.observer()!r}, whose histograms would have to be added up at every batch."
             )
 
+    def _take_runtime(self, state: dict[str, Any]) -> None:
+        """Go on with the runtime that was chosen when training began: it says which tensors have ranges."""
+        if self.runtime == AUTO:
+            self.chosen_runtime = state.get("runtime", "")
+
     def _state_in(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return this callback's state in a checkpoint; with other arguments than then, the only one of its kind."""
         states = {
@@ -245,13 +253,16 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.require_prepared().state_dict() if self.prepared is not None else self._restored or {}
+        if self.prepared is None:
+            return self._restored or {}
+        return {**self.require_prepared().state_dict(), "runtime": self.chosen_runtime}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
         self._restored = state_dict
+        self._take_runtime(state_dict)
         if self.prepared is not None:
             self.require_prepared().load_state_dict(state_dict)
 

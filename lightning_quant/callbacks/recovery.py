@@ -53,4 +53,4 @@ def _arguments(callback: "QuantizationCallback") -> str:
         "engine": callback.engine if callback.engine != AUTO else None,
     }
     named = [f"{name}={value!r}" for name, value in given.items() if value is not None]
-    return ", ".join([repr(recipe), repr(callback.runtime), *named])
+    return ", ".join([repr(recipe), repr(callback.chosen_runtime or callback.runtime), *named])
