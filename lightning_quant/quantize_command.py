@@ -33,6 +33,7 @@ class _Quantizing:
         num_batches: int = 32,
         evaluate: bool = True,
         threads: int | None = None,
+        engine: str = "auto",
     ) -> Any:
         """Quantize a trained checkpoint and write the artifact, evaluated with the model's own validation.
 
@@ -41,7 +42,7 @@ class _Quantizing:
             datamodule: its data.
             ckpt_path: any checkpoint of the model.
             recipe: numerics, by name.
-            runtime: where the artifact will run.
+            runtime: where the artifact will run; "auto" takes the fastest installed one whose parity holds.
             output: the artifact's folder.
             module: name of the module to quantize; found by itself when left out.
             include: fnmatch patterns on qualified names and layer types of what may be quantized.
@@ -49,6 +50,7 @@ class _Quantizing:
             num_batches: training batches to calibrate with.
             evaluate: whether to run the validation loop on float, simulated and exported model.
             threads: for the latencies in the report.
+            engine: whose kernels run on runtime "torch"; "auto" takes the fastest whose parity holds.
         """
         if ckpt_path is None:
             raise QuantizationError("Expected `--ckpt_path` to name a trained checkpoint, but got none.")
@@ -62,6 +64,7 @@ class _Quantizing:
             calibration={"num_batches": num_batches},
             evaluate=evaluate,
             threads=threads,
+            engine=engine,
         )
         return callback.quantize_checkpoint(ckpt_path, model, datamodule, **_options(self))
 

@@ -67,7 +67,12 @@ class TorchStaticModule(LoadedModule):
         dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
         values = [tensor.detach().to("cpu", dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         with torch_threads(self.threads or torch.get_num_threads()), steps.quantized_engine(self.engine):
-            outputs = self.program(*values)
+            try:
+                outputs = self.program(*values)
+            except (RuntimeError, IndexError) as error:
+                raise QuantizationError(
+                    f"Expected inputs that the model can take, such as sequences that it has positions for, but {error}"
+                ) from error
         device = tensors[0].device if tensors else torch.device("cpu")
         return [output.contiguous().to(device) for output in outputs]
 

@@ -33,6 +33,9 @@ REQUIRES = ("executorch", "torchao")
 # Decibels by which simulation and artifact are closer to each other than simulation and float.
 PARITY_MARGIN_DB = 3.0
 MODEL_FILE = "model.pte"
+# Recipes of layers do not run here.
+HALF_ARITHMETIC = None
+IN_PROCESS = False
 # Largest batch of a program, unless the captured one is larger; other dimensions may grow by this factor.
 _MAX_BATCH, _MAX_GROWTH = 64, 4
 _FLOAT = "XNNPACK computes it in float"
