@@ -14,7 +14,7 @@ from lightning_quant.artifact import model_files
 from lightning_quant.errors import QuantizationError
 from lightning_quant.latency import Timing, measure
 from lightning_quant.parity import Parity, check_parity
-from lightning_quant.prepare import Prepared
+from lightning_quant.prepared import Prepared
 from lightning_quant.signature import Signature
 
 AUTO = "auto"

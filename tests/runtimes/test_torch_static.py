@@ -22,7 +22,8 @@ from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.export import export
 from lightning_quant.latency import Timing
 from lightning_quant.parity import check_parity
-from lightning_quant.prepare import Prepared, prepare
+from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import IntegerSpec, Recipe
 from lightning_quant.runtimes import _torch_static, _torch_steps
 from lightning_quant.runtimes import torch as runtime
@@ -107,7 +108,7 @@ def test_every_spelling_becomes_a_kernel(tmp_path: Path) -> None:
 
 def test_forced_integers_go_to_each_reader(made: tuple[Prepared, Artifact]) -> None:
     prepared, artifact = made
-    with torch.no_grad(), prepared.attached("frozen"), prepared.recording() as edges:
+    with torch.no_grad(), prepared.attached("frozen"), prepared.simulation.recording() as edges:
         prepared.root(IMAGE)
     given = [integers.numpy() for _, integers in edges]
     right = runtime.run_forced(artifact.model_path, {"image": IMAGE}, given)
@@ -189,7 +190,7 @@ def test_what_the_kernels_of_this_machine_get_wrong_is_rejected(tmp_path: Path) 
     x = 4 * torch.rand(2, 16, 12, 12)
     prepared = ready(model, x)
     choice = export(prepared, tmp_path / "artifact").manifest["engine"]
-    with torch.no_grad(), prepared.attached("frozen"), prepared.recording() as edges:
+    with torch.no_grad(), prepared.attached("frozen"), prepared.simulation.recording() as edges:
         model(x)
     for engine in ENGINES:
         path = export(prepared, tmp_path / engine, engine=engine).model_path
