@@ -184,7 +184,7 @@ def test_an_engine_that_saturates_is_rejected_however_fast(tmp_path: Path, monke
 def test_what_the_kernels_of_this_machine_get_wrong_is_rejected(tmp_path: Path) -> None:
     """A depthwise convolution with weights at the end of their range, which fbgemm saturates without VNNI."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(16, 16, 3, groups=16), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
+    model = nn.Sequential(nn.Conv2d(16, 16, 3, padding=1, groups=16), nn.ReLU(), nn.Conv2d(16, 4, 1)).eval()
     with torch.no_grad():
         model[0].weight.copy_(torch.randint(0, 2, model[0].weight.shape) * 2.0 - 1.0)
     x = 4 * torch.rand(2, 16, 12, 12)
