@@ -15,7 +15,7 @@ from lightning_quant import runtimes
 from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
 from lightning_quant.errors import ExportError
-from lightning_quant.export import Quantizable, dynamic_dimensions, export_float, samples_of
+from lightning_quant.export import PARITY_SAMPLES, Quantizable, dynamic_dimensions, export_float, samples_of
 from lightning_quant.latency import Timing, measure, torch_threads
 from lightning_quant.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.layerwise import Layerwise
@@ -24,9 +24,6 @@ from lightning_quant.parity import Parity, check_parity
 from lightning_quant.report import LatencyRow, MetricRow, Report
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.signature import make_signature
-
-# Samples that the parity check looks at; every operator of the model is compared on them.
-_PARITY_SAMPLES = 16
 
 
 def assess(
@@ -57,7 +54,7 @@ def assess(
     threads = threads or torch.get_num_threads()
     loaded = artifacts.load(artifact.path, threads=threads)
     started = time.perf_counter()
-    parity = _parity(prepared, loaded, artifact)
+    parity = parity_of(prepared, loaded, artifact)
     seconds["parity"] = time.perf_counter() - started
     started = time.perf_counter()
     latency, remarks = _latency(prepared, loaded, threads)
@@ -80,17 +77,22 @@ def assess(
         operators=operators,
         seconds=seconds,
         plan=prepared.plan.to_dict(),
-        notes=(*notes, *remarks),
+        notes=(*notes, *_engine(artifact), *remarks),
         min_stored_share=prepared.recipe.min_stored_share if isinstance(prepared, Layerwise) else None,
         sensitivity=sensitivity,
     )
 
 
-def _parity(prepared: Quantizable, loaded: nn.Module, artifact: Artifact) -> Parity | LayerParity:
+def _engine(artifact: Artifact) -> tuple[str, ...]:
+    return (artifact.manifest["engine"]["measured"],) if "engine" in artifact.manifest else ()
+
+
+def parity_of(prepared: Quantizable, loaded: nn.Module, artifact: Artifact) -> Parity | LayerParity:
+    """Compare an artifact with what was exported to it."""
     if isinstance(prepared, Layerwise):
         return check_layer_parity(prepared, loaded)
     runtime = runtimes.get(prepared.plan.runtime)
-    return check_parity(prepared, loaded, runtime, artifact.model_path, samples_of(prepared, _PARITY_SAMPLES))
+    return check_parity(prepared, loaded, runtime, artifact.model_path, samples_of(prepared, PARITY_SAMPLES))
 
 
 def tensor_bytes(module: nn.Module) -> int:

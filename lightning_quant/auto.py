@@ -7,21 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from lightning_quant import golden, runtimes
-from lightning_quant.artifact import Artifact, load
+from lightning_quant.artifact import load
+from lightning_quant.assess import parity_of
 from lightning_quant.errors import QuantizationError
+from lightning_quant.export import DynamicShapes, Quantizable, export
 from lightning_quant.latency import Timing, measure
 
-AUTO = "auto"
-# What a report's warnings begin with when an artifact is not what was simulated.
-_WRONG = "parity FAILED"
 
-
-def choose_runtime(make: Callable[[str, Path], Artifact], threads: int | None = None) -> tuple[str, str]:
+def choose_runtime(
+    plan: Callable[[str], Quantizable], threads: int | None = None, dynamic_shapes: DynamicShapes | None = None
+) -> tuple[str, str]:
     """Return the name of the fastest correct runtime, and what was measured in words.
 
     Args:
-        make: writes the artifact of a runtime to a folder, measured.
+        plan: gives the calibrated model, or the quantized layers, for a runtime.
         threads: of the measurement; one by default.
+        dynamic_shapes: as for `export`.
 
     Raises:
         QuantizationError: no runtime gave a correct artifact; the message has every reason.
@@ -31,17 +32,18 @@ def choose_runtime(make: Callable[[str, Path], Artifact], threads: int | None = 
         candidates: dict[str, Callable[[], Any]] = {}
         for runtime in runtimes.names():
             try:
-                artifact = make(runtime, Path(name, runtime))
-                wrong = [w for w in (artifact.report or {}).get("warnings", []) if w.startswith(_WRONG)]
-                if wrong:
-                    refused[runtime] = wrong[0]
-                    continue
-                batch = golden.load(artifact.golden_path, artifact.signature)
-                candidates[runtime] = functools.partial(
-                    load(artifact.path, threads=threads or 1).run, list(batch.inputs)
-                )
+                quantized = plan(runtime)
+                artifact = export(quantized, Path(name, runtime), dynamic_shapes=dynamic_shapes)
+                loaded = load(artifact.path, threads=threads or 1)
+                failures = parity_of(quantized, loaded, artifact).failures
             except QuantizationError as error:
                 refused[runtime] = str(error)
+                continue
+            if failures:
+                refused[runtime] = f"parity FAILED: {failures[0]}"
+                continue
+            batch = golden.load(artifact.golden_path, artifact.signature)
+            candidates[runtime] = functools.partial(loaded.run, list(batch.inputs))
         if not candidates:
             reasons = "; ".join(f"{runtime}: {reason}" for runtime, reason in refused.items())
             raise QuantizationError(f"Expected a runtime to give a correct artifact, but none did: {reasons}")

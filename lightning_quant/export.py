@@ -1,5 +1,6 @@
 """Stage 5: from a prepared model to an artifact, and the trial of it before training."""
 
+import dataclasses
 import tempfile
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ from lightning_quant import artifact as artifacts
 from lightning_quant import golden, runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.convert import check_agreement, convert
+from lightning_quant.engines import AUTO, choose_engine
 from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.golden import GoldenBatch
 from lightning_quant.layerwise import Layerwise
@@ -23,6 +25,8 @@ from lightning_quant.signature import Signature, make_signature, tensor_leaves
 
 DynamicShapes = dict[str, dict[int, str]]
 Quantizable = Prepared | Layerwise
+# Samples that the parity check looks at; every operator of the model is compared on them.
+PARITY_SAMPLES = 16
 
 
 def export(
@@ -33,6 +37,7 @@ def export(
     classes: tuple[str, ...] | None = None,
     seconds: dict[str, float] | None = None,
     release: bool = False,
+    engine: str = AUTO,
 ) -> Artifact:
     """Convert a trained or calibrated model, check it against its simulation, and write the artifact.
 
@@ -43,6 +48,7 @@ def export(
         classes: labels of the classes, where they are known; left out when no output has a score for each.
         seconds: gets the time of the stages under "convert" and "export".
         release: give up quantized layers once they are written, so that they are not held beside the loaded artifact.
+        engine: of runtimes that have several; "auto" tries them on the captured call.
 
     Raises:
         CalibrationError: an edge was never observed.
@@ -70,11 +76,20 @@ def export(
             "plan": prepared.plan.to_dict(),
             "outside": _outside(prepared),
             **({"classes": list(classes)} if classes and _are_scored(classes, signature) else {}),
+            **_engine(prepared, staged, signature, engine),
         }
         golden.save(folder / golden.FILE, _golden_batch(prepared, staged, signature), content)
         written = artifacts.write(output_dir, staged, content)
     seconds["export"] = time.perf_counter() - started
     return written
+
+
+def _engine(prepared: Quantizable, staged: Path, signature: Signature, engine: str) -> dict[str, Any]:
+    """Return what the manifest says of the engine, where the runtime has several."""
+    if isinstance(prepared, Layerwise):
+        return {}
+    choice = choose_engine(prepared, staged, signature, samples_of(prepared, PARITY_SAMPLES), engine)
+    return {} if choice is None else {"engine": dataclasses.asdict(choice)}
 
 
 def trial_export(prepared: Quantizable, *, dynamic_shapes: DynamicShapes | None = None) -> None:

@@ -161,6 +161,10 @@ def quantize_layers(
     where = runtimes.get(runtime, exporting=True)
     if where.HALF_ARITHMETIC is None:
         raise PlanError(f"Expected `runtime` to run quantized layers for {chosen.name!r}, but {runtime!r} does not.")
+    refusals = getattr(where, "LAYER_REFUSALS", {})
+    refused = next((name for name in chosen.schemes if name in refusals), None)
+    if refused is not None:
+        raise PlanError(f"Expected a recipe that {runtime!r} runs, but got {chosen.name!r}: {refusals[refused]}.")
     found = trials(model, chosen, selection, half_arithmetic=where.HALF_ARITHMETIC)
     _run(model, list(found.values()), args, kwargs)
     for trial in found.values():

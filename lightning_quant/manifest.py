@@ -145,6 +145,10 @@ def _are_versions(value: Any) -> bool:
     return isinstance(value, dict) and all(v is None or isinstance(v, str) for v in value.values())
 
 
+def _is_engine(value: Any) -> bool:
+    return isinstance(value, dict) and set(value) == {"name", "measured"} and all(map(_is_text, value.values()))
+
+
 def _are_classes(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(label, str) for label in value)
 
@@ -164,6 +168,7 @@ _FIELDS: dict[str, Field] = {
     "cpu": (_is_text, "a name"),
 }
 _OPTIONAL: dict[str, Field] = {
+    "engine": (_is_engine, "the name of an engine, and what was measured"),
     "classes": (_are_classes, "a list of labels"),
     "report": (lambda value: isinstance(value, dict), "what was measured"),
 }

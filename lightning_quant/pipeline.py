@@ -14,8 +14,10 @@ from lightning_quant import recipe as recipes
 from lightning_quant.accuracy.sensitivity import NUM_CALLS, check_rankable, rank_operators
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
-from lightning_quant.auto import AUTO, choose_runtime
+from lightning_quant.auto import choose_runtime
 from lightning_quant.calibrate import as_call, calibrate, steps_of
+from lightning_quant.checkpoint import load_module
+from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.export import DynamicShapes, Quantizable, export, in_float32
 from lightning_quant.graph.table import Selection
@@ -27,7 +29,7 @@ from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
 
 
 def quantize(
-    model: nn.Module,
+    model_or_checkpoint: nn.Module | str | os.PathLike[str],
     recipe: str | dict[str, Any] | AnyRecipe = "int8",
     runtime: str = "onnxruntime",
     *,
@@ -38,11 +40,14 @@ def quantize(
     dynamic_shapes: DynamicShapes | None = None,
     threads: int | None = None,
     sensitivity: bool = False,
+    engine: str = AUTO,
+    lightning_module: nn.Module | type[nn.Module] | None = None,
+    module: str | None = None,
 ) -> Artifact:
     """Quantize a trained float module and write the artifact; the module itself stays as it is.
 
     Args:
-        model: the float module.
+        model_or_checkpoint: the float module, or the path of a Lightning checkpoint.
         recipe: numerics, by name or object.
         runtime: where the artifact will run; "auto" makes one for every installed runtime and keeps the fastest whose
             parity holds, with what was measured in the report.
@@ -56,10 +61,16 @@ def quantize(
         threads: for the latencies in the report; torch's number of threads by default.
         sensitivity: whether the report says which operator costs what; it runs the model three or four times for each
             operator, on the first two calls. For recipes that need calibration.
+        engine: whose kernels run a static recipe on runtime "torch"; "auto" measures those of this build and takes the
+            fastest whose parity holds, with what was measured in the report.
+        lightning_module: of a checkpoint: its LightningModule's class, or an instance, which gets the weights.
+        module: of a checkpoint: qualified name of the module to quantize, whose calls `calibration_data` holds; the
+            LightningModule's own forward by default.
 
     Raises:
         QuantizationError: an argument is wrong or a stage failed; nothing is half written.
     """
+    model = _float_module(model_or_checkpoint, lightning_module, module)
     if calibration_data is None:
         raise QuantizationError("Expected `calibration_data` to hold at least one call, but got None.")
     folder = Path(output_dir if output_dir is not None else "quantized")
@@ -70,34 +81,53 @@ def quantize(
         raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
     recipe = recipes.get(recipe)
     check_rankable(recipe, sensitivity=sensitivity)
-    notes: tuple[str, ...] = ()
-    if runtime == AUTO:
-        data = [first, *calls]
-        options: dict[str, Any] = {"include": include, "exclude": exclude, "dynamic_shapes": dynamic_shapes}
-
-        def make(name: str, path: Path) -> Artifact:
-            return quantize(model, recipe, name, calibration_data=data, output_dir=path, threads=threads, **options)
-
-        runtime, note = choose_runtime(make, threads)
-        notes, calls = (note,), iter(data[1:])
+    check_engine(runtime, engine)
     selection = Selection(tuple(include), tuple(exclude))
     seconds: dict[str, float] = {}
-    quantized: Quantizable
+    make = _quantize_layers if isinstance(recipe, LayerRecipe) else _calibrated
+    notes: tuple[str, ...] = ()
+    calls = itertools.chain([first], calls)
+    if runtime == AUTO:
+        data = list(calls)
+        runtime, note = choose_runtime(
+            lambda name: make(model, recipe, name, selection, iter(data), {}),  # type: ignore[arg-type]
+            threads,
+            dynamic_shapes,
+        )
+        notes, calls = (note,), iter(data)
+    few = list(itertools.islice(calls, NUM_CALLS)) if sensitivity else []
+    quantized: Quantizable = make(model, recipe, runtime, selection, itertools.chain(few, calls), seconds)  # type: ignore[arg-type]
     found = None
-    if isinstance(recipe, LayerRecipe):
-        quantized = _quantize_layers(model, recipe, runtime, selection, first, calls, seconds)
-    else:
-        few = [first, *itertools.islice(calls, NUM_CALLS - 1)] if sensitivity else [first]
-        prepared = _calibrated(model, recipe, runtime, selection, itertools.chain(few, calls), seconds)
-        found = rank_operators(prepared, [as_call(call) for call in few]) if sensitivity else None
-        quantized = prepared
+    if sensitivity and isinstance(quantized, Prepared):
+        found = rank_operators(quantized, [as_call(call) for call in few])
     artifact = export(
-        quantized, folder, dynamic_shapes=dynamic_shapes, classes=class_labels(model), seconds=seconds, release=True
+        quantized,
+        folder,
+        dynamic_shapes=dynamic_shapes,
+        classes=class_labels(model),
+        seconds=seconds,
+        release=True,
+        engine=engine,
     )
     if isinstance(quantized, Prepared):
         notes += tuple(str(step) for step in quantized.accuracy_steps)
     report = assess(quantized, artifact, seconds=seconds, threads=threads, notes=notes, sensitivity=found)
     return artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
+
+
+def _float_module(
+    model_or_checkpoint: nn.Module | str | os.PathLike[str],
+    lightning_module: nn.Module | type[nn.Module] | None,
+    module: str | None,
+) -> nn.Module:
+    if not isinstance(model_or_checkpoint, nn.Module):
+        return load_module(model_or_checkpoint, lightning_module, module)
+    if lightning_module is not None or module is not None:
+        raise QuantizationError(
+            "Expected `lightning_module` and `module` with the path of a checkpoint only, but got them with a module: "
+            "give the module to quantize itself."
+        )
+    return model_or_checkpoint
 
 
 def _calibrated(
@@ -123,13 +153,12 @@ def _quantize_layers(
     recipe: LayerRecipe,
     runtime: str,
     selection: Selection,
-    first: Any,
     calls: Iterator[Any],
     seconds: dict[str, float],
 ) -> Quantizable:
     """Quantize on the first call; the others tell which sizes vary."""
     started = time.perf_counter()
-    args, kwargs = as_call(first)
+    args, kwargs = as_call(next(calls))
     others = [as_call(call) for call in calls]
     quantized = quantize_layers(
         model, args, kwargs, recipe=recipe, runtime=runtime, selection=selection, calls=[(args, kwargs), *others]

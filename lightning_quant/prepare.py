@@ -44,11 +44,6 @@ def prepare(
     if not isinstance(chosen, Recipe):
         raise PlanError(f"Expected `recipe` to quantize a graph, but {chosen.name!r} quantizes layers without one.")
     table = runtimes.get(runtime, exporting=True).TABLE
-    if table is None:
-        raise PlanError(
-            f"Expected `runtime` to have integer kernels for recipe {chosen.name!r}, but {runtime!r} has none. It runs "
-            f"{sorted(name for name, known in recipes.RECIPES.items() if not isinstance(known, Recipe))}."
-        )
     selection = select(selection or Selection(), chosen)
     analysis = analyze(
         model,

@@ -34,6 +34,7 @@ class _Quantizing:
         evaluate: bool = True,
         threads: int | None = None,
         sensitivity: bool = False,
+        engine: str = "auto",
     ) -> Any:
         """Quantize a trained checkpoint and write the artifact, evaluated with the model's own validation.
 
@@ -42,7 +43,7 @@ class _Quantizing:
             datamodule: its data.
             ckpt_path: any checkpoint of the model.
             recipe: numerics, by name.
-            runtime: where the artifact will run.
+            runtime: where the artifact will run; "auto" takes the fastest installed one whose parity holds.
             output: the artifact's folder.
             module: name of the module to quantize; found by itself when left out.
             include: fnmatch patterns on qualified names and layer types of what may be quantized.
@@ -51,6 +52,7 @@ class _Quantizing:
             evaluate: whether to run the validation loop on float, simulated and exported model.
             threads: for the latencies in the report.
             sensitivity: whether the report says which operator costs what.
+            engine: whose kernels run on runtime "torch"; "auto" takes the fastest whose parity holds.
         """
         if ckpt_path is None:
             raise QuantizationError("Expected `--ckpt_path` to name a trained checkpoint, but got none.")
@@ -65,6 +67,7 @@ class _Quantizing:
             evaluate=evaluate,
             threads=threads,
             sensitivity=sensitivity,
+            engine=engine,
         )
         return callback.quantize_checkpoint(ckpt_path, model, datamodule, **_options(self))
 

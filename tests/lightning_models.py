@@ -15,6 +15,8 @@ from torchmetrics.classification import MulticlassAccuracy
 torch.set_num_threads(1)
 with contextlib.suppress(ImportError, AttributeError):
     # Half of the time of exporting a tiny net is spent on listing all operators anew; once will do for all tests.
+    # Registers operators that would be missing from the list if a test of other recipes came first.
+    import torch.ao.quantization.fx._decomposed
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
     ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))

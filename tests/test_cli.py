@@ -9,7 +9,7 @@ import yaml
 from lightning.pytorch import Trainer
 from plain_project.training import Classifier, Data
 
-from lightning_quant import cli
+from lightning_quant import cli, runtimes
 from lightning_quant.artifact import Artifact, read
 
 pytestmark = [
@@ -81,6 +81,19 @@ def test_quantize_prints_json_and_fails_with_the_number(
     (missed,) = answer["missed"]
     assert "size ratio is 0." in missed
     assert missed in captured.err
+
+
+def test_runtime_and_engine_are_options(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtimes, "names", lambda: ["openvino", "torch"])
+    arguments = ("--config", "quantize.yaml", "--threads", "1", "--evaluate", "false", "--num-batches=2")
+    assert run_in(project, "quantize", *arguments, "--output", "auto", "--runtime", "auto") == 0
+    artifact = read(project / "auto")
+    assert artifact.manifest["runtime"] in ("openvino", "torch")
+    assert any("was chosen as the fastest" in note for note in artifact.report["notes"])
+
+    engine = ("--runtime", "torch", "--engine", "qnnpack")
+    assert run_in(project, "quantize", *arguments, "--output", "qnnpack", *engine) == 0
+    assert read(project / "qnnpack").manifest["engine"]["name"] == "qnnpack"
 
 
 def test_classes_may_be_named_on_the_command_line(project: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,4 +1,4 @@
-"""The lines at the end of report.md, where neither this package nor torch is installed."""
+"""The lines at the end of report.md, where this package is not installed, nor torch where ONNX Runtime runs them."""
 
 import importlib.util
 import re
@@ -10,13 +10,18 @@ import lightning_models  # noqa: F401  makes exporting quick
 import numpy as np
 import pytest
 import torch
+from models import ResidualNet, with_statistics
 from torch import Tensor, nn
 
 from lightning_quant import load, quantize
-from lightning_quant.artifact import Artifact
+from lightning_quant.artifact import Artifact, add_report
+from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.export import export
+from lightning_quant.prepare import prepare
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
+IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 # What a runtime's own package needs, and nothing else: an environment without this package and without torch.
 NEEDED = {"onnxruntime": ("numpy", "onnxruntime", "flatbuffers", "google", "packaging")}
 RUN = """
@@ -89,6 +94,61 @@ def test_lines_in_the_report_run_the_model_where_the_package_is_not_installed(tm
     assert list(actual) == ["scores", "kept"]
     for name, value in expected.items():
         torch.testing.assert_close(torch.from_numpy(actual[name]), value)
+
+
+# Everything that is installed but this package, what it is built on, and the lists of packages, which load them.
+ABSENT = ("lightning_quant", "lightning", "pytorch_lightning")
+RUN_ON_TORCH = """
+import sys
+
+sys.path.append({site!r})
+for absent in {absent!r}:
+    try:
+        __import__(absent)
+    except ModuleNotFoundError:
+        continue
+    raise SystemExit(f"{{absent}} is installed")
+import math
+import torch
+
+names = {{"filled": lambda shape, dtype: torch.linspace(0, 1.9, math.prod(shape)).reshape(shape).to(dtype)}}
+names["filled_array"] = lambda shape, dtype: names["filled"](shape, torch.float32).numpy().astype(dtype)
+exec({code!r}, names)
+torch.save({{name: torch.as_tensor(value) for name, value in names["outputs"].items()}}, {out!r})
+"""
+
+
+def everything_else(folder: Path) -> Path:
+    """Return a folder with all that is installed, this package and Lightning left out."""
+    for directory in dict.fromkeys(path for path in sys.path if path.endswith(("site-packages", "dist-packages"))):
+        for entry in Path(directory).iterdir():
+            name = entry.name.partition(".")[0].partition("-")[0]
+            if name not in ABSENT and entry.suffix != ".pth" and not (folder / entry.name).exists():
+                (folder / entry.name).symlink_to(entry)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "runtime", ["openvino", "torch", "executorch", pytest.param("inductor", marks=pytest.mark.slow)]
+)
+def test_lines_of_every_runtime_run_the_model_where_the_package_is_not_installed(runtime: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    prepared = prepare(with_statistics(ResidualNet()).eval(), (IMAGE,), runtime=runtime, observer="min_max")
+    calibrate(prepared, steps_of(prepared, [IMAGE]))
+    artifact = add_report(export(prepared, tmp_path / "artifact"), {}, "# Report")
+    site = tmp_path / "site"
+    site.mkdir()
+    code = lines(artifact).replace("torch.zeros(", "filled(").replace("np.zeros(", "filled_array(")
+    out = tmp_path / "outputs.pt"
+    script = RUN_ON_TORCH.format(site=str(everything_else(site)), absent=ABSENT, code=code, out=str(out))
+    ran = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", script], cwd=artifact.path, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    x = torch.linspace(0, 1.9, IMAGE[0].numel()).reshape(1, *IMAGE.shape[1:])
+    (name,) = (info.name for info in artifact.signature.outputs)
+
+    torch.testing.assert_close(torch.load(out)[name], load(artifact.path)(x))
 
 
 def test_lines_are_few(tmp_path: Path) -> None:

@@ -20,9 +20,11 @@ from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.callbacks.recovery import recovery
+from lightning_quant.callbacks.runtime_choice import choose_at_start
 from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call, layers_beside
 from lightning_quant.capture import Capture, find_module
 from lightning_quant.distributed import Group
+from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CaptureError, NoEffectWarning, QuantizationError
 from lightning_quant.export import DynamicShapes, Quantizable, trial_export
 from lightning_quant.graph.analyze import has_weights
@@ -56,11 +58,14 @@ class QuantizationCallback(Callback):
         evaluate: bool,
         limit_eval_batches: int | float | None,
         threads: int | None,
+        engine: str,
         dynamic_shapes: DynamicShapes | None,
     ) -> None:
         super().__init__()
         self.recipe = _refused_in_callback(recipes.get, recipe)
         self.runtime = runtime
+        # The same, but for "auto": that is decided at fit start, or was in the run that is resumed.
+        self.chosen_runtime = "" if runtime == AUTO else runtime
         self.module = module
         self.output_dir = output_dir
         self.selection = Selection(tuple(include), tuple(exclude))
@@ -69,6 +74,7 @@ class QuantizationCallback(Callback):
         self.evaluate = evaluate
         self.limit_eval_batches = limit_eval_batches
         self.threads = threads
+        self.engine = engine
         self.dynamic_shapes = dynamic_shapes
         for name, value, choices in (
             ("example", example, ("train_batch", "example_input_array")),
@@ -185,7 +191,9 @@ class QuantizationCallback(Callback):
         raise NotImplementedError
 
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        runtimes.get(self.runtime, exporting=True)
+        if self.runtime != AUTO:
+            runtimes.get(self.runtime, exporting=True)
+        check_engine(self.runtime, self.engine)
         if self.module is not None and trainer.lightning_module is not None and _is_configured(pl_module):
             find_module(pl_module, self.module)
         folder = self.folder(trainer)
@@ -215,15 +223,19 @@ class QuantizationCallback(Callback):
         found = capture_call(trainer, pl_module, self.module, self.example, is_wanted)
         self.path = found.path
         self.findings = self._look_beside(trainer, pl_module)
+        if self.runtime == AUTO and not self.chosen_runtime:
+            module = resolve(pl_module, found.path)
+            self.chosen_runtime, note = self.group.on_first(choose_at_start, self, module, found)
+            self.findings += (note,)
         self.prepared = self._plan(resolve(pl_module, found.path), found)
         name = found.path or f"{type(pl_module).__name__}.forward"
         rank_zero_info(
             f"{type(self).__name__}: {name} has {self.prepared.plan.num_quantized} operators for {self.recipe.name} on "
-            f"{self.runtime}, {self.prepared.plan.coverage:.1%} of its multiply-adds."
+            f"{self.chosen_runtime}, {self.prepared.plan.coverage:.1%} of its multiply-adds."
         )
 
     def _plan(self, module: nn.Module, found: Capture) -> Quantizable:
-        where: dict[str, Any] = {"runtime": self.runtime, "selection": self.selection, "module": found.path}
+        where: dict[str, Any] = {"runtime": self.chosen_runtime, "selection": self.selection, "module": found.path}
         if isinstance(self.recipe, LayerRecipe):
             args, kwargs, self.loss_inputs = leave_out_labels(module, found.args, found.kwargs)
             return quantize_layers(module, args, kwargs, recipe=self.recipe, **where)

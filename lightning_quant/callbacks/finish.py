@@ -97,7 +97,14 @@ def _export(callback: QuantizationCallback, trainer: Trainer, deployment: Deploy
     prepared = deployment.prepared
     dataset = getattr(trainer.train_dataloader, "dataset", None)
     classes = class_labels(deployment.pl_module, prepared.root, getattr(trainer, "datamodule", None), dataset)
-    return export(prepared, folder, dynamic_shapes=callback.dynamic_shapes, classes=classes, seconds=callback.seconds)
+    return export(
+        prepared,
+        folder,
+        dynamic_shapes=callback.dynamic_shapes,
+        classes=classes,
+        seconds=callback.seconds,
+        engine=callback.engine,
+    )
 
 
 def _report(

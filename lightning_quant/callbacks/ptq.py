@@ -17,6 +17,7 @@ from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_cal
 from lightning_quant.callbacks.finish import choose_weights, finish
 from lightning_quant.callbacks.training_data import calibration_steps, check_data, independent_copy
 from lightning_quant.distributed import calibrate_together
+from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
 from lightning_quant.prepared import Prepared
@@ -53,7 +54,8 @@ class PostTrainingQuantization(QuantizationCallback):
     Args:
         recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe` or `LayerRecipe`, or a dict of
             fields. Recipes of layers (dynamic, weight-only, half precision) are not calibrated.
-        runtime: where the artifact will run.
+        runtime: where the artifact will run; "auto" tries every installed one when fit begins and takes the fastest
+            whose parity holds, with what was measured in the report.
         module: name of the module to quantize; by default the outermost one with layers to quantize that
             `training_step` calls.
         output_dir: the artifact's folder; "quantized" beside the logs by default. An artifact there is replaced.
@@ -65,6 +67,7 @@ class PostTrainingQuantization(QuantizationCallback):
         evaluate: whether to run the validation loop on float, simulated and exported model when fit ends.
         limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
         threads: for the latencies in the report; torch's number of threads by default.
+        engine: whose kernels run on runtime "torch"; "auto" measures and takes the fastest whose parity holds.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
         sensitivity: whether the report says which operator costs what: it runs the module three or four times for each
             operator, on two calibration batches, and the validation loop twice for the worst one. For recipes that
@@ -93,6 +96,7 @@ class PostTrainingQuantization(QuantizationCallback):
         evaluate: bool = True,
         limit_eval_batches: int | float | None = None,
         threads: int | None = None,
+        engine: str = AUTO,
         dynamic_shapes: DynamicShapes | None = None,
         sensitivity: bool = False,
     ) -> None:
@@ -108,6 +112,7 @@ class PostTrainingQuantization(QuantizationCallback):
             evaluate=evaluate,
             limit_eval_batches=limit_eval_batches,
             threads=threads,
+            engine=engine,
             dynamic_shapes=dynamic_shapes,
         )
         given = Calibration() if calibration is None else calibration

@@ -19,6 +19,7 @@ from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
 from lightning_quant.callbacks.schedule import Schedule, Timeline, resolve
 from lightning_quant.callbacks.training_data import calibration_steps, independent_copy
 from lightning_quant.distributed import merge_batch
+from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
 from lightning_quant.learned_steps import LearnedSteps
@@ -36,7 +37,8 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     Args:
         recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe`, or a dict of its fields.
-        runtime: where the artifact will run.
+        runtime: where the artifact will run; "auto" tries every installed one when fit begins and takes the fastest
+            whose parity holds, with what was measured in the report.
         module: name of the module to quantize; by default the outermost one with layers to quantize that
             `training_step` calls.
         output_dir: the artifact's folder; "quantized" beside the logs by default. An artifact there is replaced.
@@ -48,6 +50,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         evaluate: whether to run the validation loop on float, simulated and exported model when fit ends.
         limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
         threads: for the latencies in the report; torch's number of threads by default.
+        engine: whose kernels run on runtime "torch"; "auto" measures and takes the fastest whose parity holds.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
         batch_norm_batches: training batches on which BatchNorm's statistics are measured anew for the artifact, under
             rounding and with the final weights; 0 keeps those of training.
@@ -75,6 +78,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         evaluate: bool = True,
         limit_eval_batches: int | float | None = None,
         threads: int | None = None,
+        engine: str = AUTO,
         dynamic_shapes: DynamicShapes | None = None,
         batch_norm_batches: int = 0,
     ) -> None:
@@ -90,6 +94,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             evaluate=evaluate,
             limit_eval_batches=limit_eval_batches,
             threads=threads,
+            engine=engine,
             dynamic_shapes=dynamic_shapes,
         )
         if isinstance(self.recipe, LayerRecipe):
@@ -119,6 +124,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit begins: capture, plan, trial export; take over the ranges of a resumed run."""
+        if self._checkpoint is not None and self.runtime == AUTO:
+            self._take_runtime(_refused_in_callback(self._state_in, self._checkpoint))
         super().on_fit_start(trainer, pl_module)
         _refused_in_callback(self._begin, trainer)
 
@@ -225,6 +232,11 @@ class QuantizationAwareTraining(QuantizationCallback):
                 f"{self.observer()!r}, whose histograms would have to be added up at every batch."
             )
 
+    def _take_runtime(self, state: dict[str, Any]) -> None:
+        """Go on with the runtime that was chosen when training began: it says which tensors have ranges."""
+        if self.runtime == AUTO:
+            self.chosen_runtime = state.get("runtime", "")
+
     def _state_in(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
         """Return this callback's state in a checkpoint; with other arguments than then, the only one of its kind."""
         states = {
@@ -241,13 +253,16 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return self.require_prepared().state_dict() if self.prepared is not None else self._restored or {}
+        if self.prepared is None:
+            return self._restored or {}
+        return {**self.require_prepared().state_dict(), "runtime": self.chosen_runtime}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
         self._restored = state_dict
+        self._take_runtime(state_dict)
         if self.prepared is not None:
             self.require_prepared().load_state_dict(state_dict)
 

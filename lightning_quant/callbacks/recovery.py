@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_quant import recipe as recipes
+from lightning_quant.engines import AUTO
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -49,6 +50,7 @@ def _arguments(callback: "QuantizationCallback") -> str:
         "include": list(callback.selection.include) if callback.selection.include != ("*",) else None,
         "exclude": list(callback.selection.exclude) or None,
         "dynamic_shapes": callback.dynamic_shapes,
+        "engine": callback.engine if callback.engine != AUTO else None,
     }
     named = [f"{name}={value!r}" for name, value in given.items() if value is not None]
-    return ", ".join([repr(recipe), repr(callback.runtime), *named])
+    return ", ".join([repr(recipe), repr(callback.chosen_runtime or callback.runtime), *named])

@@ -1,9 +1,10 @@
 """WHERE a quantized model runs: one file per runtime, and the file name is the runtime's name.
 
 A runtime module offers `TABLE`, `REQUIRES`, `MODEL_FILE`, `export`, `check`, `load` (which gives a `LoadedModule`),
-`standalone`, `count_operators`, `still_float` and `run_forced` as in `onnxruntime.py`. `TABLE` is None where recipes of
-graphs do not run. `HALF_ARITHMETIC` says whether layers compute in half precision or only store their weights so, None
-that recipes of layers do not run. `IN_PROCESS` says that the user's own model can be filled with an artifact.
+`standalone`, `count_operators`, `still_float` and `run_forced` as in `onnxruntime.py`. One with kernels of several
+engines offers `engines` and `set_engine` as in `torch.py`. `HALF_ARITHMETIC` says whether layers compute in half
+precision or only store their weights so, None that recipes of layers do not run; `LAYER_REFUSALS` has scheme to reason
+for those that do not. `IN_PROCESS` says that the float peer of comparisons is the float module itself.
 """
 
 import importlib

@@ -12,7 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, rebuild_call
-from lightning_quant.signature import tensor_leaves
+from lightning_quant.errors import ExportError, QuantizationError
+from lightning_quant.signature import Signature, output_names, tensor_leaves
+
+# What a file says of its inputs, and of its outputs.
+Forms = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
 class Flat(nn.Module):
@@ -43,6 +47,50 @@ def dynamic_shapes(
     return (shapes,) if any(shapes) else None
 
 
+def forms_of_call(flat: Flat, examples: tuple[Tensor, ...], dynamic: dict[str, dict[int, str]]) -> Forms:
+    """Return what a file should say of its inputs (name, dtype, sizes, None for any) and outputs (name, dtype)."""
+    args, kwargs = rebuild_call(flat.signature, flat.spec.arguments(list(examples)))
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        result = flat.module(*args, **kwargs)
+    inputs = [
+        _form(name, t) | {"shape": [None if i in dynamic.get(name, {}) else size for i, size in enumerate(t.shape)]}
+        for name, t in zip(flat.spec.names, examples, strict=True)
+    ]
+    names = output_names(result, flat.spec.names)
+    return inputs, [_form(name, t) for name, t in zip(names, tensor_leaves(result), strict=True)]
+
+
+def forms_of_signature(signature: Signature) -> Forms:
+    """Return what a file that fits a signature says."""
+    inputs = [
+        {"name": i.name, "dtype": i.dtype, "shape": [s if isinstance(s, int) else None for s in i.shape]}
+        for i in signature.inputs
+    ]
+    return inputs, [{"name": info.name, "dtype": info.dtype} for info in signature.outputs]
+
+
+@contextlib.contextmanager
+def exporting(engine: str) -> Iterator[None]:
+    """Let an exporter work quietly and without gradients; what it refuses becomes an error of ours.
+
+    Raises:
+        ExportError: the exporter raised; the message has its reason and the way out.
+    """
+    from torch._dynamo.exc import TorchDynamoException
+
+    refusals = (ValueError, AssertionError, NotImplementedError, KeyError, TypeError, TorchDynamoException)
+    try:
+        with quiet(), torch.no_grad():
+            yield
+    except QuantizationError:
+        raise
+    except (RuntimeError, *refusals) as error:
+        raise ExportError(
+            f"Expected {engine} to take the module, but it says: {first_line(error)}. Name a child module that "
+            'exports (`module="..."`), exclude what does not, or choose another runtime.'
+        ) from error
+
+
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Silence the exporter: what it says of missing packages and of itself, and whole graphs when it refuses one."""
@@ -66,6 +114,10 @@ def first_line(error: BaseException) -> str:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+def _form(name: str, tensor: Tensor) -> dict[str, Any]:
+    return {"name": name, "dtype": str(tensor.dtype).removeprefix("torch.")}
 
 
 def _widen(tensor: Tensor, dimensions: dict[int, str]) -> Tensor:

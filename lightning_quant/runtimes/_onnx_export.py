@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, rebuild_call
-from lightning_quant.errors import ExportError
-from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, first_line, quiet
+from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting
 from lightning_quant.runtimes._onnx_layers import translations
 from lightning_quant.signature import output_names
 
@@ -42,26 +41,20 @@ def export_onnx(
         args, kwargs = rebuild_call(signature, spec.arguments(examples))
         example_output = module(*args, **kwargs)
     names = output_names(example_output, spec.names)
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                flat,
-                tuple(examples),
-                dynamo=True,
-                dynamic_shapes=dynamic_shapes(spec, dynamic),
-                input_names=list(spec.names),
-                output_names=names,
-                custom_translation_table=translations(),
-                optimize=False,
-                verbose=False,
-            )
-            _optimize(program.model)  # type: ignore[union-attr]
-            _name(program.model, spec.names, names)  # type: ignore[union-attr]
-    except (torch.onnx.errors.OnnxExporterError, torch.onnx.OnnxExporterError, RuntimeError) as error:
-        raise ExportError(
-            f"Expected the module to export to ONNX, but PyTorch's exporter says: {first_line(error)}. Name a child "
-            'module that exports (`module="..."`), or exclude what does not.'
-        ) from error
+    with exporting("PyTorch's exporter to ONNX"):
+        program = torch.onnx.export(
+            flat,
+            tuple(examples),
+            dynamo=True,
+            dynamic_shapes=dynamic_shapes(spec, dynamic),
+            input_names=list(spec.names),
+            output_names=names,
+            custom_translation_table=translations(),
+            optimize=False,
+            verbose=False,
+        )
+        _optimize(program.model)  # type: ignore[union-attr]
+        _name(program.model, spec.names, names)  # type: ignore[union-attr]
     _strip(program.model)  # type: ignore[union-attr]
     _keep_names_apart(program.model)  # type: ignore[union-attr]
     program.save(path)  # type: ignore[union-attr]

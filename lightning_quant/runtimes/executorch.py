@@ -12,30 +12,30 @@ Loading a program runs native code of the wheel on what the file says: load only
 import collections
 import functools
 import inspect
-import json
-import re
-import tempfile
 import weakref
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
-from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, first_line, quiet
+from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, first_line, quiet
 from lightning_quant.runtimes._standalone import torch_inputs
+from lightning_quant.runtimes._xnnpack import INTEGER, as_xnnpack_reads_it, restore_bounds, xnnpack_nodes
 from lightning_quant.signature import Signature
 
 REQUIRES = ("executorch", "torchao")
 # Decibels by which simulation and artifact are closer to each other than simulation and float.
 PARITY_MARGIN_DB = 3.0
 MODEL_FILE = "model.pte"
+# Recipes of layers do not run here.
+HALF_ARITHMETIC = None
+IN_PROCESS = False
 # Largest batch of a program, unless the captured one is larger; other dimensions may grow by this factor.
 _MAX_BATCH, _MAX_GROWTH = 64, 4
 _FLOAT = "XNNPACK computes it in float"
@@ -55,7 +55,7 @@ TABLE = OperatorTable(
     },
     fuses_pad=False,
 )
-# What XNNPACK calls the operators of each kind; integer ones are counted with `_INTEGER` after their names.
+# What XNNPACK calls the operators of each kind; integer ones are counted with `INTEGER` after their names.
 _NODES = {
     "conv1d": ("XNNConv2d", "XNNDepthwiseConv2d"),
     "conv2d": ("XNNConv2d", "XNNDepthwiseConv2d"),
@@ -63,7 +63,6 @@ _NODES = {
     "add": ("XNNAdd",),
     "mul": ("XNNMultiply",),
 }
-_INTEGER = "_int8"
 
 
 class ExecuTorchModule(LoadedModule):
@@ -124,26 +123,16 @@ def export(
     }
     shapes = dynamic_shapes(spec, dynamic, limits)
     flat = Flat(module, signature, spec).eval()
-    try:
-        with quiet(), torch.no_grad():
-            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-            from executorch.exir import to_edge_transform_and_lower
+    with exporting("ExecuTorch"):
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
 
-            graph_module = _as_xnnpack_reads_it(torch.export.export(flat, examples, dynamic_shapes=shapes).module())
-            program = torch.export.export(
-                graph_module, examples, dynamic_shapes=shapes[0] if shapes is not None else None
-            )
-            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-            _restore_bounds(lowered.exported_program())
-            path.write_bytes(lowered.to_executorch().buffer)
-            _check_sizes_follow(path, flat, examples, dynamic)
-    except ExportError:
-        raise
-    except _refusals() as error:
-        raise ExportError(
-            f"Expected ExecuTorch to lower the module, but it says: {first_line(error)}. Name a child module that "
-            'exports (`module="..."`), or exclude what does not.'
-        ) from error
+        graph_module = as_xnnpack_reads_it(torch.export.export(flat, examples, dynamic_shapes=shapes).module())
+        program = torch.export.export(graph_module, examples, dynamic_shapes=shapes[0] if shapes is not None else None)
+        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        restore_bounds(lowered.exported_program())
+        path.write_bytes(lowered.to_executorch().buffer)
+        _check_sizes_follow(path, flat, examples, dynamic)
 
 
 def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> ExecuTorchModule:
@@ -184,7 +173,7 @@ def count_operators(path: Path) -> dict[str, int]:
     for plan in program.execution_plan:
         counts.update(operator.name.removeprefix("aten::") for operator in plan.operators)
         for delegate in plan.delegates:
-            counts.update(_xnnpack_nodes(program.backend_delegate_data[delegate.processed.index].data))
+            counts.update(xnnpack_nodes(program.backend_delegate_data[delegate.processed.index].data))
     return dict(counts)
 
 
@@ -195,11 +184,11 @@ def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict
     for operator in operators:
         if operator.kind not in _NODES:
             continue
-        name = next((n for n in _NODES[operator.kind] if left.get(n + _INTEGER, 0)), None)
+        name = next((n for n in _NODES[operator.kind] if left.get(n + INTEGER, 0)), None)
         if name is None:
             missing[operator.kind] = missing.get(operator.kind, 0) + 1
         else:
-            left[name + _INTEGER] -= 1
+            left[name + INTEGER] -= 1
     return missing
 
 
@@ -242,35 +231,6 @@ def _use_threads(number: int | None) -> None:
     portable_lib._unsafe_reset_threadpool(number)
 
 
-def _as_xnnpack_reads_it(graph_module: fx.GraphModule) -> fx.GraphModule:
-    """Write a QDQ graph with int8 activations and float biases; every value stays what it was."""
-    ops = torch.ops.quantized_decomposed
-    for node in list(graph_module.graph.nodes):
-        pair = node.target in (ops.quantize_per_tensor.default, ops.dequantize_per_tensor.default)
-        if pair and node.args[5] is torch.uint8:
-            source, scale, zero_point, low, high, _ = node.args
-            node.args = (source, scale, zero_point - 128, low - 128, high - 128, torch.int8)
-        elif node.target is ops.dequantize_per_channel.default and node.args[6] is torch.int32:
-            integers, step = (_fetch(graph_module, argument.target) for argument in node.args[:2])
-            name = f"bias_of_{node.name}"
-            graph_module.register_buffer(name, integers.float() * step)
-            with graph_module.graph.inserting_before(node):
-                node.replace_all_uses_with(graph_module.graph.get_attr(name))
-    for node in list(graph_module.graph.nodes):
-        if node.target is ops.dequantize_per_tensor.default:
-            _give_each_reader_its_own(node)
-    graph_module.graph.eliminate_dead_code()
-    graph_module.recompile()
-    return graph_module
-
-
-def _give_each_reader_its_own(node: fx.Node) -> None:
-    """Copy a dequantize node for every reader but the first: partitions that share one depend on each other."""
-    for reader in list(node.users)[1:]:
-        with node.graph.inserting_before(reader):
-            reader.replace_input_with(node, node.graph.node_copy(node))
-
-
 def _check_sizes_follow(
     path: Path, flat: Flat, examples: tuple[Tensor, ...], dynamic: dict[str, dict[int, str]]
 ) -> None:
@@ -292,49 +252,6 @@ def _check_sizes_follow(
             "resize a result that other operators read as well. Let the module return final results only, or choose "
             "another runtime."
         )
-
-
-def _restore_bounds(program: Any) -> None:
-    """Tell the symbols of a lowered program their bounds again, without which it plans memory for about 15 samples."""
-    for node in program.graph.nodes:
-        values = node.meta.get("val")
-        for value in values if isinstance(values, tuple | list) else [values]:
-            for size in value.shape if isinstance(value, Tensor) else ():
-                if isinstance(size, torch.SymInt):
-                    size.node.shape_env.var_to_range.update(program.range_constraints)
-
-
-def _fetch(root: nn.Module, name: str) -> Tensor:
-    owner, _, attribute = name.rpartition(".")
-    return getattr(root.get_submodule(owner) if owner else root, attribute)
-
-
-def _xnnpack_nodes(data: bytes) -> list[str]:
-    """Return the operators of a delegate, from its flatbuffer by the schema that the wheel carries."""
-    from executorch.backends.xnnpack import serialization
-    from executorch.backends.xnnpack.serialization.xnnpack_graph_serialize import XNNHeader
-    from executorch.exir._serialize._flatbuffer import _flatc_decompile
-
-    header = XNNHeader.from_bytes(data[: XNNHeader.EXPECTED_LENGTH])
-    with tempfile.TemporaryDirectory() as folder:
-        schema, binary = Path(folder) / "schema.fbs", Path(folder) / "graph.bin"
-        schema.write_bytes(resources.files(serialization).joinpath("schema.fbs").read_bytes())
-        binary.write_bytes(data[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size])
-        _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
-        # Bounds of activations may be infinite, which JSON has no numbers for.
-        graph = json.loads(re.sub(r":\s*[-+]?(inf|nan)\w*", ": null", (Path(folder) / "graph.json").read_text()))
-    values = [value["xvalue_union"] for value in graph["xvalues"]]
-    integers = {value["tensor_value"]["id_out"] for value in values if "tensor_value" in value}
-    return [
-        node["xnode_union_type"] + (_INTEGER if node["xnode_union"].get("output_id") in integers else "")
-        for node in graph["xnodes"]
-    ]
-
-
-def _refusals() -> tuple[type[Exception], ...]:
-    from torch._dynamo.exc import TorchDynamoException
-
-    return RuntimeError, ValueError, AssertionError, NotImplementedError, KeyError, TypeError, TorchDynamoException
 
 
 def _scalar_type(dtype: str) -> int:

@@ -20,16 +20,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.calls import CallSpec, rebuild_call
+from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, MissingRuntimeError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.latency import torch_threads
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.machine import cpu_flags, cpu_name
-from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, first_line, quiet
+from lightning_quant.runtimes._flat import (
+    Flat,
+    Forms,
+    dynamic_shapes,
+    example_tensors,
+    exporting,
+    first_line,
+    forms_of_call,
+    forms_of_signature,
+    quiet,
+)
 from lightning_quant.runtimes._standalone import torch_inputs
-from lightning_quant.signature import Signature, output_names, tensor_leaves
+from lightning_quant.signature import Signature
 
 REQUIRES = ("torchao",)
 # Decibels by which simulation and artifact are closer to each other than simulation and float.
@@ -115,16 +125,10 @@ def export(
         import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
     examples = tuple(t.contiguous() for t in example_tensors(spec, tensors, dynamic))
     flat = Flat(module, signature, spec).eval()
-    options = {**_OPTIONS, "aot_inductor.metadata": _forms_of(flat, spec, examples, dynamic)}
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
-            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-    except _refusals() as error:
-        raise ExportError(
-            f"Expected Inductor to compile the module, but torch says: {first_line(error)}. Name a child module that "
-            'exports (`module="..."`), or exclude what does not.'
-        ) from error
+    options = {**_OPTIONS, "aot_inductor.metadata": _as_metadata(forms_of_call(flat, examples, dynamic))}
+    with exporting("Inductor"):
+        program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
+        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
 
 
 def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> InductorModule:
@@ -194,44 +198,15 @@ def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict
     return missing
 
 
-def _refusals() -> tuple[type[Exception], ...]:
-    from torch._dynamo.exc import TorchDynamoException
-    from torch._inductor.exc import InductorError
-
-    return RuntimeError, ValueError, AssertionError, NotImplementedError, TorchDynamoException, InductorError
-
-
-def _forms_of(
-    flat: Flat, spec: CallSpec, examples: tuple[Tensor, ...], dynamic: dict[str, dict[int, str]]
-) -> dict[str, str]:
+def _as_metadata(forms: Forms) -> dict[str, str]:
     """Return what a package says of its inputs and outputs: native code does not check what it is given."""
-    args, kwargs = rebuild_call(flat.signature, spec.arguments(list(examples)))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        outputs = flat.module(*args, **kwargs)
-    shapes = [
-        [None if index in dynamic.get(name, {}) else size for index, size in enumerate(tensor.shape)]
-        for name, tensor in zip(spec.names, examples, strict=True)
-    ]
-    inputs = [[name, _dtype(t), shape] for name, t, shape in zip(spec.names, examples, shapes, strict=True)]
-    names = output_names(outputs, spec.names)
-    return {
-        _INPUTS: json.dumps(inputs),
-        _OUTPUTS: json.dumps([[name, _dtype(t)] for name, t in zip(names, tensor_leaves(outputs), strict=True)]),
-    }
-
-
-def _dtype(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
+    return {key: json.dumps(form) for key, form in zip((_INPUTS, _OUTPUTS), forms, strict=True)}
 
 
 def _check_fits(package: Any, signature: Signature, path: Path) -> None:
     """Make sure that a package's inputs and outputs are those of a signature."""
     written = package.get_metadata()
-    inputs = [
-        [info.name, info.dtype, [size if isinstance(size, int) else None for size in info.shape]]
-        for info in signature.inputs
-    ]
-    expected = {_INPUTS: json.dumps(inputs), _OUTPUTS: json.dumps([[i.name, i.dtype] for i in signature.outputs])}
+    expected = _as_metadata(forms_of_signature(signature))
     actual = {key: written.get(key) for key in expected}
     if actual != expected:
         raise ArtifactError(

@@ -3,6 +3,8 @@
 What the table says was tried on OpenVINO 2026.4, CPU, with layer types and primitives read from the compiled model:
 - It fuses conv, residual add and ReLU into one integer kernel by itself, wherever quantizers stand around them.
 - Sigmoid, LeakyReLU and matrix products of two activations run in float between dequantize and quantize.
+- Weights stored as integers stay so in memory where they are scaled before their product (`_openvino_weights.py`);
+  those of LSTMs and GRUs must be constants, so int8 is refused for them.
 - Without a hint it computes float layers in bfloat16 on processors that have it; here it is told float32.
 """
 
@@ -21,8 +23,8 @@ from lightning_quant.errors import ArtifactError, ExportError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
-from lightning_quant.runtimes._flat import first_line
 from lightning_quant.runtimes._onnx_export import export_onnx
+from lightning_quant.runtimes._openvino_weights import compress_weights
 from lightning_quant.runtimes._standalone import numpy_inputs
 from lightning_quant.signature import Signature, TensorInfo
 
@@ -30,8 +32,12 @@ REQUIRES = ("openvino", "onnx", "onnxscript")
 # Decibels by which simulation and artifact are closer to each other than simulation and float.
 PARITY_MARGIN_DB = 10.0
 MODEL_FILE = "model.xml"
-# Recipes of layers do not run here.
-HALF_ARITHMETIC = None
+# Weights are stored in half precision; OpenVINO computes in the float32 that it is told.
+HALF_ARITHMETIC = False
+LAYER_REFUSALS = {
+    "dynamic": "OpenVINO computes dynamic quantization in float. Use 'int8_weight_only' or 'int8'",
+    "weight_only_4bit": "OpenVINO does not read the operator that carries out four bits. Use 'int8_weight_only'",
+}
 IN_PROCESS = False
 _FLOAT = "OpenVINO computes it in float on the CPU"
 TABLE = OperatorTable(
@@ -49,6 +55,8 @@ TABLE = OperatorTable(
         "softmax": "kept float: eight bits are too few for its tails",
     },
 )
+# Otherwise OpenVINO computes in bfloat16 where it can, and rounds what layers with compressed weights read to int8.
+_AS_SIMULATED = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 # Layer types of a compiled model that carry weights, by kind; others are fused into them, or move values.
 _WEIGHTED_LAYERS = {"conv1d": "Convolution", "conv2d": "Convolution", "linear": "FullyConnected"}
 _INTEGER = "_I8"
@@ -69,9 +77,7 @@ class OpenVinoModule(LoadedModule):
         try:
             self.compiled = compiled(path, threads=threads, device=device)
         except RuntimeError as error:
-            raise ArtifactError(
-                f"Expected {path} to be a model for OpenVINO, but it says: {first_line(error)}"
-            ) from error
+            raise ArtifactError(f"Expected {path} to be a model for OpenVINO, but it says: {_reason(error)}") from error
         self._names = [port.get_any_name() for port in self.compiled.inputs]
         _check_fits(self.compiled, signature, path)
 
@@ -108,11 +114,11 @@ def export(
         onnx_path = Path(folder) / "model.onnx"
         export_onnx(module, signature, spec, tensors, onnx_path, dynamic=dynamic)
         try:
-            model = openvino.Core().read_model(onnx_path)
+            model = compress_weights(openvino.Core().read_model(onnx_path))
             openvino.save_model(model, path, compress_to_fp16=False)
         except RuntimeError as error:
             raise ExportError(
-                f"Expected OpenVINO to read the exported model, but it says: {first_line(error)}. Exclude what it does "
+                f"Expected OpenVINO to read the exported model, but it says: {_reason(error)}. Exclude what it does "
                 "not know, or choose another runtime."
             ) from error
 
@@ -131,7 +137,7 @@ def check(path: Path) -> None:
     try:
         compiled(path, threads=1)
     except RuntimeError as error:
-        raise ExportError(f"Expected OpenVINO to run the exported model, but it says: {first_line(error)}") from error
+        raise ExportError(f"Expected OpenVINO to run the exported model, but it says: {_reason(error)}") from error
 
 
 def standalone(files: dict[str, str], signature: Signature) -> str:
@@ -140,7 +146,7 @@ def standalone(files: dict[str, str], signature: Signature) -> str:
     return f"""import numpy as np
 import openvino
 
-model = openvino.Core().compile_model({files["model"]!r}, "CPU", {{"INFERENCE_PRECISION_HINT": "f32"}})
+model = openvino.Core().compile_model({files["model"]!r}, "CPU", {_AS_SIMULATED})
 {numpy_inputs(signature)}
 known = {{port.get_any_name(): inputs[port.get_any_name()] for port in model.inputs}}
 outputs = dict(zip({names!r}, model(known).values()))
@@ -151,7 +157,7 @@ def compiled(path: Path, *, threads: int | None = None, device: str = "CPU") -> 
     """Compile a model for lowest latency on `threads` threads (OpenVINO's default when None)."""
     import openvino
 
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **_AS_SIMULATED}
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     return openvino.Core().compile_model(path, device, config)
@@ -222,7 +228,7 @@ def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -
         parameters.append(forced)
         results.append(opset13.result(output))
     running = core.compile_model(
-        openvino.Model(results, parameters), "CPU", {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": 1}
+        openvino.Model(results, parameters), "CPU", {**_AS_SIMULATED, "INFERENCE_NUM_THREADS": 1}
     )
     own = [inputs[port.get_any_name()].detach().cpu().numpy() for port in model.inputs]
     computed = running([*own, *edges])
@@ -235,6 +241,12 @@ _QUANTIZE = "node_quantize_per_tensor"
 
 def _order(name: str) -> int:
     return int(name.removeprefix(_QUANTIZE).removeprefix("_") or 0)
+
+
+def _reason(error: BaseException) -> str:
+    """Return the last line of what OpenVINO says; those before name places in its source."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _check_fits(model: Any, signature: Signature, path: Path) -> None:

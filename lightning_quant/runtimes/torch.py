@@ -1,88 +1,69 @@
-"""PyTorch in process: stored layers run by `torch.ops.lightning_quant`, all of torch.ao and torchao behind this file.
+"""Runtime `torch`: PyTorch in process, with quantized layers or with its native quantized kernels.
 
-The model is two files without pickled objects: model.safetensors holds every tensor once, program.json.gz the captured
-call as PyTorch's exporter writes it, without tensors. So weights that are tied stay tied, and the same file can fill a
-model that the user built.
+Recipes of layers run by `torch.ops.lightning_quant` (see `_torch_layers.py`); static int8 runs on tensors that PyTorch
+itself quantizes, by the kernels of an engine out of fbgemm, x86, onednn and qnnpack. Either way an artifact is a
+safetensors file and a program in JSON: nothing is unpickled.
 
-What was tried and is not used: torchao's Int8DynamicActivationInt8WeightConfig is slower than float in eager mode and
-needs a C++ compiler otherwise; torch.ao's dynamic layers have one activation scale for the tensor (see
-`layers/kernels.py` and `layers/recurrent.py` for figures).
+What the table says was tried on torch 2.13, x86, with the integers of each kernel compared with exact ones:
+- All engines take int8 weights per channel and uint8 activations, and requantize them alike to within a step.
+- Full-range weights saturate in depthwise convolutions of fbgemm on some machines: which engine is right is a
+  measurement, made where the artifact is written.
+- Average pools keep their input's scale, which is too coarse for means; sigmoid has one fixed scale in qnnpack.
+- These kernels belong to an interface that PyTorch calls deprecated without naming another for engines other than
+  oneDNN.
 """
 
 import collections
-import gzip
 import inspect
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from lightning_quant.calls import CallSpec
-from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.plan import Operator
-from lightning_quant.latency import torch_threads
-from lightning_quant.layers import StoredLayer
-from lightning_quant.loaded import LoadedModule
-from lightning_quant.runtimes._fill import CONSTANT, STRUCTURE, fill
-from lightning_quant.runtimes._flat import Flat, example_tensors, first_line, quiet
+from lightning_quant.graph.table import OperatorTable
+from lightning_quant.runtimes import _torch_layers, _torch_static, _torch_steps
+from lightning_quant.runtimes._fill import fill
+from lightning_quant.runtimes._torch_static import engines, run_forced, set_engine
 from lightning_quant.signature import Signature
 
+__all__ = ["engines", "run_forced", "set_engine"]
 REQUIRES = ("torch",)
 MODEL_FILE = "model.safetensors"
-TABLE = None
+# Decibels by which simulation and artifact are closer to each other than simulation and float.
+PARITY_MARGIN_DB = 10.0
 HALF_ARITHMETIC = True
 # The float module itself is the peer of comparisons.
 IN_PROCESS = True
-_PROGRAM = "program.json.gz"
-# What PyTorch's reader raises, beside its own error, when a program is not what it expects.
-_DAMAGE = (AttributeError, RuntimeError, AssertionError)
-
-
-class TorchModule(LoadedModule):
-    """An exported program with its tensors."""
-
-    def __init__(
-        self, folder: Path, files: dict[str, str], signature: Signature, *, threads: int | None = None
-    ) -> None:
-        from safetensors.torch import load_file
-
-        super().__init__(signature)
-        tensors = load_file(folder / files["model"])
-        constants = {name: tensors.pop(name) for name in list(tensors) if name.startswith(CONSTANT)}
-        self.threads = threads
-        # In the order in which the exporter was given them.
-        self.state = dict(sorted(tensors.items()))
-        self.program = _deserialize(folder / files[_PROGRAM], constants)
-
-    @torch.no_grad()
-    def run(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run the program."""
-        dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
-        values = [tensor.to("cpu", dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-        with torch_threads(self.threads or torch.get_num_threads()):
-            try:
-                outputs = self.program(self.state, values)
-            except (RuntimeError, IndexError) as error:
-                raise QuantizationError(
-                    f"Expected inputs that the model can take, such as sequences that it has positions for, but {error}"
-                ) from error
-        device = tensors[0].device if tensors else torch.device("cpu")
-        return [output.to(device) for output in outputs]
-
-
-class _Functional(nn.Module):
-    """Calls a module with tensors that come as an argument, so that its program has none of its own."""
-
-    def __init__(self, flat: Flat) -> None:
-        super().__init__()
-        self.__dict__["flat"] = flat
-
-    def forward(self, state: dict[str, Tensor], tensors: list[Tensor]) -> tuple[Tensor, ...]:
-        named = {f"module.{name}": tensor for name, tensor in state.items()}
-        return functional_call(self.__dict__["flat"], named, tuple(tensors))
+_FLOAT = "PyTorch has no integer kernel for it that every engine runs"
+_COARSE = "PyTorch's integer kernel keeps the scale of its input, which is too coarse for means"
+TABLE = OperatorTable(
+    weighted=frozenset({"conv1d", "conv2d", "linear"}),
+    fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
+    float_output=frozenset(),
+    own_scale=frozenset({"add", "mul", "cat", "leaky_relu"}),
+    shared_scale=frozenset({"reshape", "max_pool", "pass"}),
+    reasons={
+        **dict.fromkeys(("avg_pool", "global_avg_pool"), _COARSE),
+        **dict.fromkeys(("sub", "matmul", "attention", "tanh", "sigmoid", "layer_norm", "group_norm"), _FLOAT),
+        **dict.fromkeys(("hardswish", "hardsigmoid", "gelu", "silu", "mish", "elu", "prelu", "selu"), _FLOAT),
+        **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv3d"), _FLOAT),
+        **dict.fromkeys(("softplus", "log_softmax"), _FLOAT),
+        "softmax": "kept float: eight bits are too few for its tails",
+    },
+)
+# Kernels that carry out each kind.
+_KERNELS = {
+    "conv1d": "quantized.conv1d.default",
+    "conv2d": "quantized.conv2d.new",
+    "linear": "quantized.linear.default",
+    "add": "quantized.add.default",
+    "mul": "quantized.mul.default",
+    "cat": "quantized.cat.default",
+    "leaky_relu": "quantized.leaky_relu.default",
+}
 
 
 def export(
@@ -94,56 +75,22 @@ def export(
     *,
     dynamic: dict[str, dict[int, str]],
 ) -> None:
-    """Write a module as tensors and a program.
-
-    Args:
-        module: with stored layers, or float, in eval mode.
-        signature: of its forward.
-        spec: of the call to export.
-        tensors: of that call; sizes of dynamic dimensions are only examples.
-        path: file of tensors to write; the program goes beside it.
-        dynamic: input name to dimension to its name, for dimensions that may vary.
+    """Write a module as tensors and a program beside them; arguments as for ONNX.
 
     Raises:
-        ExportError: PyTorch's exporter refuses the module, with its reason.
+        ExportError: PyTorch's exporter refuses the module, with its reason, or a part of it is no operator of PyTorch.
     """
-    from safetensors.torch import save_file
+    from lightning_quant.convert import BoundGraph
 
-    state = state_of(module)
-    # Which dimensions are equal, and how long they may get, is found by the exporter.
-    open_dimension = torch.export.Dim.DYNAMIC
-    shapes = [dict.fromkeys(dynamic.get(name, {}), open_dimension) for name in spec.names]
-    examples = example_tensors(spec, tensors, dynamic)
-    try:
-        with quiet(), torch.no_grad():
-            program = torch.export.export(
-                _Functional(Flat(module, signature, spec).eval()),
-                (state, examples),
-                dynamic_shapes=(dict.fromkeys(state), shapes),
-                strict=False,
-            )
-            text, constants = _serialize(program)
-    except (torch._dynamo.exc.UserError, torch._dynamo.exc.TorchDynamoException, RuntimeError, ValueError) as error:
-        raise ExportError(
-            f"Expected the module to export, but PyTorch's exporter says: {first_line(error)}. Name a child module "
-            'that exports (`module="..."`).'
-        ) from error
-    (path.parent / _PROGRAM).write_bytes(gzip.compress(text, mtime=0))
-    layers = {name: child.scheme.name for name, child in module.named_modules() if isinstance(child, StoredLayer)}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in {**state, **constants}.items()}
-    # One entry, since the file has entries in no fixed order.
-    save_file(contiguous, path, metadata={STRUCTURE: json.dumps({"layers": layers, "aliases": _aliases(module)})})
-
-
-def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """Return every parameter and buffer of a module once, by name, those that `state_dict` leaves out among them."""
-    return dict(sorted({**dict(module.named_parameters()), **dict(module.named_buffers())}.items()))
+    is_static = any(isinstance(child, BoundGraph) for child in module.modules())
+    write = _torch_static.export if is_static else _torch_layers.export
+    write(module, signature, spec, tensors, path, dynamic=dynamic)
 
 
 def load(
     folder: Path, files: dict[str, str], signature: Signature, *, into: nn.Module | None = None, **options: Any
 ) -> nn.Module:
-    """Load an artifact, or fill a model with it.
+    """Load an artifact, or fill a model with one of layers.
 
     Args:
         folder: the artifact's folder.
@@ -151,11 +98,21 @@ def load(
         signature: of the captured call.
         into: a float model of the structure of the one that was quantized. Its layers are replaced and its tensors
             set; it keeps its class and methods, such as `generate`.
-        **options: `threads`.
+        **options: `threads`; `engine` for static recipes, the one that was chosen by default.
+
+    Raises:
+        QuantizationError: there are no layers to fill a model with.
     """
-    if into is None:
-        return TorchModule(folder, files, signature, **options)
-    return fill(into, folder / files["model"])
+    if _torch_steps.FILE not in files:
+        if into is not None:
+            return fill(into, folder / files["model"])
+        return _torch_layers.TorchLayersModule(folder, files, signature, **options)
+    if into is not None:
+        raise QuantizationError(
+            "Expected no `into`, but got one: a static recipe quantizes what runs between layers, too. Use a recipe of "
+            "layers, such as 'int8_dynamic'."
+        )
+    return _torch_static.TorchStaticModule(folder, files, signature, **options)
 
 
 def check(path: Path) -> None:
@@ -164,77 +121,25 @@ def check(path: Path) -> None:
     Raises:
         ExportError: it cannot be read.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        constants = {name: file.get_tensor(name) for name in file.keys() if name.startswith(CONSTANT)}  # noqa: SIM118
-    try:
-        _deserialize(path.parent / _PROGRAM, constants)
-    except ArtifactError as error:
-        raise ExportError(str(error)) from error
+    (_torch_static if _is_static(path) else _torch_layers).check(path)
 
 
 def standalone(files: dict[str, str], signature: Signature) -> str:
-    """Return lines that run an artifact in its folder; its operators are this package's."""
-    arguments = ", ".join(f"{name}=..." for name, _, default in signature.parameters if default == "required")
-    return f"""# The operators of this runtime are lightning_quant's own, so the package must be installed.
-import lightning_quant
-
-model = lightning_quant.load(".")
-output = model({arguments})
-# The weights alone, by name: safetensors.torch.load_file({files["model"]!r})
-"""
+    """Return lines that run an artifact in its folder, with PyTorch and safetensors alone where it is static."""
+    return (_torch_static if _torch_steps.FILE in files else _torch_layers).standalone(files, signature)
 
 
 def count_operators(path: Path) -> dict[str, int]:
     """Return how often each operator occurs in a written program."""
-    graph = json.loads(gzip.decompress((path.parent / _PROGRAM).read_bytes()))["graph_module"]["graph"]
-    names = (node["target"].removeprefix("torch.ops.") for node in graph["nodes"])
-    return dict(collections.Counter(names))
+    return (_torch_static if _is_static(path) else _torch_layers).count_operators(path)
 
 
 def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
-    """Return nothing: layers run as they were placed."""
-    return {}
+    """Return kind to number of planned integer operators for which the program has no kernel; layers have none."""
+    planned = collections.Counter(operator.kind for operator in operators)
+    missing = {kind: number - counts.get(_KERNELS.get(kind, ""), 0) for kind, number in planned.items()}
+    return {kind: number for kind, number in missing.items() if number > 0}
 
 
-def _serialize(program: Any) -> tuple[bytes, dict[str, Tensor]]:
-    from torch._export.serde import serialize
-
-    program.example_inputs = None
-    for node in program.graph.nodes:
-        # What the exporter remembers of the user's code, with paths of this machine.
-        node.meta = {key: value for key, value in node.meta.items() if key in ("val", "tensor_meta")}
-    artifact = serialize.serialize(program)
-    return artifact.exported_program, {f"{CONSTANT}{name}": value for name, value in program.constants.items()}
-
-
-def _deserialize(path: Path, constants: dict[str, Tensor]) -> nn.Module:
-    """Return the module of a program; tensors are passed beside the text, so that nothing is unpickled."""
-    from torch._export.serde import serialize
-
-    import lightning_quant.layers  # noqa: F401
-
-    named = {name.removeprefix(CONSTANT): value for name, value in constants.items()}
-    try:
-        text = gzip.decompress(path.read_bytes())
-        program = serialize.deserialize(serialize.SerializedArtifact(text, {}, named, b""))  # type: ignore[arg-type]
-        module = program.module(check_guards=False)
-    except (serialize.SerializeError, OSError, EOFError, LookupError, TypeError, ValueError, *_DAMAGE) as error:
-        raise ArtifactError(
-            f"Expected {path} to be a program for PyTorch {torch.__version__}, but {first_line(error)}."
-        ) from error
-    # They check shapes at each call, which the signature has done.
-    module._forward_pre_hooks.clear()
-    return module
-
-
-def _aliases(module: nn.Module) -> dict[str, str]:
-    """Return every further name of a tensor to the first."""
-    first: dict[int, str] = {}
-    aliases = {}
-    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
-    for name, tensor in named:
-        if first.setdefault(id(tensor), name) != name:
-            aliases[name] = first[id(tensor)]
-    return aliases
+def _is_static(path: Path) -> bool:
+    return (path.parent / _torch_steps.FILE).exists()

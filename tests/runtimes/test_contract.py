@@ -1,6 +1,5 @@
 """What every runtime owes: the same tests over all of them."""
 
-import importlib
 import json
 import os
 import shutil
@@ -19,20 +18,19 @@ from models import CASES, Case, calibrated
 from torch import Tensor, nn
 
 from lightning_quant import PostTrainingQuantization, load, runtimes, verify
+from lightning_quant import assess as measuring
 from lightning_quant.artifact import Artifact, add_report, read
 from lightning_quant.calls import flatten_call
 from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import ArtifactError, MissingRuntimeError, QuantizationError
 from lightning_quant.export import export
+from lightning_quant.latency import Timing
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.parity import check_parity
 from lightning_quant.prepared import Prepared
 from lightning_quant.signature import tensor_leaves
 
-# Those that run recipes of graphs; the others have a contract suite of their own.
-RUNTIMES = tuple(
-    name for name in runtimes.names() if importlib.import_module(f"{runtimes.__name__}.{name}").TABLE is not None
-)
+RUNTIMES = tuple(runtimes.names())
 NETS = ("residual", "mlp", "multi_modal", "nested", "pooling")
 # Compiling takes a quarter of a minute for each net.
 FEW_NETS = {"inductor": ("residual", "multi_modal")}
@@ -181,6 +179,24 @@ def test_parity_holds(item: Made) -> None:
     if parity.worst_share is not None:
         assert parity.worst_operator in item.prepared.ranges.edges
         assert 0.999 <= parity.worst_share <= 1
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_report_is_made_of_every_runtime(runtime: str, made: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def once(contestants: dict[str, Any]) -> dict[str, Timing]:
+        for call in contestants.values():
+            call()
+        return dict.fromkeys(contestants, Timing(1.0, 1.0, 1.0, 1))
+
+    monkeypatch.setattr(measuring, "measure", once)
+    item = made[runtime, "residual"]
+    report = measuring.assess(item.prepared, item.artifact, threads=1)
+
+    assert report.parity is not None
+    assert report.still_float == {}
+    assert [row.batch for row in report.latency] == [1, 4]
+    assert all((row.runtime_float is None) == item.runtime.IN_PROCESS for row in report.latency)
+    assert not any("has no peer" in note for note in report.notes)
 
 
 def test_golden_batch_gives_the_same_here(item: Made) -> None:

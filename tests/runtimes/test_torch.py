@@ -479,7 +479,7 @@ def test_model_that_does_not_export(tmp_path: Path) -> None:
             y = self.layer(x)
             return y if y.sum() > 0 else -y
 
-    with pytest.raises(ExportError, match="PyTorch's exporter says: "):
+    with pytest.raises(ExportError, match="PyTorch's exporter to take the module, but it says: "):
         save(Branches(), {"x": torch.randn(2, 8)}, tmp_path / "artifact")
     assert not (tmp_path / "artifact").exists() or not list((tmp_path / "artifact").iterdir())
 

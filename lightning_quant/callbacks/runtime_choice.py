@@ -1,0 +1,47 @@
+"""`runtime="auto"` at fit start: which runtime the artifact will run on, measured on the weights that are there."""
+
+import functools
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from lightning_quant.auto import choose_runtime
+from lightning_quant.calibrate import observe, settle
+from lightning_quant.calls import map_tensors
+from lightning_quant.capture import Capture
+from lightning_quant.export import Quantizable, in_float32_on_cpu
+from lightning_quant.layerwise import quantize_layers
+from lightning_quant.loss_inputs import leave_out_labels
+from lightning_quant.prepare import prepare
+from lightning_quant.recipe import LayerRecipe
+from lightning_quant.routing import clone, to_float32, unroute_all
+
+if TYPE_CHECKING:
+    from lightning_quant.callbacks.base import QuantizationCallback
+
+
+def choose_at_start(callback: "QuantizationCallback", module: nn.Module, found: Capture) -> tuple[str, str]:
+    """Return the fastest correct runtime and what was measured, with ranges of the captured call alone.
+
+    Training through rounding needs to know the runtime, which says what is rounded; and weights change neither how long
+    a kernel takes nor whether it is right, which the report checks again at the end.
+    """
+    duplicate = clone(module)
+    unroute_all(duplicate)
+    to_float32(duplicate)
+    duplicate.cpu()
+    args, kwargs = map_tensors(lambda t: in_float32_on_cpu([t])[0], (found.args, found.kwargs))
+    recipe, selection = callback.recipe, callback.selection
+    if isinstance(recipe, LayerRecipe):
+        args, kwargs, _ = leave_out_labels(duplicate, args, kwargs)
+
+    def plan(runtime: str) -> Quantizable:
+        if isinstance(recipe, LayerRecipe):
+            return quantize_layers(duplicate, args, kwargs, recipe=recipe, runtime=runtime, selection=selection)
+        prepared = prepare(
+            duplicate, args, kwargs, recipe=recipe, runtime=runtime, selection=selection, observer="min_max"
+        )
+        settle(prepared, observe(prepared, [functools.partial(duplicate, *args, **kwargs)], None), None)
+        return prepared
+
+    return choose_runtime(plan, callback.threads, callback.dynamic_shapes)

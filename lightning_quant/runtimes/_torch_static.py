@@ -1,0 +1,236 @@
+"""Static int8 on PyTorch's native kernels: a safetensors file, and a program of steps beside it."""
+
+import collections
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+
+from lightning_quant.calls import CallSpec
+from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+from lightning_quant.latency import torch_threads
+from lightning_quant.loaded import LoadedModule
+from lightning_quant.runtimes import _torch_steps as steps
+from lightning_quant.runtimes._flat import (
+    Flat,
+    dynamic_shapes,
+    example_tensors,
+    exporting,
+    forms_of_call,
+    forms_of_signature,
+)
+from lightning_quant.runtimes._standalone import torch_inputs
+from lightning_quant.signature import Signature
+
+# Likeliest first.
+_ENGINES = ("onednn", "x86", "fbgemm", "qnnpack")
+
+
+class TorchStaticModule(LoadedModule):
+    """A program of native quantized kernels that is called like the module it came from.
+
+    Attributes:
+        engine: whose kernels run.
+
+    Raises:
+        ArtifactError: this PyTorch refuses the program, or it has other inputs and outputs than the signature.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        files: dict[str, str],
+        signature: Signature,
+        *,
+        threads: int | None = None,
+        engine: str | None = None,
+    ) -> None:
+        super().__init__(signature)
+        path = folder / files[steps.FILE]
+        program = steps.read_steps(path)
+        _check_fits(program, signature, path)
+        self.engine = program["engine"] if engine is None else engine
+        _check_engine(self.engine)
+        self.threads = threads
+        with _native(self.engine):
+            self.program = steps.build(program, _tensors(folder / files["model"]), path)
+
+    @torch.no_grad()
+    def run(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Run the program."""
+        dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
+        values = [tensor.detach().to("cpu", dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+        with torch_threads(self.threads or torch.get_num_threads()), steps.quantized_engine(self.engine):
+            try:
+                outputs = self.program(*values)
+            except (RuntimeError, IndexError) as error:
+                raise QuantizationError(
+                    f"Expected inputs that the model can take, such as sequences that it has positions for, but {error}"
+                ) from error
+        device = tensors[0].device if tensors else torch.device("cpu")
+        return [output.contiguous().to(device) for output in outputs]
+
+
+def export(
+    module: nn.Module,
+    signature: inspect.Signature,
+    spec: CallSpec,
+    tensors: list[Tensor],
+    path: Path,
+    *,
+    dynamic: dict[str, dict[int, str]],
+) -> None:
+    """Write a QDQ module as tensors and steps; arguments as for ONNX.
+
+    Raises:
+        ExportError: PyTorch's exporter refuses the module, with its reason, or a part of it is no operator of PyTorch.
+    """
+    from safetensors.torch import save_file
+
+    from lightning_quant.runtimes._torch_lowering import lower
+
+    examples = tuple(example_tensors(spec, tensors, dynamic))
+    flat = Flat(module, signature, spec).eval()
+    with exporting("PyTorch's exporter"):
+        program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
+        lowered = lower(program.run_decompositions({}).module(check_guards=False))
+    stored = {name: t.detach().cpu().clone().contiguous() for name, t in steps.tensors_of(lowered).items()}
+    save_file(stored, path)
+    inputs, outputs = forms_of_call(flat, examples, dynamic)
+    about = {"engine": engines()[0], "inputs": inputs, "outputs": outputs}
+    steps.write_steps(lowered, path.parent / steps.FILE, about)
+
+
+def engines() -> list[str]:
+    """Return the engines that this build of PyTorch has kernels of, the likeliest one first."""
+    preferred = ("onednn", "x86", "fbgemm", "qnnpack")
+    return [name for name in preferred if name in torch.backends.quantized.supported_engines]
+
+
+def set_engine(path: Path, engine: str) -> None:
+    """Let a written program run on an engine unless `load` is told otherwise."""
+    _check_engine(engine)
+    program = path.parent / steps.FILE
+    steps.write({**steps.read_steps(program), "engine": engine}, program)
+
+
+def check(path: Path) -> None:
+    """Load a written program once.
+
+    Raises:
+        ExportError: it cannot be read.
+    """
+    try:
+        _built(path)
+    except ArtifactError as error:
+        raise ExportError(str(error)) from error
+
+
+def standalone(files: dict[str, str], signature: Signature) -> str:
+    """Return lines that run an artifact in its folder with PyTorch and safetensors alone."""
+    names = [info.name for info in signature.outputs]
+    return f"""import gzip
+import json
+import operator
+
+import torch
+from safetensors.torch import load_file
+
+program = json.loads(gzip.open({files[steps.FILE]!r}).read())
+torch.backends.quantized.engine = program["engine"]
+{torch_inputs(signature)}
+values = {{**load_file({files["model"]!r}), **inputs}}
+
+
+def read(value):
+    if isinstance(value, dict):
+        ((kind, name),) = value.items()
+        return values[name] if kind == "value" else getattr(torch, name) if kind == "torch" else float(name)
+    return [read(item) for item in value] if isinstance(value, list) else value
+
+
+for step in program["steps"]:
+    root, _, name = step["call"].partition(".")
+    function = operator.attrgetter(name)(operator if root == "operator" else getattr(torch.ops, root))
+    kwargs = {{key: read(value) for key, value in step["kwargs"].items()}}
+    values[step["name"]] = function(*read(step["args"]), **kwargs)
+outputs = dict(zip({names!r}, read(program["results"])))
+"""
+
+
+def count_operators(path: Path) -> dict[str, int]:
+    """Return how often each operator occurs in a written program, those that pack weights left out."""
+    calls = (step["call"] for step in steps.read_steps(path.parent / steps.FILE)["steps"])
+    return dict(collections.Counter(call for call in calls if "prepack" not in call and "_make_per" not in call))
+
+
+def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -> list[np.ndarray]:
+    """Run every operator on its own, on given integers.
+
+    Args:
+        path: file of tensors, with the program beside it.
+        inputs: the model's own inputs by name.
+        edges: integers of every quantized tensor in the order of execution, uint8.
+
+    Returns:
+        the integers that the operators computed, in the same order.
+
+    Raises:
+        ExportError: the program has another number of quantized tensors.
+    """
+    program, module = _built(path)
+    forced = steps.Forced(module, [torch.from_numpy(edge) for edge in edges])
+    with steps.quantized_engine(program["engine"]), torch.no_grad():
+        forced.run(*(inputs[info["name"]].detach().cpu() for info in program["inputs"]))
+    if sorted(forced.computed) != list(range(len(edges))):
+        raise ExportError(f"Expected {len(edges)} quantized tensors in the program, but got {len(forced.computed)}.")
+    return [forced.computed[index].numpy() for index in range(len(edges))]
+
+
+def _built(path: Path) -> tuple[dict[str, Any], fx.GraphModule]:
+    """Return the program beside a file of tensors, and the module that it makes up."""
+    file = path.parent / steps.FILE
+    program = steps.read_steps(file)
+    with _native(program["engine"]):
+        return program, steps.build(program, _tensors(path), file)
+
+
+def _check_engine(engine: str) -> None:
+    if engine not in engines():
+        raise QuantizationError(f"Expected `engine` to be one of {engines()} of this PyTorch, but got {engine!r}.")
+
+
+@contextlib.contextmanager
+def _native(engine: str) -> Iterator[None]:
+    """Use an engine, and let PyTorch have said, once and unheard, that it means to retire these tensors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
+    with steps.quantized_engine(engine):
+        yield
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ArtifactError(f"Expected {path} to hold the tensors of a model, but {error}.") from error
+
+
+def _check_fits(program: dict[str, Any], signature: Signature, path: Path) -> None:
+    """Make sure that a program's inputs and outputs are those of a signature."""
+    inputs, outputs = forms_of_signature(signature)
+    if [program["inputs"], program["outputs"]] != [inputs, outputs]:
+        raise ArtifactError(
+            f"Expected {path} to have the inputs and outputs of its signature, but {program['inputs']} and "
+            f"{program['outputs']} are not {inputs} and {outputs}."
+        )

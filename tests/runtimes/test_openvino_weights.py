@@ -1,0 +1,88 @@
+"""Half precision and weight-only on OpenVINO: small on disk, small in memory, and equal to the layers in memory."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layer_models import TokenClassifier, bert, gpt2, tokens
+from test_torch import CNN
+from torch import Tensor, nn
+
+from lightning_quant import load, verify
+from lightning_quant.artifact import Artifact
+from lightning_quant.assess import parity_of, tensor_bytes
+from lightning_quant.errors import ExportError, PlanError
+from lightning_quant.export import export
+from lightning_quant.layerwise import Layerwise, quantize_layers
+from lightning_quant.runtimes import openvino
+
+X = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 128)).eval()
+
+
+def saved(model: nn.Module, recipe: str, folder: Path, **call: Tensor) -> tuple[Layerwise, Artifact]:
+    quantized = quantize_layers(model, kwargs=call, recipe=recipe, runtime="openvino")
+    return quantized, export(quantized, folder)
+
+
+def constants(artifact: Artifact) -> set[str]:
+    """Return the types of the matrices that the compiled model holds."""
+    model = openvino.compiled(artifact.model_path, threads=1).get_runtime_model()
+    return {
+        op.get_output_element_type(0).get_type_name()
+        for op in model.get_ordered_ops()
+        if op.get_rt_info()["layerType"].astype(str) == "Const" and len(op.get_output_partial_shape(0)) == 2
+    }
+
+
+@pytest.mark.parametrize(("recipe", "ratio"), [("float16", 0.51), ("bfloat16", 0.51), ("int8_weight_only", 0.27)])
+@pytest.mark.parametrize("name", ["mlp", "cnn", "bert", "gpt2"])
+def test_artifact_computes_what_the_layers_in_memory_do(name: str, recipe: str, ratio: float, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    calls: dict[str, tuple[Any, dict[str, Tensor]]] = {
+        "mlp": (mlp, {"input": X}),
+        "cnn": (CNN, {"image": torch.randn(2, 3, 8, 8)}),
+        "bert": (bert, {"input_ids": tokens(2, 7), "attention_mask": torch.ones(2, 7, dtype=torch.long)}),
+        "gpt2": (gpt2, {"input_ids": tokens(2, 7)}),
+    }
+    build, call = calls[name]
+    quantized, artifact = saved(build().eval(), recipe, tmp_path / "artifact", **call)
+    parity = parity_of(quantized, load(artifact.path, threads=1), artifact)
+
+    assert parity.failures == []
+    # Arithmetic alone is between them.
+    assert parity.artifact_db > 110
+    assert verify(artifact.path).failures == []
+    if name == "mlp":
+        weights = artifact.model_path.with_name("model.bin").stat().st_size
+        assert weights < ratio * tensor_bytes(quantized.root)
+
+
+def test_integer_weights_stay_integers_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _, artifact = saved(mlp(), "int8_weight_only", tmp_path / "artifact", input=X)
+    assert "i8" in constants(artifact)
+
+    monkeypatch.setattr(openvino, "compress_weights", lambda model: model)
+    _, uncompressed = saved(mlp(), "int8_weight_only", tmp_path / "other", input=X)
+    assert "i8" not in constants(uncompressed)
+
+
+def test_recurrent_layers_store_half_precision_and_are_refused_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    call = {"tokens": tokens(2, 7)}
+    quantized, artifact = saved(TokenClassifier().eval(), "float16", tmp_path / "artifact", **call)
+
+    assert parity_of(quantized, load(artifact.path), artifact).failures == []
+    with pytest.raises(ExportError, match=r"OpenVINO to run the exported model, but it says: LSTM.* expects Constant"):
+        saved(TokenClassifier().eval(), "int8_weight_only", tmp_path / "other", **call)
+
+
+@pytest.mark.parametrize(("recipe", "reason"), [("int8_dynamic", "in float"), ("int4_weight_only", "four bits")])
+def test_what_openvino_would_not_carry_out_is_refused(recipe: str, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(PlanError, match=rf"a recipe that 'openvino' runs, but got '{recipe}': .*{reason}"):
+        quantize_layers(mlp(), (X,), recipe=recipe, runtime="openvino")

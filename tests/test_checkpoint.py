@@ -1,0 +1,69 @@
+"""`quantize` from the path of a Lightning checkpoint."""
+
+from pathlib import Path
+from typing import Any
+
+import lightning_models
+import pytest
+import torch
+from lightning.pytorch import LightningModule
+from torch import nn
+
+from lightning_quant import load, quantize
+from lightning_quant.checkpoint import load_module
+from lightning_quant.errors import QuantizationError
+
+pytestmark = pytest.mark.usefixtures("unmeasured")
+
+X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
+
+
+class Lit(LightningModule):
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.net = nn.Sequential(nn.Linear(6, width), nn.ReLU(), nn.Linear(width, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Lit, Path]:
+    torch.manual_seed(0)
+    model = Lit(width=12)
+    trainer = lightning_models.make_trainer()
+    trainer.strategy.connect(model)
+    path = tmp_path_factory.mktemp("checkpoint") / "best.ckpt"
+    trainer.save_checkpoint(path)
+    return model, path
+
+
+@pytest.mark.parametrize("given", ["class", "instance"])
+@pytest.mark.parametrize("module", [None, "net"])
+def test_weights_are_those_of_the_checkpoint(
+    given: str, module: str | None, saved: tuple[Lit, Path], tmp_path: Path
+) -> None:
+    model, path = saved
+    lightning_module: Any = Lit if given == "class" else Lit(width=12)
+    artifact = quantize(
+        path, calibration_data=[X], output_dir=tmp_path, lightning_module=lightning_module, module=module, threads=1
+    )
+    with torch.no_grad():
+        expected = model(X)
+
+    assert (load(artifact.path)(X) - expected).abs().max() < 0.05 * expected.abs().max()
+
+
+def test_what_does_not_belong_together_is_refused(saved: tuple[Lit, Path], tmp_path: Path) -> None:
+    path = saved[1]
+    with pytest.raises(QuantizationError, match="`lightning_module` to be the LightningModule of the checkpoint"):
+        quantize(path, calibration_data=[X], output_dir=tmp_path)
+    with pytest.raises(QuantizationError, match="size mismatch"):
+        load_module(path, Lit(width=5))
+    with pytest.raises(QuantizationError, match="with a module 'head'"):
+        load_module(path, Lit, "head")
+    with pytest.raises(QuantizationError, match=r"nowhere\.ckpt"):
+        load_module(tmp_path / "nowhere.ckpt", Lit)
+    with pytest.raises(QuantizationError, match="with the path of a checkpoint only"):
+        quantize(nn.Linear(6, 3), calibration_data=[X], output_dir=tmp_path, module="net")
