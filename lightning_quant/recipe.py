@@ -168,5 +168,6 @@ def _from_dict(values: dict[str, Any]) -> AnyRecipe:
     unknown = sorted(set(values) - known)
     if unknown:
         raise QuantizationError(f"Expected `recipe` to have fields out of {sorted(known)}, but got {unknown}.")
-    changed = {k: IntegerSpec(**v) if isinstance(v, dict) else v for k, v in values.items()}
+    grids = {item.name for item in fields(base) if isinstance(getattr(base, item.name), IntegerSpec)}
+    changed = {k: IntegerSpec(**v) if k in grids and isinstance(v, dict) else v for k, v in values.items()}
     return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()})  # type: ignore

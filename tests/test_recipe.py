@@ -32,6 +32,7 @@ def test_dict_changes_fields_of_the_recipe_of_its_name() -> None:
         recipe.floor_db = 1.0
     assert get({"name": "int8", "weight": {"bits": 4}}) == Recipe(weight=IntegerSpec(bits=4))
     assert get({"percentile": 99.0}) == Recipe(percentile=99.0)
+    assert get({"overrides": {"head": "float"}}) == Recipe(overrides={"head": "float"})
 
 
 @pytest.mark.parametrize(
