@@ -217,7 +217,7 @@ def test_forward_that_cannot_be_traced_at_all(kind: Kind, folder: Path) -> None:
 
 
 def test_module_that_does_not_export(kind: Kind, folder: Path) -> None:
-    refuse(kind(output_dir=folder), r"export to ONNX, .*svd.*(`module=|exclude)", Classifier(Unexportable()))
+    refuse(kind(output_dir=folder), r"exporter to ONNX to take .*svd.*(`module=|exclude)", Classifier(Unexportable()))
 
 
 @pytest.mark.parametrize("argument", ["include", "exclude"])
