@@ -7,6 +7,7 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_quant import recipe as recipes
+from lightning_quant import runtimes
 from lightning_quant.captured import CapturedModel
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.graph.analyze import Analysis
@@ -38,7 +39,13 @@ def store_layers(model: CapturedModel, recipe: Recipe, plan: Plan) -> tuple[dict
     args, kwargs = model.call(model.tensors)
     layers: dict[str, nn.Module] = {}
     rows = {row.name: row for row in plan.rows}
-    for pattern, name in _stored(recipe).items():
+    stored = _stored(recipe)
+    if stored and not runtimes.get(plan.runtime).LAYERS_IN_GRAPHS:
+        raise PlanError(
+            f"Expected `overrides` for runtime {plan.runtime!r} to name 'float' or grids of 4 to 8 bits, but got "
+            f"{sorted(set(stored.values()))}. Use 'onnxruntime' or 'openvino', or keep those layers in float."
+        )
+    for pattern, name in stored.items():
         chosen = Selection(include=(pattern,))
         found = quantize_layers(model.root, args, kwargs, recipe=name, runtime=plan.runtime, selection=chosen)
         for row in found.plan.rows:

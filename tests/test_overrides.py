@@ -101,19 +101,28 @@ def test_a_classifier_of_stored_weights_in_a_static_recipe(tmp_path: Path) -> No
     assert type(model.classifier) is nn.Linear
 
 
-@pytest.mark.parametrize("target", ["int4_weight_only", "int8_weight_only_gptq", "float16"])
-def test_other_recipes_of_layers(tmp_path: Path, target: str) -> None:
+@pytest.mark.parametrize(
+    ("target", "runtime"),
+    [
+        ("int4_weight_only", "onnxruntime"),
+        ("int8_weight_only_gptq", "onnxruntime"),
+        ("float16", "onnxruntime"),
+        ("int8_weight_only", "openvino"),
+    ],
+)
+def test_other_recipes_of_layers(tmp_path: Path, target: str, runtime: str) -> None:
     artifact = lq.quantize(
         vision(),
         Recipe(overrides={"classifier": target}),
+        runtime,
         calibration_data=[images()],
         output_dir=tmp_path / "mixed",
         threads=1,
     )
     assert _agrees(artifact)
-    expected = {"int4_weight_only": "int4 weights", "int8_weight_only_gptq": "int8 weights", "float16": "float16"}
+    expected = {"int4_weight_only": "int4 weights", "float16": "float16"}
     rows = {row["name"]: row["action"] for row in artifact.report["plan"]["rows"]}
-    assert rows["classifier"] == expected[target]
+    assert rows["classifier"] == expected.get(target, "int8 weights")
 
 
 def test_embeddings_and_recurrences_beside_integer_layers(tmp_path: Path) -> None:
@@ -167,8 +176,9 @@ def test_refusals() -> None:
         with pytest.raises(QuantizationError, match=rf"map 'classifier' to 'float', .* but got '{target}'"):
             prepare(vision(), (images(),), recipe=Recipe(overrides={"classifier": target}))
     recipe = Recipe(overrides={"classifier": "int8_weight_only"})
-    with pytest.raises(PlanError, match=r"run quantized layers for 'int8_weight_only', but 'openvino' does not"):
-        prepare(vision(), (images(),), recipe=recipe, runtime="openvino")
+    for runtime in ("torch", "inductor", "executorch"):
+        with pytest.raises(PlanError, match=rf"for runtime '{runtime}' to name 'float' .* got \['int8_weight_only'\]"):
+            prepare(vision(), (images(),), recipe=recipe, runtime=runtime)
 
 
 def _agrees(artifact: lq.Artifact) -> bool:

@@ -4,7 +4,8 @@ A runtime module offers `TABLE`, `REQUIRES`, `MODEL_FILE`, `export`, `check`, `l
 `standalone`, `count_operators`, `still_float` and `run_forced` as in `onnxruntime.py`. One with kernels of several
 engines offers `engines` and `set_engine` as in `torch.py`. `HALF_ARITHMETIC` says whether layers compute in half
 precision or only store their weights so, None that recipes of layers do not run; `LAYER_REFUSALS` has scheme to reason
-for those that do not. `IN_PROCESS` says that the float peer of comparisons is the float module itself.
+for those that do not. `LAYERS_IN_GRAPHS` says whether a static recipe may leave layers to them. `IN_PROCESS`
+says that the float peer of comparisons is the float module itself.
 """
 
 import importlib

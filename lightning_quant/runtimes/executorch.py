@@ -36,6 +36,7 @@ MODEL_FILE = "model.pte"
 # Recipes of layers do not run here.
 HALF_ARITHMETIC = None
 IN_PROCESS = False
+LAYERS_IN_GRAPHS = False
 # Largest batch of a program, unless the captured one is larger; other dimensions may grow by this factor.
 _MAX_BATCH, _MAX_GROWTH = 64, 4
 _FLOAT = "XNNPACK computes it in float"

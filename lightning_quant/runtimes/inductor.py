@@ -48,6 +48,7 @@ MODEL_FILE = "model.pt2"
 # Recipes of layers do not run here.
 HALF_ARITHMETIC = None
 IN_PROCESS = False
+LAYERS_IN_GRAPHS = False
 _FLOAT = "Inductor computes it in float"
 TABLE = OperatorTable(
     weighted=frozenset({"conv2d", "linear"}),

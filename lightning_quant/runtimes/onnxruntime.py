@@ -39,6 +39,7 @@ MODEL_FILE = "model.onnx"
 # The CPU has no kernels for half precision: it is for storage, and weights become float when a session starts.
 HALF_ARITHMETIC = False
 IN_PROCESS = False
+LAYERS_IN_GRAPHS = True
 _WITHOUT_KERNEL = (
     *(
         "conv_transpose1d",

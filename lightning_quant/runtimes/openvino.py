@@ -39,6 +39,7 @@ LAYER_REFUSALS = {
     "weight_only_4bit": "OpenVINO does not read the operator that carries out four bits. Use 'int8_weight_only'",
 }
 IN_PROCESS = False
+LAYERS_IN_GRAPHS = True
 _FLOAT = "OpenVINO computes it in float on the CPU"
 TABLE = OperatorTable(
     weighted=frozenset({"conv1d", "conv2d", "linear"}),
