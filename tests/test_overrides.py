@@ -107,7 +107,6 @@ def test_a_classifier_of_stored_weights_in_a_static_recipe(tmp_path: Path) -> No
         ("int4_weight_only", "onnxruntime"),
         ("int8_weight_only_gptq", "onnxruntime"),
         ("float16", "onnxruntime"),
-        ("int8_weight_only", "openvino"),
     ],
 )
 def test_other_recipes_of_layers(tmp_path: Path, target: str, runtime: str) -> None:
