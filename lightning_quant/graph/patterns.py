@@ -108,6 +108,8 @@ class Matcher:
             return "its weight is computed in forward"
         if not ops.is_float(node):
             return "its shapes are unknown"
+        if self.table.one_channel and operation.kind.startswith("conv") and _channels(node) == 1:
+            return self.table.one_channel
         if (
             node.op == "call_module"
             and getattr(self.root.get_submodule(str(node.target)), "padding_mode", "zeros") != "zeros"
@@ -340,3 +342,9 @@ class Matcher:
 
 def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _channels(convolution: fx.Node) -> int:
+    """Return the number of channels that a convolution reads, 0 where it is not known."""
+    fake = ops.argument(convolution, 0, "input").meta.get("fake")
+    return int(fake.shape[1]) if isinstance(fake, Tensor) and fake.dim() > 1 else 0

@@ -18,6 +18,7 @@ class OperatorTable:
         reasons: kind to reason, for kinds that stay float.
         fuses_add: whether a convolution adds another quantized tensor before it rounds, so that nothing is rounded
             between convolution and addition.
+        one_channel: why convolutions of a single input channel stay float; empty when they do not.
         fuses_pad: whether a padding before a convolution disappears in it; otherwise what it makes is quantized.
     """
 
@@ -29,6 +30,7 @@ class OperatorTable:
     reasons: Mapping[str, str] = field(default_factory=dict)
     fuses_add: bool = False
     fuses_pad: bool = True
+    one_channel: str = ""
 
 
 @dataclass(frozen=True)

@@ -65,6 +65,9 @@ TABLE = OperatorTable(
     },
     fuses_add=True,
     fuses_pad=False,
+    # Whether such an input lies in channels_last order cannot be told: Inductor takes the result to be contiguous, the
+    # kernel writes channels_last.
+    one_channel="Inductor reads the integer convolution of a single channel in the wrong order",
 )
 # How the integer kernels' names begin.
 _KERNELS = {"conv2d": "qconv", "linear": "qlinear"}

@@ -12,7 +12,7 @@ import torch
 from models import CASES, ResidualNet, calibrated, with_statistics
 from torch import Tensor, nn
 
-from lightning_quant import load, runtimes
+from lightning_quant import load, quantize, runtimes
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.errors import ArtifactError, MissingRuntimeError, QuantizationError
 from lightning_quant.export import export
@@ -97,6 +97,18 @@ def test_package_for_another_processor_is_refused_before_it_runs(
         inductor._check_processor(path)
     monkeypatch.setattr(inductor, "cpu_flags", lambda: {"avx512f", "amx_tile"})
     inductor._check_processor(path)
+
+
+def test_convolution_of_one_channel_stays_float_where_its_kernel_is_wrong(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()).eval()
+    x = torch.randn(4, 1, 8, 8)
+    artifact = quantize(model, "int8", "inductor", calibration_data=[x], output_dir=tmp_path, threads=1)
+    rows = {row["name"]: row for row in artifact.plan["rows"]}
+
+    assert (rows["0"]["action"], rows["2"]["action"]) == ("float", "int8")
+    assert "single channel" in rows["0"]["reason"]
+    assert "Parity ok" in artifact.report_path.read_text()
 
 
 def test_kernels_are_counted_in_the_generated_code(tmp_path: Path) -> None:
