@@ -88,6 +88,8 @@ def main(num_train: int = 768, num_validation: int = 512) -> None:
     torch.set_num_threads(1)
     logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", module="lightning")
+    warnings.filterwarnings("ignore", module="torch.ao")
+    warnings.filterwarnings("ignore", message="torch.ao.quantization is deprecated")
     seed_everything(0, verbose=False)
     OUTPUT.mkdir(exist_ok=True)
     train, validation = (DataLoader(tones(n, s), 32, shuffle=s == 0) for n, s in ((num_train, 0), (num_validation, 1)))
