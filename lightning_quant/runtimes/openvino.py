@@ -79,18 +79,18 @@ class OpenVinoModule(LoadedModule):
             self.compiled = compiled(path, threads=threads, device=device)
         except RuntimeError as error:
             raise ArtifactError(f"Expected {path} to be a model for OpenVINO, but it says: {_reason(error)}") from error
-        self._names = [port.get_any_name() for port in self.compiled.inputs]
+        names = [port.get_any_name() for port in self.compiled.inputs]
         _check_fits(self.compiled, signature, path)
+        position = {info.name: index for index, info in enumerate(signature.inputs)}
+        self._inputs = [(position[n], getattr(torch, signature.inputs[position[n]].dtype)) for n in names]
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run one inference."""
-        named = {
-            info.name: np.ascontiguousarray(t.detach().to("cpu", getattr(torch, info.dtype)).numpy())
-            for info, t in zip(self.signature.inputs, tensors, strict=True)
-            if info.name in self._names
-        }
-        results = self.compiled(named)
-        outputs = [torch.from_numpy(np.array(results[port])) for port in self.compiled.outputs]
+        arrays = [
+            np.ascontiguousarray(tensors[index].detach().to("cpu", dtype).numpy()) for index, dtype in self._inputs
+        ]
+        # Shared outputs are overwritten by the next call, so they are copied; unshared ones would be copied twice.
+        outputs = [torch.from_numpy(output.copy()) for output in self.compiled(arrays, share_outputs=True).values()]
         device = tensors[0].device if tensors else torch.device("cpu")
         return [output.to(device) for output in outputs]
 
