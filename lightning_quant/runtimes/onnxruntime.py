@@ -33,8 +33,6 @@ from lightning_quant.signature import Signature
 
 __all__ = ["export"]
 REQUIRES = ("onnxruntime", "onnx", "onnxscript")
-# Decibels by which simulation and artifact are closer to each other than simulation and float.
-PARITY_MARGIN_DB = 10.0
 MODEL_FILE = "model.onnx"
 # The CPU has no kernels for half precision: it is for storage, and weights become float when a session starts.
 HALF_ARITHMETIC = False
