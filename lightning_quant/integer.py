@@ -5,19 +5,22 @@ artifact are as far apart as either is from float. Source: the kernels of ONNX R
 QGemm, QLinearAdd in onnxruntime/core/mlas), against which they were compared value by value.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
-def requantize(sums: Tensor, step: Tensor, scale: Tensor) -> Tensor:
+def requantize(sums: Tensor, step: Tensor, scale: Tensor, rounding: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
     """Return integer sums in steps of an output, rounded to even by one float32 multiplication, not clipped.
 
     Args:
         sums: whole numbers below 2**24 in magnitude, which float32 holds exactly.
         step: value of one of them, broadcast along channels.
         scale: 0-dim, of the output.
+        rounding: what takes the place of rounding to even.
     """
-    return torch.round(sums * (step / scale))
+    return rounding(sums * (step / scale))
 
 
 def add(
@@ -25,6 +28,7 @@ def add(
     second: Tensor,
     grids: tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]],
     output: tuple[Tensor, Tensor],
+    rounding: Callable[[Tensor], Tensor] = torch.round,
 ) -> Tensor:
     """Return the sum of two quantized tensors in steps of an output, not clipped, without its zero point.
 
@@ -35,6 +39,7 @@ def add(
         second: values on the second grid.
         grids: scale and zero point of both.
         output: scale and zero point of the result.
+        rounding: what takes the place of rounding to even.
     """
     (first_scale, first_zero), (second_scale, second_zero) = grids
     scale, zero = output
@@ -43,7 +48,7 @@ def add(
     first_integers = torch.round(first.float() / first_scale) + first_zero
     second_integers = torch.round(second.float() / second_scale) + second_zero
     inner = _fused_multiply_add(second_integers, second_ratio, fixed)
-    return torch.round(_fused_multiply_add(first_integers, first_ratio, inner)) - zero
+    return rounding(_fused_multiply_add(first_integers, first_ratio, inner)) - zero
 
 
 def _fused_multiply_add(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:

@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from lightning_quant.prepared import Prepared
 
 
+# Share of itself by which a value moves when float32 factors are multiplied in another order, a few roundings each.
+_JITTER = 2.0**-20
+
+
 class Simulation:
     """Runs the operators of a prepared module as its phase says.
 
@@ -31,6 +35,7 @@ class Simulation:
         only: when set, the weighted operators and edges that are rounded; all others compute in float.
         watcher: when set, gets every edge's identity and float values while nothing is rounded.
         recorded: when a list, every tensor that is rounded is appended to it as `(edge, integers)`.
+        jitter: when set, draws by how much of itself a value is moved before it is rounded.
     """
 
     def __init__(self, prepared: "Prepared") -> None:
@@ -40,6 +45,7 @@ class Simulation:
         self.only: frozenset[str] | None = None
         self.watcher: Callable[[str, Tensor], None] | None = None
         self.recorded: list[tuple[str, Tensor]] | None = None
+        self.jitter: torch.Generator | None = None
         # Results that have their BatchNorm folded in already, until it is its turn.
         self._normalized: list[Tensor] = []
 
@@ -51,6 +57,15 @@ class Simulation:
             yield self.recorded
         finally:
             self.recorded = None
+
+    @contextmanager
+    def jittering(self) -> Iterator[None]:
+        """Move values before they are rounded, by as little as another order of the same float32 arithmetic would."""
+        self.jitter = torch.Generator().manual_seed(0)
+        try:
+            yield
+        finally:
+            self.jitter = None
 
     @contextmanager
     def measuring(self, means: InputMeans | None) -> Iterator[None]:
@@ -101,7 +116,7 @@ class Simulation:
         scale, zero_point = self.prepared.ranges.parameters(identity)
         quant_max, integers = self.prepared.recipe.activation.quant_max, self.integers.pop(identity, None)
         if integers is None:
-            rounded = fake_quantize(self.prepared.on_grid(identity, x), scale, zero_point, quant_max)
+            rounded = fake_quantize(self._moved(self.prepared.on_grid(identity, x)), scale, zero_point, quant_max)
         else:
             rounded = (integers.clamp(-zero_point.item(), quant_max - zero_point.item()) * scale).to(x.dtype)
         if self.recorded is not None:
@@ -148,7 +163,8 @@ class Simulation:
             edges = [identify(path, key) for key in operator.inputs]
             one, other = (self.prepared.ranges.parameters(edge) for edge in edges)
             operands = self.prepared.on_grid(edges[0], first), self.prepared.on_grid(edges[1], second)
-            self.integers[output] = integer.add(*operands, (one, other), self.prepared.ranges.parameters(output))
+            grid = self.prepared.ranges.parameters(output)
+            self.integers[output] = integer.add(*operands, (one, other), grid, self._round)
         return first + second
 
     def run_batch_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
@@ -159,6 +175,15 @@ class Simulation:
             return norm(x)
         mean, variance = fetch(norm, "running_mean"), fetch(norm, "running_var")
         return F.batch_norm(x, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)  # type: ignore[arg-type]
+
+    def _round(self, x: Tensor) -> Tensor:
+        return torch.round(self._moved(x))
+
+    def _moved(self, x: Tensor) -> Tensor:
+        if self.jitter is None:
+            return x
+        amounts = torch.rand(x.shape, generator=self.jitter).to(x.device) * 2 - 1
+        return (x * (1 + amounts * _JITTER)).to(x.dtype)
 
     def _run_weighted(
         self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor]
@@ -178,7 +203,8 @@ class Simulation:
         sums, step = sums + folded.bias_integers.view(shape), folded.bias_step.view(shape)
         if operator.quantized_output:
             output = identify(path, operator.output)
-            self.integers[output] = integer.requantize(sums, step, self.prepared.ranges.parameters(output)[0])
+            scale, _ = self.prepared.ranges.parameters(output)
+            self.integers[output] = integer.requantize(sums, step, scale, self._round)
         return (sums * step).to(x.dtype)
 
     def _rounded_weight(self, identity: str, weight: Tensor, folded: Folded) -> Tensor:

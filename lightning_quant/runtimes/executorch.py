@@ -30,8 +30,6 @@ from lightning_quant.runtimes._xnnpack import INTEGER, as_xnnpack_reads_it, rest
 from lightning_quant.signature import Signature
 
 REQUIRES = ("executorch", "torchao")
-# Decibels by which simulation and artifact are closer to each other than simulation and float.
-PARITY_MARGIN_DB = 3.0
 MODEL_FILE = "model.pte"
 # Recipes of layers do not run here.
 HALF_ARITHMETIC = None

@@ -42,8 +42,6 @@ from lightning_quant.runtimes._standalone import torch_inputs
 from lightning_quant.signature import Signature
 
 REQUIRES = ("torchao",)
-# Decibels by which simulation and artifact are closer to each other than simulation and float.
-PARITY_MARGIN_DB = 3.0
 MODEL_FILE = "model.pt2"
 # Recipes of layers do not run here.
 HALF_ARITHMETIC = None

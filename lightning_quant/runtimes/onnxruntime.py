@@ -33,8 +33,6 @@ from lightning_quant.signature import Signature
 
 __all__ = ["export"]
 REQUIRES = ("onnxruntime", "onnx", "onnxscript")
-# Decibels by which simulation and artifact are closer to each other than simulation and float.
-PARITY_MARGIN_DB = 10.0
 MODEL_FILE = "model.onnx"
 # The CPU has no kernels for half precision: it is for storage, and weights become float when a session starts.
 HALF_ARITHMETIC = False
@@ -106,15 +104,18 @@ class OnnxRuntimeModule(LoadedModule):
             self.session = session(path, threads=threads, providers=providers)
         except _refusals() as error:
             raise ArtifactError(f"Expected {path} to be a model for ONNX Runtime, but it says: {error}") from error
-        self._names = [info.name for info in self.session.get_inputs()]
         _check_fits(self.session, signature, path)
+        # An input that the result does not depend on is no input of the graph.
+        known = {info.name for info in self.session.get_inputs()}
+        self._inputs = [
+            (index, info.name, getattr(torch, info.dtype))
+            for index, info in enumerate(signature.inputs)
+            if info.name in known
+        ]
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the session."""
-        dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
-        values = [_to_numpy(tensor, dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-        # An input that the result does not depend on is no input of the graph.
-        named = {i.name: v for i, v in zip(self.signature.inputs, values, strict=True) if i.name in self._names}
+        named = {name: _to_numpy(tensors[index], dtype) for index, name, dtype in self._inputs}
         try:
             outputs = [torch.from_numpy(output) for output in self.session.run(None, named)]
         except _refusals() as error:

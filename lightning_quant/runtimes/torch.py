@@ -32,8 +32,6 @@ from lightning_quant.signature import Signature
 __all__ = ["engines", "run_forced", "set_engine"]
 REQUIRES = ("torch",)
 MODEL_FILE = "model.safetensors"
-# Decibels by which simulation and artifact are closer to each other than simulation and float.
-PARITY_MARGIN_DB = 10.0
 HALF_ARITHMETIC = True
 # The float module itself is the peer of comparisons.
 IN_PROCESS = True

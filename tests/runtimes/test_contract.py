@@ -1,10 +1,12 @@
 """What every runtime owes: the same tests over all of them."""
 
+import contextlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +28,7 @@ from lightning_quant.errors import ArtifactError, MissingRuntimeError, Quantizat
 from lightning_quant.export import export
 from lightning_quant.latency import Timing
 from lightning_quant.loaded import LoadedModule
-from lightning_quant.parity import check_parity
+from lightning_quant.parity import Parity, check_parity
 from lightning_quant.prepared import Prepared
 from lightning_quant.signature import tensor_leaves
 
@@ -75,12 +77,11 @@ class Made:
     def operators(self) -> tuple[Any, ...]:
         return tuple(operator for graph in self.prepared.plan.graphs for operator in graph.operators)
 
-    def outputs(self, *, simulated: bool) -> list[list[Tensor]]:
-        with torch.no_grad():
-            if not simulated:
-                return [tensor_leaves(self.prepared.root(*args, **kwargs)) for args, kwargs in self.calls]
-            with self.prepared.attached("frozen"):
-                return [tensor_leaves(self.prepared.root(*args, **kwargs)) for args, kwargs in self.calls]
+    def outputs(self, *contexts: AbstractContextManager[Any]) -> list[list[Tensor]]:
+        with torch.no_grad(), contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            return [tensor_leaves(self.prepared.root(*args, **kwargs)) for args, kwargs in self.calls]
 
 
 class Artifacts(dict[tuple[str, str], Made]):
@@ -298,9 +299,11 @@ def test_fresh_process_gets_the_simulated_results_at_every_batch_size(
     item: Made, fresh_results: dict[str, list[list[Tensor]]]
 ) -> None:
     loaded = fresh_results[item.artifact.path.name]
-    floating, simulated = item.outputs(simulated=False), item.outputs(simulated=True)
+    floating, simulated = item.outputs(), item.outputs(item.prepared.attached("frozen"))
+    tipped = item.outputs(item.prepared.attached("frozen"), item.prepared.simulation.jittering())
     for expected, actual in zip(floating, loaded, strict=True):
         assert [leaf.shape for leaf in actual] == [leaf.shape for leaf in expected]
         assert [leaf.dtype for leaf in actual] == [leaf.dtype for leaf in expected]
     # Over all batches, since a single sample's rounding may cancel by chance.
-    assert signal_to_noise(simulated, loaded) >= signal_to_noise(floating, simulated) + item.runtime.PARITY_MARGIN_DB
+    noise = signal_to_noise(floating, simulated), signal_to_noise(simulated, loaded)
+    assert Parity("", None, *noise, None, signal_to_noise(simulated, tipped)).failures == []
