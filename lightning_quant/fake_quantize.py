@@ -25,11 +25,13 @@ def affine_parameters(low: Tensor, high: Tensor, quant_max: int) -> tuple[Tensor
         quant_max: highest integer of the grid.
 
     Returns:
-        scale and zero_point, 0-dim float32; the zero point is a whole number in [0, quant_max], so 0.0 is exact.
+        scale and zero_point, 0-dim float32; the zero point is a whole number in [0, quant_max], so 0.0 is exact. Where
+        all that was seen is zero, the grid is that of [0, 1]: kernels cannot divide by a scale that is next to nothing.
     """
     low = low.float().clamp(max=0)
     high = high.float().clamp(min=0)
-    scale = ((high - low) / quant_max).clamp(min=SMALLEST_SCALE)
+    width = high - low
+    scale = (torch.where(width > 0, width, 1.0) / quant_max).clamp(min=SMALLEST_SCALE)
     zero_point = torch.round(-low / scale).clamp(0, quant_max)
     return scale, zero_point
 

@@ -10,7 +10,7 @@ from lightning_quant.graph.plan import identify
 from lightning_quant.prepared import Prepared
 
 # Kinds that move values of a quantized tensor without changing them.
-_MOVING = ("reshape", "max_pool", "pad")
+_MOVING = ("reshape", "max_pool", "pad", "pass")
 
 
 def shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.Node], module: nn.Module) -> None:
@@ -18,13 +18,14 @@ def shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.
 
     ONNX Runtime quantizes the weights of a float layer that reads DequantizeLinear directly, per tensor (its
     transformer WeightBiasQuantization, 1.20 to 1.31). OpenVINO moves the dequantization behind a pool and a reshape,
-    and then rounds what the pool averages (its low-precision passes, 2026.4, read from compiled models).
+    and then rounds what the pool averages, or pads integers with 0 whichever of them stands for zero; it moves it
+    behind clips, too, but not behind a maximum (its low-precision passes, 2026.4, read from compiled models).
     """
     edges = {edge.key for edge in island.plan.edges}
-    rounds_pools = runtimes.get(prepared.plan.runtime).TABLE.rounds_pools
+    moves_dequantization = runtimes.get(prepared.plan.runtime).TABLE.moves_dequantization
     for node in list(nodes.values()):
         is_float = node.meta["key"] not in island.plan.weighted and _runs_weights(node, module)
-        if not is_float and not (rounds_pools and _is_rounded(node, edges, module)):
+        if not is_float and not (moves_dequantization and _is_changed(node, island, edges, module)):
             continue
         for source in ops.tensor_inputs(node):
             origin = source
@@ -37,7 +38,11 @@ def shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.
             low = (-zero_point - 1) * scale
             high = (prepared.recipe.activation.quant_max - zero_point + 1) * scale
             with node.graph.inserting_before(node):
-                clipped = node.graph.call_function(torch.clamp, (source, low.item(), high.item()))
+                if moves_dequantization:
+                    lowest = node.graph.call_function(torch.full, ((), low.item()))
+                    clipped = node.graph.call_function(torch.maximum, (source, lowest))
+                else:
+                    clipped = node.graph.call_function(torch.clamp, (source, low.item(), high.item()))
             node.replace_input_with(source, clipped)
 
 
@@ -48,10 +53,14 @@ def _runs_weights(node: fx.Node, module: nn.Module) -> bool:
     return node.op == "call_module" and has_weights(module.get_submodule(str(node.target)))
 
 
-def _is_rounded(node: fx.Node, edges: set[str], module: nn.Module) -> bool:
-    """Tell whether a node is a float average over windows with a reshape of it in float."""
-    is_pool = ops.describe(node, module).kind in ("avg_pool", "adaptive_avg_pool")
-    return is_pool and node.meta["key"] not in edges and _is_reshaped(node, edges, module)
+def _is_changed(node: fx.Node, island: Island, edges: set[str], module: nn.Module) -> bool:
+    """Tell whether a node is a float average over windows with a reshape of it in float, or over padded zeros."""
+    kind = ops.describe(node, module).kind
+    if kind not in ("avg_pool", "adaptive_avg_pool") or node.meta["key"] in {o.key for o in island.plan.operators}:
+        return False
+    if kind == "avg_pool" and ops.averages_padding(node, module):
+        return True
+    return node.meta["key"] not in edges and _is_reshaped(node, edges, module)
 
 
 def _is_reshaped(node: fx.Node, edges: set[str], module: nn.Module) -> bool:

@@ -88,6 +88,13 @@ def test_zero_is_exact_and_the_range_is_covered(first: float, second: float) -> 
     assert torch.all((rounded - ends).abs() <= scale * (0.5 + 1e-4))
 
 
+def test_grid_of_what_was_always_zero_is_one_that_kernels_can_divide_by() -> None:
+    scale, zero_point = grid(0.0, 0.0)
+
+    assert (scale * 255).item() == pytest.approx(1.0)
+    assert zero_point.item() == 0
+
+
 def test_without_widening_zero_is_lost() -> None:
     """The pair of the test above: a grid over [1, 2] alone has no integer for zero."""
     low, high = np.float32(1), np.float32(2)

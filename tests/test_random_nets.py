@@ -10,21 +10,21 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from lightning_models import decibels, equal_tensors, tensors_of
 from random_nets import RandomNet, Spec, specs
 
+from lightning_quant import runtimes
 from lightning_quant.artifact import load
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import check_agreement, convert
 from lightning_quant.export import export
 from lightning_quant.parity import check_parity
 from lightning_quant.prepare import prepare
-from lightning_quant.runtimes import onnxruntime as runtime
 
 
-def check(spec: Spec) -> None:
+def check(spec: Spec, runtime: str = "onnxruntime") -> None:
     """Check every promise on one net."""
     net = RandomNet(spec).eval()
     x = net.example()
     twin, before = copy.deepcopy(net), tensors_of(net)
-    prepared = prepare(net, (x,))
+    prepared = prepare(net, (x,), runtime=runtime)
     calibrate(prepared, steps_of(prepared, [x]))
     prepared.attach()
     assert list(net.state_dict()) == list(before)
@@ -37,7 +37,7 @@ def check(spec: Spec) -> None:
     with tempfile.TemporaryDirectory() as folder:
         artifact = export(prepared, Path(folder) / "artifact")
         loaded = load(artifact.path, threads=1)
-        parity = check_parity(prepared, loaded, runtime, artifact.model_path, [x])
+        parity = check_parity(prepared, loaded, runtimes.get(runtime), artifact.model_path, [x])
         exported = loaded(x)
     assert parity.failures == []
     assert exported.shape == simulated.shape
@@ -74,3 +74,17 @@ def test_random_nets(spec: Spec) -> None:
 def test_many_random_nets(part: int) -> None:
     many = settings(ordinary, max_examples=100, derandomize=False)
     seed(part)(many(given(specs())(check)))()
+
+
+@pytest.mark.parametrize("runtime", ["openvino", "torch"])
+def test_random_nets_on_other_runtimes(runtime: str) -> None:
+    some = settings(ordinary, max_examples=8)
+    some(given(specs())(lambda spec: check(spec, runtime)))()
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(("runtime", "number"), [("openvino", 100), ("torch", 100), ("inductor", 10)])
+def test_many_random_nets_on_other_runtimes(runtime: str, number: int) -> None:
+    many = settings(ordinary, max_examples=number, derandomize=False)
+    seed(0)(many(given(specs())(lambda spec: check(spec, runtime))))()

@@ -20,6 +20,7 @@ POOLS = {
     "adaptive windows": nn.AdaptiveAvgPool2d(2),
     "after a max-pool": nn.Sequential(nn.MaxPool2d(3, 1), nn.AvgPool2d(2)),
     "before a dropout": nn.Sequential(nn.AvgPool2d(3), nn.Dropout()),
+    "after an identity": nn.Sequential(nn.Identity(), nn.AvgPool2d(3)),
 }
 
 
@@ -63,3 +64,19 @@ def test_pools_that_openvino_does_not_round_keep_their_integer_kernel(tmp_path: 
     assert artifact > 60
     assert windows.get("Pooling", 0) == 1
     assert globally.get("Reduce_I8", 0) == 1
+
+
+@pytest.mark.parametrize("counted", [True, False])
+def test_padded_averages_count_zeros_and_not_the_integer_zero(counted: bool, tmp_path: Path) -> None:
+    # Without ReLU the integer that stands for zero is another one than 0.
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3), nn.AvgPool2d(2, 2, padding=1, count_include_pad=counted), nn.Conv2d(8, 4, 1)
+    model = nn.Sequential(*layers).eval()
+    prepared = prepare(model, (IMAGE,), runtime="openvino")
+    calibrate(prepared, steps_of(prepared, [IMAGE]))
+    export(prepared, tmp_path)
+    with torch.no_grad(), prepared.attached("frozen"):
+        simulated = model(IMAGE)
+
+    assert signal_to_noise(simulated, load(tmp_path, threads=1)(IMAGE)) > 60
+    assert next(row for row in prepared.plan.rows if row.name == "1").action == ("float" if counted else "int8")

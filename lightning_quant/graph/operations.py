@@ -125,6 +125,16 @@ def argument(node: fx.Node, position: int, name: str, default: Any = None) -> An
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
 
 
+def averages_padding(node: fx.Node, root: nn.Module) -> bool:
+    """Tell whether an average pool counts zeros that it pads its input with."""
+    if node.op == "call_module":
+        module = root.get_submodule(str(node.target))
+        padding, counted = module.padding, module.count_include_pad
+    else:
+        padding, counted = argument(node, 3, "padding", 0), argument(node, 5, "count_include_pad", True)
+    return bool(counted) and padding not in (0, (0,), (0, 0), [0], [0, 0])
+
+
 def bounds(node: fx.Node, root: nn.Module, kind: str) -> tuple[float, float] | None:
     """Return the constant lower and upper bound of a clipping activation; None when they are not constant."""
     if kind == "relu":

@@ -203,6 +203,8 @@ class Matcher:
         operands = ops.argument(node, 0, "tensors") if kind == "cat" else node.args[:2]
         if kind in ("add", "mul", "matmul", "cat") and not all(ops.is_float(operand) for operand in operands):
             return "an operand is a constant or no float tensor"
+        if kind == "avg_pool" and self.table.padded_average and ops.averages_padding(node, self.root):
+            return self.table.padded_average
         if not all_near:
             return "not everything it reads comes from integer operators"
         return ""

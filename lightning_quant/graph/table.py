@@ -19,8 +19,9 @@ class OperatorTable:
         fuses_add: whether a convolution adds another quantized tensor before it rounds, so that nothing is rounded
             between convolution and addition.
         one_channel: why convolutions of a single input channel stay float; empty when they do not.
+        padded_average: why averages that count padded zeros stay float; empty when they do not.
         fuses_pad: whether a padding before a convolution disappears in it; otherwise what it makes is quantized.
-        rounds_pools: whether a float average over windows that reads a quantized tensor is rounded, unasked.
+        moves_dequantization: whether dequantization moves behind pools, reshapes and clips, which changes averages.
     """
 
     weighted: frozenset[str]
@@ -32,7 +33,8 @@ class OperatorTable:
     fuses_add: bool = False
     fuses_pad: bool = True
     one_channel: str = ""
-    rounds_pools: bool = False
+    padded_average: str = ""
+    moves_dequantization: bool = False
 
 
 @dataclass(frozen=True)

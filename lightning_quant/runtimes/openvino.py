@@ -55,7 +55,8 @@ TABLE = OperatorTable(
         "softmax": "kept float: eight bits are too few for its tails",
     },
     fuses_add=True,
-    rounds_pools=True,
+    moves_dequantization=True,
+    padded_average="OpenVINO pads the integers with 0, whichever of them stands for zero",
 )
 # Otherwise OpenVINO computes in bfloat16 where it can, and rounds what layers with compressed weights read to int8.
 _AS_SIMULATED = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
@@ -207,7 +208,7 @@ def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -
         the integers that the operators computed, in the same order.
 
     Raises:
-        ExportError: the model has another number of quantized tensors.
+        ExportError: the model has another number of quantized tensors, or OpenVINO refuses an operator.
     """
     import openvino
     from openvino import opset13
@@ -229,9 +230,12 @@ def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -
             reader.replace_source_output(forced.output(0))
         parameters.append(forced)
         results.append(opset13.result(output))
-    running = core.compile_model(
-        openvino.Model(results, parameters), "CPU", {**_AS_SIMULATED, "INFERENCE_NUM_THREADS": 1}
-    )
+    try:
+        running = core.compile_model(
+            openvino.Model(results, parameters), "CPU", {**_AS_SIMULATED, "INFERENCE_NUM_THREADS": 1}
+        )
+    except RuntimeError as error:
+        raise ExportError(f"Expected OpenVINO to run each operator alone, but it says: {_reason(error)}") from error
     own = [inputs[port.get_any_name()].detach().cpu().numpy() for port in model.inputs]
     computed = running([*own, *edges])
     return [np.array(computed[port]) for port in running.outputs]
