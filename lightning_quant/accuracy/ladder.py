@@ -82,7 +82,7 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
             break
         progress.set_postfix_str(name)
         results.append(_try(prepared, name, budget, held_back))
-    _learn_from_all(prepared, budget, calls)
+    _learn_from_all(prepared, budget, calls, is_changed=any(step.kept for step in results))
     return tuple(results)
 
 
@@ -134,17 +134,21 @@ def _refresh(prepared: Prepared, budget: Budget, calls: list[Call]) -> None:
         correct_outputs(prepared, calls)
 
 
-def _learn_from_all(prepared: Prepared, budget: Budget, calls: list[Call]) -> None:
+def _learn_from_all(prepared: Prepared, budget: Budget, calls: list[Call], *, is_changed: bool) -> None:
     """Learn ranges and bias corrections from all calls, once no step has to be judged any more.
 
-    So that a ladder on which no step helped ends where it began, and few calls are not fewer still.
+    So that a ladder on which no step helped ends where it began, and few calls are not fewer still. Kept steps have
+    fitted channel scales and integers to the ranges before, so there it must not raise the error on these calls.
     """
+    saved, before = snapshot(prepared), output_snr(prepared, calls)
     has_choice = bool(prepared.ranges.chosen)
     observe_anew(prepared, calls)
     if has_choice:
         choose_ranges(prepared, calls)
     if budget.corrects_outputs:
         correct_outputs(prepared, calls)
+    if is_changed and output_snr(prepared, calls) < before:
+        restore(prepared, saved)
 
 
 def _correct_outputs(prepared: Prepared, budget: Budget) -> int:
