@@ -17,6 +17,8 @@ from lightning_quant import golden
 from lightning_quant.artifact import load, read
 from lightning_quant.errors import QuantizationError
 from lightning_quant.latency import measure
+from lightning_quant.loaded import LoadedModule
+from lightning_quant.machine import cpu_name
 
 _WORKER = "from lightning_quant.bench import _work; _work()"
 
@@ -36,7 +38,7 @@ class BenchRow:
         samples_per_s: samples in a second at the median.
         peak_bytes: memory of the process at its peak above what it had before loading the artifact.
         float_ms: median of the faster float peer in the artifact's report, measured when it was written; None when
-            the report has none for this batch size and number of threads.
+            the report has none for this batch size, number of threads and processor.
     """
 
     path: str
@@ -56,15 +58,27 @@ class BenchRow:
         return None if self.float_ms is None else self.float_ms / self.median_ms
 
 
-def bench(paths: Sequence[str | os.PathLike[str]], batches: Sequence[int], threads: Sequence[int]) -> list[BenchRow]:
+def bench(
+    paths: Sequence[str | os.PathLike[str]],
+    batches: Sequence[int] | None = None,
+    threads: Sequence[int] | None = None,
+) -> list[BenchRow]:
     """Measure artifacts, interleaved, on inputs of their golden batches repeated to each batch size.
 
     Every number of threads, and every artifact's memory, has a process of its own.
+
+    Args:
+        paths: the artifacts' folders.
+        batches: batch sizes; by default those in the reports, which have float peers, or 1 and 8.
+        threads: numbers of threads; by default those in the reports, or 1.
 
     Raises:
         QuantizationError: a folder is no artifact, or an artifact does not take such batches.
     """
     names = [str(path) for path in paths]
+    reports = [report for name in names if (report := read(name).report) is not None]
+    batches = batches or list(dict.fromkeys(r["batch"] for report in reports for r in report["latency"])) or [1, 8]
+    threads = threads or list(dict.fromkeys(report["threads"] for report in reports)) or [1]
     rows = []
     for number in threads:
         peaks = {name: _in_process([name], batches, number)["peak_bytes"] for name in names}
@@ -94,7 +108,7 @@ def as_dict(row: BenchRow) -> dict[str, Any]:
 
 
 def _recorded_float(report: dict[str, Any] | None, batch: int, threads: int) -> float | None:
-    if report is None or report.get("threads") != threads:
+    if report is None or (report.get("threads"), report.get("cpu")) != (threads, cpu_name()):
         return None
     for row in report.get("latency", []):
         if row["batch"] == batch:
@@ -130,7 +144,7 @@ def _work() -> None:
                 _repeated(tensor, batch) if info.shape and info.shape[0] == "batch" else tensor
                 for tensor, info in zip(inputs, artifact.signature.inputs, strict=True)
             ]
-            contestants[f"{name}\n{batch}"] = functools.partial(model.run, tensors)
+            contestants[f"{name}\n{batch}"] = _call(model, tensors)
     timings = measure(contestants)
     results: dict[str, dict[str, Any]] = {}
     for key, timing in timings.items():
@@ -138,6 +152,16 @@ def _work() -> None:
         values = {"median_ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms}
         results.setdefault(name, {})[batch] = values
     print(json.dumps({"timings": results, "peak_bytes": _peak() - before}))
+
+
+def _call(model: LoadedModule, tensors: list[torch.Tensor]) -> Callable[[], Any]:
+    """Return a call as the report times it, with its checks; without them where tensors come in dicts or lists."""
+    named = {info.name: tensor for info, tensor in zip(model.signature.inputs, tensors, strict=True)}
+    try:
+        model.signature.flatten((), named)
+    except QuantizationError:
+        return functools.partial(model.run, tensors)
+    return functools.partial(model, **named)
 
 
 def _repeated(tensor: torch.Tensor, batch: int) -> torch.Tensor:

@@ -1,6 +1,8 @@
 """A module with the weights of a Lightning checkpoint, without a Trainer."""
 
 import os
+import pickle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +10,58 @@ from torch import nn
 
 from lightning_quant.errors import QuantizationError
 from lightning_quant.routing import resolve
+
+# What `trainer.test(ckpt_path=...)` takes, and only the Trainer of the run can look up.
+_ALIASES = ("best", "last", "hpc", "registry")
+
+
+def read_checkpoint(ckpt_path: str | os.PathLike[str], *, weights_only: bool = False) -> dict[str, Any]:
+    """Return what a Lightning checkpoint holds, on the CPU.
+
+    Args:
+        ckpt_path: file that a Trainer saved.
+        weights_only: refuse anything but tensors and plain values. By default a checkpoint is taken as saved by the
+            user's own run, whose hyperparameters may be of any class.
+
+    Raises:
+        QuantizationError: there is no such file, or it is something else.
+    """
+    name = os.fspath(ckpt_path)
+    if not Path(ckpt_path).is_file():
+        hint = ": only the Trainer that wrote it knows its name" if name in _ALIASES else ""
+        raise QuantizationError(
+            f"Expected `ckpt_path` to be the file of a Lightning checkpoint, but {name!r} is no file{hint}."
+        )
+    try:
+        saved = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ImportError, AttributeError, ValueError) as error:
+        raise QuantizationError(
+            f"Expected {name} to be a Lightning checkpoint, but it cannot be read: "
+            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+        ) from error
+    if not isinstance(saved, dict) or "state_dict" not in saved:
+        raise QuantizationError(
+            f"Expected {name} to be a Lightning checkpoint with a `state_dict`, but it holds "
+            f"{sorted(map(str, saved))[:3] if isinstance(saved, dict) else type(saved).__name__}. "
+            "`trainer.save_checkpoint` writes one."
+        )
+    return saved
+
+
+def load_weights(model: nn.Module, ckpt_path: str | os.PathLike[str]) -> None:
+    """Give a LightningModule the weights of a checkpoint.
+
+    Raises:
+        QuantizationError: there is no such file, or the weights are those of another module.
+    """
+    saved = read_checkpoint(ckpt_path)
+    try:
+        model.load_state_dict(saved["state_dict"])
+    except RuntimeError as error:
+        raise QuantizationError(
+            f"Expected {os.fspath(ckpt_path)} to be a checkpoint of {type(model).__name__} with the same "
+            f"hyperparameters, but {error}"
+        ) from error
 
 
 def load_module(
@@ -30,15 +84,14 @@ def load_module(
             "got None."
         )
     try:
-        # Saved by the user's own run: its hyperparameters may be of any class.
         if isinstance(lightning_module, type):
             build: Any = lightning_module
             loaded = build.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=False)
         else:
             loaded = lightning_module
-            loaded.load_state_dict(torch.load(ckpt_path, map_location="cpu", weights_only=False)["state_dict"])
+            load_weights(loaded, ckpt_path)
         return resolve(loaded, module or "").eval()
-    except (OSError, RuntimeError, AttributeError, LookupError, TypeError) as error:
+    except (OSError, RuntimeError, AttributeError, LookupError, TypeError, pickle.UnpicklingError) as error:
         raise QuantizationError(
             f"Expected {os.fspath(ckpt_path)} to be a checkpoint of {lightning_module!r:.80}"
             f"{f' with a module {module!r}' if module else ''}, but {error}."

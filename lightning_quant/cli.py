@@ -35,6 +35,8 @@ def main(arguments: list[str] | None = None) -> int:
     except (QuantizationError, _Misconfiguration()) as error:
         print(f"{_NAME} {options.command}: {error}", file=sys.stderr)
         return 2
+    except SystemExit as ended:  # by QuantizationCLI, which has said why
+        return int(ended.code or 0)
 
 
 def _quantize(options: argparse.Namespace, rest: list[str]) -> int:
@@ -70,10 +72,24 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
         print(json.dumps([as_dict(row) for row in rows]))
     else:
         print(_bench_table(rows, against_float=options.against == "float"))
-    if options.min_speedup is None:
-        return 0
-    slow = [r for r in rows if r.speedup is not None and r.speedup < options.min_speedup]
-    return _fail([f"{r.path} at batch {r.batch} is {r.speedup:.2f} times as fast as float when written" for r in slow])
+    limits = (options.max_accuracy_drop, options.max_size_ratio, None)
+    failures = [failure for path in options.paths for failure in missed_limits(read(path), *limits)]
+    return _fail([*failures, *_too_slow(rows, options.min_speedup)])
+
+
+def _too_slow(rows: "list[BenchRow]", min_speedup: float | None) -> list[str]:
+    if min_speedup is None:
+        return []
+    missed = []
+    for row in rows:
+        where = f"{row.path}: at batch {row.batch} on {row.threads} thread{'s' * (row.threads > 1)}"
+        if row.speedup is None:
+            missed.append(f"{where} its report has no time of float on this processor, so no speed-up is known")
+        elif not row.speedup >= min_speedup:
+            missed.append(
+                f"{where} it is {row.speedup:.2f} times as fast as float when written, less than {min_speedup}"
+            )
+    return missed
 
 
 def _bench_table(rows: "list[BenchRow]", *, against_float: bool) -> str:
@@ -114,12 +130,24 @@ def _with_lightning(name: str, options: argparse.Namespace, rest: list[str]) -> 
         raise QuantizationError(
             f"Expected jsonargparse for `{_NAME} {name}`, but it is missing: pip install 'lightning_quant[cli]'"
         )
-    from lightning_quant.quantize_command import run_subcommand
+    from lightning_quant.run_subcommand import run_subcommand
 
     # Like `python main.py`, which finds the user's modules where it is called.
     sys.path.insert(0, str(Path.cwd()))
     classes = {kind: path for kind in ("model", "data") if (path := getattr(options, f"{kind}_class")) is not None}
-    return run_subcommand(name, options.config, classes, [_underscored(argument) for argument in rest])
+    arguments, source = [_underscored(argument) for argument in rest], None
+    if name == "inspect":
+        arguments, source = _split_source(arguments)
+    return run_subcommand(name, options.config, classes, arguments, source)
+
+
+def _split_source(arguments: list[str]) -> tuple[list[str], str | None]:
+    """Take out the first argument that is neither an option nor the value of the one before."""
+    for i, argument in enumerate(arguments):
+        before = arguments[i - 1] if i else ""
+        if not argument.startswith("--") and (not before.startswith("--") or "=" in before):
+            return arguments[:i] + arguments[i + 1 :], argument
+    return arguments, None
 
 
 def _underscored(argument: str) -> str:
@@ -146,37 +174,55 @@ def _Misconfiguration() -> type[Exception]:  # noqa: N802
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=_NAME, description="Quantize PyTorch Lightning models truthfully.")
+    output = argparse.ArgumentParser(add_help=False)
+    output.add_argument("--json", action="store_true", help="print JSON for machines")
     limits = argparse.ArgumentParser(add_help=False)
-    limits.add_argument("--json", action="store_true", help="print JSON for machines")
     limits.add_argument("--max-accuracy-drop", type=float, help="fail when a metric named acc... fell by more")
     limits.add_argument(
         "--max-size-ratio", type=float, help="fail when the artifact has a larger share of float's bytes"
     )
     limits.add_argument("--min-speedup", type=float, help="fail when it is less times as fast as the best float peer")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (
-        ("quantize", "quantize a checkpoint with the model, data and Trainer of a LightningCLI configuration"),
-        ("inspect", "say what would be quantized and why the rest would not, before any training"),
+    for name, usage, text in (
+        ("quantize", "", "quantize a checkpoint with the model, data and Trainer of a LightningCLI configuration"),
+        ("inspect", " [CKPT_OR_CONFIG]", "say what would be quantized and why the rest would not, before any training"),
     ):
-        command = commands.add_parser(name, parents=[limits], help=text, epilog=_EPILOG)
+        usage = f"{_NAME} {name} [-h]{usage} [--config CONFIG] [options]"
+        # No abbreviations, since `--model` is an option of LightningCLI and no short form of `--model-class`.
+        command = commands.add_parser(
+            name,
+            parents=[output, *[limits] * (name == "quantize")],
+            help=text,
+            usage=usage,
+            epilog=_EPILOG,
+            allow_abbrev=False,
+        )
         command.add_argument("--config", help="YAML file of LightningCLI")
         command.add_argument("--model-class", help="import path, when the configuration names no class")
         command.add_argument("--data-class", help="likewise, of the LightningDataModule")
-    for name, text in (
-        ("verify", "rerun the golden batch on this machine"),
-        ("report", "print what was measured"),
-    ):
-        commands.add_parser(name, parents=[limits], help=text).add_argument("path")
-    command = commands.add_parser("bench", parents=[limits], help="latency, throughput and memory on this machine")
+    commands.add_parser("verify", parents=[output], help="rerun the golden batch on this machine").add_argument("path")
+    both = [output, limits]
+    commands.add_parser("report", parents=both, help="print what was measured").add_argument("path")
+    command = commands.add_parser("bench", parents=both, help="latency, throughput and memory on this machine")
     command.add_argument("paths", nargs="+")
-    command.add_argument("--batches", type=int, nargs="+", default=[1, 8])
-    command.add_argument("--threads", type=int, nargs="+", default=[1])
+    command.add_argument("--batches", type=_positive, nargs="+", help="those in the reports by default")
+    command.add_argument("--threads", type=_positive, nargs="+", help="those in the reports by default")
     command.add_argument("--against", choices=["float"], help="compare with the float peer in the report")
-    commands.add_parser("compare", parents=[limits], help="one table over artifacts").add_argument("paths", nargs="+")
+    commands.add_parser("compare", parents=both, help="one table over artifacts").add_argument("paths", nargs="+")
     return parser
 
 
-_EPILOG = "All options of LightningCLI are taken as well, such as --ckpt_path, --recipe, --runtime, --output, --model."
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, but got {text!r}")
+    return int(text)
+
+
+_EPILOG = (
+    "Options of both commands: --ckpt_path, --recipe, --runtime, --module, --include, --exclude; of `quantize`: "
+    "--output, --num_batches, --evaluate, --threads, --sensitivity, --engine. All options of LightningCLI are taken as "
+    "well, such as --model.width or --trainer.accelerator."
+)
 _COMMANDS = {
     "quantize": _quantize,
     "inspect": _inspect,

@@ -15,12 +15,13 @@ from lightning_quant.adjustments import ChannelScale
 from lightning_quant.calls import ResultSpec, flatten_call
 from lightning_quant.errors import ExportError
 from lightning_quant.graph import operations as ops
-from lightning_quant.graph.analyze import Island, has_weights
+from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
 from lightning_quant.layers.placement import place
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import clone, evaluation_mode, replace_submodule, resolve, unroute_all
+from lightning_quant.shield import shield_float_layers
 
 _INT32 = torch.iinfo(torch.int32)
 _TOLERANCE_DB = 3.0
@@ -173,7 +174,7 @@ def _convert_island(
     traced = trace(module, island.spec, island.tensors, set(island.opaque))
     graph = traced.graph
     nodes = {node.meta["key"]: node for node in graph.nodes if "key" in node.meta}
-    _shield_float_layers(prepared, island, nodes, module)
+    shield_float_layers(prepared, island, nodes, module)
     layers: dict[str, nn.Module] = {}
     for operator in island.plan.operators:
         if operator.weight:
@@ -257,42 +258,6 @@ def _pool_with_static_window(node: fx.Node) -> None:
         result = pooled if keep else node.graph.call_function(torch.flatten, (pooled, 1))
     node.replace_all_uses_with(result)
     node.meta["dropped"] = result
-
-
-def _shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.Node], module: nn.Module) -> None:
-    """Keep runtimes from quantizing the weights of float layers that read a quantized tensor.
-
-    ONNX Runtime does so, per tensor and unasked, when such a layer reads DequantizeLinear directly (its transformer
-    WeightBiasQuantization, 1.20 to 1.31). A clip to the tensor's own range changes nothing and stands between them.
-    """
-    edges = {edge.key for edge in island.plan.edges}
-    for node in list(nodes.values()):
-        if node.meta["key"] in island.plan.weighted or not _runs_weights(node, module):
-            continue
-        for source in ops.tensor_inputs(node):
-            origin = source
-            while origin.meta["key"] not in edges and ops.describe(origin, module).kind in (
-                "reshape",
-                "max_pool",
-                "pad",
-            ):
-                origin = origin.args[0]  # type: ignore[assignment]
-            identity = identify(island.path, origin.meta["key"])
-            if origin.meta["key"] not in edges or identity in prepared.channels:
-                continue
-            scale, zero_point = prepared.ranges.parameters(identity)
-            low = (-zero_point - 1) * scale
-            high = (prepared.recipe.activation.quant_max - zero_point + 1) * scale
-            with node.graph.inserting_before(node):
-                clipped = node.graph.call_function(torch.clamp, (source, low.item(), high.item()))
-            node.replace_input_with(source, clipped)
-
-
-def _runs_weights(node: fx.Node, module: nn.Module) -> bool:
-    operation = ops.describe(node, module)
-    if operation.kind in ops.WEIGHTED:
-        return True
-    return node.op == "call_module" and has_weights(module.get_submodule(str(node.target)))
 
 
 def _insert_pair(

@@ -7,13 +7,17 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_quant.callbacks import PostTrainingQuantization
+from lightning_quant.checkpoint import load_weights, read_checkpoint
 from lightning_quant.errors import QuantizationError
+
+OWN_SUBCOMMANDS = ("quantize", "inspect")
+"""What `QuantizationCLI` adds to LightningCLI."""
 
 
 class _Quantizing:
@@ -35,6 +39,7 @@ class _Quantizing:
         threads: int | None = None,
         sensitivity: bool = False,
         engine: str = "auto",
+        weights_only: bool | None = None,
     ) -> Any:
         """Quantize a trained checkpoint and write the artifact, evaluated with the model's own validation.
 
@@ -53,6 +58,7 @@ class _Quantizing:
             threads: for the latencies in the report.
             sensitivity: whether the report says which operator costs what.
             engine: whose kernels run on runtime "torch"; "auto" takes the fastest whose parity holds.
+            weights_only: refuse checkpoints with anything but tensors and plain values, as in `fit`.
         """
         if ckpt_path is None:
             raise QuantizationError("Expected `--ckpt_path` to name a trained checkpoint, but got none.")
@@ -75,25 +81,31 @@ class _Quantizing:
         self,
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
         recipe: str = "int8",
         runtime: str = "onnxruntime",
         module: str | None = None,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
+        weights_only: bool | None = None,
     ) -> Any:
         """Plan what would be quantized and why the rest would not, before any training.
 
         Args:
             model: the LightningModule.
             datamodule: its data.
+            ckpt_path: a checkpoint of the model, whose hyperparameters and weights are taken; not needed.
             recipe: numerics, by name.
             runtime: where the artifact would run.
             module: name of the module to quantize; found by itself when left out.
             include: fnmatch patterns on qualified names and layer types of what may be quantized.
             exclude: likewise, of what stays float.
+            weights_only: refuse checkpoints with anything but tensors and plain values, as in `fit`.
         """
+        if ckpt_path is not None:
+            load_weights(model, ckpt_path)
         with tempfile.TemporaryDirectory() as folder:
-            callback = _PlanOnly(
+            callback = Inspection(
                 recipe,
                 runtime,
                 module=module,
@@ -130,20 +142,32 @@ class QuantizationCLI(LightningCLI):
     @override
     def _parse_ckpt_path(self) -> None:
         """Take hyperparameters from a checkpoint that LightningCLI did not write, too: they lack the class."""
-        chosen = self.config[self.config["subcommand"]]
-        path = chosen.get("ckpt_path")
-        model = chosen.get("model")
-        if not path or not Path(path).is_file() or not getattr(model, "class_path", None):
+        name = self.config.get("subcommand")
+        path = self.config[name].get("ckpt_path") if name in OWN_SUBCOMMANDS else None
+        if path is None:
             super()._parse_ckpt_path()
             return
-        saved = torch.load(path, map_location="cpu", weights_only=False).get("hyper_parameters", {})
-        if "_class_path" in saved:
-            super()._parse_ckpt_path()
-            return
-        accepted = set(inspect.signature(_import(model.class_path).__init__).parameters)
-        init_args = {name: value for name, value in saved.items() if name in accepted}
-        known = {"class_path": model.class_path, "init_args": init_args}
-        self.config = self.parser.parse_object({self.config["subcommand"]: {"model": known}}, self.config)
+        saved = read_checkpoint(path, weights_only=bool(self.config[name].get("weights_only")))
+        values = saved.get("hyper_parameters", {})
+        class_path = getattr(self.config[name].model, "class_path", None)
+        accepted = set(
+            inspect.signature((import_class(class_path) if class_path else self._model_class).__init__).parameters
+        )
+        arguments = {key: value for key, value in values.items() if key in accepted}
+        known: dict[str, Any] = {"class_path": class_path, "init_args": arguments} if class_path else arguments
+        if arguments:
+            self.config = self.parser.parse_object({name: {"model": known}}, self.config)
+
+    @override
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a subcommand; what ours refuse is a line on standard error and exit code 2."""
+        try:
+            super()._run_subcommand(subcommand)
+        except (QuantizationError, MisconfigurationException) as error:
+            if subcommand not in OWN_SUBCOMMANDS:
+                raise
+            print(f"{Path(sys.argv[0]).name} {subcommand}: {error}", file=sys.stderr)
+            sys.exit(2)
 
     def quantize(self, **arguments: Any) -> None:
         """Run the subcommand and keep its artifact."""
@@ -154,8 +178,8 @@ class QuantizationCLI(LightningCLI):
         self.result = self.trainer.inspect(**arguments)  # type: ignore[attr-defined]
 
 
-class _PlanOnly(PostTrainingQuantization):
-    """Ends with the plan."""
+class Inspection(PostTrainingQuantization):
+    """Post-training quantization that ends with the plan."""
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -173,33 +197,12 @@ def _options(trainer: Any) -> dict[str, Any]:
     return {"accelerator": trainer.strategy.root_device.type, **{name: getattr(trainer, name) for name in names}}
 
 
-def run_subcommand(name: str, config: str | None, classes: dict[str, str], arguments: list[str]) -> Any:
-    """Run a subcommand of `QuantizationCLI` on the classes that a configuration or its caller names.
+def import_class(path: str) -> Any:
+    """Return the class that an import path names.
 
-    Args:
-        name: of the subcommand.
-        config: file that LightningCLI wrote or reads; `class_path`s in it name the classes.
-        classes: "model" and "data" to an import path, for configurations that name no classes.
-        arguments: the rest of the command line.
+    Raises:
+        QuantizationError: there is none.
     """
-    given = {kind: _import(path) for kind, path in classes.items()}
-    options = ["--config", config] if config is not None else []
-    # LightningCLI warns of arguments given beside those of the command.
-    before, sys.argv = sys.argv, ["lightning-quant", name, *options, *arguments]
-    try:
-        cli = QuantizationCLI(
-            given.get("model"),
-            given.get("data"),
-            save_config_callback=None,
-            trainer_defaults={"logger": False, "enable_progress_bar": False},
-            seed_everything_default=0,
-        )
-    finally:
-        sys.argv = before
-    return cli.result
-
-
-def _import(path: str) -> Any:
     module, _, name = path.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)

@@ -5,11 +5,13 @@ from typing import Any
 
 import lightning_models  # noqa: F401  makes exporting quick
 import pytest
+import torch
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningCLI
 from plain_project.training import Classifier, Data
 
-from lightning_quant import cli, runtimes
+from lightning_quant import bench, cli, runtimes
 from lightning_quant.artifact import Artifact, read
 
 pytestmark = [
@@ -118,6 +120,59 @@ def test_inspect_says_what_would_be_quantized(project: Path, capsys: pytest.Capt
     assert not (project / "quantized").exists()
 
 
+def test_inspect_takes_the_configuration_of_quantize_before_its_checkpoint_exists(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.yaml").write_text((EXAMPLE / "quantize.yaml").read_text())
+    assert run_in(tmp_path, "inspect", "config.yaml", "--json") == 0
+    captured = capsys.readouterr()
+    # The class's own width, where the checkpoint's would be 8.
+    assert json.loads(captured.out)["rows"][0]["macs"] == 16 * 9 * 64 * 32
+    assert "best.ckpt is not there yet" in captured.err
+
+
+def test_inspect_takes_a_checkpoint_with_a_configuration_or_classes(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = str(project / "best.ckpt")
+    classes = ("--model-class", "plain_project.training.Classifier", "--data-class", "plain_project.training.Data")
+    for arguments in (
+        (checkpoint, "--config", str(EXAMPLE / "quantize.yaml")),
+        ("--exclude", '["8"]', checkpoint, *classes),
+    ):
+        assert run_in(tmp_path, "inspect", *arguments, "--json") == 0
+        assert json.loads(capsys.readouterr().out)["rows"][0]["macs"] == 8 * 9 * 64 * 32
+    assert run_in(tmp_path, "inspect", checkpoint) == 2
+    assert "say of which class it is" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run of LightningCLI, whose classes are named in its configuration."""
+    folder = tmp_path_factory.mktemp("fitted")
+    arguments = ["--model=plain_project.training.Classifier", "--model.init_args.width=4"]
+    arguments += ["--data=plain_project.training.Data", "--trainer.max_epochs=1", "--trainer.limit_train_batches=1"]
+    arguments += ["--trainer.accelerator=cpu", f"--trainer.default_root_dir={folder}"]
+    arguments += ["--trainer.logger=lightning.pytorch.loggers.CSVLogger", f"--trainer.logger.save_dir={folder}"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["main.py", "fit", *arguments, "--trainer.enable_progress_bar=false"])
+        LightningCLI()
+    return folder / "lightning_logs" / "version_0"
+
+
+def test_configuration_that_lightning_cli_saved_is_taken_as_it_is(
+    fitted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (checkpoint,) = (fitted / "checkpoints").iterdir()
+    arguments = ("--ckpt_path", str(checkpoint), "--output", "out", "--evaluate=false", "--threads=1")
+    assert run_in(tmp_path, "quantize", "--config", str(fitted / "config.yaml"), *arguments) == 0
+    assert read(tmp_path / "out").plan["rows"][0]["macs"] == 4 * 9 * 64 * 32
+    capsys.readouterr()
+    # Its configuration is found beside a checkpoint.
+    assert run_in(tmp_path, "inspect", str(checkpoint), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["rows"][0]["macs"] == 4 * 9 * 64 * 32
+
+
 def test_users_own_cli_gains_the_subcommand(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_quant.quantize_command import QuantizationCLI
 
@@ -129,6 +184,19 @@ def test_users_own_cli_gains_the_subcommand(project: Path, monkeypatch: pytest.M
     assert made.result.path == output
     assert read(output).plan["coverage"] == 1.0
     assert {"fit", "validate", "test", "predict", "quantize", "inspect"} == set(QuantizationCLI.subcommands())
+
+
+def test_mistakes_in_ones_own_cli_are_one_line_and_no_traceback(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_quant.quantize_command import QuantizationCLI
+
+    arguments = [f"--ckpt_path={project / 'best.ckpt'}", "--recipe=int5", "--trainer.logger=false"]
+    monkeypatch.setattr(sys, "argv", ["main.py", "quantize", *arguments])
+    with pytest.raises(SystemExit) as ended:
+        QuantizationCLI(Classifier, Data, save_config_callback=None)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith("main.py quantize: Expected `recipe` to be one of")
 
 
 @pytest.mark.parametrize(
@@ -193,10 +261,49 @@ def test_bench(quantized: Artifact, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["samples_per_s"] == pytest.approx(1000 * row["batch"] / row["median_ms"])
         assert row["peak_bytes"] > 0
         assert (row["speedup"] is None) == (row["batch"] == 6)
-    assert cli.main(["bench", path, "--batches", "1", "--against", "float", "--min-speedup", "1000"]) == 1
+
+
+def test_bench_takes_batches_and_limits_from_what_the_report_knows_of_float(
+    quantized: Artifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(quantized.path)
+    limits = ("--min-speedup", "1000", "--max-size-ratio", "0.01", "--max-accuracy-drop", "-1")
+    assert cli.main(["bench", path, "--against", "float", *limits]) == 1
     captured = capsys.readouterr()
     assert "times faster than float when written" in captured.out
-    assert "times as fast as float" in captured.err
+    for batch in (1, 32):
+        assert f"at batch {batch} on 1 thread it is" in captured.err
+    assert "less than 1000" in captured.err
+    assert "size ratio" in captured.err
+    assert "val_accuracy fell by" in captured.err
+    assert cli.main(["bench", path, "--batches", "3", "--min-speedup", "0.001"]) == 1
+    assert "no speed-up is known" in capsys.readouterr().err
+
+
+def test_bench_compares_with_no_float_time_of_another_processor(
+    quantized: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = bench.bench([quantized.path], [1], [1])
+    monkeypatch.setattr(bench, "cpu_name", lambda: "another")
+
+    assert here[0].speedup is not None
+    assert bench.bench([quantized.path], [1], [1])[0].speedup is None
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "two"])
+def test_bench_refuses_batches_of_no_samples(number: str, quantized: Artifact) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(["bench", str(quantized.path), "--batches", number])
+    assert refusal.value.code == 2
+
+
+@pytest.mark.parametrize("command", ["verify", "inspect"])
+def test_limits_are_refused_where_they_would_mean_nothing(command: str, quantized: Artifact) -> None:
+    if command == "verify":
+        with pytest.raises(SystemExit):
+            cli.main([command, str(quantized.path), "--min-speedup", "2"])
+    else:
+        assert cli.main([command, "--config", str(EXAMPLE / "quantize.yaml"), "--min-speedup=2"]) == 2
 
 
 @pytest.mark.parametrize("command", ["verify", "report", "compare", "bench"])
@@ -205,11 +312,61 @@ def test_folder_that_is_no_artifact(command: str, tmp_path: Path, capsys: pytest
     assert f"lightning-quant {command}: Expected" in capsys.readouterr().err
 
 
+class Wider(Classifier):
+    """Weights of another shape under the same names, and a hyperparameter that no checkpoint has."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(2 * size)
+
+
+MISTAKES: list[tuple[tuple[str, ...], str]] = [
+    ((), "a configuration of LightningCLI"),
+    (("--config", "nowhere.yaml"), "nowhere.yaml to be a configuration of LightningCLI"),
+    (("--config", "broken.yaml"), "broken.yaml to be a configuration of LightningCLI"),
+    (("--config", "plain.yaml"), "plain.yaml to name the class of `model`"),
+    (("--config", "extra.yaml"), "'patience'"),
+    (("--config", "extra.yaml"), "use QuantizationCLI there in place of LightningCLI"),
+    (("--config", "foreign.yaml"), "No module named 'nowhere'"),
+    (("--config", "quantize.yaml", "--ckpt_path", "nowhere.ckpt"), "but 'nowhere.ckpt' is no file"),
+    (("--config", "quantize.yaml", "--ckpt_path", "best"), "only the Trainer that wrote it knows its name"),
+    (("--config", "quantize.yaml", "--ckpt_path", "quantize.yaml"), "but it cannot be read"),
+    (("--config", "quantize.yaml", "--ckpt_path", "weights.ckpt"), "with a `state_dict`"),
+    (("--config", "quantize.yaml", "--model", "test_cli.Wider", "--model.size", "8"), "size mismatch"),
+    (("--config", "quantize.yaml", "--model", "test_cli.Wider"), "size"),
+    (("--config", "quantize.yaml", "--recipe", "int5"), "Expected `recipe` to be one of"),
+    (("--config", "quantize.yaml", "--runtime", "abacus"), "Expected `runtime` to be one of"),
+    (("--config", "quantize.yaml", "--module", "nett"), "Did you mean 'net'"),
+    (("--config", "quantize.yaml", "--output", "foreign"), "Choose another folder"),
+    (("--config", "quantize.yaml", "--num_batches", "0"), "to be positive, but got 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), MISTAKES)
+def test_mistakes_are_told_in_few_words_with_an_exit_code_of_their_own(
+    arguments: tuple[str, ...], message: str, project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    classes = (EXAMPLE / "quantize.yaml").read_text()
+    (project / "broken.yaml").write_text("[1, 2")
+    (project / "plain.yaml").write_text(yaml.safe_dump({"model": {"width": 8}}))
+    (project / "extra.yaml").write_text(f"{classes}patience: 3\n")
+    (project / "foreign.yaml").write_text(classes.replace("plain_project.training.C", "nowhere.C"))
+    torch.save({"net.0.weight": torch.zeros(1)}, project / "weights.ckpt")
+    (project / "foreign").mkdir(exist_ok=True)
+    (project / "foreign" / "notes.txt").write_text("mine")
+
+    assert run_in(project, "quantize", *arguments) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert "usage:" not in captured.err
+
+
 def test_errors_before_training_have_their_own_exit_code(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_in(project, "quantize", "--config", "quantize.yaml", "--recipe", "int5") == 2
-    assert "Expected `recipe` to be one of" in capsys.readouterr().err
     assert run_in(project, "inspect", "--model-class", "nowhere.Model") == 2
     assert "Expected an import path" in capsys.readouterr().err
+    assert run_in(project, "inspect", "nowhere.ckpt") == 2
+    assert "'nowhere.ckpt' is no file" in capsys.readouterr().err
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

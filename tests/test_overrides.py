@@ -125,14 +125,14 @@ def test_other_recipes_of_layers(tmp_path: Path, target: str, runtime: str) -> N
 
 
 def test_stored_layers_beside_integer_ones_on_openvino(tmp_path: Path) -> None:
-    # Without a windowed average pool in front: OpenVINO rounds that one, be the layer after it stored or float.
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 64)).eval()
-    recipe = Recipe(overrides={"3": "int8_weight_only"})
-    artifact = lq.quantize(model, recipe, "openvino", calibration_data=[images()], output_dir=tmp_path, threads=1)
+    recipe = Recipe(overrides={"classifier": "int8_weight_only"})
+    artifact = lq.quantize(
+        Vision().eval(), recipe, "openvino", calibration_data=[images()], output_dir=tmp_path, threads=1
+    )
     assert _agrees(artifact)
     rows = {row["name"]: row["action"] for row in artifact.report["plan"]["rows"]}
-    assert (rows["0"], rows["3"]) == ("int8", "int8 weights")
+    assert (rows["features.0.0"], rows["classifier"]) == ("int8", "int8 weights")
 
 
 def test_embeddings_and_recurrences_beside_integer_layers(tmp_path: Path) -> None:

@@ -6,7 +6,6 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -24,6 +23,7 @@ from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.runtime_choice import choose_at_start
 from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call, layers_beside
 from lightning_quant.capture import Capture, find_module
+from lightning_quant.checkpoint import read_checkpoint
 from lightning_quant.distributed import Group
 from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CaptureError, NoEffectWarning, QuantizationError
@@ -120,7 +120,7 @@ class QuantizationCallback(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit begins, after restore and device placement: capture, plan, and export once on trial."""
         if self._checkpoint is not None:
-            trainer.strategy.load_model_state_dict(self._checkpoint)
+            _refused_in_callback(_load_weights, trainer, self._checkpoint)
         started = time.perf_counter()
         with borrowed_loaders(trainer):
             _refused_in_callback(self.group.together, self._prepare, trainer, pl_module)
@@ -171,8 +171,7 @@ class QuantizationCallback(Callback):
         """
         options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False} | trainer_options
         options |= {"devices": 1, "max_epochs": 0, "enable_checkpointing": False, "callbacks": [self]}
-        # Saved by the user's own run: its hyperparameters may be of any class.
-        self._checkpoint = torch.load(ckpt_path, map_location="cpu", weights_only=False)
+        self._checkpoint = _refused_in_callback(read_checkpoint, ckpt_path)
         self.notes = (f"weights are those of {Path(ckpt_path).name}",)
         try:
             _trainer_class(model)(**options).fit(model, train_dataloaders, val_dataloaders, datamodule)
@@ -271,6 +270,16 @@ def _trainer_class(model: LightningModule) -> Any:
     """Return the Trainer of the namespace that a model comes from: those of the other refuse it."""
     old = any(base.__module__.startswith("pytorch_lightning.") for base in type(model).__mro__)
     return importlib.import_module("pytorch_lightning").Trainer if old else Trainer
+
+
+def _load_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
+    try:
+        trainer.strategy.load_model_state_dict(checkpoint)
+    except RuntimeError as error:
+        raise QuantizationError(
+            f"Expected the checkpoint to be one of {type(trainer.lightning_module).__name__} with the same "
+            f"hyperparameters, but {error}"
+        ) from error
 
 
 def _is_configured(pl_module: LightningModule) -> bool:

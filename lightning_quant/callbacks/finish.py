@@ -71,9 +71,9 @@ def choose_weights(
 def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment) -> Artifact:
     """Export, evaluate the artifact with the user's validation, report to files, terminal and loggers."""
     group, folder = callback.group, callback.last_folder
-    rank_zero_info(
-        f"{type(callback).__name__}: writing {folder}. Should that be cut short: {recovery(callback, trainer)}"
-    )
+    # A run that started from a checkpoint, without training, is started again in the same way.
+    advice = "" if callback.notes else f" Should that be cut short: {recovery(callback, trainer)}"
+    rank_zero_info(f"{type(callback).__name__}: writing {folder}.{advice}")
     artifact = callback.artifact = group.on_first(_export, callback, trainer, deployment, folder)
     metrics: tuple[MetricRow, ...] = ()
     notes = (*callback.findings, *deployment.notes)

@@ -20,6 +20,7 @@ class OperatorTable:
             between convolution and addition.
         one_channel: why convolutions of a single input channel stay float; empty when they do not.
         fuses_pad: whether a padding before a convolution disappears in it; otherwise what it makes is quantized.
+        rounds_pools: whether a float average over windows that reads a quantized tensor is rounded, unasked.
     """
 
     weighted: frozenset[str]
@@ -31,6 +32,7 @@ class OperatorTable:
     fuses_add: bool = False
     fuses_pad: bool = True
     one_channel: str = ""
+    rounds_pools: bool = False
 
 
 @dataclass(frozen=True)

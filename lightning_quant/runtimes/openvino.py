@@ -55,6 +55,7 @@ TABLE = OperatorTable(
         "softmax": "kept float: eight bits are too few for its tails",
     },
     fuses_add=True,
+    rounds_pools=True,
 )
 # Otherwise OpenVINO computes in bfloat16 where it can, and rounds what layers with compressed weights read to int8.
 _AS_SIMULATED = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}

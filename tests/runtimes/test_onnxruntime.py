@@ -415,7 +415,7 @@ def test_an_excluded_layer_runs_in_float(tmp_path: Path) -> None:
 
 def test_unshielded_the_runtime_quantizes_an_excluded_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The pair of the test above: ONNX Runtime quantizes weights between quantized tensors unasked."""
-    monkeypatch.setattr(conversion, "_shield_float_layers", lambda *_: None)
+    monkeypatch.setattr(conversion, "shield_float_layers", lambda *_: None)
     _, counts = excluded_counts(tmp_path)
     assert counts["QLinearConv"] == 3
 

@@ -1,0 +1,123 @@
+"""`lightning-quant quantize` and `inspect`: which configuration and classes a command line means, and running it."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonargparse import ArgumentError
+
+from lightning_quant.checkpoint import read_checkpoint
+from lightning_quant.errors import QuantizationError
+from lightning_quant.quantize_command import OWN_SUBCOMMANDS, QuantizationCLI, import_class
+
+_CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
+_OWN_MAIN = "use QuantizationCLI there in place of LightningCLI, and `python main.py quantize`"
+
+
+def run_subcommand(
+    name: str, config: str | None, classes: dict[str, str], arguments: list[str], source: str | None = None
+) -> Any:
+    """Run a subcommand of `QuantizationCLI` on the classes that a configuration or its caller names.
+
+    Args:
+        name: of the subcommand.
+        config: file that LightningCLI wrote or reads; `class_path`s in it name the classes.
+        classes: "model" and "data" to an import path, for configurations that name no classes.
+        arguments: the rest of the command line.
+        source: a configuration, or a checkpoint, whose configuration is looked for beside it when there is none.
+
+    Raises:
+        QuantizationError: LightningCLI refuses the command line or the configuration.
+    """
+    if source is not None and Path(source).suffix in _CONFIG_SUFFIXES:
+        config = source
+    elif source is not None:
+        arguments = [*arguments, f"--ckpt_path={source}"]
+        config = config or _config_beside(source)
+        if config is None and "model" not in classes:
+            classes = {**classes, "model": _class_in(source)}
+    content = _content(config) if config is not None else {}
+    _check_names_classes(config, content, classes, arguments)
+    if name == "inspect" and not any(argument.startswith("--ckpt_path") for argument in arguments):
+        arguments = [*arguments, *_without_missing_checkpoint(content)]
+    given = {kind: import_class(path) for kind, path in classes.items()}
+    options = ["--config", config] if config is not None else []
+    # LightningCLI warns of arguments given beside those of the command.
+    before, sys.argv = sys.argv, ["lightning-quant", name, *options, *arguments]
+    try:
+        cli = QuantizationCLI(
+            given.get("model"),
+            given.get("data"),
+            save_config_callback=None,
+            trainer_defaults={"logger": False, "enable_progress_bar": False},
+            seed_everything_default=0,
+            parser_kwargs={"exit_on_error": False, **{own: {"exit_on_error": False} for own in OWN_SUBCOMMANDS}},
+        )
+    except ArgumentError as error:
+        raise QuantizationError(f"{_without_blanks(error)}\nIf your own main.py takes this, {_OWN_MAIN}.") from error
+    finally:
+        sys.argv = before
+    return cli.result
+
+
+def _config_beside(ckpt_path: str) -> str | None:
+    """Return the configuration that LightningCLI saved with a run, which has the checkpoint below it."""
+    parents = list(Path(ckpt_path).absolute().parents)[:2]
+    return next((str(parent / "config.yaml") for parent in parents if (parent / "config.yaml").is_file()), None)
+
+
+def _class_in(ckpt_path: str) -> str:
+    class_path = read_checkpoint(ckpt_path).get("hyper_parameters", {}).get("_class_path")
+    if class_path is None:
+        raise QuantizationError(
+            f"Expected {ckpt_path} to say of which class it is, or a config.yaml of LightningCLI beside it, but found "
+            "neither. Add `--config config.yaml`, or `--model-class my_project.Model --data-class my_project.Data`."
+        )
+    return class_path
+
+
+def _content(config: str) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise QuantizationError(f"Expected {config} to be a configuration of LightningCLI, but {error}.") from error
+    if not isinstance(content, dict):
+        raise QuantizationError(
+            f"Expected {config} to be a configuration of LightningCLI, but it holds {content!r:.80}."
+        )
+    return content
+
+
+def _check_names_classes(
+    config: str | None, content: dict[str, Any], classes: dict[str, str], arguments: list[str]
+) -> None:
+    named = {**content, **classes}
+    if "model" not in named and not any(argument.startswith("--model") for argument in arguments):
+        raise QuantizationError(
+            "Expected a configuration of LightningCLI that names a `model` (`--config config.yaml`), or classes "
+            f"(`--model-class my_project.Model --data-class my_project.Data`), but {config or 'the command'} has none."
+        )
+    for kind in ("model", "data"):
+        value = named.get(kind)
+        if isinstance(value, dict) and "class_path" not in value:
+            raise QuantizationError(
+                f"Expected {config} to name the class of `{kind}`, but it has arguments only, as of a main.py that "
+                f"names the classes. Add `--{kind}-class my_project.{kind.title()}`, or {_OWN_MAIN}."
+            )
+
+
+def _without_missing_checkpoint(content: dict[str, Any]) -> list[str]:
+    """Plan without the checkpoint that a configuration names when it is still to be trained."""
+    path = content.get("ckpt_path")
+    if path is None or Path(path).is_file():
+        return []
+    print(
+        f"lightning-quant inspect: {path} is not there yet, so weights and hyperparameters are not its own.",
+        file=sys.stderr,
+    )
+    return ["--ckpt_path=null"]
+
+
+def _without_blanks(error: Exception) -> str:
+    return "\n".join(line for line in str(error).splitlines() if line.strip())

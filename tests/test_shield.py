@@ -1,0 +1,65 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_quant import convert as conversion
+from lightning_quant import load
+from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.convert import signal_to_noise
+from lightning_quant.export import export
+from lightning_quant.graph.table import Selection
+from lightning_quant.prepare import prepare
+from lightning_quant.runtimes import openvino
+
+IMAGE = torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+# What stands between the integer convolution and a float linear layer of 32 inputs.
+POOLS = {
+    "windows": nn.AvgPool2d(3),
+    "adaptive windows": nn.AdaptiveAvgPool2d(2),
+    "after a max-pool": nn.Sequential(nn.MaxPool2d(3, 1), nn.AvgPool2d(2)),
+    "before a dropout": nn.Sequential(nn.AvgPool2d(3), nn.Dropout()),
+}
+
+
+def agreement(pool: nn.Module, folder: Path) -> tuple[float, float, dict[str, int]]:
+    """Return decibels of float against simulated and of simulated against OpenVINO, and what OpenVINO runs."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), pool, nn.Flatten(), nn.Linear(32, 16)).eval()
+    prepared = prepare(
+        model, (IMAGE,), runtime="openvino", observer="min_max", selection=Selection(exclude=("4",), include=("*",))
+    )
+    calibrate(prepared, steps_of(prepared, [IMAGE]))
+    artifact = export(prepared, folder)
+    with torch.no_grad():
+        floating = model(IMAGE)
+        with prepared.attached("frozen"):
+            simulated = model(IMAGE)
+    here = load(folder, threads=1)(IMAGE)
+    counts = openvino.count_operators(artifact.model_path)
+    return signal_to_noise(floating, simulated), signal_to_noise(simulated, here), counts
+
+
+@pytest.mark.parametrize("name", POOLS)
+def test_average_in_front_of_a_float_layer_is_not_rounded_by_openvino(name: str, tmp_path: Path) -> None:
+    quantization, artifact, counts = agreement(POOLS[name], tmp_path)
+
+    assert artifact > quantization + 40
+    assert counts["Convolution_I8"] == 1
+
+
+def test_without_the_clip_openvino_rounds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(conversion, "shield_float_layers", lambda *_: None)
+    quantization, artifact, _ = agreement(POOLS["windows"], tmp_path)
+
+    assert artifact < quantization + 10
+
+
+def test_pools_that_openvino_does_not_round_keep_their_integer_kernel(tmp_path: Path) -> None:
+    *_, windows = agreement(POOLS["windows"], tmp_path / "windows")
+    _, artifact, globally = agreement(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Upsample(2)), tmp_path / "global")
+
+    assert artifact > 60
+    assert windows.get("Pooling", 0) == 1
+    assert globally.get("Reduce_I8", 0) == 1
