@@ -65,6 +65,9 @@ class Recipe:
         learned_step_rate: learning rate, in logarithms, of the weights' scales in quantization-aware training; 0 takes
             them from the largest weights instead. Grids of few bits want it.
         percentile: share of the values, in percent, that the "percentile" observer keeps inside the range.
+        batch_norm_batches: training batches on which BatchNorm's statistics are measured anew for the artifact after
+            quantization-aware training, under rounding and with the final weights; 0 keeps those of training. See
+            `lightning_quant.accuracy.batch_norm`.
     """
 
     name: str = "int8"
@@ -78,6 +81,7 @@ class Recipe:
     time_budget_s: float = 600.0
     learned_step_rate: float = 0.0
     percentile: float = 99.99
+    batch_norm_batches: int = 0
 
 
 @dataclass(frozen=True)

@@ -125,7 +125,7 @@ def test_a_fit_owns_its_steps_and_leaves_the_users_state_alone(tmp_path: Path) -
 
 def test_the_report_of_a_training_says_which_operator_costs_what(tmp_path: Path) -> None:
     callback = lq.QuantizationAwareTraining(
-        "int4_weights", output_dir=tmp_path / "artifact", threads=1, sensitivity=True, batch_norm_batches=2
+        {"name": "int4_weights", "batch_norm_batches": 2}, output_dir=tmp_path / "artifact", threads=1, sensitivity=True
     )
     fit(seeded(), callback, max_epochs=1, default_root_dir=tmp_path)
     assert callback.artifact is not None

@@ -56,8 +56,6 @@ class QuantizationAwareTraining(QuantizationCallback):
         threads: for the latencies in the report; torch's number of threads by default.
         engine: whose kernels run on runtime "torch"; "auto" measures and takes the fastest whose parity holds.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
-        batch_norm_batches: training batches on which BatchNorm's statistics are measured anew for the artifact, under
-            rounding and with the final weights; 0 keeps those of training.
         sensitivity: whether the report says which operator costs what, with the trained weights and ranges; see
             `PostTrainingQuantization`. In one process.
 
@@ -86,7 +84,6 @@ class QuantizationAwareTraining(QuantizationCallback):
         threads: int | None = None,
         engine: str = AUTO,
         dynamic_shapes: DynamicShapes | None = None,
-        batch_norm_batches: int = 0,
         sensitivity: bool = False,
     ) -> None:
         super().__init__(
@@ -112,7 +109,6 @@ class QuantizationAwareTraining(QuantizationCallback):
             )
         given = Schedule() if schedule is None else schedule
         self.schedule = _refused_in_callback(lambda: Schedule(**given)) if isinstance(given, dict) else given
-        self.batch_norm_batches = batch_norm_batches
         self.timeline = Timeline({}, in_epochs=False)
         # A checkpoint's state arrives before fit start, when there is nothing yet to put it into.
         self._restored: dict[str, Any] | None = None
@@ -174,7 +170,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             note = "nothing was trained through rounding: the run ended before fake quantization began"
             warn(f"QuantizationAwareTraining: {note}.")
             deployment = replace(deployment, notes=(*deployment.notes, note))
-        if self.batch_norm_batches > 0 and self.require_prepared().quantizes:
+        if self.require_prepared().recipe.batch_norm_batches > 0 and self.require_prepared().quantizes:
             self._reestimate(trainer, deployment)
         if self.sensitivity and self.require_prepared().quantizes:
             deployment = replace(deployment, sensitivity=self._rank(trainer, deployment))
@@ -185,7 +181,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         duplicate = independent_copy(trainer, deployment.pl_module)
         root = module_at(duplicate, self.path)
         prepared = deployment.prepared.bound_to(root)
-        steps = calibration_steps(trainer, duplicate, self.batch_norm_batches, 0, "train")
+        number = self.require_prepared().recipe.batch_norm_batches
+        steps = calibration_steps(trainer, duplicate, number, 0, "train")
         measured: dict[str, Tensor] = {}
 
         def noting() -> Iterator[Callable[[], Any]]:
