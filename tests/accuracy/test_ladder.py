@@ -88,7 +88,10 @@ def test_no_time_no_steps() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(QuantizationError, match=r"`accuracy_steps` out of .* but got \['magic'\]"):
-        climbed(("magic",))
+        prepare(uneven(nn.ReLU), (images(8),), recipe=Recipe(accuracy_steps=("magic",)))
+    unfit = Recipe(accuracy_steps=("choose_ranges",), calibration_observer="min_max")
+    with pytest.raises(QuantizationError, match=r"'mse' or 'percentile' for .* but got 'min_max'"):
+        prepare(uneven(nn.ReLU), (images(8),), recipe=unfit)
     model = uneven(nn.ReLU)
     prepared = prepare(model, (images(8),), recipe="int8_accurate", observer="mse")
     with pytest.raises(CalibrationError, match="at least two calibration batches for recipe 'int8_accurate'"):
