@@ -73,13 +73,15 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
     kept = [call for call in calls if not any(call is other for other in held_back)]
     budget = Budget(kept, time.monotonic() + prepared.recipe.time_budget_s)
     observe_anew(prepared, budget.calls)
-    results = []
+    results: list[AccuracyStep] = []
+    reached = output_snr(prepared, held_back)
     progress = tqdm(prepared.recipe.accuracy_steps, desc="accuracy", leave=False, disable=None)
     for name in progress:
         if budget.is_spent:
             break
         progress.set_postfix_str(name)
-        results.append(_try(prepared, name, budget, held_back))
+        results.append(_try(prepared, name, budget, held_back, reached))
+        reached = results[-1].after_db if results[-1].kept else reached
     _learn_from_all(prepared, budget, calls, is_changed=any(step.kept for step in results))
     return tuple(results)
 
@@ -101,8 +103,8 @@ def check_steps(recipe: Recipe) -> None:
         )
 
 
-def _try(prepared: Prepared, name: str, budget: Budget, held_back: list[Call]) -> AccuracyStep:
-    started, before = time.monotonic(), output_snr(prepared, held_back)
+def _try(prepared: Prepared, name: str, budget: Budget, held_back: list[Call], before: float) -> AccuracyStep:
+    started = time.monotonic()
     saved = snapshot(prepared)
     corrected = budget.corrects_outputs
     changed = STEPS[name](prepared, budget)
