@@ -80,7 +80,9 @@ class LearnedSteps:
             logarithm = self.logarithms[name]
             grad = torch.zeros_like(logarithm) if logarithm.grad is None else logarithm.grad
             logarithm.grad = grad if reduce is None else reduce(grad)
-        if not all(bool(torch.isfinite(self.logarithms[name].grad).all()) for name in names):  # type: ignore[arg-type]
+        grads = [self.logarithms[name].grad for name in names]
+        # All zero: another optimizer of the user's has taken these gradients, and momentum alone must not count twice.
+        if not all(bool(torch.isfinite(grad).all()) for grad in grads) or not any(bool(grad.any()) for grad in grads):  # type: ignore
             self._clear()
             return
         if self._optimizer is None or len(self._optimizer.param_groups[0]["params"]) != len(names):

@@ -6,6 +6,7 @@ from torch import nn
 
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
+from lightning_quant.accuracy.ladder import check_steps
 from lightning_quant.errors import PlanError
 from lightning_quant.graph.analyze import analyze
 from lightning_quant.graph.table import Selection
@@ -39,10 +40,12 @@ def prepare(
 
     Raises:
         PlanError: nothing can be quantized.
+        QuantizationError: the recipe has accuracy steps that do not exist, or that its observers do not serve.
     """
     chosen = recipes.get(recipe)
     if not isinstance(chosen, Recipe):
         raise PlanError(f"Expected `recipe` to quantize a graph, but {chosen.name!r} quantizes layers without one.")
+    check_steps(chosen)
     table = runtimes.get(runtime, exporting=True).TABLE
     selection = select(selection or Selection(), chosen)
     analysis = analyze(

@@ -28,7 +28,7 @@ class _Quantizing:
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
-        recipe: str = "int8",
+        recipe: str | dict[str, Any] = "int8",
         runtime: str = "onnxruntime",
         output: str = "quantized",
         module: str | None = None,
@@ -47,7 +47,7 @@ class _Quantizing:
             model: the LightningModule.
             datamodule: its data.
             ckpt_path: any checkpoint of the model.
-            recipe: numerics, by name.
+            recipe: numerics, by name, or fields of a recipe, `overrides` say.
             runtime: where the artifact will run; "auto" takes the fastest installed one whose parity holds.
             output: the artifact's folder.
             module: name of the module to quantize; found by itself when left out.
@@ -82,7 +82,7 @@ class _Quantizing:
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
-        recipe: str = "int8",
+        recipe: str | dict[str, Any] = "int8",
         runtime: str = "onnxruntime",
         module: str | None = None,
         include: list[str] | None = None,
@@ -95,7 +95,7 @@ class _Quantizing:
             model: the LightningModule.
             datamodule: its data.
             ckpt_path: a checkpoint of the model, whose hyperparameters and weights are taken; not needed.
-            recipe: numerics, by name.
+            recipe: numerics, by name, or fields of a recipe, `overrides` say.
             runtime: where the artifact would run.
             module: name of the module to quantize; found by itself when left out.
             include: fnmatch patterns on qualified names and layer types of what may be quantized.

@@ -60,11 +60,15 @@ class Recipe:
             ("int8_weight_only", "int4_weight_only", "float16"), which also knows embeddings and recurrent layers, on
             runtimes that run both; training leaves these in float, and what is exported is rounded.
         accuracy_steps: what calibration tries beyond ranges and bias correction, names from
-            `lightning_quant.accuracy.ladder`, each kept only when it lowers the error on held-back batches.
+            `lightning_quant.accuracy.ladder`, each kept only when it lowers the error on held-back batches. In
+            quantization-aware training there is no calibration, and training itself takes their place.
         time_budget_s: seconds after which calibration begins no further step, and a step that can stops.
         learned_step_rate: learning rate, in logarithms, of the weights' scales in quantization-aware training; 0 takes
             them from the largest weights instead. Grids of few bits want it.
         percentile: share of the values, in percent, that the "percentile" observer keeps inside the range.
+        batch_norm_batches: training batches on which BatchNorm's statistics are measured anew for the artifact after
+            quantization-aware training, under rounding and with the final weights; 0 keeps those of training. See
+            `lightning_quant.accuracy.batch_norm`.
     """
 
     name: str = "int8"
@@ -78,6 +82,7 @@ class Recipe:
     time_budget_s: float = 600.0
     learned_step_rate: float = 0.0
     percentile: float = 99.99
+    batch_norm_batches: int = 0
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,16 @@ def test_inspect_says_what_would_be_quantized(project: Path, capsys: pytest.Capt
     assert not (project / "quantized").exists()
 
 
+def test_overrides_can_be_given_as_the_report_writes_them(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = '{"name": "int8_accurate", "overrides": {"0": "float", "8": "int4_weights"}}'
+    assert run_in(project, "inspect", "--config", "quantize.yaml", "--recipe", recipe, "--json") == 0
+    plan = json.loads(capsys.readouterr().out)
+    assert plan["recipe"] == "int8_accurate"
+    assert {row["name"]: row["action"] for row in plan["rows"]}["0"] == "float"
+    assert run_in(project, "inspect", "--config", "quantize.yaml", "--recipe", '{"overrides": {"9": "float"}}') == 2
+    assert "'9', which matches nothing" in capsys.readouterr().err
+
+
 def test_inspect_takes_the_configuration_of_quantize_before_its_checkpoint_exists(
     project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

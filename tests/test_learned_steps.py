@@ -1,5 +1,6 @@
 """Learned steps: gradients against the paper's equation, and a training that leaves the user's run alone."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,17 @@ def test_gradients_that_are_not_finite_move_nothing() -> None:
     assert torch.equal(steps.step_of("layer", weight, 7), before)
 
 
+def test_a_second_optimizer_does_not_move_them_again() -> None:
+    weight = torch.randn(2, 30, generator=torch.Generator().manual_seed(3))
+    steps = LearnedSteps(0.1)
+    for _ in range(2):
+        quantize_with_learned_step(weight, steps.step_of("layer", weight, 7), 7).square().sum().backward()
+        steps.update()
+    before = steps.step_of("layer", weight, 7).detach()
+    steps.update()
+    assert torch.equal(steps.step_of("layer", weight, 7), before)
+
+
 def test_a_fit_owns_its_steps_and_leaves_the_users_state_alone(tmp_path: Path) -> None:
     callback = lq.QuantizationAwareTraining("int4_weights", output_dir=tmp_path / "artifact", threads=1)
     model = seeded()
@@ -109,6 +121,20 @@ def test_a_fit_owns_its_steps_and_leaves_the_users_state_alone(tmp_path: Path) -
         step = steps.step_of(identity, prepared.weight(identity), 7).detach()
         torch.testing.assert_close(folded.unfolded_scale, step)
         assert int(prepared.weight_integers(identity, folded).abs().max()) <= 7
+
+
+def test_the_report_of_a_training_says_which_operator_costs_what(tmp_path: Path) -> None:
+    callback = lq.QuantizationAwareTraining(
+        {"name": "int4_weights", "batch_norm_batches": 2}, output_dir=tmp_path / "artifact", threads=1, sensitivity=True
+    )
+    fit(seeded(), callback, max_epochs=1, default_root_dir=tmp_path)
+    assert callback.artifact is not None
+    found = callback.artifact.report["sensitivity"]
+    assert {layer["name"] for layer in found["layers"]} == {"conv1", "conv2", "head", "add"}
+    assert set(found["gains"]) == {row["name"] for row in callback.artifact.report["metrics"]}
+    # It is the exported numbers that were ranked.
+    whole = -10 * math.log10(found["error"])
+    assert whole == pytest.approx(float(callback.artifact.report["parity"]["quantization_db"]), abs=3)
 
 
 @pytest.mark.parametrize("rate", [0.0, 1e-3])

@@ -20,7 +20,9 @@ from lightning_quant.accuracy.weight_rounding import gptq_layers, shrink_scales
 from lightning_quant.adjustments import AccuracyStep
 from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.observers import Histogram, build
 from lightning_quant.prepared import Prepared
+from lightning_quant.recipe import Recipe
 from lightning_quant.routing import evaluation_mode
 
 HELD_BACK_EVERY = 4
@@ -61,33 +63,48 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
 
     Raises:
         CalibrationError: there are fewer than two calls.
-        QuantizationError: a step has an unknown name.
     """
     if len(calls) < 2:
         raise CalibrationError(
             f"Expected at least two calibration batches for recipe {prepared.recipe.name!r}, one of them to be held "
             f"back, but got {len(calls)}. Calibrate with more or smaller batches, or use recipe 'int8'."
         )
-    unknown = [name for name in prepared.recipe.accuracy_steps if name not in STEPS]
-    if unknown:
-        raise QuantizationError(f"Expected `accuracy_steps` out of {sorted(STEPS)}, but got {unknown}.")
     held_back = calls[HELD_BACK_EVERY - 1 :: HELD_BACK_EVERY] or calls[-1:]
     kept = [call for call in calls if not any(call is other for other in held_back)]
     budget = Budget(kept, time.monotonic() + prepared.recipe.time_budget_s)
     observe_anew(prepared, budget.calls)
-    results = []
+    results: list[AccuracyStep] = []
+    reached = output_snr(prepared, held_back)
     progress = tqdm(prepared.recipe.accuracy_steps, desc="accuracy", leave=False, disable=None)
     for name in progress:
         if budget.is_spent:
             break
         progress.set_postfix_str(name)
-        results.append(_try(prepared, name, budget, held_back))
-    _learn_from_all(prepared, budget, calls)
+        results.append(_try(prepared, name, budget, held_back, reached))
+        reached = results[-1].after_db if results[-1].kept else reached
+    _learn_from_all(prepared, budget, calls, is_changed=any(step.kept for step in results))
     return tuple(results)
 
 
-def _try(prepared: Prepared, name: str, budget: Budget, held_back: list[Call]) -> AccuracyStep:
-    started, before = time.monotonic(), output_snr(prepared, held_back)
+def check_steps(recipe: Recipe) -> None:
+    """Refuse accuracy steps that are known to fail.
+
+    Raises:
+        QuantizationError: a step has an unknown name, or chooses ranges without the histograms for it.
+    """
+    unknown = [name for name in recipe.accuracy_steps if name not in STEPS]
+    if unknown:
+        raise QuantizationError(f"Expected `accuracy_steps` out of {sorted(STEPS)}, but got {unknown}.")
+    observer = build(recipe.calibration_observer, recipe)
+    if "choose_ranges" in recipe.accuracy_steps and not isinstance(observer, Histogram):
+        raise QuantizationError(
+            "Expected `calibration_observer` to be 'mse' or 'percentile' for the accuracy step 'choose_ranges', but "
+            f"got {recipe.calibration_observer!r}."
+        )
+
+
+def _try(prepared: Prepared, name: str, budget: Budget, held_back: list[Call], before: float) -> AccuracyStep:
+    started = time.monotonic()
     saved = snapshot(prepared)
     corrected = budget.corrects_outputs
     changed = STEPS[name](prepared, budget)
@@ -134,17 +151,21 @@ def _refresh(prepared: Prepared, budget: Budget, calls: list[Call]) -> None:
         correct_outputs(prepared, calls)
 
 
-def _learn_from_all(prepared: Prepared, budget: Budget, calls: list[Call]) -> None:
+def _learn_from_all(prepared: Prepared, budget: Budget, calls: list[Call], *, is_changed: bool) -> None:
     """Learn ranges and bias corrections from all calls, once no step has to be judged any more.
 
-    So that a ladder on which no step helped ends where it began, and few calls are not fewer still.
+    So that a ladder on which no step helped ends where it began, and few calls are not fewer still. Kept steps have
+    fitted channel scales and integers to the ranges before, so there it must not raise the error on these calls.
     """
+    saved, before = snapshot(prepared), output_snr(prepared, calls)
     has_choice = bool(prepared.ranges.chosen)
     observe_anew(prepared, calls)
     if has_choice:
         choose_ranges(prepared, calls)
     if budget.corrects_outputs:
         correct_outputs(prepared, calls)
+    if is_changed and output_snr(prepared, calls) < before:
+        restore(prepared, saved)
 
 
 def _correct_outputs(prepared: Prepared, budget: Budget) -> int:

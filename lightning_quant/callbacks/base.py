@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_quant import artifact as artifacts
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
+from lightning_quant.accuracy.sensitivity import check_rankable
 from lightning_quant.artifact import Artifact
 from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.runtime_choice import choose_at_start
@@ -60,6 +61,7 @@ class QuantizationCallback(Callback):
         threads: int | None,
         engine: str,
         dynamic_shapes: DynamicShapes | None,
+        sensitivity: bool,
     ) -> None:
         super().__init__()
         self.recipe = _refused_in_callback(recipes.get, recipe)
@@ -76,6 +78,8 @@ class QuantizationCallback(Callback):
         self.threads = threads
         self.engine = engine
         self.dynamic_shapes = dynamic_shapes
+        self.sensitivity = sensitivity
+        _refused_in_callback(lambda: check_rankable(self.recipe, sensitivity=sensitivity))
         for name, value, choices in (
             ("example", example, ("train_batch", "example_input_array")),
             ("weights", weights, ("last", "best")),

@@ -11,7 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_quant.accuracy.recalibrate import Call, recorded_calls
-from lightning_quant.accuracy.sensitivity import NUM_CALLS, check_rankable, rank_operators
+from lightning_quant.accuracy.sensitivity import NUM_CALLS, rank_operators
 from lightning_quant.calibrate import calibrate
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
 from lightning_quant.callbacks.finish import choose_weights, finish
@@ -114,11 +114,10 @@ class PostTrainingQuantization(QuantizationCallback):
             threads=threads,
             engine=engine,
             dynamic_shapes=dynamic_shapes,
+            sensitivity=sensitivity,
         )
         given = Calibration() if calibration is None else calibration
         self.calibration = _refused_in_callback(lambda: Calibration(**given)) if isinstance(given, dict) else given
-        _refused_in_callback(lambda: check_rankable(self.recipe, sensitivity=sensitivity))
-        self.sensitivity = sensitivity
 
     @override
     def observer(self) -> str:
@@ -145,7 +144,9 @@ class PostTrainingQuantization(QuantizationCallback):
                     f"Expected one process, but got {self.group.size}: {what} all batches in one. Use 'int8' without "
                     "`sensitivity`, or quantize the checkpoint afterwards with `quantize_checkpoint`."
                 )
-            check_data(trainer, pl_module, self.calibration.data)
+            # Accuracy steps are judged on batches that they have not seen.
+            needed = 2 if self.recipe.accuracy_steps else 1
+            check_data(trainer, pl_module, self.calibration.data, needed, self.calibration.num_batches)
 
     def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> list[Call]:
         """Calibrate, and return the first calls where they are needed afterwards."""

@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -14,6 +15,8 @@ from typing_extensions import override
 
 from lightning_quant import observers
 from lightning_quant.accuracy.batch_norm import reestimate_batch_norm
+from lightning_quant.accuracy.recalibrate import recorded_calls
+from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_operators
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback, warn
 from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
 from lightning_quant.callbacks.schedule import Schedule, Timeline, resolve
@@ -25,6 +28,7 @@ from lightning_quant.export import DynamicShapes
 from lightning_quant.learned_steps import LearnedSteps
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import LayerRecipe, Recipe
+from lightning_quant.routing import evaluation_mode
 from lightning_quant.routing import resolve as module_at
 
 
@@ -52,8 +56,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         threads: for the latencies in the report; torch's number of threads by default.
         engine: whose kernels run on runtime "torch"; "auto" measures and takes the fastest whose parity holds.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
-        batch_norm_batches: training batches on which BatchNorm's statistics are measured anew for the artifact, under
-            rounding and with the final weights; 0 keeps those of training.
+        sensitivity: whether the report says which operator costs what, with the trained weights and ranges; see
+            `PostTrainingQuantization`. In one process.
 
     Raises:
         MisconfigurationException: before the first batch, when anything is known to fail, with the way out.
@@ -80,7 +84,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         threads: int | None = None,
         engine: str = AUTO,
         dynamic_shapes: DynamicShapes | None = None,
-        batch_norm_batches: int = 0,
+        sensitivity: bool = False,
     ) -> None:
         super().__init__(
             recipe,
@@ -96,6 +100,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             threads=threads,
             engine=engine,
             dynamic_shapes=dynamic_shapes,
+            sensitivity=sensitivity,
         )
         if isinstance(self.recipe, LayerRecipe):
             raise MisconfigurationException(
@@ -104,7 +109,6 @@ class QuantizationAwareTraining(QuantizationCallback):
             )
         given = Schedule() if schedule is None else schedule
         self.schedule = _refused_in_callback(lambda: Schedule(**given)) if isinstance(given, dict) else given
-        self.batch_norm_batches = batch_norm_batches
         self.timeline = Timeline({}, in_epochs=False)
         # A checkpoint's state arrives before fit start, when there is nothing yet to put it into.
         self._restored: dict[str, Any] | None = None
@@ -166,8 +170,10 @@ class QuantizationAwareTraining(QuantizationCallback):
             note = "nothing was trained through rounding: the run ended before fake quantization began"
             warn(f"QuantizationAwareTraining: {note}.")
             deployment = replace(deployment, notes=(*deployment.notes, note))
-        if self.batch_norm_batches > 0 and self.require_prepared().quantizes:
+        if self.require_prepared().recipe.batch_norm_batches > 0 and self.require_prepared().quantizes:
             self._reestimate(trainer, deployment)
+        if self.sensitivity and self.require_prepared().quantizes:
+            deployment = replace(deployment, sensitivity=self._rank(trainer, deployment))
         self.artifact = finish(self, trainer, deployment)
 
     def _reestimate(self, trainer: Trainer, deployment: Deployment) -> None:
@@ -175,7 +181,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         duplicate = independent_copy(trainer, deployment.pl_module)
         root = module_at(duplicate, self.path)
         prepared = deployment.prepared.bound_to(root)
-        steps = calibration_steps(trainer, duplicate, self.batch_norm_batches, 0, "train")
+        number = self.require_prepared().recipe.batch_norm_batches
+        steps = calibration_steps(trainer, duplicate, number, 0, "train")
         measured: dict[str, Tensor] = {}
 
         def noting() -> Iterator[Callable[[], Any]]:
@@ -188,6 +195,15 @@ class QuantizationAwareTraining(QuantizationCallback):
             reestimate_batch_norm(prepared, noting())
         for name, buffer in deployment.prepared.root.named_buffers():
             buffer.copy_(measured[name])
+
+    def _rank(self, trainer: Trainer, deployment: Deployment) -> Sensitivity | None:
+        """Measure every operator on training batches, which a copy may run the user's training step on."""
+        duplicate = independent_copy(trainer, deployment.pl_module)
+        root = module_at(duplicate, self.path)
+        with recorded_calls(root, NUM_CALLS) as calls, evaluation_mode(root), torch.no_grad():
+            for step in calibration_steps(trainer, duplicate, NUM_CALLS, 0, "train"):
+                step()
+        return rank_operators(deployment.prepared, calls) if isinstance(deployment.prepared, Prepared) else None
 
     def _begin(self, trainer: Trainer) -> None:
         prepared = self.require_prepared()
@@ -230,6 +246,11 @@ class QuantizationAwareTraining(QuantizationCallback):
             raise QuantizationError(
                 f"Expected `training_observer` to be 'moving_average' or 'min_max' in several processes, but got "
                 f"{self.observer()!r}, whose histograms would have to be added up at every batch."
+            )
+        if self.group.size > 1 and self.sensitivity:
+            raise QuantizationError(
+                f"Expected one process for `sensitivity`, but got {self.group.size}. Train without it, and use "
+                "`quantize_checkpoint` with it afterwards."
             )
 
     def _take_runtime(self, state: dict[str, Any]) -> None:

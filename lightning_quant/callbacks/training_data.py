@@ -122,16 +122,29 @@ def calibration_steps(
             yield functools.partial(run, duplicate, batch, index)
 
 
-def check_data(trainer: Trainer, pl_module: LightningModule, data: str) -> None:
-    """Make sure that there is a batch of that data.
+def check_data(trainer: Trainer, pl_module: LightningModule, data: str, needed: int = 1, allowed: int = 1) -> None:
+    """Make sure that there are batches of that data.
+
+    Args:
+        trainer: whose data is meant.
+        pl_module: that takes them.
+        data: "train" or "validation".
+        needed: how many there must be.
+        allowed: how many will be taken at most.
 
     Raises:
-        CalibrationError: there is no loader, or it yields nothing.
+        CalibrationError: there is no loader, or it yields nothing, or too little.
     """
     _combined_loader(trainer, data)
     with isolated_rng():
-        if next(iter(batches(trainer, pl_module, 1, data)), None) is None:
-            raise CalibrationError(f"Expected the {data} dataloader to yield a batch, but it yields none.")
+        number = sum(1 for _ in batches(trainer, pl_module, min(needed, allowed), data))
+    if number == 0:
+        raise CalibrationError(f"Expected the {data} dataloader to yield a batch, but it yields none.")
+    if number < needed:
+        raise CalibrationError(
+            f"Expected at least {needed} calibration batches for a recipe with accuracy steps, one of them to be held "
+            "back, but got 1. Calibrate with more or smaller batches, or use recipe 'int8'."
+        )
 
 
 def independent_copy(trainer: Trainer, pl_module: LightningModule) -> LightningModule:

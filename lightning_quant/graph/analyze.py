@@ -246,8 +246,8 @@ def check_patterns(selection: Selection, rows: list[Row]) -> None:
             if pattern != "*" and not any(matches(pattern, row.name, row.kind) for row in rows):
                 names = ", ".join(row.name for row in rows[:8])
                 raise PlanError(
-                    f"Expected `{argument}` to hold patterns on names or layer types, but got {pattern!r}, which "
-                    f"matches nothing. Names here are {names}{', ...' if len(rows) > 8 else ''}."
+                    f"Expected `{argument}` and `overrides` to hold patterns on names or layer types, but got "
+                    f"{pattern!r}, which matches nothing. Names here are {names}{', ...' if len(rows) > 8 else ''}."
                 )
 
 

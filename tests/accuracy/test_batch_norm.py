@@ -47,7 +47,7 @@ def test_the_artifact_of_a_fit_has_them_and_the_users_module_has_not(tmp_path: P
     models = {}
     for number in (0, 4):
         folder = tmp_path / str(number)
-        callback = lq.QuantizationAwareTraining(output_dir=folder, batch_norm_batches=number, threads=1)
+        callback = lq.QuantizationAwareTraining({"batch_norm_batches": number}, output_dir=folder, threads=1)
         module = seeded()
         fit(module, callback, max_epochs=1, default_root_dir=tmp_path)
         models[number] = (tensors_of(module), lq.load(folder, threads=1))

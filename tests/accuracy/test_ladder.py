@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from models import CASES
 from test_adaround import smooth_like
 from test_rescale import images, uneven
@@ -11,9 +12,11 @@ from torch import nn
 
 import lightning_quant as lq
 from lightning_quant.accuracy import ladder
+from lightning_quant.accuracy.groups import scaling_groups
 from lightning_quant.accuracy.output_correction import correct_outputs
 from lightning_quant.accuracy.range_choice import choose_ranges
 from lightning_quant.accuracy.recalibrate import observe_anew
+from lightning_quant.accuracy.smoothing import smooth
 from lightning_quant.accuracy.weight_rounding import gptq_layers, least_error_scale, shrink_scales
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import check_agreement, convert
@@ -85,7 +88,10 @@ def test_no_time_no_steps() -> None:
 
 def test_refusals() -> None:
     with pytest.raises(QuantizationError, match=r"`accuracy_steps` out of .* but got \['magic'\]"):
-        climbed(("magic",))
+        prepare(uneven(nn.ReLU), (images(8),), recipe=Recipe(accuracy_steps=("magic",)))
+    unfit = Recipe(accuracy_steps=("choose_ranges",), calibration_observer="min_max")
+    with pytest.raises(QuantizationError, match=r"'mse' or 'percentile' for .* but got 'min_max'"):
+        prepare(uneven(nn.ReLU), (images(8),), recipe=unfit)
     model = uneven(nn.ReLU)
     prepared = prepare(model, (images(8),), recipe="int8_accurate", observer="mse")
     with pytest.raises(CalibrationError, match="at least two calibration batches for recipe 'int8_accurate'"):
@@ -221,6 +227,21 @@ def test_difficulty_behind_a_layer_norm_migrates_into_the_weights(tmp_path: Path
     artifact = lq.quantize(model, recipe, calibration_data=x.split(16), output_dir=tmp_path / "artifact", threads=1)
     assert artifact.report["still_float"] == {}
     assert artifact.report["parity"]["worst_share"] > 0.999
+
+
+def test_migration_leaves_the_float_function() -> None:
+    torch.manual_seed(0)
+    model = Normalized().eval()
+    calls = [((x,), {}) for x in torch.randn(64, 32, generator=torch.Generator().manual_seed(1)).split(16)]
+    prepared = prepare(model, *calls[0], recipe=Recipe(), observer="mse")
+    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
+    (group,) = [group for group in scaling_groups(prepared) if group.normalized]
+    assert smooth(prepared, [group], calls) == 1
+    assert float((prepared.channels[group.edges[0]].factor - 1).abs().max()) > 0.5
+    read = prepared.on_grid(group.edges[0], model.norm(calls[0][0][0]))
+    for name in ("one", "other"):
+        layer, exact = prepared.layers[f":{name}"], getattr(model, name)(model.norm(calls[0][0][0]))
+        torch.testing.assert_close(F.linear(read, layer.weight, layer.bias), exact, atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_migrates_where_no_linear_layer_reads_a_float_operator() -> None:

@@ -301,3 +301,16 @@ def test_both_callbacks_in_one_trainer(tmp_path: Path) -> None:
     assert decibels(expected, load(tmp_path / "qat")(x)) > 15
     assert decibels(expected, load(tmp_path / "ptq")(x)) > 25
     assert "forward" not in module.net.__dict__
+
+
+@pytest.mark.parametrize(("batch", "num_batches"), [(NUM_TRAIN, 32), (BATCH, 1)])
+def test_accuracy_steps_on_one_batch_are_refused_before_training(batch: int, num_batches: int, tmp_path: Path) -> None:
+    model = seeded()
+    model.train_dataloader = lambda: DataLoader(images(NUM_TRAIN, seed=1), batch)
+    before = tensors_of(model)
+    callback = PostTrainingQuantization(
+        "int8_accurate", output_dir=tmp_path / "artifact", calibration={"num_batches": num_batches}
+    )
+    with pytest.raises(MisconfigurationException, match=r"at least 2 calibration batches .* but got 1"):
+        fit(model, callback, max_epochs=1)
+    assert equal_tensors(tensors_of(model), before)
