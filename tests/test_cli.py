@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -171,6 +174,24 @@ def test_configuration_that_lightning_cli_saved_is_taken_as_it_is(
     # Its configuration is found beside a checkpoint.
     assert run_in(tmp_path, "inspect", str(checkpoint), "--json") == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["macs"] == 4 * 9 * 64 * 32
+
+
+def test_commands_of_the_readme_run_one_after_the_other(project: Path, tmp_path: Path) -> None:
+    readme = (EXAMPLE.parents[1] / "README.md").read_text()
+    (block,) = [text for text in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "lightning-quant" in text]
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    (configuration,) = [text for text in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "ckpt_path" in text]
+    assert configuration == (EXAMPLE / "quantize.yaml").read_text()
+    shutil.copy(project / "best.ckpt", tmp_path)
+    (tmp_path / "config.yaml").write_text(configuration)
+    codes = {}
+    for _, subcommand, *arguments in commands:
+        if subcommand == "compare":
+            shutil.copytree(tmp_path / "quantized", tmp_path / "other")
+        codes[subcommand] = run_in(tmp_path, subcommand, *arguments)
+
+    # The limits of the comparison are not for a net this small.
+    assert codes == {**dict.fromkeys(("inspect", "quantize", "verify", "bench", "report"), 0), "compare": 1}
 
 
 def test_users_own_cli_gains_the_subcommand(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
