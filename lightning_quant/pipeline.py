@@ -59,7 +59,7 @@ def quantize(
         exclude: likewise, of what stays float.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
         threads: for the latencies in the report; torch's number of threads by default.
-        sensitivity: whether the report says which operator costs what; it runs the model three or four times for each
+        sensitivity: whether the report says which operator costs what; it runs the model four to six times for each
             operator, on the first two calls. For recipes that need calibration.
         engine: whose kernels run a static recipe on runtime "torch"; "auto" measures those of this build and takes the
             fastest whose parity holds, with what was measured in the report.

@@ -16,13 +16,14 @@ ACTIVATIONS = {
     "leaky": nn.LeakyReLU,
     "sigmoid": nn.Sigmoid,
 }
+BETWEEN = {"": nn.Sequential, "identity": nn.Identity, "dropout": lambda: nn.Dropout(0.1)}
 
 
 @dataclass(frozen=True)
 class Block:
     """One layer and what follows it; `residual` adds its input where the shapes are equal.
 
-    `shared` calls the layer of the block before once more, where it fits.
+    `shared` calls the layer of the block before once more, where it fits; `between` stands on both sides of the norm.
     """
 
     width: int
@@ -35,6 +36,7 @@ class Block:
     residual: bool = False
     shared: bool = False
     pool: str = ""
+    between: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,7 @@ def specs(draw: Any) -> Spec:
         residual=st.booleans(),
         shared=st.booleans(),
         pool=st.sampled_from(["", "", "max", "avg"]),
+        between=st.sampled_from(sorted(BETWEEN)),
     )
     spec = Spec(
         images=images,
@@ -99,6 +102,7 @@ class RandomNet(nn.Module):
         self.spec = spec
         self.adds: list[bool] = []
         self.layers, self.norms, self.activations = nn.ModuleList(), nn.ModuleList(), nn.ModuleList()
+        self.between = nn.ModuleList(BETWEEN[block.between]() for block in spec.blocks)
         width, last = spec.channels, None
         for block in spec.blocks:
             reuse = block.shared and last is not None and last[1] == last[2] == width
@@ -141,7 +145,8 @@ class RandomNet(nn.Module):
 
     def features(self, x: Tensor) -> Tensor:
         for index, block in enumerate(self.spec.blocks):
-            y = self.norms[index](self.layers[index](x))
+            between = self.between[index]
+            y = between(self.norms[index](between(self.layers[index](x))))
             x = self.activations[index](x + y if self.adds[index] else y)
             if block.pool and self.spec.images:
                 x = F.max_pool2d(x, 2, 1) if block.pool == "max" else F.avg_pool2d(x, 2, 1, padding=1)

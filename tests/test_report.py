@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from lightning_quant.accuracy.advice import Advice
 from lightning_quant.accuracy.sensitivity import LayerSensitivity, Sensitivity
 from lightning_quant.latency import Timing
 from lightning_quant.layer_parity import LayerParity
@@ -59,12 +60,15 @@ LAYER = LayerSensitivity(
 
 
 def test_sensitivity_stands_in_the_report_where_it_was_asked_for() -> None:
-    found = Sensitivity((LAYER, dataclasses.replace(LAYER, name="head", without_error=0.019)), 0.02, {"val_acc": 0.008})
+    advice = Advice(("stem.0", "stem.3"), 0.004, 12_000)
+    layers = (LAYER, dataclasses.replace(LAYER, name="head", without_error=0.019))
+    found = Sensitivity(layers, 0.02, advice, {"val_acc": 0.008})
     text = changed(sensitivity=found).to_markdown()
 
     assert (
-        "80% of the error comes from stem.0, weights, range 40 times its median channel; keep it float with "
-        '`overrides={"stem.0": "float"}`: val_acc +0.0080, +7.0 dB, +12 KB.'
+        "80% of the error comes from stem.0, weights, range 40 times its median channel; keep it and what "
+        'shares its tensors float with `overrides={"stem.0": "float", "stem.3": "float"}`: '
+        "val_acc +0.0080, +7.0 dB, +12 KB."
     ) in text
     assert text.index("| stem.0") < text.index("| head")
     assert changed(sensitivity=found).to_dict()["sensitivity"]["layers"][1]["name"] == "head"

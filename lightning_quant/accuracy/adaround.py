@@ -85,10 +85,10 @@ def _reconstruct(
     layer = folded_layer(prepared, site.identity)
     folded = prepared.folded(site.identity)
     scale = along_rows(folded.scale, layer.weight)
-    inputs = torch.cat(site.quantized_inputs)
+    inputs, exact = _by_shape(site.quantized_inputs), _by_shape(site.float_inputs)
     # The bias correction is part of the layer: what is learned comes on top of it.
     shift = (folded.bias - layer.bias).view(-1, *[1] * (layer.weight.dim() - 2))
-    targets = torch.cat([site.compute(x, layer.weight, None) for x in site.float_inputs]) - shift
+    targets = [site.compute(x, layer.weight, None) - shift for x in exact]
     nearest = prepared.weight_integers(site.identity, folded)
     learned = learn_rounding(
         lambda x, weight: site.compute(x, weight, None),
@@ -102,11 +102,24 @@ def _reconstruct(
         regularization=regularization,
         batch=batch,
     )
-    power = float(targets.square().sum()) or 1.0
-    errors = [float((site.compute(inputs, w * scale, None) - targets).square().sum()) for w in (nearest, learned)]
+    power = sum(float(y.square().sum()) for y in targets) or 1.0
+
+    def error(integers: Tensor) -> float:
+        pairs = zip(inputs, targets, strict=True)
+        return sum(float((site.compute(x, integers * scale, None) - y).square().sum()) for x, y in pairs)
+
+    errors = [error(nearest), error(learned)]
     if errors[1] < errors[0]:
         prepared.layers[site.identity] = replace(layer, scale=folded.scale, integers=learned)
     return Reconstruction(site.identity, errors[0] / power, min(errors) / power)
+
+
+def _by_shape(tensors: list[Tensor]) -> list[Tensor]:
+    """Join tensors along the first dimension, those whose other dimensions agree."""
+    groups: dict[torch.Size, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.shape[1:], []).append(tensor)
+    return [torch.cat(group) for group in groups.values()]
 
 
 @torch.enable_grad()
@@ -114,8 +127,8 @@ def learn_rounding(
     compute: object,
     weight: Tensor,
     scale: Tensor,
-    inputs: Tensor,
-    targets: Tensor,
+    inputs: list[Tensor],
+    targets: list[Tensor],
     quant_max: int,
     *,
     iterations: int,
@@ -129,7 +142,7 @@ def learn_rounding(
         compute: from inputs and a weight to outputs.
         weight: before rounding.
         scale: broadcast over the weight.
-        inputs: samples along the first dimension.
+        inputs: samples along the first dimension, a tensor for each size of the others.
         targets: what to reproduce from them.
         quant_max: highest magnitude of the grid.
         iterations: steps.
@@ -145,12 +158,14 @@ def learn_rounding(
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         nearest = torch.round(weight / scale).clamp(-quant_max, quant_max) * scale
-        power = float((compute(inputs[:batch], nearest) - targets[:batch]).square().mean()) or 1.0  # type: ignore[operator]
+        power = float((compute(inputs[0][:batch], nearest) - targets[0][:batch]).square().mean()) or 1.0  # type: ignore[operator]
+    shares = torch.tensor([float(len(x)) for x in inputs])
     for iteration in range(iterations):
-        chosen = torch.randperm(len(inputs), generator=generator)[:batch]
+        size = 0 if len(inputs) == 1 else int(torch.multinomial(shares, 1, generator=generator))
+        chosen = torch.randperm(len(inputs[size]), generator=generator)[:batch]
         up = _rectified_sigmoid(values)
-        outputs = compute(inputs[chosen], (low + up).clamp(-quant_max, quant_max) * scale)  # type: ignore[operator]
-        loss = (outputs - targets[chosen]).square().mean() / power
+        outputs = compute(inputs[size][chosen], (low + up).clamp(-quant_max, quant_max) * scale)  # type: ignore[operator]
+        loss = (outputs - targets[size][chosen]).square().mean() / power
         progress = (iteration / iterations - _WARM_UP) / (1 - _WARM_UP)
         if progress > 0:
             beta = _BETA_END + 0.5 * (_BETA_START - _BETA_END) * (1 + math.cos(math.pi * progress))

@@ -40,8 +40,13 @@ class EdgeStatistics:
     @property
     def spread(self) -> float:
         """The widest channel's largest magnitude over that of the median channel."""
-        reach = torch.maximum(self.high.abs(), self.low.abs())
-        return float(reach.max() / reach.median().clamp(min=1e-12))
+        return ratio_to_median(torch.maximum(self.high.abs(), self.low.abs()))
+
+
+def ratio_to_median(reach: Tensor) -> float:
+    """Return the largest of the channels' magnitudes over the median one, of those that are not zero; 1 without any."""
+    alive = reach[reach > 0]
+    return float(alive.max() / alive.median()) if len(alive) else 1.0
 
 
 @torch.no_grad()

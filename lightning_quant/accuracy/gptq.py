@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 _BLOCK = 128
+# Share of an input's power below which what changes of it is rounding error.
+_CONSTANT = 1e-10
 
 
 class Hessian:
@@ -27,9 +29,9 @@ class Hessian:
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Take in inputs of shape `(..., in_features)`."""
-        x = x.detach().reshape(-1, x.shape[-1]).float()
-        self.total += (x.T @ x).double().cpu()
-        self.sum += x.double().sum(0).cpu()
+        x = x.detach().reshape(-1, x.shape[-1]).double()
+        self.total += (x.T @ x).cpu()
+        self.sum += x.sum(0).cpu()
         self.count += len(x)
 
     @property
@@ -39,9 +41,14 @@ class Hessian:
 
     @property
     def covariance(self) -> Tensor:
-        """The mean less that of the inputs' own mean, for layers whose bias makes up for errors that never change."""
-        center = self.sum / max(self.count, 1)
-        return self.mean - torch.outer(center, center)
+        """The mean less that of the inputs' own mean, for layers whose bias makes up for errors that never change.
+
+        Zero for an input that never changes, of which the difference would leave a rounding error of either sign.
+        """
+        center, mean = self.sum / max(self.count, 1), self.mean
+        covariance = mean - torch.outer(center, center)
+        constant = covariance.diagonal() <= _CONSTANT * mean.diagonal()
+        return covariance.masked_fill(constant.unsqueeze(0) | constant.unsqueeze(1), 0.0)
 
 
 @torch.no_grad()

@@ -52,7 +52,8 @@ class Budget:
 def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
     """Try the recipe's accuracy steps in order; return what came of each.
 
-    Every fourth call is held back: no step sees it, and it decides.
+    Every fourth call is held back: no step sees it, and it decides. Ranges and bias corrections are then learned from
+    all calls.
 
     Args:
         prepared: detached and calibrated; keeps what the kept steps changed.
@@ -81,6 +82,7 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
             break
         progress.set_postfix_str(name)
         results.append(_try(prepared, name, budget, held_back))
+    _learn_from_all(prepared, budget, calls)
     return tuple(results)
 
 
@@ -128,6 +130,19 @@ def is_depthwise(prepared: Prepared, group: ScalingGroup) -> bool:
 def _refresh(prepared: Prepared, budget: Budget, calls: list[Call]) -> None:
     """Learn ranges and bias corrections again, after layers or channel scales have changed."""
     observe_anew(prepared, calls)
+    if budget.corrects_outputs:
+        correct_outputs(prepared, calls)
+
+
+def _learn_from_all(prepared: Prepared, budget: Budget, calls: list[Call]) -> None:
+    """Learn ranges and bias corrections from all calls, once no step has to be judged any more.
+
+    So that a ladder on which no step helped ends where it began, and few calls are not fewer still.
+    """
+    has_choice = bool(prepared.ranges.chosen)
+    observe_anew(prepared, calls)
+    if has_choice:
+        choose_ranges(prepared, calls)
     if budget.corrects_outputs:
         correct_outputs(prepared, calls)
 

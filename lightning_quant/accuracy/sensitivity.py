@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
-from lightning_quant.accuracy.edge_statistics import edge_statistics
+from lightning_quant.accuracy.advice import Advice, advise
+from lightning_quant.accuracy.edge_statistics import edge_statistics, ratio_to_median
 from lightning_quant.accuracy.lockstep import Site, lockstep
 from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import folded_layer
+from lightning_quant.accuracy.rounded_parts import all_but, name_of, own_parts, read_from_float
 from lightning_quant.calls import map_tensors
 from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import QuantizationError
@@ -28,6 +30,8 @@ from lightning_quant.tables import text_table
 Score = Callable[[list[Any]], float]
 # Calls on which reports rank operators.
 NUM_CALLS = 2
+# Scale and zero point of an int8 weight and of its int32 bias, for each output channel of an ONNX file.
+_BYTES_OF_SCALES = 13
 
 
 @dataclass(frozen=True)
@@ -43,15 +47,16 @@ class LayerSensitivity:
         activation_error: error with nothing but its output quantized and what it reads of float operators; zero when
             there is neither.
         only_error: error with weight and activations and nothing else quantized.
-        without_error: error with everything but this operator quantized.
+        without_error: error with everything but that quantized: what it contributes. Keeping it float may gain less, as
+            long as another operator needs the same tensor rounded; `Sensitivity.advice` is about that.
         own_db: signal-to-noise ratio of its own output with nothing else quantized, in decibels.
         low: lower end of its output's range; of its input's where the output stays float.
         high: upper end of that range.
         clipped: share of those values outside that range, in [0, 1].
         widest: widest range of a weight's output channel over the median one; 1 without a weight.
         spread: largest magnitude of the widest activation channel over the median channel's, of the values of `low`.
-        float_bytes: how many bytes more the file takes with its weight in float.
-        score_gain: by how much the given score rises with this operator in float; None without one.
+        float_bytes: how many bytes more the file takes with its weight in float, scales and zero points left out.
+        score_gain: by how much the given score rises with nothing of this operator quantized; None without one.
     """
 
     name: str
@@ -75,13 +80,15 @@ class Sensitivity:
     """All operators of a module, the most harmful first.
 
     Attributes:
-        layers: sorted by how much the error falls with the operator in float.
+        layers: sorted by how much the error falls with nothing of the operator quantized.
         error: noise over signal power of the output with everything quantized.
-        gains: validation metric to how it changes with the most harmful operator in float.
+        advice: what to keep float against the most harmful one; None where nothing is gained or left to quantize.
+        gains: validation metric to how it changes with what the advice keeps in float.
     """
 
     layers: tuple[LayerSensitivity, ...]
     error: float
+    advice: Advice | None = None
     gains: dict[str, float] = field(default_factory=dict)
 
     def explanation(self) -> str:
@@ -91,13 +98,19 @@ class Sensitivity:
         in_weights = worst.weight_error > worst.activation_error
         part, times = ("weights", worst.widest) if in_weights else ("activations", worst.spread)
         detail = f"range {times:.0f} times its median channel" if times >= 2 else f"{worst.kind}"
-        gains = [] if worst.score_gain is None else [f"{100 * worst.score_gain:+.1f} points"]
+        line = f"{share:.0%} of the error comes from {worst.name}, {part}, {detail}"
+        return f"{line}; {self._way_out()}."
+
+    def _way_out(self) -> str:
+        if self.advice is None:
+            return "no part of the net gains by being kept float for its sake"
+        names = ", ".join(f'"{name}": "float"' for name in self.advice.names)
+        which = "it" if len(self.advice.names) == 1 else "it and what shares its tensors"
+        gains = [] if self.advice.score_gain is None else [f"{100 * self.advice.score_gain:+.1f} points"]
         gains += [f"{name} {value:+.4f}" for name, value in self.gains.items()]
-        gains += [f"{10 * math.log10(self.error / worst.without_error):+.1f} dB"] if worst.without_error else []
-        return (
-            f"{share:.0%} of the error comes from {worst.name}, {part}, {detail}; keep it float with "
-            f'`overrides={{"{worst.name}": "float"}}`: {", ".join(gains)}, {worst.float_bytes / 1000:+.0f} KB.'
-        )
+        gains += [f"{10 * math.log10(self.error / self.advice.error):+.1f} dB"] if self.advice.error else []
+        kilobytes = f"{self.advice.float_bytes / 1000:+.0f} KB"
+        return f"keep {which} float with `overrides={{{names}}}`: {', '.join(gains)}, {kilobytes}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold."""
@@ -123,7 +136,7 @@ class Sensitivity:
 
 @torch.no_grad()
 def sensitivity(prepared: Prepared, calls: list[Call], *, score: Score | None = None) -> Sensitivity:
-    """Measure every operator of a calibrated module: three runs of all calls for each, four with a weight.
+    """Measure every operator of a calibrated module: four runs of all calls for each, six with a weight.
 
     Args:
         prepared: detached and calibrated.
@@ -141,27 +154,32 @@ def sensitivity(prepared: Prepared, calls: list[Call], *, score: Score | None = 
             with prepared.simulation.quantizing_only(quantized), prepared.attached("frozen"):
                 return [prepared.root(*args, **kwargs) for args, kwargs in calls]
 
-        outputs = run(everything)
-        score_of_all = None if score is None else score(outputs)
+        def measure(quantized: frozenset[str]) -> tuple[float, float | None]:
+            outputs = run(quantized)
+            return _error(exact, outputs), None if score is None else score(outputs)
+
+        error, score_of_all = measure(everything)
         own = _own_statistics(prepared, calls)
         layers = []
         for identity, operator in tqdm(prepared.operators.items(), desc="sensitivity", leave=False, disable=None):
-            weight, edges = _own(prepared, identity)
-            without = run(everything - weight - edges)
+            weight, edges = own_parts(prepared, identity)
+            without, without_score = measure(everything - weight - edges)
+            only = measure(weight | edges)[0]
             layers.append(
                 LayerSensitivity(
-                    name=_name(prepared, identity),
+                    name=name_of(prepared, identity),
                     kind=operator.kind,
-                    weight_error=_error(exact, run(weight)) if weight else 0.0,
-                    activation_error=_error(exact, run(edges)) if edges else 0.0,
-                    only_error=_error(exact, run(weight | edges)),
-                    without_error=_error(exact, without),
-                    score_gain=None if score is None or score_of_all is None else score(without) - score_of_all,
+                    weight_error=only if not edges else measure(weight)[0] if weight else 0.0,
+                    activation_error=only if not weight else measure(edges)[0] if edges else 0.0,
+                    only_error=only,
+                    without_error=without,
+                    score_gain=None if without_score is None or score_of_all is None else without_score - score_of_all,
                     **own[identity],
                 )
             )
-    layers.sort(key=lambda layer: layer.without_error)
-    return Sensitivity(tuple(layers), _error(exact, outputs))
+        layers.sort(key=lambda layer: layer.without_error)
+        sizes = {layer.name: layer.float_bytes for layer in layers}
+        return Sensitivity(tuple(layers), error, advise(prepared, layers[0].name, measure, sizes))
 
 
 def check_rankable(recipe: AnyRecipe, *, sensitivity: bool) -> None:
@@ -186,32 +204,6 @@ def rank_operators(prepared: Prepared, calls: list[Call]) -> Sensitivity:
     return sensitivity(prepared, [map_tensors(moved, call) for call in calls[:NUM_CALLS]])
 
 
-def all_but(prepared: Prepared, name: str = "") -> frozenset[str]:
-    """Return what `Prepared.quantizing_only` takes for everything but one operator."""
-    left_out = [part for i in prepared.operators if _name(prepared, i) == name for part in _own(prepared, i)]
-    return (frozenset(prepared.operators) | frozenset(prepared.ranges.edges)).difference(*left_out)
-
-
-def _name(prepared: Prepared, identity: str) -> str:
-    return ".".join(part for part in (path_of(identity), prepared.operators[identity].key) if part)
-
-
-def _own(prepared: Prepared, identity: str) -> tuple[frozenset[str], frozenset[str]]:
-    """Return an operator's weight, and the edges that are its own: its output and what float operators hand it."""
-    operator, path = prepared.operators[identity], path_of(identity)
-    weight = frozenset({identity}) if operator.weight else frozenset()
-    output = {identify(path, operator.output)} if operator.quantized_output else set()
-    return weight, frozenset(output | _read_from_float(prepared, identity))
-
-
-def _read_from_float(prepared: Prepared, identity: str) -> set[str]:
-    """Return the input edges that no operator writes: they are quantized for the sake of those that read them."""
-    path = path_of(identity)
-    written = {identify(path_of(i), o.output) for i, o in prepared.operators.items() if o.quantized_output}
-    inputs = {identify(path, key) for key in prepared.operators[identity].inputs}
-    return {edge for edge in inputs & set(prepared.ranges.observers) if edge not in written}
-
-
 def _error(exact: list[Any], actual: list[Any]) -> float:
     decibels = signal_to_noise(pytree.tree_leaves(exact), pytree.tree_leaves(actual))
     return 10 ** (-decibels / 10)
@@ -225,8 +217,8 @@ def _own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str
     for identity, operator in prepared.operators.items():
         edge = identify(path_of(identity), operator.output if operator.quantized_output else operator.inputs[0])
         found, ratio = seen.get(edge), weight_noise.get(identity, 0.0)
-        if found is not None and found.power and operator.quantized_output:
-            ratio += found.noise / found.power
+        if operator.quantized_output:
+            ratio = _output_noise(prepared, calls, identity, edge)
         low = high = 0.0
         if edge in prepared.ranges.edges:
             scale, zero_point = prepared.ranges.parameters(edge)
@@ -235,7 +227,8 @@ def _own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str
         if operator.weight:
             weight = folded_layer(prepared, identity).weight
             spans = weight.abs().flatten(1).amax(1)
-            widest, extra = float(spans.max() / spans.median().clamp(min=1e-12)), 3 * weight.numel()
+            widest = ratio_to_median(spans)
+            extra = 3 * weight.numel() - _BYTES_OF_SCALES * len(weight)
         statistics[identity] = {
             "own_db": -10 * math.log10(ratio) if ratio else math.inf,
             "low": low,
@@ -248,18 +241,39 @@ def _own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str
     return statistics
 
 
+def _output_noise(prepared: Prepared, calls: list[Call], identity: str, edge: str) -> float:
+    """Return noise over signal of an operator's rounded output, with nothing else quantized."""
+    outputs: dict[bool, list[Tensor]] = {False: [], True: []}
+    weight, edges = own_parts(prepared, identity)
+    for rounded, values in outputs.items():
+
+        def watch(seen: str, x: Tensor, values: list[Tensor] = values) -> None:
+            if seen == edge:
+                values.append(prepared.on_grid(edge, x).float().clone())
+
+        only = (weight | edges) if rounded else frozenset()
+        simulation = prepared.simulation
+        with simulation.quantizing_only(only), simulation.watching(watch), prepared.attached("frozen"):
+            for args, kwargs in calls:
+                prepared.root(*args, **kwargs)
+    grid, quant_max = prepared.ranges.parameters(edge), prepared.recipe.activation.quant_max
+    return _error(outputs[False], [fake_quantize(x, *grid, quant_max) for x in outputs[True]])
+
+
 def _weight_noise(prepared: Prepared, calls: list[Call]) -> dict[str, float]:
-    """Return noise over signal at each weighted operator's output from its weight and what it reads of float ones."""
+    """Return noise over signal of weighted operators that answer in float, from their weights and what is their own."""
     noise: dict[str, float] = {}
     quant_max = prepared.recipe.activation.quant_max
 
     def visit(site: Site) -> None:
+        if site.operator.quantized_output:
+            return
         layer = folded_layer(prepared, site.identity)
         folded = prepared.folded(site.identity)
         integers = prepared.weight_integers(site.identity, folded)
         rounded = integers * folded.scale.view(-1, *[1] * (integers.dim() - 1))
         edge = identify(path_of(site.identity), site.operator.inputs[0])
-        reads_float = edge in _read_from_float(prepared, site.identity)
+        reads_float = edge in read_from_float(prepared, site.identity)
         signal = total = 0.0
         for x in site.float_inputs:
             exact = site.compute(x, layer.weight, layer.bias)

@@ -13,7 +13,8 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant import artifact as artifacts
 from lightning_quant import runtimes
-from lightning_quant.accuracy.sensitivity import Sensitivity, all_but
+from lightning_quant.accuracy.rounded_parts import all_but
+from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
 from lightning_quant.callbacks.base import QuantizationCallback, warn
@@ -158,10 +159,12 @@ def _metrics(
 def _gains(
     callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, found: Sensitivity
 ) -> dict[str, float]:
-    """Return how the user's metrics change with the most harmful operator in float."""
+    """Return how the user's metrics change with what is advised to be kept float."""
+    if found.advice is None:
+        return {}
     prepared: Any = deployment.prepared
     limit, values = callback.limit_eval_batches, []
-    for left_out in ("", found.layers[0].name):
+    for left_out in ((), found.advice.names):
         with prepared.simulation.quantizing_only(all_but(prepared, left_out)), prepared.attached("frozen"):
             values.append(evaluate(trainer, deployment.pl_module, callback.path, limit_batches=limit))
     return {name: values[1][name] - value for name, value in values[0].items()}

@@ -69,7 +69,7 @@ class PostTrainingQuantization(QuantizationCallback):
         threads: for the latencies in the report; torch's number of threads by default.
         engine: whose kernels run on runtime "torch"; "auto" measures and takes the fastest whose parity holds.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
-        sensitivity: whether the report says which operator costs what: it runs the module three or four times for each
+        sensitivity: whether the report says which operator costs what: it runs the module four to six times for each
             operator, on two calibration batches, and the validation loop twice for the worst one. For recipes that
             are calibrated, in one process.
 

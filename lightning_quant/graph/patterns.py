@@ -138,7 +138,7 @@ class Matcher:
             unit.pad, unit.source = pad, [pad.args[0]]  # type: ignore[list-item]
 
     def _fuse_batch_norm(self, unit: _Unit) -> None:
-        user = _only_user(unit.tail)
+        user = self._reader_of(unit.tail)
         if user is None or self.operations[user].kind != "batch_norm":
             return
         module = self.root.get_submodule(str(user.target))
@@ -152,7 +152,7 @@ class Matcher:
             unit.batch_norm = unit.tail = user
 
     def _fuse_activation(self, unit: _Unit) -> None:
-        user = _only_user(unit.tail)
+        user = self._reader_of(unit.tail)
         if user is None or self.operations[user].kind not in self.table.fused_activations:
             return
         limits = ops.bounds(user, self.root, self.operations[user].kind)
@@ -160,6 +160,18 @@ class Matcher:
             self.reasons[user] = "its bounds are not constant or leave out zero"
         elif not (user.op == "call_module" and has_hooks(self.root.get_submodule(str(user.target)))):
             unit.activation = unit.tail = user
+
+    def _reader_of(self, node: fx.Node) -> fx.Node | None:
+        """Return what alone reads a node, behind identities and dropouts that evaluation leaves out."""
+        user = _only_user(node)
+        while user is not None and self.operations[user].kind == "pass" and self._leaves_out(user):
+            user = _only_user(user)
+        return user
+
+    def _leaves_out(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return not has_hooks(self.root.get_submodule(str(node.target)))
+        return ops.argument(node, 2, "training", True) is False
 
     def _match_elementwise(self) -> None:
         near = {unit.tail for unit in self.units.values()}

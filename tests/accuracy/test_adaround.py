@@ -4,7 +4,7 @@ import time
 
 import torch
 from models import CASES
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant.accuracy.adaround import adaround
 from lightning_quant.calibrate import calibrate, steps_of
@@ -52,3 +52,16 @@ def test_the_deadline_leaves_the_rest_to_nearest() -> None:
     prepared, calls = prepared_case("mlp", 4)
     assert adaround(prepared, calls, iterations=100, deadline=time.monotonic() - 1) == []
     assert not prepared.layers
+
+
+def test_calls_of_different_sizes_count_alike() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    calls = [((smooth_like(torch.empty(8, 3, size, size), size),), {}) for size in (6, 9, 12)]
+    recipe = Recipe(weight=IntegerSpec(bits=3, symmetric=True, per_channel=True))
+    prepared = prepare(model, *calls[0], recipe=recipe, observer="mse")
+    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
+    results = adaround(prepared, calls, iterations=100)
+    assert len(results) == 2
+    assert all(result.learned <= result.nearest for result in results)
+    assert sum(result.learned for result in results) < 0.9 * sum(result.nearest for result in results)

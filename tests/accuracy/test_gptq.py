@@ -85,6 +85,22 @@ def test_inputs_that_never_fire() -> None:
     assert torch.equal(integers[:, 3], torch.round(weight / scale[:, None]).int()[:, 3])
 
 
+@pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-4])
+def test_inputs_that_hardly_change(spread: float) -> None:
+    inputs = 3.7 + spread * correlated(50, 16, seed=5)
+    hessian = Hessian(16)
+    for part in inputs.split(10):
+        hessian.update(part)
+    weight = torch.randn(4, 16, generator=torch.Generator().manual_seed(6))
+    scale = weight.abs().amax(1) / 7
+    integers = gptq(weight, hessian.covariance, scale, -7, 7)
+    nearest = torch.round(weight / scale[:, None])
+    if spread == 0:
+        assert torch.equal(integers, nearest.int())
+    errors = [output_error(weight, value * scale[:, None], hessian.covariance) for value in (integers, nearest)]
+    assert errors[0] <= errors[1]
+
+
 def test_near_the_best_of_all_roundings() -> None:
     inputs = correlated(64, 8, seed=7)
     hessian = Hessian(8)

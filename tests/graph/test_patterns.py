@@ -146,6 +146,47 @@ def test_linear_batch_norm_and_activation_are_fused(activation: Any) -> None:
     assert noise(model, x) > 25
 
 
+class Dropping(nn.Module):
+    """Something that evaluation leaves out stands behind a convolution and behind its BatchNorm."""
+
+    def __init__(self, between: Any) -> None:
+        super().__init__()
+        self.conv, self.bn, self.last = nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 2, 1)
+        self.between = between
+
+    def forward(self, x: Tensor) -> Tensor:
+        def between(y: Tensor) -> Tensor:
+            return F.dropout(y, 0.2, self.training) if self.between is None else self.between(y)
+
+        return self.last(torch.relu(between(self.bn(between(self.conv(x))))))
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout2d(0.2), None], ids=["identity", "dropout", "function"])
+def test_what_evaluation_leaves_out_does_not_part_batch_norm_and_activation(between: Any) -> None:
+    model = with_statistics(Dropping(between)).eval()
+    assert [row.action for row in rows_of(model, IMAGE).values()] == ["int8", "fused", "fused", "int8"]
+    assert noise(model, IMAGE) > 25
+
+
+def test_dropout_in_evaluation_too_is_not_left_out() -> None:
+    class Uncertain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.last = nn.Conv2d(3, 6, 3), nn.Conv2d(6, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(F.dropout(self.conv(x), 0.2)))
+
+    assert "fused" not in [row.action for row in rows_of(Uncertain().eval(), IMAGE).values()]
+
+
+def test_hooks_on_an_identity_keep_it() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.Identity(), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
+    model[1].register_forward_hook(lambda *_: None)
+
+    assert rows_of(model, IMAGE)["2"].action != "fused"
+
+
 ADDITIONS = {
     "a + b": lambda a, b: a + b,
     "torch.add": torch.add,
