@@ -219,7 +219,7 @@ def test_what_cannot_be_exported_is_refused_before_training(runtime: str, tmp_pa
 def test_recipe_of_layers_trains_on_only_where_the_runtime_has_it(runtime: str, recipe: str, tmp_path: Path) -> None:
     refusing = {"executorch", "inductor"} | ({"openvino"} if recipe in ("int8_dynamic", "int4_weight_only") else set())
     callback = PostTrainingQuantization(recipe, runtime, output_dir=tmp_path)
-    outcome, way_out = (MisconfigurationException, r"\. Use ") if runtime in refusing else (_NoBatchError, "")
+    outcome, way_out = (MisconfigurationException, r"\. Use ") if runtime in refusing else (_NoBatchError, None)
     with pytest.raises(outcome, match=way_out):
         lightning_models.fit(lightning_models.Classifier(), callback, _NoTraining())
 
