@@ -208,16 +208,18 @@ def test_users_own_cli_gains_the_subcommand(project: Path, monkeypatch: pytest.M
 
 
 def test_mistakes_in_ones_own_cli_are_one_line_and_no_traceback(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lightning_quant.quantize_command import QuantizationCLI
 
-    arguments = [f"--ckpt_path={project / 'best.ckpt'}", "--recipe=int5", "--trainer.logger=false"]
-    monkeypatch.setattr(sys, "argv", ["main.py", "quantize", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        QuantizationCLI(Classifier, Data, save_config_callback=None)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("main.py quantize: Expected `recipe` to be one of")
+    mistakes = {"`recipe` to be one of": (project / "best.ckpt", "int5"), "`ckpt_path`": (project / "no.ckpt", "int8")}
+    for said, (checkpoint, recipe) in mistakes.items():
+        arguments = [f"--ckpt_path={checkpoint}", f"--recipe={recipe}", "--trainer.logger=false"]
+        monkeypatch.setattr(sys, "argv", ["main.py", "quantize", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            QuantizationCLI(Classifier, Data, save_config_callback=None)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"main.py quantize: Expected {said}")
 
 
 @pytest.mark.parametrize(
