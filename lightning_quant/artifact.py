@@ -170,6 +170,9 @@ def read(path: str | os.PathLike[str]) -> Artifact:
 def load(path: str | os.PathLike[str], **runtime_options: Any) -> LoadedModule:
     """Load an artifact as a module with the call signature of the captured one, without the user's code.
 
+    Nothing is unpickled, and every file's hash is checked, which proves that it is whole and not where it comes from:
+    .pt2 and .pte files (runtimes "inductor" and "executorch") run native code, so load those only from whom you trust.
+
     Args:
         path: the artifact's folder.
         **runtime_options: what the artifact's runtime takes; `threads` and `providers` for "onnxruntime".

@@ -160,7 +160,10 @@ def quantize_layers(
     spec, tensors = flatten_call(signature, args, kwargs)
     where = runtimes.get(runtime, exporting=True)
     if where.HALF_ARITHMETIC is None:
-        raise PlanError(f"Expected `runtime` to run quantized layers for {chosen.name!r}, but {runtime!r} does not.")
+        raise PlanError(
+            f"Expected `runtime` to run quantized layers for {chosen.name!r}, but {runtime!r} does not. Use runtime "
+            "'onnxruntime' or 'torch', or recipe 'int8'."
+        )
     refusals = getattr(where, "LAYER_REFUSALS", {})
     refused = next((name for name in chosen.schemes if name in refusals), None)
     if refused is not None:

@@ -27,9 +27,12 @@ def missed_limits(
                 missed.append(f"{name} fell by {drop:.4f}, more than {max_accuracy_drop}")
         if not drops:
             missed.append("no metric with `acc` in its name was measured, so none is known to keep within the limit")
-    ratio = report.get("size_ratio")
-    if max_size_ratio is not None and not (ratio is not None and ratio <= max_size_ratio):
-        missed.append(f"its size ratio is {cell(ratio)}, more than {max_size_ratio}")
+    if max_size_ratio is not None:
+        ratio = report.get("size_ratio")
+        if ratio is None:
+            missed.append("no size ratio was measured")
+        elif not ratio <= max_size_ratio:
+            missed.append(f"its size ratio is {cell(ratio)}, more than {max_size_ratio}")
     if min_speedup is not None:
         speedups = _speedups(report)
         for batch, value in speedups.items():

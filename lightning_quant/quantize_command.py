@@ -1,9 +1,11 @@
 """LightningCLI with the subcommands `quantize` and `inspect`: a user's own model and data classes, after training."""
 
+import contextlib
 import importlib
 import inspect
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +149,8 @@ class QuantizationCLI(LightningCLI):
         if path is None:
             super()._parse_ckpt_path()
             return
-        saved = read_checkpoint(path, weights_only=bool(self.config[name].get("weights_only")))
+        with _told(name):
+            saved = read_checkpoint(path, weights_only=bool(self.config[name].get("weights_only")))
         values = saved.get("hyper_parameters", {})
         class_path = getattr(self.config[name].model, "class_path", None)
         accepted = set(
@@ -161,13 +164,8 @@ class QuantizationCLI(LightningCLI):
     @override
     def _run_subcommand(self, subcommand: str) -> None:
         """Run a subcommand; what ours refuse is a line on standard error and exit code 2."""
-        try:
+        with _told(subcommand) if subcommand in OWN_SUBCOMMANDS else contextlib.nullcontext():
             super()._run_subcommand(subcommand)
-        except (QuantizationError, MisconfigurationException) as error:
-            if subcommand not in OWN_SUBCOMMANDS:
-                raise
-            print(f"{Path(sys.argv[0]).name} {subcommand}: {error}", file=sys.stderr)
-            sys.exit(2)
 
     def quantize(self, **arguments: Any) -> None:
         """Run the subcommand and keep its artifact."""
@@ -176,6 +174,16 @@ class QuantizationCLI(LightningCLI):
     def inspect(self, **arguments: Any) -> None:
         """Run the subcommand and keep its plan."""
         self.result = self.trainer.inspect(**arguments)  # type: ignore[attr-defined]
+
+
+@contextlib.contextmanager
+def _told(subcommand: str) -> Iterator[None]:
+    """End with a line on standard error and exit code 2 where this package refuses."""
+    try:
+        yield
+    except (QuantizationError, MisconfigurationException) as error:
+        print(f"{Path(sys.argv[0]).name} {subcommand}: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Inspection(PostTrainingQuantization):

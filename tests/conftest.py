@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from exported import Artifacts
 from features import rows_of
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
@@ -22,6 +23,12 @@ def _seeded() -> None:
 def kind(request: pytest.FixtureRequest) -> Any:
     """Each of the two callbacks."""
     return request.param
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """Nets as artifacts, by runtime and name of the net."""
+    return Artifacts(tmp_path_factory.mktemp("made"))
 
 
 @pytest.fixture

@@ -1,4 +1,7 @@
 import json
+import re
+import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -183,6 +186,24 @@ def test_configuration_that_lightning_cli_saved_is_taken_as_it_is(
     assert json.loads(capsys.readouterr().out)["rows"][0]["macs"] == 4 * 9 * 64 * 32
 
 
+def test_commands_of_the_readme_run_one_after_the_other(project: Path, tmp_path: Path) -> None:
+    readme = (EXAMPLE.parents[1] / "README.md").read_text()
+    (block,) = [text for text in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "lightning-quant" in text]
+    commands = [shlex.split(line, comments=True) for line in block.splitlines()]
+    (configuration,) = [text for text in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "ckpt_path" in text]
+    assert configuration == (EXAMPLE / "quantize.yaml").read_text()
+    shutil.copy(project / "best.ckpt", tmp_path)
+    (tmp_path / "config.yaml").write_text(configuration)
+    codes = {}
+    for _, subcommand, *arguments in commands:
+        if subcommand == "compare":
+            shutil.copytree(tmp_path / "quantized", tmp_path / "other")
+        codes[subcommand] = run_in(tmp_path, subcommand, *arguments)
+
+    # The limits of the comparison are not for a net this small.
+    assert codes == {**dict.fromkeys(("inspect", "quantize", "verify", "bench", "report"), 0), "compare": 1}
+
+
 def test_users_own_cli_gains_the_subcommand(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from lightning_quant.quantize_command import QuantizationCLI
 
@@ -197,16 +218,18 @@ def test_users_own_cli_gains_the_subcommand(project: Path, monkeypatch: pytest.M
 
 
 def test_mistakes_in_ones_own_cli_are_one_line_and_no_traceback(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from lightning_quant.quantize_command import QuantizationCLI
 
-    arguments = [f"--ckpt_path={project / 'best.ckpt'}", "--recipe=int5", "--trainer.logger=false"]
-    monkeypatch.setattr(sys, "argv", ["main.py", "quantize", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        QuantizationCLI(Classifier, Data, save_config_callback=None)
-    assert ended.value.code == 2
-    assert capsys.readouterr().err.splitlines()[-1].startswith("main.py quantize: Expected `recipe` to be one of")
+    mistakes = {"`recipe` to be one of": (project / "best.ckpt", "int5"), "`ckpt_path`": (project / "no.ckpt", "int8")}
+    for said, (checkpoint, recipe) in mistakes.items():
+        arguments = [f"--ckpt_path={checkpoint}", f"--recipe={recipe}", "--trainer.logger=false"]
+        monkeypatch.setattr(sys, "argv", ["main.py", "quantize", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            QuantizationCLI(Classifier, Data, save_config_callback=None)
+        assert ended.value.code == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"main.py quantize: Expected {said}")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ import lightning_quant as lq
 from lightning_quant.artifact import read
 
 ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
 NO_WORKERS_OR_OVERWRITE = "ignore:.*:UserWarning:lightning"
 
 
@@ -72,9 +73,22 @@ def test_print_config_round_trip(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.filterwarnings(NO_WORKERS_OR_OVERWRITE)
+def test_readme_yaml_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (block,) = [b for b in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL) if "callbacks" in b]
+    (tmp_path / "readme.yaml").write_text(block)
+    quick = ["--trainer.max_epochs=3", "--trainer.limit_train_batches=4", "--trainer.accelerator=cpu"]
+    cli.main(
+        ["fit", "--config", "readme.yaml", *quick, "--trainer.logger=false", "--trainer.enable_checkpointing=true"]
+    )
+    rows = {row["name"]: row["reason"] for row in read(tmp_path / "quantized/digits").plan["rows"]}
+    assert rows["0"] == 'excluded by "0"'
+
+
+@pytest.mark.filterwarnings(NO_WORKERS_OR_OVERWRITE)
 def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 3
     namespace: dict[str, object] = {}
     for block in blocks:

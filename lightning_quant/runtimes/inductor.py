@@ -131,6 +131,7 @@ def export(
     with exporting("Inductor"):
         program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+    _make_reproducible(path)
 
 
 def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> InductorModule:
@@ -198,6 +199,20 @@ def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict
         if planned > there:
             missing[kind] = planned - there
     return missing
+
+
+def _make_reproducible(path: Path) -> None:
+    """Leave out of a package what would make two exports of one model differ.
+
+    Inductor appends the compiler's command line to the sources in its cache at every export, with paths of this
+    machine, and a package has a random number.
+    """
+    with zipfile.ZipFile(path) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as archive:
+        for name, content in contents.items():
+            kept = content.partition(b"// Compile cmd")[0] if name.endswith(".cpp") else content
+            archive.writestr(zipfile.ZipInfo(name), b"0" * len(kept) if name.endswith("/serialization_id") else kept)
 
 
 def _as_metadata(forms: Forms) -> dict[str, str]:

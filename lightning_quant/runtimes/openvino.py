@@ -117,7 +117,7 @@ def export(
         onnx_path = Path(folder) / "model.onnx"
         export_onnx(module, signature, spec, tensors, onnx_path, dynamic=dynamic)
         try:
-            model = compress_weights(openvino.Core().read_model(onnx_path))
+            model = _with_names_of_its_own(compress_weights(openvino.Core().read_model(onnx_path)))
             openvino.save_model(model, path, compress_to_fp16=False)
         except RuntimeError as error:
             raise ExportError(
@@ -243,6 +243,15 @@ def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -
 
 # What the exporter to ONNX calls the node that quantizes an activation; a number follows, from the second one on.
 _QUANTIZE = "node_quantize_per_tensor"
+
+
+def _with_names_of_its_own(model: Any) -> Any:
+    """Number the nodes that OpenVINO named anew: it counts all of a process, and equal models would differ."""
+    for index, op in enumerate(model.get_ordered_ops()):
+        kind, _, number = op.get_friendly_name().rpartition("_")
+        if kind == op.get_type_name() and number.isdecimal():
+            op.set_friendly_name(f"{kind}_{index}")
+    return model
 
 
 def _order(name: str) -> int:

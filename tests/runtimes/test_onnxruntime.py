@@ -1,8 +1,3 @@
-import contextlib
-import dataclasses
-import os
-import subprocess
-import sys
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,14 +8,13 @@ import onnxruntime
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from exported import Artifacts, Made
 from models import (
     CASES,
     BranchingNet,
-    Case,
     DropPathNet,
     GroupedNet,
     ResidualNet,
-    calibrated,
     with_statistics,
 )
 from onnx.reference import ReferenceEvaluator
@@ -29,7 +23,6 @@ from torch import Tensor, nn
 
 from lightning_quant import convert as conversion
 from lightning_quant import load
-from lightning_quant.artifact import Artifact
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import ExportError, QuantizationError
@@ -39,56 +32,9 @@ from lightning_quant.parity import check_parity
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.runtimes import onnxruntime as runtime
-from lightning_quant.signature import tensor_leaves
 
 EXPORTED = [case for case in CASES if case.exports]
-BATCHES = (1, 3, 8)
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-LOAD_AND_RUN = """
-import sys
-from pathlib import Path
-
-import torch
-
-from lightning_quant import load
-
-
-def leaves(value):
-    if isinstance(value, torch.Tensor):
-        return [value]
-    return [leaf for item in (value.values() if isinstance(value, dict) else value) for leaf in leaves(item)]
-
-
-folder = Path(sys.argv[1])
-results = {}
-for name, calls in torch.load(folder / "calls.pt", weights_only=True).items():
-    model = load(folder / name, threads=1)
-    results[name] = [leaves(model(*args, **kwargs)) for args, kwargs in calls]
-assert "models" not in sys.modules
-torch.save(results, folder / "results.pt")
-"""
-
-
-@dataclasses.dataclass(frozen=True)
-class Exported:
-    """A case as an artifact on disk, with what the loaded artifact must answer."""
-
-    case: Case
-    prepared: Prepared
-    artifact: Artifact
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-    @property
-    def operators(self) -> tuple[Any, ...]:
-        return planned(self.prepared)
-
-    def float_outputs(self) -> list[list[Tensor]]:
-        with torch.no_grad():
-            return [tensor_leaves(self.prepared.root(*args, **kwargs)) for args, kwargs in self.calls]
-
-    def simulated_outputs(self) -> list[list[Tensor]]:
-        with torch.no_grad(), self.prepared.attached("frozen"):
-            return [tensor_leaves(self.prepared.root(*args, **kwargs)) for args, kwargs in self.calls]
 
 
 def planned(prepared: Prepared) -> tuple[Any, ...]:
@@ -101,91 +47,30 @@ def ready(model: nn.Module, *args: Tensor, **options: Any) -> Prepared:
     return prepared
 
 
-class Artifacts:
-    """Exports each net once, when it is first asked for."""
+class Exported:
+    """The nets' artifacts for ONNX Runtime by name."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.found: dict[str, Exported | Exception] = {}
+    def __init__(self, made: Artifacts) -> None:
+        self.made = made
 
-    def __getitem__(self, name: str) -> Exported:
-        if name not in self.found:
-            try:
-                self.found[name] = self._export(next(case for case in EXPORTED if case.name == name))
-            except Exception as error:
-                self.found[name] = error
-        item = self.found[name]
-        if isinstance(item, Exception):
-            raise item
-        return item
-
-    def _export(self, case: Case) -> Exported:
-        torch.manual_seed(0)
-        _, prepared = calibrated(case)
-        calls = [case.call(batch) for batch in BATCHES]
-        return Exported(case, prepared, export(prepared, self.folder / case.name), calls)
+    def __getitem__(self, name: str) -> Made:
+        return self.made["onnxruntime", name]
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    return Artifacts(tmp_path_factory.mktemp("artifacts"))
-
-
-@pytest.fixture(scope="session")
-def fresh_results(exported: Artifacts) -> dict[str, list[list[Tensor]]]:
-    """What one fresh process, which knows none of the nets, gets from the artifacts."""
-    calls = {}
-    for case in EXPORTED:
-        # A net that does not export fails in its own test.
-        with contextlib.suppress(Exception):
-            calls[case.name] = exported[case.name].calls
-    torch.save(calls, exported.folder / "calls.pt")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error::UserWarning", "-c", LOAD_AND_RUN, str(exported.folder)]
-    ran = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == ""
-    return torch.load(exported.folder / "results.pt", weights_only=True)
+def exported(made: Artifacts) -> Exported:
+    return Exported(made)
 
 
 @pytest.fixture(params=[case.name for case in EXPORTED])
-def item(request: pytest.FixtureRequest, exported: Artifacts) -> Exported:
+def item(request: pytest.FixtureRequest, exported: Exported) -> Made:
     return exported[request.param]
 
 
-# --- the contract of every artifact
+# --- what every artifact is, beyond the contract of all runtimes
 
 
-def test_a_fresh_process_gets_the_simulated_results_at_every_batch_size(
-    item: Exported, fresh_results: dict[str, list[list[Tensor]]]
-) -> None:
-    actual = fresh_results[item.case.name]
-    for batch, floating, simulated, loaded in zip(
-        BATCHES, item.float_outputs(), item.simulated_outputs(), actual, strict=True
-    ):
-        assert [leaf.shape for leaf in loaded] == [leaf.shape for leaf in floating]
-        assert [leaf.dtype for leaf in loaded] == [leaf.dtype for leaf in floating]
-        assert signal_to_noise(simulated, loaded) >= signal_to_noise(floating, simulated) + 10, batch
-
-
-def test_a_loaded_artifact_is_called_like_the_module(item: Exported) -> None:
-    model = load(item.artifact.path, threads=1)
-    assert isinstance(model, nn.Module)
-    (args, kwargs), simulated = item.calls[1], item.simulated_outputs()[1]
-    result = model(*args, **kwargs)
-    assert signal_to_noise(simulated, tensor_leaves(result)) > 30
-    with torch.no_grad():
-        float_result = item.prepared.root(*args, **kwargs)
-    if isinstance(float_result, dict | tuple):
-        assert type(result) is type(float_result)
-    # Positional arguments may also be given by name.
-    signature = item.prepared.signature
-    by_name = dict(zip(signature.parameters, args, strict=False)) | kwargs
-    again = model(**by_name)
-    assert all(torch.equal(a, b) for a, b in zip(tensor_leaves(result), tensor_leaves(again), strict=True))
-
-
-def test_inputs_and_outputs_have_the_users_names(item: Exported) -> None:
+def test_inputs_and_outputs_have_the_users_names(item: Made) -> None:
     graph = onnx.load(item.artifact.model_path).graph
     assert [info.name for info in graph.input] == list(item.prepared.spec.names)
     for info in graph.input:
@@ -198,7 +83,7 @@ def test_inputs_and_outputs_have_the_users_names(item: Exported) -> None:
     assert [info.name for info in graph.output] == expected.get(item.case.name, ["output"])
 
 
-def test_every_planned_integer_operator_is_one_in_the_session(item: Exported) -> None:
+def test_every_planned_integer_operator_is_one_in_the_session(item: Made) -> None:
     counts = runtime.count_operators(item.artifact.model_path)
     assert runtime.still_float(item.operators, counts) == {}
     kinds = Counter(operator.kind for operator in item.operators)
@@ -207,7 +92,7 @@ def test_every_planned_integer_operator_is_one_in_the_session(item: Exported) ->
     assert counts.get("QLinearAdd", 0) == kinds["add"]
 
 
-def test_parity_holds_for_every_operator(item: Exported) -> None:
+def test_parity_holds_for_every_operator(item: Made) -> None:
     args, kwargs = item.calls[2]
     _, tensors = conversion.flatten_call(item.prepared.signature, args, kwargs)
     loaded = load(item.artifact.path, threads=1)
@@ -222,7 +107,7 @@ def test_parity_holds_for_every_operator(item: Exported) -> None:
         assert parity.equal_argmax is None
 
 
-def test_the_file_holds_no_float_copy_of_a_quantized_weight(item: Exported) -> None:
+def test_the_file_holds_no_float_copy_of_a_quantized_weight(item: Made) -> None:
     initializers = onnx.load(item.artifact.model_path).graph.initializer
     floats = sum(
         int(np.prod(i.dims)) for i in initializers if i.data_type == onnx.TensorProto.FLOAT and len(i.dims) > 1
@@ -231,28 +116,20 @@ def test_the_file_holds_no_float_copy_of_a_quantized_weight(item: Exported) -> N
     assert floats <= kept
 
 
-def test_the_file_names_no_path_of_this_machine(item: Exported) -> None:
-    content = item.artifact.model_path.read_bytes()
-    for path in (Path(__file__).parent, Path(torch.__file__).parent, Path.home()):
-        assert str(path).encode() not in content
-
-
 # --- independent references
 
 
 @pytest.mark.parametrize("name", ["mlp", "grouped", "residual", "pooling", "conv1d"])
-def test_the_file_means_the_same_to_the_onnx_reference_and_without_optimizations(
-    name: str, exported: Artifacts
-) -> None:
+def test_the_file_means_the_same_to_the_onnx_reference_and_without_optimizations(name: str, exported: Exported) -> None:
     item = exported[name]
-    ((x,), _), simulated = item.calls[2], item.simulated_outputs()[2]
+    ((x,), _), simulated = item.calls[2], item.outputs(item.prepared.attached("frozen"))[2]
     named = {item.prepared.spec.names[0]: x.numpy()}
     (reference,) = ReferenceEvaluator(onnx.load(item.artifact.model_path)).run(None, named)
     options = onnxruntime.SessionOptions()
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     plain = onnxruntime.InferenceSession(item.artifact.model_path, options, providers=["CPUExecutionProvider"])
     (unfused,) = plain.run(None, named)
-    floating = item.float_outputs()[2]
+    floating = item.outputs()[2]
     for other in (reference, unfused):
         assert signal_to_noise(simulated, [torch.from_numpy(other)]) > signal_to_noise(floating, simulated) + 10
 
@@ -260,12 +137,12 @@ def test_the_file_means_the_same_to_the_onnx_reference_and_without_optimizations
 # --- calls
 
 
-def test_keyword_only_arguments_and_dataclass_results(exported: Artifacts) -> None:
+def test_keyword_only_arguments_and_dataclass_results(exported: Exported) -> None:
     item = exported["multi_modal"]
     model = load(item.artifact.path, threads=1)
     _, kwargs = item.calls[1]
     result = model(**kwargs)
-    (logits, fused, valid) = item.simulated_outputs()[1]
+    (logits, fused, valid) = item.outputs(item.prepared.attached("frozen"))[1]
     torch.testing.assert_close(result.logits, logits)
     torch.testing.assert_close(result["extras"]["fused"], fused)
     assert torch.equal(result.extras["valid"], valid)
@@ -274,7 +151,7 @@ def test_keyword_only_arguments_and_dataclass_results(exported: Artifacts) -> No
         model(kwargs["image"], kwargs["tokens"], kwargs["mask"])
 
 
-def test_token_ids_and_masks_are_not_quantized(exported: Artifacts) -> None:
+def test_token_ids_and_masks_are_not_quantized(exported: Exported) -> None:
     item = exported["multi_modal"]
     graph = onnx.load(item.artifact.model_path).graph
     types = {info.name: info.type.tensor_type.elem_type for info in graph.input}
@@ -285,14 +162,14 @@ def test_token_ids_and_masks_are_not_quantized(exported: Artifacts) -> None:
     assert not {":tokens", ":mask"} & set(item.prepared.ranges.edges)
 
 
-def test_other_constants_than_the_captured_ones_are_refused(exported: Artifacts) -> None:
+def test_other_constants_than_the_captured_ones_are_refused(exported: Exported) -> None:
     item = exported["multi_modal"]
     with pytest.raises(QuantizationError, match=r"constants of the captured call.*part of the exported model"):
         load(item.artifact.path, threads=1)(**item.calls[0][1], scaled=True)
 
 
 @pytest.mark.parametrize("shape", [(4, 3, 8, 9), (4, 1, 8, 8), (3, 8, 8), (4, 3, 8, 8, 1)])
-def test_other_shapes_than_the_captured_ones_are_refused(shape: tuple[int, ...], exported: Artifacts) -> None:
+def test_other_shapes_than_the_captured_ones_are_refused(shape: tuple[int, ...], exported: Exported) -> None:
     model = load(exported["residual"].artifact.path, threads=1)
     with pytest.raises(QuantizationError, match=r"Expected `image` to have shape \('batch', 3, 8, 8\), but got"):
         model(torch.randn(shape))
@@ -300,14 +177,14 @@ def test_other_shapes_than_the_captured_ones_are_refused(shape: tuple[int, ...],
 
 @pytest.mark.parametrize(("args", "kwargs"), [((), {}), ((IMAGE, IMAGE), {}), ((), {"picture": IMAGE})])
 def test_calls_that_do_not_fit_the_signature_are_refused(
-    args: tuple[Tensor, ...], kwargs: dict[str, Tensor], exported: Artifacts
+    args: tuple[Tensor, ...], kwargs: dict[str, Tensor], exported: Exported
 ) -> None:
     model = load(exported["residual"].artifact.path, threads=1)
     with pytest.raises(QuantizationError, match="Expected a call that fits `forward"):
         model(*args, **kwargs)
 
 
-def test_missing_tensors_of_a_nested_argument_are_refused(exported: Artifacts) -> None:
+def test_missing_tensors_of_a_nested_argument_are_refused(exported: Exported) -> None:
     item = exported["nested"]
     model = load(item.artifact.path, threads=1)
     (batch,), kwargs = item.calls[0]
@@ -315,7 +192,7 @@ def test_missing_tensors_of_a_nested_argument_are_refused(exported: Artifacts) -
         model({"a": batch["a"]}, **kwargs)
 
 
-def test_inputs_of_another_precision_are_taken_in_the_captured_one(exported: Artifacts) -> None:
+def test_inputs_of_another_precision_are_taken_in_the_captured_one(exported: Exported) -> None:
     model = load(exported["residual"].artifact.path, threads=1)
     expected = model(IMAGE)
     assert torch.equal(model(IMAGE.double()), expected)
@@ -324,7 +201,7 @@ def test_inputs_of_another_precision_are_taken_in_the_captured_one(exported: Art
     assert torch.equal(model(IMAGE.flip(0)), expected.flip(0))
 
 
-def test_threads_and_providers_are_passed_on(exported: Artifacts) -> None:
+def test_threads_and_providers_are_passed_on(exported: Exported) -> None:
     path = exported["mlp"].artifact.path
     model = load(path, threads=2, providers=["CPUExecutionProvider"])
     assert model.session.get_session_options().intra_op_num_threads == 2
@@ -334,7 +211,7 @@ def test_threads_and_providers_are_passed_on(exported: Artifacts) -> None:
 # --- operators
 
 
-def test_an_operator_that_was_planned_and_is_missing_is_reported(exported: Artifacts) -> None:
+def test_an_operator_that_was_planned_and_is_missing_is_reported(exported: Exported) -> None:
     item = exported["residual"]
     counts = runtime.count_operators(item.artifact.model_path)
     assert runtime.still_float(item.operators * 2, counts) == {
@@ -370,7 +247,7 @@ def test_a_mean_left_as_it_is_is_reported(tmp_path: Path, monkeypatch: pytest.Mo
     assert missing == {"global_avg_pool": 1}
 
 
-def test_parity_fails_for_another_models_artifact(exported: Artifacts) -> None:
+def test_parity_fails_for_another_models_artifact(exported: Exported) -> None:
     item = exported["residual"]
     other = item.case.build()
     with torch.no_grad():
@@ -382,7 +259,7 @@ def test_parity_fails_for_another_models_artifact(exported: Artifacts) -> None:
     assert any("from its simulation" in failure for failure in parity.failures)
 
 
-def test_parity_needs_a_file_with_the_same_edges(exported: Artifacts) -> None:
+def test_parity_needs_a_file_with_the_same_edges(exported: Exported) -> None:
     item = exported["residual"]
     with pytest.raises(ExportError, match="quantized tensors in the exported file"):
         runtime.run_forced(item.artifact.model_path, {"image": IMAGE}, [np.zeros((4, 3, 8, 8), np.uint8)])
@@ -420,7 +297,7 @@ def test_unshielded_the_runtime_quantizes_an_excluded_layer(tmp_path: Path, monk
     assert counts["QLinearConv"] == 3
 
 
-def test_a_convolution_that_only_pads_is_an_integer_convolution(exported: Artifacts) -> None:
+def test_a_convolution_that_only_pads_is_an_integer_convolution(exported: Exported) -> None:
     counts = runtime.count_operators(exported["padded"].artifact.model_path)
     assert counts["QLinearConv"] == 2
     assert not {"Conv", "FusedConv", "Pad"} & set(counts)
