@@ -1,34 +1,21 @@
 """Match a graph against a runtime's operator table: which operators run in integers, which tensors are quantized.
 
-Three passes over the nodes: fuse chains around the main operators, decide forwards which elementwise operators could
-run in integers because all they read is near integers, and decide backwards which of them should because somebody reads
-the result in integers.
+`candidates.py` goes forwards and says what could run in integers; backwards, what should because somebody reads its
+result in integers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from lightning_quant.graph import operations as ops
+from lightning_quant.graph.candidates import Candidates, Unit
 from lightning_quant.graph.plan import Edge, GraphPlan, Operator, Row
 from lightning_quant.graph.table import OperatorTable, Selection
-from lightning_quant.graph.trace import Traced, has_hooks
+from lightning_quant.graph.trace import Traced
 
 
-@dataclass
-class _Unit:
-    """A main node with what is fused around it, on its way to an `Operator`."""
-
-    main: fx.Node
-    operation: ops.Operation
-    source: list[fx.Node]
-    tail: fx.Node
-    pad: fx.Node | None = None
-    batch_norm: fx.Node | None = None
-    activation: fx.Node | None = None
-
-
-class Matcher:
+class Matcher(Candidates):
     """Matches one graph; `plan` and `rows` are the result."""
 
     def __init__(
@@ -39,15 +26,8 @@ class Matcher:
         selection: Selection,
         path: str = "",
     ) -> None:
-        graph = traced.graph
+        super().__init__(traced.graph, root, table, selection, path)
         self.opaque = traced.opaque
-        self.graph, self.root, self.table, self.selection, self.path = graph, root, table, selection, path
-        self.operations = {node: ops.describe(node, root) for node in graph.nodes}
-        self.reasons: dict[fx.Node, str] = {}
-        self.units: dict[fx.Node, _Unit] = {}
-        self.fused: dict[fx.Node, _Unit] = {}
-        self._match_weighted()
-        self._match_elementwise()
         self.edges: dict[fx.Node, Edge] = {}
         self.operators = self._decide()
 
@@ -55,11 +35,6 @@ class Matcher:
     def plan(self) -> GraphPlan:
         """The operators and edges of this graph."""
         return GraphPlan(self.path, tuple(self.operators), tuple(self.edges.values()))
-
-    def name(self, node: fx.Node) -> str:
-        """Return the qualified name of a node for readers and patterns."""
-        key = node.meta["key"]
-        return ".".join(part for part in (self.path, key) if part)
 
     def rows(self) -> list[Row]:
         """Return a row for every operator that the plan lists, in the order of execution."""
@@ -80,142 +55,6 @@ class Matcher:
                 row = replace(row, action="int8", reason="same scale as its input")
             rows.append(row)
         return rows
-
-    # --- forwards: what could run in integers
-
-    def _match_weighted(self) -> None:
-        for node in self.graph.nodes:
-            operation = self.operations[node]
-            if operation.kind not in ops.WEIGHTED:
-                continue
-            reason = self._weighted_refusal(node, operation)
-            if reason:
-                self.reasons[node] = reason
-                continue
-            unit = _Unit(node, operation, [ops.argument(node, 0, "input")], node)
-            self._fuse_pad(unit)
-            self._fuse_batch_norm(unit)
-            self._fuse_activation(unit)
-            self._accept(unit)
-
-    def _weighted_refusal(self, node: fx.Node, operation: ops.Operation) -> str:
-        unwanted = self.selection.refusal(self.name(node), operation.layer)
-        if unwanted:
-            return unwanted
-        if operation.kind not in self.table.weighted:
-            return self.table.reasons.get(operation.kind, f"the runtime has no integer {operation.kind}")
-        if not operation.weight:
-            return "its weight is computed in forward"
-        if not ops.is_float(node):
-            return "its shapes are unknown"
-        if self.table.one_channel and operation.kind.startswith("conv") and _channels(node) == 1:
-            return self.table.one_channel
-        if (
-            node.op == "call_module"
-            and getattr(self.root.get_submodule(str(node.target)), "padding_mode", "zeros") != "zeros"
-        ):
-            return "padding other than zeros"
-        if node.op == "call_function" and not operation.bias and ops.argument(node, 2, "bias") is not None:
-            return "its bias is computed in forward"
-        return ""
-
-    def _fuse_pad(self, unit: _Unit) -> None:
-        pad = unit.source[0]
-        if not self.table.fuses_pad:
-            return
-        if self.operations[pad].kind != "pad" or len(pad.users) != 1 or not unit.operation.kind.startswith("conv"):
-            return
-        fake = pad.meta.get("fake")
-        amounts = (
-            ops.argument(pad, 1, "pad") if pad.op != "call_module" else self.root.get_submodule(str(pad.target)).padding
-        )
-        places = fake.dim() - 2 if isinstance(fake, Tensor) else 0
-        if (
-            isinstance(amounts, tuple | list)
-            and len(amounts) <= 2 * places
-            and all(isinstance(a, int) and a >= 0 for a in amounts)
-        ):
-            unit.pad, unit.source = pad, [pad.args[0]]  # type: ignore[list-item]
-
-    def _fuse_batch_norm(self, unit: _Unit) -> None:
-        user = self._reader_of(unit.tail)
-        if user is None or self.operations[user].kind != "batch_norm":
-            return
-        module = self.root.get_submodule(str(user.target))
-        if module.running_mean is None:
-            self.reasons[user] = "it keeps no running statistics to fold"
-        elif has_hooks(module):
-            self.reasons[user] = "hooks on it see its own input and output"
-        elif unit.operation.kind == "linear" and unit.tail.meta["fake"].dim() != 2:
-            self.reasons[user] = "it normalizes another dimension than the linear layer's features"
-        else:
-            unit.batch_norm = unit.tail = user
-
-    def _fuse_activation(self, unit: _Unit) -> None:
-        user = self._reader_of(unit.tail)
-        if user is None or self.operations[user].kind not in self.table.fused_activations:
-            return
-        limits = ops.bounds(user, self.root, self.operations[user].kind)
-        if limits is None or not limits[0] <= 0 <= limits[1]:
-            self.reasons[user] = "its bounds are not constant or leave out zero"
-        elif not (user.op == "call_module" and has_hooks(self.root.get_submodule(str(user.target)))):
-            unit.activation = unit.tail = user
-
-    def _reader_of(self, node: fx.Node) -> fx.Node | None:
-        """Return what alone reads a node, behind identities and dropouts that evaluation leaves out."""
-        user = _only_user(node)
-        while user is not None and self.operations[user].kind == "pass" and self._leaves_out(user):
-            user = _only_user(user)
-        return user
-
-    def _leaves_out(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return not has_hooks(self.root.get_submodule(str(node.target)))
-        return ops.argument(node, 2, "training", True) is False
-
-    def _match_elementwise(self) -> None:
-        near = {unit.tail for unit in self.units.values()}
-        near |= {source for unit in self.units.values() for source in unit.source}
-        for node in self.graph.nodes:
-            kind = self.operations[node].kind
-            sources = ops.tensor_inputs(node)
-            if node in self.units or node in self.fused or not sources or not ops.is_float(node):
-                continue
-            all_near = all(source in near for source in sources)
-            if kind in self.table.own_scale:
-                reason = self._elementwise_refusal(node, sources, all_near)
-                if reason:
-                    self.reasons[node] = reason
-                    continue
-                unit = _Unit(node, self.operations[node], sources, node)
-                if kind in ("add", "mul"):
-                    self._fuse_activation(unit)
-                self._accept(unit)
-                near.add(unit.tail)
-            elif all_near and (kind in self.table.shared_scale or kind in ops.ACTIVATIONS or kind == "pad"):
-                near.add(node)
-
-    def _elementwise_refusal(self, node: fx.Node, sources: list[fx.Node], all_near: bool) -> str:
-        kind = self.operations[node].kind
-        unwanted = self.selection.refusal(self.name(node), self.operations[node].layer)
-        if unwanted:
-            return unwanted
-        operands = ops.argument(node, 0, "tensors") if kind == "cat" else node.args[:2]
-        if kind in ("add", "mul", "matmul", "cat") and not all(ops.is_float(operand) for operand in operands):
-            return "an operand is a constant or no float tensor"
-        if kind == "avg_pool" and self.table.padded_average and ops.averages_padding(node, self.root):
-            return self.table.padded_average
-        if not all_near:
-            return "not everything it reads comes from integer operators"
-        return ""
-
-    def _accept(self, unit: _Unit) -> None:
-        self.units[unit.main] = unit
-        for node in (unit.pad, unit.batch_norm, unit.activation):
-            if node is not None:
-                self.fused[node] = unit
-
-    # --- backwards: what should run in integers, and the edges between
 
     def _decide(self) -> list[Operator]:
         wanted: set[fx.Node] = set()
@@ -254,7 +93,7 @@ class Matcher:
                 self.edges[node] = Edge(key, groups.get(node, key), observed=node not in groups, passed=passed)
         return [self._operator(unit) for unit in units]
 
-    def _added_before_rounding(self, unit: _Unit) -> set[fx.Node]:
+    def _added_before_rounding(self, unit: Unit) -> set[fx.Node]:
         """Return the operand of an addition, if any, that a convolution hands over without rounding."""
         if not self.table.fuses_add or unit.operation.kind != "add" or len(set(unit.source)) != 2:
             return set()
@@ -266,7 +105,7 @@ class Matcher:
         fitting = [node for node in self.graph.nodes if node in tails and node in unit.source]
         return set(fitting[-1:])
 
-    def _is_worth(self, unit: _Unit, wanted: set[fx.Node]) -> bool:
+    def _is_worth(self, unit: Unit, wanted: set[fx.Node]) -> bool:
         if unit.operation.weight or unit.tail in wanted:
             return True
         if unit.operation.kind == "add" and self._is_normalized(unit.tail):
@@ -290,7 +129,7 @@ class Matcher:
         )
         return as_float and "layer_norm" in kinds
 
-    def _drop(self, unit: _Unit) -> None:
+    def _drop(self, unit: Unit) -> None:
         del self.units[unit.main]
         self.reasons[unit.main] = "nothing reads its result in integers"
         for node in [node for node, owner in self.fused.items() if owner is unit]:
@@ -304,7 +143,7 @@ class Matcher:
         sources = {source for unit in self.units.values() for source in unit.source}
         return ops.is_float(node) and (node in tails or (node in sources and node.op != "placeholder"))
 
-    def _operator(self, unit: _Unit) -> Operator:
+    def _operator(self, unit: Unit) -> Operator:
         def key(node: fx.Node | None) -> str:
             return node.meta["key"] if node is not None else ""
 
@@ -352,13 +191,3 @@ class Matcher:
             return None
         owner, _, attribute = name.rpartition(".")
         return getattr(self.root.get_submodule(owner), attribute)
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _channels(convolution: fx.Node) -> int:
-    """Return the number of channels that a convolution reads, 0 where it is not known."""
-    fake = ops.argument(convolution, 0, "input").meta.get("fake")
-    return int(fake.shape[1]) if isinstance(fake, Tensor) and fake.dim() > 1 else 0

@@ -1,0 +1,191 @@
+"""Which operators of a graph could run in integers, and what is fused around each; data for `patterns.py`."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, fx, nn
+
+from lightning_quant.graph import operations as ops
+from lightning_quant.graph.table import OperatorTable, Selection
+from lightning_quant.graph.trace import has_hooks
+
+
+@dataclass
+class Unit:
+    """A main node with what is fused around it, on its way to an `Operator`."""
+
+    main: fx.Node
+    operation: ops.Operation
+    source: list[fx.Node]
+    tail: fx.Node
+    pad: fx.Node | None = None
+    batch_norm: fx.Node | None = None
+    activation: fx.Node | None = None
+
+
+class Candidates:
+    """Goes forwards over a graph: chains around weighted operators, then elementwise operators that read such chains.
+
+    Attributes:
+        operations: what each node does.
+        units: main node to its unit, for all that could run in integers.
+        fused: node to the unit that takes it up.
+        reasons: why other nodes cannot.
+    """
+
+    def __init__(
+        self, graph: fx.Graph, root: nn.Module, table: OperatorTable, selection: Selection, path: str = ""
+    ) -> None:
+        self.graph, self.root, self.table, self.selection, self.path = graph, root, table, selection, path
+        self.operations = {node: ops.describe(node, root) for node in graph.nodes}
+        self.reasons: dict[fx.Node, str] = {}
+        self.units: dict[fx.Node, Unit] = {}
+        self.fused: dict[fx.Node, Unit] = {}
+        self._match_weighted()
+        self._match_elementwise()
+
+    def name(self, node: fx.Node) -> str:
+        """Return the qualified name of a node for readers and patterns."""
+        key = node.meta["key"]
+        return ".".join(part for part in (self.path, key) if part)
+
+    def _match_weighted(self) -> None:
+        for node in self.graph.nodes:
+            operation = self.operations[node]
+            if operation.kind not in ops.WEIGHTED:
+                continue
+            reason = self._weighted_refusal(node, operation)
+            if reason:
+                self.reasons[node] = reason
+                continue
+            unit = Unit(node, operation, [ops.argument(node, 0, "input")], node)
+            self._fuse_pad(unit)
+            self._fuse_batch_norm(unit)
+            self._fuse_activation(unit)
+            self._accept(unit)
+
+    def _weighted_refusal(self, node: fx.Node, operation: ops.Operation) -> str:
+        unwanted = self.selection.refusal(self.name(node), operation.layer)
+        if unwanted:
+            return unwanted
+        if operation.kind not in self.table.weighted:
+            return self.table.reasons.get(operation.kind, f"the runtime has no integer {operation.kind}")
+        if not operation.weight:
+            return "its weight is computed in forward"
+        if not ops.is_float(node):
+            return "its shapes are unknown"
+        if self.table.one_channel and operation.kind.startswith("conv") and _channels(node) == 1:
+            return self.table.one_channel
+        if (
+            node.op == "call_module"
+            and getattr(self.root.get_submodule(str(node.target)), "padding_mode", "zeros") != "zeros"
+        ):
+            return "padding other than zeros"
+        if node.op == "call_function" and not operation.bias and ops.argument(node, 2, "bias") is not None:
+            return "its bias is computed in forward"
+        return ""
+
+    def _fuse_pad(self, unit: Unit) -> None:
+        pad = unit.source[0]
+        if not self.table.fuses_pad:
+            return
+        if self.operations[pad].kind != "pad" or len(pad.users) != 1 or not unit.operation.kind.startswith("conv"):
+            return
+        fake = pad.meta.get("fake")
+        amounts = (
+            ops.argument(pad, 1, "pad") if pad.op != "call_module" else self.root.get_submodule(str(pad.target)).padding
+        )
+        places = fake.dim() - 2 if isinstance(fake, Tensor) else 0
+        if (
+            isinstance(amounts, tuple | list)
+            and len(amounts) <= 2 * places
+            and all(isinstance(a, int) and a >= 0 for a in amounts)
+        ):
+            unit.pad, unit.source = pad, [pad.args[0]]  # type: ignore[list-item]
+
+    def _fuse_batch_norm(self, unit: Unit) -> None:
+        user = self._reader_of(unit.tail)
+        if user is None or self.operations[user].kind != "batch_norm":
+            return
+        module = self.root.get_submodule(str(user.target))
+        if module.running_mean is None:
+            self.reasons[user] = "it keeps no running statistics to fold"
+        elif has_hooks(module):
+            self.reasons[user] = "hooks on it see its own input and output"
+        elif unit.operation.kind == "linear" and unit.tail.meta["fake"].dim() != 2:
+            self.reasons[user] = "it normalizes another dimension than the linear layer's features"
+        else:
+            unit.batch_norm = unit.tail = user
+
+    def _fuse_activation(self, unit: Unit) -> None:
+        user = self._reader_of(unit.tail)
+        if user is None or self.operations[user].kind not in self.table.fused_activations:
+            return
+        limits = ops.bounds(user, self.root, self.operations[user].kind)
+        if limits is None or not limits[0] <= 0 <= limits[1]:
+            self.reasons[user] = "its bounds are not constant or leave out zero"
+        elif not (user.op == "call_module" and has_hooks(self.root.get_submodule(str(user.target)))):
+            unit.activation = unit.tail = user
+
+    def _reader_of(self, node: fx.Node) -> fx.Node | None:
+        """Return what alone reads a node, behind identities and dropouts that evaluation leaves out."""
+        user = _only_user(node)
+        while user is not None and self.operations[user].kind == "pass" and self._leaves_out(user):
+            user = _only_user(user)
+        return user
+
+    def _leaves_out(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return not has_hooks(self.root.get_submodule(str(node.target)))
+        return ops.argument(node, 2, "training", True) is False
+
+    def _match_elementwise(self) -> None:
+        near = {unit.tail for unit in self.units.values()}
+        near |= {source for unit in self.units.values() for source in unit.source}
+        for node in self.graph.nodes:
+            kind = self.operations[node].kind
+            sources = ops.tensor_inputs(node)
+            if node in self.units or node in self.fused or not sources or not ops.is_float(node):
+                continue
+            all_near = all(source in near for source in sources)
+            if kind in self.table.own_scale:
+                reason = self._elementwise_refusal(node, sources, all_near)
+                if reason:
+                    self.reasons[node] = reason
+                    continue
+                unit = Unit(node, self.operations[node], sources, node)
+                if kind in ("add", "mul"):
+                    self._fuse_activation(unit)
+                self._accept(unit)
+                near.add(unit.tail)
+            elif all_near and (kind in self.table.shared_scale or kind in ops.ACTIVATIONS or kind == "pad"):
+                near.add(node)
+
+    def _elementwise_refusal(self, node: fx.Node, sources: list[fx.Node], all_near: bool) -> str:
+        kind = self.operations[node].kind
+        unwanted = self.selection.refusal(self.name(node), self.operations[node].layer)
+        if unwanted:
+            return unwanted
+        operands = ops.argument(node, 0, "tensors") if kind == "cat" else node.args[:2]
+        if kind in ("add", "mul", "matmul", "cat") and not all(ops.is_float(operand) for operand in operands):
+            return "an operand is a constant or no float tensor"
+        if kind == "avg_pool" and self.table.padded_average and ops.averages_padding(node, self.root):
+            return self.table.padded_average
+        if not all_near:
+            return "not everything it reads comes from integer operators"
+        return ""
+
+    def _accept(self, unit: Unit) -> None:
+        self.units[unit.main] = unit
+        for node in (unit.pad, unit.batch_norm, unit.activation):
+            if node is not None:
+                self.fused[node] = unit
+
+
+def _only_user(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None
+
+
+def _channels(convolution: fx.Node) -> int:
+    """Return the number of channels that a convolution reads, 0 where it is not known."""
+    fake = ops.argument(convolution, 0, "input").meta.get("fake")
+    return int(fake.shape[1]) if isinstance(fake, Tensor) and fake.dim() > 1 else 0
