@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
 from lightning_quant.adjustments import ChannelScale
 from lightning_quant.calls import ResultSpec, flatten_call
@@ -19,6 +18,7 @@ from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
 from lightning_quant.layers.placement import place
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import clone, evaluation_mode, replace_submodule, resolve, unroute_all
 from lightning_quant.shield import shield_float_layers
@@ -26,8 +26,6 @@ from lightning_quant.shield import shield_float_layers
 _INT32 = torch.iinfo(torch.int32)
 _TOLERANCE_DB = 3.0
 _ENOUGH_DB = 40.0
-# Values compared at a time.
-_PART = 1 << 20
 
 
 class BoundGraph(nn.Module):
@@ -143,28 +141,6 @@ def check_agreement(prepared: Prepared, converted: nn.Module, args: tuple[Any, .
             f"{agreement:.1f} dB. Please report this with your model's plan."
         )
     return agreement
-
-
-def signal_to_noise(reference: Any, other: Any) -> float:
-    """Return 10 log10 of signal over noise power in decibels, over all float tensors of two equal structures.
-
-    Infinite when they are equal. Where both hold the same infinity or NaN, as masks do, values do not count; NaN or
-    minus infinity when only one does.
-    """
-    signal = noise = 0.0
-    for expected, actual in zip(pytree.tree_leaves(reference), pytree.tree_leaves(other), strict=True):
-        if isinstance(expected, Tensor) and expected.is_floating_point():
-            # Part by part: a whole embedding in double precision would be a multiple of the model.
-            parts = (tensor.detach().reshape(-1).split(_PART) for tensor in (expected, actual))
-            for a, b in zip(*parts, strict=True):
-                a, b = a.double().cpu(), b.double().cpu()
-                masked = ~a.isfinite() & ((a == b) | (a.isnan() & b.isnan()))
-                a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
-                signal += a.square().sum().item()
-                noise += (a - b).square().sum().item()
-    if noise == 0:
-        return float("inf")
-    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
 
 
 def _convert_island(

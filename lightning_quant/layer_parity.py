@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.layerwise import Layerwise
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.parity import equal_argmax
 from lightning_quant.signature import tensor_leaves
 

@@ -20,7 +20,6 @@ from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
 from lightning_quant.calls import CallSpec, flatten_call, map_tensors
 from lightning_quant.captured import CapturedModel
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import PlanError
 from lightning_quant.graph.analyze import check_patterns, own_signature
 from lightning_quant.graph.plan import Plan, Row
@@ -29,6 +28,7 @@ from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.placement import place, placed
 from lightning_quant.layers.refine import refine
 from lightning_quant.layers.trial import Trial, trials
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import (
     clone,

@@ -13,8 +13,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_quant.capture import isolated_rng
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.graph.analyze import own_signature
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.routing import evaluation_mode
 
 # Agreement of the float model's own loss with a formula on its scores.

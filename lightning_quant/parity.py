@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.convert import signal_to_noise
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.signature import tensor_leaves

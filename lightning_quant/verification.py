@@ -14,8 +14,8 @@ from torch import Tensor
 
 from lightning_quant import golden
 from lightning_quant.artifact import load, read
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.machine import cpu_name
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.parity import equal_argmax
 
 # Agreement that is enough whatever quantization cost; correct kernels differ in the last bits of float sums only.

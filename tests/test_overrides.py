@@ -12,8 +12,9 @@ from torch import Tensor, nn
 import lightning_quant as lq
 from lightning_quant.accuracy.sensitivity import sensitivity
 from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.convert import check_agreement, convert, signal_to_noise
+from lightning_quant.convert import check_agreement, convert
 from lightning_quant.errors import NoEffectWarning, PlanError, QuantizationError
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import Recipe

@@ -10,8 +10,8 @@ from models import CASES, Case, DropPathNet, ResidualNet, calibrated, with_stati
 from torch import Tensor, nn
 
 from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import PHASES, Prepared
 from lightning_quant.recipe import Recipe

@@ -7,9 +7,9 @@ from torch import nn
 from lightning_quant import convert as conversion
 from lightning_quant import load
 from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.export import export
 from lightning_quant.graph.table import Selection
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
 from lightning_quant.runtimes import openvino
 

@@ -18,8 +18,8 @@ from lightning_quant.accuracy.recalibrate import Call, observe_anew
 from lightning_quant.accuracy.smoothing import smooth
 from lightning_quant.accuracy.weight_rounding import gptq_layers, shrink_scales
 from lightning_quant.adjustments import AccuracyStep
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.observers import Histogram, build
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import Recipe

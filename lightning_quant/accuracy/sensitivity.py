@@ -17,11 +17,11 @@ from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import folded_layer
 from lightning_quant.accuracy.rounded_parts import all_but, name_of, own_parts, read_from_float
 from lightning_quant.calls import map_tensors
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import in_float32_on_cpu
 from lightning_quant.fake_quantize import fake_quantize
 from lightning_quant.graph.plan import identify, path_of
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, Recipe
 from lightning_quant.routing import evaluation_mode

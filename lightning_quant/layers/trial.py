@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import KINDS, class_for
 from lightning_quant.layers.layer import StoredLayer, computes_weight, from_float, plain
 from lightning_quant.layers.storage import SCHEMES, Scheme, dequantize
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.recipe import LayerRecipe
 
 _BITS = {"int4": 4, "int8": 8, "float16": 16, "bfloat16": 16}

@@ -13,7 +13,8 @@ from lightning_quant.accuracy.recalibrate import observe_anew
 from lightning_quant.accuracy.rescale import along_columns, rescale
 from lightning_quant.accuracy.smoothing import column_maximum, smooth, smoothing_factor
 from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.convert import check_agreement, convert, signal_to_noise
+from lightning_quant.convert import check_agreement, convert
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 

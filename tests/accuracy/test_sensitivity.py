@@ -15,7 +15,7 @@ import lightning_quant as lq
 from lightning_quant.accuracy.edge_statistics import edge_statistics, ratio_to_median
 from lightning_quant.accuracy.sensitivity import sensitivity
 from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.convert import signal_to_noise
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import Recipe

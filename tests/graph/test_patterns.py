@@ -10,11 +10,12 @@ from reference_models import mobilenet_v2, resnet18, timm_style_net
 from torch import Tensor, nn
 
 from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.convert import convert, signal_to_noise
+from lightning_quant.convert import convert
 from lightning_quant.errors import PlanError
 from lightning_quant.graph import operations
 from lightning_quant.graph.plan import Row
 from lightning_quant.graph.table import Selection
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 

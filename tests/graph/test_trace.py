@@ -13,9 +13,10 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.calls import flatten_call
-from lightning_quant.convert import convert, signal_to_noise
+from lightning_quant.convert import convert
 from lightning_quant.errors import PlanError, UntraceableError
 from lightning_quant.graph.trace import trace
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 

@@ -18,11 +18,11 @@ from lightning_quant import PostTrainingQuantization, load, runtimes, verify
 from lightning_quant import assess as measuring
 from lightning_quant.artifact import add_report, read
 from lightning_quant.calls import flatten_call
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import ArtifactError, MissingRuntimeError, QuantizationError
 from lightning_quant.export import export
 from lightning_quant.latency import Timing
 from lightning_quant.loaded import LoadedModule
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.parity import Parity, check_parity
 from lightning_quant.signature import tensor_leaves
 

@@ -24,10 +24,10 @@ from torch import Tensor, nn
 from lightning_quant import convert as conversion
 from lightning_quant import load
 from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.export import export, trial_export
 from lightning_quant.graph.table import Selection
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.parity import check_parity
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared

@@ -17,10 +17,10 @@ from lightning_quant import load, quantize
 from lightning_quant.artifact import Artifact
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.calls import flatten_call
-from lightning_quant.convert import signal_to_noise
 from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.export import export
 from lightning_quant.latency import Timing
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.parity import check_parity
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared

@@ -1,0 +1,32 @@
+"""How far two results are apart."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+# Values compared at a time.
+_PART = 1 << 20
+
+
+def signal_to_noise(reference: Any, other: Any) -> float:
+    """Return 10 log10 of signal over noise power in decibels, over all float tensors of two equal structures.
+
+    Infinite when they are equal. Where both hold the same infinity or NaN, as masks do, values do not count; NaN or
+    minus infinity when only one does.
+    """
+    signal = noise = 0.0
+    for expected, actual in zip(pytree.tree_leaves(reference), pytree.tree_leaves(other), strict=True):
+        if isinstance(expected, Tensor) and expected.is_floating_point():
+            # Part by part: a whole embedding in double precision would be a multiple of the model.
+            parts = (tensor.detach().reshape(-1).split(_PART) for tensor in (expected, actual))
+            for a, b in zip(*parts, strict=True):
+                a, b = a.double().cpu(), b.double().cpu()
+                masked = ~a.isfinite() & ((a == b) | (a.isnan() & b.isnan()))
+                a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
+                signal += a.square().sum().item()
+                noise += (a - b).square().sum().item()
+    if noise == 0:
+        return float("inf")
+    return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
