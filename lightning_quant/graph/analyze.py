@@ -241,13 +241,13 @@ def check_patterns(selection: Selection, rows: list[Row]) -> None:
     Raises:
         PlanError: one matches no row.
     """
-    for argument, patterns in (("include", selection.include), ("exclude", selection.exclude)):
+    for argument, patterns in (("`include`", selection.include), ("`exclude` and `overrides`", selection.exclude)):
         for pattern in patterns:
             if pattern != "*" and not any(matches(pattern, row.name, row.kind) for row in rows):
                 names = ", ".join(row.name for row in rows[:8])
                 raise PlanError(
-                    f"Expected `{argument}` and `overrides` to hold patterns on names or layer types, but got "
-                    f"{pattern!r}, which matches nothing. Names here are {names}{', ...' if len(rows) > 8 else ''}."
+                    f"Expected {argument} to hold patterns on names or layer types, but got {pattern!r}, which matches "
+                    f"nothing. Names here are {names}{', ...' if len(rows) > 8 else ''}."
                 )
 
 

@@ -131,13 +131,20 @@ def build(program: dict[str, Any], tensors: dict[str, Tensor], path: Path) -> fx
 
 @contextmanager
 def quantized_engine(name: str) -> Iterator[None]:
-    """Let PyTorch use the kernels of one engine for the time of a block."""
-    before = torch.backends.quantized.engine
+    """Let PyTorch use the kernels of one engine for the time of a block.
+
+    Under deterministic algorithms PyTorch refuses to resize quantized tensors, since their memory is not filled before;
+    the kernels fill all of it.
+    """
+    before, deterministic = torch.backends.quantized.engine, torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     torch.backends.quantized.engine = name
+    torch.use_deterministic_algorithms(False)
     try:
         yield
     finally:
         torch.backends.quantized.engine = before
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
 
 
 class Forced(fx.Interpreter):

@@ -79,6 +79,26 @@ def simulated(prepared: Prepared, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
+def test_deterministic_algorithms_leave_it_as_it_is(engine: str, tmp_path: Path) -> None:
+    # Trainer(deterministic=True) asks for them, and PyTorch then refuses to resize quantized tensors.
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(2, 1)
+    torch.use_deterministic_algorithms(True)
+    try:
+        prepared = ready(model, x)
+        artifact = export(prepared, tmp_path / "artifact", engine=engine)
+        loaded = load(artifact.path)
+        output = loaded(x)
+        parity = check_parity(prepared, loaded, runtime, artifact.model_path, [x])
+        assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+    assert parity.failures == []
+    assert torch.equal(output, loaded(x))
+
+
+@pytest.mark.parametrize("engine", ENGINES)
 def test_every_engine_computes_the_simulation_at_every_batch_size(engine: str, made: tuple[Prepared, Artifact]) -> None:
     prepared, artifact = made
     model: Any = load(artifact.path, engine=engine)
