@@ -73,7 +73,7 @@ def test_random_nets(spec: Spec) -> None:
 @pytest.mark.parametrize("part", range(5))
 def test_many_random_nets(part: int) -> None:
     many = settings(ordinary, max_examples=100, derandomize=False)
-    seed(part)(many(given(specs())(check)))()
+    seed(part)(many(given(specs())(lambda spec: check(spec))))()
 
 
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])
