@@ -15,6 +15,7 @@ from lightning_quant.calls import ResultSpec, flatten_call
 from lightning_quant.errors import ExportError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
+from lightning_quant.graph.candidates import is_left_out
 from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
 from lightning_quant.layers.placement import place
@@ -171,6 +172,10 @@ def _convert_island(
             _scale_channels(island, edge.key, prepared.channels[identity].to(torch.device("cpu")), *pair)
     for name, layer in layers.items():
         module.add_module(name, layer)
+    for node in nodes.values():
+        # Patterns of runtimes do not know them: behind one, XNNPACK takes no quantized convolution.
+        if is_left_out(node, module):
+            _drop(node)
     prefix = f"{island.path}." if island.path else ""
     place(module, {name.removeprefix(prefix): layer for name, layer in stored.items()})
     graph_module = fx.GraphModule(module, graph)

@@ -306,15 +306,16 @@ class Conv1dNet(nn.Module):
 
 
 class GroupedNet(nn.Module):
-    """A convolution in groups and a dilated one."""
+    """A convolution in groups and a dilated one, with dropout on both sides of an activation."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(4, 8, 3, padding=1, groups=2)
         self.conv2 = nn.Conv2d(8, 4, 3, padding=2, dilation=2, groups=4)
+        self.drop = nn.Dropout2d(0.1)
 
     def forward(self, image: Tensor) -> Tensor:
-        return F.relu(self.conv2(F.relu(self.conv1(image))))
+        return F.relu(self.conv2(self.drop(F.relu(self.drop(self.conv1(image))))))
 
 
 class DecoderNet(nn.Module):

@@ -437,3 +437,28 @@ def test_signal_to_noise_is_its_definition() -> None:
     damaged[0] = float("nan")
     assert not signal_to_noise(signal, damaged) >= 0
     assert signal_to_noise((signal, torch.tensor(1)), (signal, torch.tensor(2))) == float("inf")
+
+
+@pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(0.2)])
+def test_what_evaluation_leaves_out_is_not_exported(between: nn.Module) -> None:
+    # Behind a dropout XNNPACK takes no quantized layer.
+    torch.manual_seed(0)
+    x = torch.randn(8, 6)
+    model = nn.Sequential(nn.Linear(6, 8), between, nn.ReLU(), between, nn.Linear(8, 3), between).eval()
+    prepared = prepare(model, (x,))
+    calibrate(prepared, steps_of(prepared, [x]))
+    converted = convert(prepared)
+
+    assert not any(isinstance(module, nn.Identity | nn.Dropout) for module in converted.modules())
+    assert check_agreement(prepared, converted, (x,), {}) > 60
+    assert len(model) == 6
+
+
+def test_an_identity_with_hooks_is_exported() -> None:
+    x = torch.randn(8, 6)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Identity(), nn.Linear(8, 3)).eval()
+    model[1].register_forward_hook(lambda module, args, output: output * 2)
+    prepared = prepare(model, (x,))
+    calibrate(prepared, steps_of(prepared, [x]))
+
+    assert check_agreement(prepared, convert(prepared), (x,), {}) > 25

@@ -129,14 +129,9 @@ class Candidates:
     def _reader_of(self, node: fx.Node) -> fx.Node | None:
         """Return what alone reads a node, behind identities and dropouts that evaluation leaves out."""
         user = _only_user(node)
-        while user is not None and self.operations[user].kind == "pass" and self._leaves_out(user):
+        while user is not None and is_left_out(user, self.root):
             user = _only_user(user)
         return user
-
-    def _leaves_out(self, node: fx.Node) -> bool:
-        if node.op == "call_module":
-            return not has_hooks(self.root.get_submodule(str(node.target)))
-        return ops.argument(node, 2, "training", True) is False
 
     def _match_elementwise(self) -> None:
         near = {unit.tail for unit in self.units.values()}
@@ -179,6 +174,15 @@ class Candidates:
         for node in (unit.pad, unit.batch_norm, unit.activation):
             if node is not None:
                 self.fused[node] = unit
+
+
+def is_left_out(node: fx.Node, root: nn.Module) -> bool:
+    """Tell whether a node is an identity or dropout that evaluation may leave out."""
+    if ops.describe(node, root).kind != "pass":
+        return False
+    if node.op == "call_module":
+        return not has_hooks(root.get_submodule(str(node.target)))
+    return ops.argument(node, 2, "training", True) is False
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
