@@ -91,8 +91,9 @@ class OpenVinoModule(LoadedModule):
         arrays = [
             np.ascontiguousarray(tensors[index].detach().to("cpu", dtype).numpy()) for index, dtype in self._inputs
         ]
-        # Shared outputs are overwritten by the next call, so they are copied; unshared ones would be copied twice.
-        outputs = [torch.from_numpy(output.copy()) for output in self.compiled(arrays, share_outputs=True).values()]
+        # A list of one takes longer to bind. Shared outputs are overwritten by the next call, so they are copied.
+        results = self.compiled(arrays[0] if len(arrays) == 1 else arrays, share_outputs=True)
+        outputs = [torch.from_numpy(output.copy()) for output in results.values()]
         device = tensors[0].device if tensors else torch.device("cpu")
         return [output.to(device) for output in outputs]
 
