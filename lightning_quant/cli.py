@@ -124,9 +124,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _with_lightning(name: str, options: argparse.Namespace, rest: list[str]) -> Any:
-    if any(
-        importlib.util.find_spec(package) is None for package in ("jsonargparse", "typeshed_client", "docstring_parser")
-    ):
+    if any(importlib.util.find_spec(package) is None for package in _CLI_PACKAGES):
         raise QuantizationError(
             f"Expected jsonargparse for `{_NAME} {name}`, but it is missing: pip install 'lightning_quant[cli]'"
         )
