@@ -21,7 +21,7 @@ from lightning_quant.graph.trace import trace
 from lightning_quant.layers.placement import place
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepared import Prepared
-from lightning_quant.routing import clone, evaluation_mode, replace_submodule, resolve, unroute_all
+from lightning_quant.routing import clone, evaluation_mode, replace_submodule, resolve
 from lightning_quant.shield import shield_float_layers
 
 _INT32 = torch.iinfo(torch.int32)
@@ -99,8 +99,7 @@ def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
 
 
 def _convert(prepared: Prepared, *, static_sizes: bool) -> nn.Module:
-    root = clone(prepared.root)
-    unroute_all(root)
+    root = clone(prepared.root, unrouted=True)
     root.eval()
     stored = dict(prepared.stored_layers())
     for path in sorted(prepared.islands, key=lambda path: -path.count(".") - bool(path)):

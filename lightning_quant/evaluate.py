@@ -8,13 +8,13 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 
 from lightning_quant.capture import isolated_rng
 from lightning_quant.distributed import Group
 from lightning_quant.errors import EvaluationError
 from lightning_quant.evaluate_shares import Share, lent_strategy, merged, without_repetitions
+from lightning_quant.namespaces import is_overridden
 from lightning_quant.progress import shown
 from lightning_quant.routing import Route, clone, resolve, route, unroute
 

@@ -20,7 +20,7 @@ from lightning_quant.layerwise import Layerwise
 from lightning_quant.prepared import Prepared
 from lightning_quant.progress import shown
 from lightning_quant.ranges import Ranges
-from lightning_quant.routing import clone, evaluation_mode, to_float32, unroute_all, without_fast_path
+from lightning_quant.routing import clone, evaluation_mode, to_float32, without_fast_path
 from lightning_quant.signature import Signature, make_signature, tensor_leaves
 
 DynamicShapes = dict[str, dict[int, str]]
@@ -215,8 +215,7 @@ def in_float32(prepared: Quantizable) -> Quantizable:
     tensors = (*prepared.root.parameters(), *prepared.root.buffers(), *prepared.tensors)
     if all(tensor.dtype == torch.float32 or not tensor.is_floating_point() for tensor in tensors):
         return prepared
-    root = clone(prepared.root)
-    unroute_all(root)
+    root = clone(prepared.root, unrouted=True)
     to_float32(root)
     return prepared.bound_to(root, in_float32_on_cpu(prepared.tensors))
 

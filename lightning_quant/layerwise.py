@@ -34,7 +34,6 @@ from lightning_quant.routing import (
     clone,
     evaluation_mode,
     to_float32,
-    unroute_all,
     without_fast_path,
 )
 
@@ -196,8 +195,7 @@ def _in_float32(
     """Return a model of another precision as a float32 copy, with a call of it; what is quantized is float32."""
     tensors = (*model.parameters(), *model.buffers())
     if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
-        model = clone(model)
-        unroute_all(model)
+        model = clone(model, unrouted=True)
         to_float32(model)
         args, kwargs = map_tensors(lambda t: t.float() if t.is_floating_point() else t, (args, kwargs))
     return model, args, kwargs

@@ -29,7 +29,7 @@ from lightning_quant.learned_steps import LearnedSteps
 from lightning_quant.overrides import override_weights, store_layers
 from lightning_quant.ranges import Ranges
 from lightning_quant.recipe import Recipe
-from lightning_quant.routing import Route, device_of, fetch, resolve, route, unroute
+from lightning_quant.routing import Route, copied, device_of, fetch, resolve, route, unroute
 from lightning_quant.simulation import Simulation
 
 PHASES = ("off", "observe", "fake_quantize", "frozen", "frozen_batch_norm")
@@ -56,6 +56,12 @@ class RoutedForward(Route):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedForward":
         return RoutedForward(copy.deepcopy(self.prepared, memo), self.path)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"prepared": self.prepared, "path": self.path}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
 
 
 class Prepared(CapturedModel):
@@ -105,12 +111,16 @@ class Prepared(CapturedModel):
         self.simulation = Simulation(self)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_graphs": {}, "_twins": weakref.WeakSet()}
+        # What is made again when it is needed; weak references cannot be pickled.
+        return {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_twins", "_stored")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _graphs={}, _twins=weakref.WeakSet(), _stored=None)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Prepared":
         """Return what a copy of the routed module runs: the same ranges, in the same phase, moving none of them."""
         twin = memo[id(self)] = self.bound_to(self.root)
-        twin.root = copy.deepcopy(self.root, memo)
+        twin.root = copied(self.root, memo)
         twin.control, twin._is_twin = self.control, True
         # A copy made in the middle of a block rounds what the block rounds, and has stored layers where it has them.
         twin.simulation.only, twin._displaced = self.simulation.only, dict(self._displaced)

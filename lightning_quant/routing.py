@@ -5,6 +5,7 @@ module assigned there would register as a child; a callable object leaves type, 
 """
 
 import copy
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from lightning_quant.compilation import Uncompiled, is_compiled
 from lightning_quant.errors import QuantizationError
+
+_COPYING = threading.RLock()
 
 
 class Route:
@@ -56,11 +59,36 @@ def unroute_all(module: nn.Module) -> None:
             unroute(child)
 
 
-def clone(module: nn.Module) -> Any:
+def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
+    """Return a deep copy in which tensors with a history are detached, wherever they hang.
+
+    PyTorch refuses to copy them: a loss, a metric's last value, attention maps that a module keeps in whatever object.
+    """
+    original = Tensor.__deepcopy__
+
+    def detached(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
+        if tensor.is_leaf or id(tensor) in memo:
+            return original(tensor, memo)
+        memo[id(tensor)] = tensor.detach().clone()
+        return memo[id(tensor)]
+
+    with _COPYING:
+        Tensor.__deepcopy__ = detached  # type: ignore[method-assign]
+        try:
+            return copy.deepcopy(value, memo)
+        finally:
+            Tensor.__deepcopy__ = original  # type: ignore[method-assign]
+
+
+def clone(module: nn.Module, *, unrouted: bool = False) -> Any:
     """Return an independent structural copy that shares the parameters' memory and owns its buffers and attributes.
 
-    Data sets, loaders and arrays that hang on the module are shared. Tensors with a history (a loss kept on the
-    module, say) are detached, since they cannot be copied. What `torch.compile` made is left out.
+    Data sets, loaders and arrays that hang on the module are shared. Tensors with a history are detached. What
+    `torch.compile` made is left out.
+
+    Args:
+        module: left as it is.
+        unrouted: give every module of the copy its own forward, and copy nothing of what the original is routed to.
     """
     memo: dict[int, Any] = {}
     compiled = [child for child in module.modules() if is_compiled(child)]
@@ -69,14 +97,14 @@ def clone(module: nn.Module) -> Any:
             if parameter is not None:
                 memo[id(parameter)] = parameter
         for value in pytree.tree_leaves(list(child.__dict__.values())):
-            if isinstance(value, Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-            elif isinstance(value, Dataset | DataLoader | np.ndarray):
+            if isinstance(value, Dataset | DataLoader | np.ndarray) or (unrouted and isinstance(value, Route)):
                 memo[id(value)] = value
     for child in reversed(compiled):
-        memo[id(child)] = Uncompiled(copy.deepcopy(child.get_submodule("_orig_mod"), memo))
-    duplicate = copy.deepcopy(module, memo)
+        memo[id(child)] = Uncompiled(copied(child.get_submodule("_orig_mod"), memo))
+    duplicate = copied(module, memo)
     _forget_compiled_steps(duplicate)
+    if unrouted:
+        unroute_all(duplicate)
     return duplicate
 
 

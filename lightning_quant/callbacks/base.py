@@ -1,6 +1,5 @@
 """What both callbacks share: their arguments, what they refuse before training, and what they do when fit ends."""
 
-import importlib
 import time
 import warnings
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any, Literal
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import nn
 from torch.nn.parameter import is_lazy
 from typing_extensions import override
@@ -33,6 +31,7 @@ from lightning_quant.graph.table import Selection
 from lightning_quant.layers import has_layers
 from lightning_quant.layerwise import quantize_layers
 from lightning_quant.loss_inputs import LossInputs, leave_out_labels
+from lightning_quant.namespaces import is_overridden, trainer_class
 from lightning_quant.prepare import prepare
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import resolve
@@ -101,6 +100,10 @@ class QuantizationCallback(Callback):
         self._begun = False
         # The checkpoint that `quantize_checkpoint` is at work on.
         self._checkpoint: dict[str, Any] | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles, which projects make of their Trainer's callbacks, hold no model: fit finds its own."""
+        return {**self.__dict__, "prepared": None, "loss_inputs": None, "_begun": False, "_checkpoint": None}
 
     @property
     @override
@@ -174,7 +177,7 @@ class QuantizationCallback(Callback):
         self._checkpoint = _refused_in_callback(read_checkpoint, ckpt_path)
         self.notes = (f"weights are those of {Path(ckpt_path).name}",)
         try:
-            _trainer_class(model)(**options).fit(model, train_dataloaders, val_dataloaders, datamodule)
+            trainer_class(model)(**options).fit(model, train_dataloaders, val_dataloaders, datamodule)
         finally:
             self._checkpoint, self.notes = None, ()
         if self.artifact is None:
@@ -264,12 +267,6 @@ class QuantizationCallback(Callback):
 def warn(message: str) -> None:
     """Warn that something asked for had no effect or made matters worse."""
     warnings.warn(message, NoEffectWarning, stacklevel=3)
-
-
-def _trainer_class(model: LightningModule) -> Any:
-    """Return the Trainer of the namespace that a model comes from: those of the other refuse it."""
-    old = any(base.__module__.startswith("pytorch_lightning.") for base in type(model).__mro__)
-    return importlib.import_module("pytorch_lightning").Trainer if old else Trainer
 
 
 def _load_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -25,7 +25,7 @@ from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import Layerwise
 from lightning_quant.prepared import Prepared
 from lightning_quant.report import MetricRow, Report
-from lightning_quant.routing import clone, resolve, to_float32, unroute_all
+from lightning_quant.routing import clone, resolve, to_float32
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,7 @@ def choose_weights(
     callback: QuantizationCallback, trainer: Trainer, pl_module: LightningModule, *, with_ranges: bool
 ) -> Deployment:
     """Copy the last or the best weights; with `with_ranges`, the ranges come from the same checkpoint file."""
-    duplicate = clone(pl_module)
-    unroute_all(duplicate)
+    duplicate = clone(pl_module, unrouted=True)
     prepared = callback.require_prepared()
     checkpoint = _existing(_best_path(trainer) or _last_path(trainer))
     notes = callback.notes

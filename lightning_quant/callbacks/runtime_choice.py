@@ -14,7 +14,7 @@ from lightning_quant.layerwise import quantize_layers
 from lightning_quant.loss_inputs import leave_out_labels
 from lightning_quant.prepare import prepare
 from lightning_quant.recipe import LayerRecipe
-from lightning_quant.routing import clone, to_float32, unroute_all
+from lightning_quant.routing import clone, to_float32
 
 if TYPE_CHECKING:
     from lightning_quant.callbacks.base import QuantizationCallback
@@ -26,8 +26,7 @@ def choose_at_start(callback: "QuantizationCallback", module: nn.Module, found: 
     Training through rounding needs to know the runtime, which says what is rounded; and weights change neither how long
     a kernel takes nor whether it is right, which the report checks again at the end.
     """
-    duplicate = clone(module)
-    unroute_all(duplicate)
+    duplicate = clone(module, unrouted=True)
     to_float32(duplicate)
     duplicate.cpu()
     args, kwargs = map_tensors(lambda t: in_float32_on_cpu([t])[0], (found.args, found.kwargs))

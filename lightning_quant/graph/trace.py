@@ -25,7 +25,7 @@ from lightning_quant.calls import CallSpec, ResultSpec, rebuild_call
 from lightning_quant.errors import UntraceableError
 from lightning_quant.graph.normalize import functionalize
 from lightning_quant.graph.proxy import ShapedProxy
-from lightning_quant.routing import clone, device_of, unroute_all
+from lightning_quant.routing import clone, device_of
 
 _CONSTRUCTORS = ("rand", "randn", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -178,8 +178,7 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
     opaque = set(opaque or ())
     device = device_of(root).type
     while True:
-        copy = clone(root)
-        unroute_all(copy)
+        copy = clone(root, unrouted=True)
         tracer = _Tracer(spec, tensors, opaque)
         try:
             before = _attributes(copy)

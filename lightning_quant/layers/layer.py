@@ -1,6 +1,5 @@
 """What every quantized layer is: a module with stored weights in the place of a float layer."""
 
-import copy
 from collections import OrderedDict
 from typing import Any, cast
 
@@ -10,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from lightning_quant.layers.storage import Scheme, dequantize, quantize
-from lightning_quant.routing import clone
+from lightning_quant.routing import clone, copied
 
 
 class StoredLayer(nn.Module):
@@ -134,7 +133,7 @@ def _without_weights(float_layer: nn.Module) -> nn.Module:
     # Hooks stay with the place where the layer stood, and copies of them could copy whatever they are bound to.
     hooks = [table for table in vars(float_layer).values() if isinstance(table, OrderedDict)]
     memo |= {id(table): OrderedDict() for table in hooks}
-    return copy.deepcopy(float_layer, memo).eval()
+    return copied(float_layer, memo).eval()
 
 
 def plain(float_layer: nn.Module) -> nn.Module:

@@ -43,6 +43,17 @@ def module_of(namespace: Any) -> Any:
     return Plain()
 
 
+def datamodule_of(namespace: Any) -> Any:
+    class Data(namespace.LightningDataModule):  # type: ignore[misc]
+        train_dataloader = Classifier.train_dataloader
+        val_dataloader = Classifier.val_dataloader
+
+        def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+            return [batch[0] * 0.5, batch[1]]
+
+    return Data()
+
+
 @pytest.mark.parametrize(
     "name",
     [
@@ -74,6 +85,35 @@ def test_trainers_of_both_names(kind: Any, name: str, tmp_path: Path) -> None:
     again = kind(output_dir=tmp_path / "again", evaluate=False)
     again.quantize_checkpoint(saving.last_model_path, module_of(namespace), accelerator="cpu")
     assert again.artifact.model_path.read_bytes() == callback.artifact.model_path.read_bytes()
+
+
+@pytest.mark.parametrize("path", [None, "net"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param("lightning.pytorch", marks=feature("Namespaces", "a LightningDataModule of lightning.pytorch")),
+        pytest.param("pytorch_lightning", marks=feature("Namespaces", "a LightningDataModule of pytorch_lightning")),
+    ],
+)
+def test_datamodules_of_both_names(kind: Any, name: str, path: str | None, tmp_path: Path) -> None:
+    """The datamodule's own transfer hook halves what validation sees: one that is missed shows in the metric."""
+    namespace = pytest.importorskip(name)
+    module, data, callback = module_of(namespace), datamodule_of(namespace), kind(module=path, output_dir=tmp_path)
+    del type(module).train_dataloader, type(module).val_dataloader
+    trainer = namespace.Trainer(
+        max_epochs=2,
+        accelerator="cpu",
+        callbacks=[callback],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module, datamodule=data)
+    halved = [(x * 0.5, y) for x, y in data.val_dataloader()]
+    (row,) = callback.artifact.report["metrics"]
+
+    assert row["artifact"] == pytest.approx(validate_by_hand(load(tmp_path), halved)["val_loss"], abs=1e-6)
 
 
 def test_importing_and_making_callbacks_loads_no_runtime() -> None:
