@@ -95,7 +95,8 @@ def flatten_call(
         else:
             raise CaptureError(
                 f"Expected `{_name(path)}` to be made of tensors, numbers, strings, lists, dicts and dataclasses, "
-                f"but got {type(leaf).__name__}. Quantize a child module that receives tensors: `module=...`."
+                f"but got {type(leaf).__name__}. Quantize a child module that receives tensors; callbacks take its "
+                "name as `module=...`."
             )
     return CallSpec(treespec, tuple(unique_names(names)), tuple(positions), tuple(constants)), tensors
 

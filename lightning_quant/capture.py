@@ -4,7 +4,6 @@ A step function runs on a structural clone while hooks record; weights are share
 attributes are not, so that nothing of the run is left behind.
 """
 
-import difflib
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import torch
 from torch import nn
 
 from lightning_quant.calls import map_tensors
+from lightning_quant.choice import did_you_mean
 from lightning_quant.compilation import Uncompiled, original_path
 from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import has_weights
@@ -90,13 +90,8 @@ def find_module(root: nn.Module, path: str) -> nn.Module:
     names = [name for name, _ in root.named_modules(remove_duplicate=False)]
     if path in names:
         return root.get_submodule(path)
-    close = difflib.get_close_matches(path, [name for name in names if name], n=3, cutoff=0.5)
-    hint = (
-        f"Did you mean {' or '.join(map(repr, close))}?"
-        if close
-        else f"Children are {[n for n, _ in root.named_children()]}."
-    )
-    raise CaptureError(f"Expected `module` to name a module of {type(root).__name__}, but got {path!r}. {hint}")
+    hint = did_you_mean(path, names) or f" Children are {[n for n, _ in root.named_children()]}."
+    raise CaptureError(f"Expected `module` to name a module of {type(root).__name__}, but got {path!r}.{hint}")
 
 
 @contextmanager

@@ -1,23 +1,26 @@
-"""Which engine's kernels an artifact runs on, for runtimes that have several: tried here, the fastest correct one."""
+"""Which engine's kernels an artifact runs on, for runtimes that have several: tried here, one that is correct."""
 
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_quant import runtimes
 from lightning_quant.artifact import model_files
+from lightning_quant.choice import check_choice
 from lightning_quant.errors import QuantizationError
 from lightning_quant.latency import Timing, measure
+from lightning_quant.names import EngineName
 from lightning_quant.parity import MINIMUM_SHARE, Parity, check_parity
 from lightning_quant.prepared import Prepared
 from lightning_quant.signature import Signature
 
-AUTO = "auto"
+AUTO: Literal["auto"] = "auto"
+FASTEST: Literal["fastest"] = "fastest"
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class EngineChoice:
 
     Attributes:
         name: of the engine.
-        measured: in words, what was measured of it and of the others.
+        measured: in words, why it is this one, and what was measured of it and of the others.
     """
 
     name: str
@@ -34,34 +37,41 @@ class EngineChoice:
 
 
 def check_engine(runtime: str, engine: str) -> None:
-    """Make sure that a runtime has an engine; every one has "auto".
+    """Make sure that a runtime has an engine; every one has "auto" and "fastest".
 
     Raises:
         QuantizationError: it has not.
     """
-    if engine == AUTO:
+    check_choice("engine", engine, get_args(EngineName))
+    if engine in (AUTO, FASTEST):
         return
-    known = runtimes.get(runtime).engines() if runtime in runtimes.names() and _has_engines(runtime) else []
-    if engine not in known:
+    if runtime == AUTO or not _has_engines(runtime):
         raise QuantizationError(
-            f"Expected `engine` to be {AUTO!r} or an engine of `runtime` {runtime!r}, {known or 'which has none'}, but "
-            f"got {engine!r}."
+            f"Expected no `engine` for `runtime` {runtime!r}, but got {engine!r}: runtime 'torch' alone has several."
+        )
+    if engine not in runtimes.get(runtime).engines():
+        raise QuantizationError(
+            f"Expected `engine` to be one of {runtimes.get(runtime).engines()}, which this build of PyTorch has "
+            f"kernels of, but got {engine!r}."
         )
 
 
 def choose_engine(
     prepared: Prepared, staged: Path, signature: Signature, tensors: list[Tensor], engine: str = AUTO
 ) -> EngineChoice | None:
-    """Try engines on a written model, and let it run on the fastest whose parity holds.
+    """Try engines on a written model, and let it run on one whose parity holds.
 
-    Where none's does, the report warns, and the fastest whose operators are each right is taken, or the least wrong.
+    By default that is the first in the runtime's own order, so that equal input gives an equal file; a timing would
+    not. Where no engine's parity holds, the report warns, and one whose operators are each right is taken, or the
+    least wrong.
 
     Args:
         prepared: what was exported.
         staged: the model file, not published yet.
         signature: of the model.
         tensors: of the captured call, as many samples as are to be tried.
-        engine: a name, to take that one whatever it computes: the report then says what is wrong with it.
+        engine: "fastest" to time those whose parity holds and take the fastest; or a name, to take that one whatever
+            it computes: the report then says what is wrong with it.
 
     Returns:
         None where a runtime has but one.
@@ -71,15 +81,17 @@ def choose_engine(
     runtime = runtimes.get(prepared.plan.runtime)
     checks: dict[str, Parity] = {}
     calls: dict[str, Callable[[], Any]] = {}
-    for name in runtime.engines() if engine == AUTO else [engine]:
+    for name in runtime.engines() if engine in (AUTO, FASTEST) else [engine]:
         runtime.set_engine(staged, name)
         loaded = runtime.load(staged.parent, model_files(staged), signature, threads=torch.get_num_threads())
         checks[name] = check_parity(prepared, loaded, runtime, staged, tensors)
         calls[name] = functools.partial(loaded.run, tensors)
+        if engine == AUTO and not checks[name].failures:
+            break
     tiers = [[n for n in calls if not checks[n].failures], [n for n in calls if _operators_hold(checks[n])]]
     trusted = next((tier for tier in tiers if tier), [max(calls, key=lambda n: _rank(checks[n]))])
-    timings = measure({name: calls[name] for name in trusted})
-    chosen = min(trusted, key=lambda n: timings[n].median_ms)
+    timings = measure({name: calls[name] for name in trusted}) if engine == FASTEST else {}
+    chosen = min(trusted, key=lambda n: timings[n].median_ms) if timings else trusted[0]
     runtime.set_engine(staged, chosen)
     return EngineChoice(chosen, _in_words(chosen, timings, checks, engine))
 
@@ -98,14 +110,18 @@ def _rank(parity: Parity) -> tuple[float, float]:
 
 
 def _in_words(chosen: str, timings: dict[str, Timing], checks: dict[str, Parity], engine: str) -> str:
-    why = "was asked for"
-    if engine == AUTO:
+    which = "fastest" if engine == FASTEST else "first in order"
+    if engine not in (AUTO, FASTEST):
+        why = "was asked for"
+    elif not checks[chosen].failures:
+        why = f"is the {which} of the correct ones"
+    elif _operators_hold(checks[chosen]):
+        why = f"is the {which} whose operators are right, each alone, though parity does not hold from end to end"
+    else:
         why = "is the least wrong one"
-        if _operators_hold(checks[chosen]):
-            why = "is the fastest whose operators are right, each alone, though parity does not hold from end to end"
-        if not checks[chosen].failures:
-            why = "is the fastest correct one"
-    measured = ", ".join(f"{name} {timing} ms" for name, timing in timings.items())
+    text = f"engine {chosen} {why}"
+    if timings:
+        measured = ", ".join(f"{name} {timing} ms" for name, timing in timings.items())
+        text += f", measured on the captured batch in interleaved rounds: {measured}"
     wrong = "; ".join(f"{name} ({parity.failures[0]})" for name, parity in checks.items() if parity.failures)
-    text = f"engine {chosen} {why}, measured on the captured batch in interleaved rounds: {measured}"
     return f"{text}. Not correct here: {wrong}" if wrong else text

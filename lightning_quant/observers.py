@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from lightning_quant.choice import check_choice
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.recipe import Recipe
 
@@ -237,6 +238,5 @@ def build(name: str, recipe: Recipe) -> Observer:
     Raises:
         QuantizationError: the name is unknown.
     """
-    if name not in OBSERVERS:
-        raise QuantizationError(f"Expected an observer out of {sorted(OBSERVERS)}, but got {name!r}.")
+    check_choice("observer", name, OBSERVERS)
     return OBSERVERS[name](recipe)

@@ -1,21 +1,27 @@
 """The whole path without a Trainer: calibrate, convert, export, measure."""
 
+import functools
 import itertools
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_quant import artifact as artifacts
 from lightning_quant import recipe as recipes
+from lightning_quant import runtimes
 from lightning_quant.accuracy.sensitivity import NUM_CALLS, check_rankable, rank_operators
+from lightning_quant.arguments import check_flag, check_name, check_on_device, check_path, check_threads, patterns
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
 from lightning_quant.auto import choose_runtime
-from lightning_quant.calibrate import as_call, calibrate, steps_of
+from lightning_quant.batch_readings import Call
+from lightning_quant.calibrate import calibrate
+from lightning_quant.calibration_data import CalibrationCalls
 from lightning_quant.checkpoint import load_module
 from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CalibrationError, QuantizationError
@@ -23,6 +29,8 @@ from lightning_quant.export import DynamicShapes, Quantizable, export, in_float3
 from lightning_quant.graph.table import Selection
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import quantize_layers
+from lightning_quant.loaded import LoadedModule
+from lightning_quant.names import Engine, Recipes, Runtime
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
@@ -30,17 +38,17 @@ from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
 
 def quantize(
     model_or_checkpoint: nn.Module | str | os.PathLike[str],
-    recipe: str | dict[str, Any] | AnyRecipe = "int8",
-    runtime: str = "onnxruntime",
+    recipe: Recipes | dict[str, Any] | AnyRecipe = "int8",
+    runtime: Runtime = "onnxruntime",
     *,
-    calibration_data: Iterable[Any] | None = None,
+    calibration_data: Any = None,
     output_dir: str | os.PathLike[str] | None = None,
-    include: tuple[str, ...] | list[str] = ("*",),
-    exclude: tuple[str, ...] | list[str] = (),
+    include: str | tuple[str, ...] | list[str] = ("*",),
+    exclude: str | tuple[str, ...] | list[str] = (),
     dynamic_shapes: DynamicShapes | None = None,
     threads: int | None = None,
     sensitivity: bool = False,
-    engine: str = AUTO,
+    engine: Engine = "auto",
     lightning_module: nn.Module | type[nn.Module] | None = None,
     module: str | None = None,
 ) -> Artifact:
@@ -51,18 +59,21 @@ def quantize(
         recipe: numerics, by name or object.
         runtime: where the artifact will run; "auto" makes one for every installed runtime and keeps the fastest whose
             parity holds, with what was measured in the report.
-        calibration_data: calls, each a tensor, a tuple of arguments or a dict of keyword arguments. Batches as in
-            training; a few hundred samples are enough.
+        calibration_data: a DataLoader or LightningDataModule, of whose batches the first 32 are cut to what the module
+            takes, by name or by number, with a warning of what is left out; or any iterable of calls, each a tensor, a
+            tuple of arguments or a dict of keyword arguments; or one tensor. Batches as in training; a few hundred
+            samples are enough. Recipes of layers need one call, to try the layers on.
         output_dir: the artifact's folder; "quantized" in the working directory by default. An artifact there
             is replaced.
-        include: fnmatch patterns on qualified names and layer types of what may be quantized.
+        include: fnmatch patterns on qualified names and layer types of what may be quantized; one alone may be a text.
         exclude: likewise, of what stays float.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
         threads: for the latencies in the report; torch's number of threads by default.
         sensitivity: whether the report says which operator costs what; it runs the model four to six times for each
             operator, on the first two calls. For recipes that need calibration.
-        engine: whose kernels run a static recipe on runtime "torch"; "auto" measures those of this build and takes the
-            fastest whose parity holds, with what was measured in the report.
+        engine: whose kernels run a static recipe on runtime "torch": by default the first whose parity holds, in an
+            order of their own; "fastest" measures those whose parity holds, with what was measured in the report, so
+            that equal runs may end with different ones.
         lightning_module: of a checkpoint: its LightningModule's class, or an instance, which gets the weights.
         module: of a checkpoint: qualified name of the module to quantize, whose calls `calibration_data` holds; the
             LightningModule's own forward by default.
@@ -70,36 +81,36 @@ def quantize(
     Raises:
         QuantizationError: an argument is wrong or a stage failed; nothing is half written.
     """
+    recipe, selection = recipes.get(recipe), Selection(patterns("include", include), patterns("exclude", exclude))
+    _check_arguments(runtime, engine, output_dir, threads)
+    check_flag("sensitivity", sensitivity)
+    check_rankable(recipe, sensitivity=sensitivity)
     model = _float_module(model_or_checkpoint, lightning_module, module)
-    if calibration_data is None:
-        raise QuantizationError("Expected `calibration_data` to hold at least one call, but got None.")
     folder = Path(output_dir if output_dir is not None else "quantized")
     artifacts.check_folder(folder)
-    calls = iter(calibration_data)
+    given = CalibrationCalls(model, calibration_data)
+    calls = iter(given)
     first = next(calls, None)
     if first is None:
         raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
-    recipe = recipes.get(recipe)
-    check_rankable(recipe, sensitivity=sensitivity)
-    check_engine(runtime, engine)
-    selection = Selection(tuple(include), tuple(exclude))
     seconds: dict[str, float] = {}
     make = _quantize_layers if isinstance(recipe, LayerRecipe) else _calibrated
     notes: tuple[str, ...] = ()
     calls = itertools.chain([first], calls)
+    chosen: str = runtime
     if runtime == AUTO:
         data = list(calls)
-        runtime, note = choose_runtime(
+        chosen, note = choose_runtime(
             lambda name: make(model, recipe, name, selection, iter(data), {}),  # type: ignore[arg-type]
             threads,
             dynamic_shapes,
         )
         notes, calls = (note,), iter(data)
     few = list(itertools.islice(calls, NUM_CALLS)) if sensitivity else []
-    quantized: Quantizable = make(model, recipe, runtime, selection, itertools.chain(few, calls), seconds)  # type: ignore[arg-type]
+    quantized: Quantizable = make(model, recipe, chosen, selection, itertools.chain(few, calls), seconds)  # type: ignore[arg-type]
     found = None
     if sensitivity and isinstance(quantized, Prepared):
-        found = rank_operators(quantized, [as_call(call) for call in few])
+        found = rank_operators(quantized, few)
     artifact = export(
         quantized,
         folder,
@@ -111,8 +122,18 @@ def quantize(
     )
     if isinstance(quantized, Prepared):
         notes += tuple(str(step) for step in quantized.accuracy_steps)
+    notes += given.notes
     report = assess(quantized, artifact, seconds=seconds, threads=threads, notes=notes, sensitivity=found)
     return artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
+
+
+def _check_arguments(
+    runtime: Runtime, engine: Engine, output_dir: str | os.PathLike[str] | None, threads: int | None
+) -> None:
+    runtimes.check_name(runtime)
+    check_engine(runtime, engine)
+    check_path("output_dir", output_dir)
+    check_threads(threads)
 
 
 def _float_module(
@@ -120,8 +141,16 @@ def _float_module(
     lightning_module: nn.Module | type[nn.Module] | None,
     module: str | None,
 ) -> nn.Module:
+    if isinstance(model_or_checkpoint, str | os.PathLike):
+        check_name("module", module, "the LightningModule")
+        model = load_module(model_or_checkpoint, lightning_module, module)
+        check_on_device(model)
+        return model
     if not isinstance(model_or_checkpoint, nn.Module):
-        return load_module(model_or_checkpoint, lightning_module, module)
+        raise QuantizationError(_no_module(model_or_checkpoint))
+    if isinstance(model_or_checkpoint, LoadedModule):
+        raise QuantizationError("Expected a float module, but got a loaded artifact, which is quantized already.")
+    check_on_device(model_or_checkpoint)
     if lightning_module is not None or module is not None:
         raise QuantizationError(
             "Expected `lightning_module` and `module` with the path of a checkpoint only, but got them with a module: "
@@ -130,20 +159,36 @@ def _float_module(
     return model_or_checkpoint
 
 
+def _no_module(given: Any) -> str:
+    """Return what to say of something that is neither a module nor a path."""
+    got, way_out = f"{given!r:.60}", ""
+    if isinstance(given, type):
+        got, way_out = f"the class {given.__name__}", f" Give an instance: `{given.__name__}(...)`."
+    elif isinstance(given, Mapping):
+        got, way_out = (
+            "a dict",
+            " Of a state dict: build the module, `module.load_state_dict(...)`, and give the module.",
+        )
+    elif callable(given):
+        got = f"a {type(given).__name__}"
+    return f"Expected a float `nn.Module` or the path of a Lightning checkpoint, but got {got}.{way_out}"
+
+
 def _calibrated(
     model: nn.Module,
     recipe: Recipe,
     runtime: str,
     selection: Selection,
-    calls: Iterator[Any],
+    calls: Iterator[Call],
     seconds: dict[str, float],
 ) -> Prepared:
     started = time.perf_counter()
     first, observer = next(calls), recipe.calibration_observer
-    prepared = prepare(model, *as_call(first), recipe=recipe, runtime=runtime, selection=selection, observer=observer)
+    prepared = prepare(model, *first, recipe=recipe, runtime=runtime, selection=selection, observer=observer)
     seconds["capture"] = time.perf_counter() - started
     started = time.perf_counter()
-    calibrate(prepared, steps_of(prepared, itertools.chain([first], calls)))
+    calls = itertools.chain([first], calls)
+    calibrate(prepared, (torch.no_grad()(functools.partial(model, *args, **kwargs)) for args, kwargs in calls))
     seconds["calibrate"] = time.perf_counter() - started
     return in_float32(prepared)  # type: ignore[return-value]
 
@@ -153,13 +198,13 @@ def _quantize_layers(
     recipe: LayerRecipe,
     runtime: str,
     selection: Selection,
-    calls: Iterator[Any],
+    calls: Iterator[Call],
     seconds: dict[str, float],
 ) -> Quantizable:
     """Quantize on the first call; the others tell which sizes vary."""
     started = time.perf_counter()
-    args, kwargs = as_call(next(calls))
-    others = [as_call(call) for call in calls]
+    args, kwargs = next(calls)
+    others = list(calls)
     quantized = quantize_layers(
         model, args, kwargs, recipe=recipe, runtime=runtime, selection=selection, calls=[(args, kwargs), *others]
     )

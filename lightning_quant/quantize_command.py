@@ -17,6 +17,7 @@ from typing_extensions import override
 from lightning_quant.callbacks import PostTrainingQuantization
 from lightning_quant.checkpoint import load_weights, read_checkpoint
 from lightning_quant.errors import QuantizationError
+from lightning_quant.names import Engine, Recipes, Runtime
 
 OWN_SUBCOMMANDS = ("quantize", "inspect")
 """What `QuantizationCLI` adds to LightningCLI."""
@@ -30,8 +31,8 @@ class _Quantizing:
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
-        recipe: str | dict[str, Any] = "int8",
-        runtime: str = "onnxruntime",
+        recipe: Recipes | dict[str, Any] = "int8",
+        runtime: Runtime = "onnxruntime",
         output: str = "quantized",
         module: str | None = None,
         include: list[str] | None = None,
@@ -40,7 +41,7 @@ class _Quantizing:
         evaluate: bool = True,
         threads: int | None = None,
         sensitivity: bool = False,
-        engine: str = "auto",
+        engine: Engine = "auto",
         weights_only: bool | None = None,
     ) -> Any:
         """Quantize a trained checkpoint and write the artifact, evaluated with the model's own validation.
@@ -84,8 +85,8 @@ class _Quantizing:
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
-        recipe: str | dict[str, Any] = "int8",
-        runtime: str = "onnxruntime",
+        recipe: Recipes | dict[str, Any] = "int8",
+        runtime: Runtime = "onnxruntime",
         module: str | None = None,
         include: list[str] | None = None,
         exclude: list[str] | None = None,

@@ -6,7 +6,10 @@ A new named recipe is one constant in `RECIPES`.
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
+from lightning_quant.arguments import check_fields, from_fields
+from lightning_quant.choice import check_choice, closest
 from lightning_quant.errors import QuantizationError
+from lightning_quant.names import Observers, Recipes
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,8 @@ class Recipe:
     name: str = "int8"
     weight: IntegerSpec = field(default_factory=lambda: IntegerSpec(symmetric=True, per_channel=True))
     activation: IntegerSpec = field(default_factory=IntegerSpec)
-    calibration_observer: str = "mse"
-    training_observer: str = "moving_average"
+    calibration_observer: Observers = "mse"
+    training_observer: Observers = "moving_average"
     bias_correction: bool = True
     overrides: dict[str, str] = field(default_factory=dict)
     accuracy_steps: tuple[str, ...] = ()
@@ -150,7 +153,7 @@ RECIPES: dict[str, AnyRecipe] = {
 }
 
 
-def get(recipe: "str | dict[str, Any] | AnyRecipe") -> AnyRecipe:
+def get(recipe: "Recipes | dict[str, Any] | AnyRecipe") -> AnyRecipe:
     """Return the recipe of that name, or build one from its fields, or pass one through.
 
     A dict whose `name` is that of a known recipe changes fields of it; any other makes a new `Recipe`.
@@ -162,17 +165,20 @@ def get(recipe: "str | dict[str, Any] | AnyRecipe") -> AnyRecipe:
         return recipe
     if isinstance(recipe, dict):
         return _from_dict(recipe)
-    if recipe not in RECIPES:
-        raise QuantizationError(f"Expected `recipe` to be one of {sorted(RECIPES)} or a `Recipe`, but got {recipe!r}.")
+    check_choice("recipe", recipe, RECIPES, " or a `Recipe`, a `LayerRecipe` or a dict of fields")
     return RECIPES[recipe]
 
 
 def _from_dict(values: dict[str, Any]) -> AnyRecipe:
-    base = RECIPES.get(values.get("name", "int8"), Recipe())
-    known = {item.name for item in fields(base)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise QuantizationError(f"Expected `recipe` to have fields out of {sorted(known)}, but got {unknown}.")
+    name = values.get("name", "int8")
+    if not isinstance(name, str) or (name not in RECIPES and closest(name, RECIPES, cutoff=0.9)):
+        # Else the numerics of `int8` would go under a name that says something else.
+        check_choice("recipe.name", name, RECIPES, " or a name unlike them")
+    base = RECIPES.get(name, Recipe())
+    check_fields("recipe", values, [item.name for item in fields(base)])
     grids = {item.name for item in fields(base) if isinstance(getattr(base, item.name), IntegerSpec)}
-    changed = {k: IntegerSpec(**v) if k in grids and isinstance(v, dict) else v for k, v in values.items()}
+    changed = {
+        k: from_fields(IntegerSpec, f"recipe.{k}", v) if k in grids and isinstance(v, dict) else v
+        for k, v in values.items()
+    }
     return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()})  # type: ignore

@@ -3,7 +3,7 @@
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -16,12 +16,22 @@ from lightning_quant import artifact as artifacts
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
 from lightning_quant.accuracy.sensitivity import check_rankable
+from lightning_quant.arguments import (
+    check_flag,
+    check_limit,
+    check_name,
+    check_on_device,
+    check_path,
+    check_threads,
+    patterns,
+)
 from lightning_quant.artifact import Artifact
 from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.runtime_choice import choose_at_start
 from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call, layers_beside
 from lightning_quant.capture import Capture, find_module
 from lightning_quant.checkpoint import read_checkpoint
+from lightning_quant.choice import check_choice
 from lightning_quant.distributed import Group
 from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CaptureError, NoEffectWarning, QuantizationError
@@ -31,6 +41,7 @@ from lightning_quant.graph.table import Selection
 from lightning_quant.layers import has_layers
 from lightning_quant.layerwise import quantize_layers
 from lightning_quant.loss_inputs import LossInputs, leave_out_labels
+from lightning_quant.names import Engine, Example, ExampleName, Recipes, Runtime, Weights, WeightsName
 from lightning_quant.namespaces import is_overridden, trainer_class
 from lightning_quant.prepare import prepare
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
@@ -46,19 +57,19 @@ class QuantizationCallback(Callback):
 
     def __init__(
         self,
-        recipe: str | dict[str, Any] | AnyRecipe,
-        runtime: str,
+        recipe: Recipes | dict[str, Any] | AnyRecipe,
+        runtime: Runtime,
         *,
         module: str | None,
         output_dir: str | Path | None,
-        include: list[str] | tuple[str, ...],
-        exclude: list[str] | tuple[str, ...],
-        example: Literal["train_batch", "example_input_array"],
-        weights: Literal["last", "best"],
+        include: str | list[str] | tuple[str, ...],
+        exclude: str | list[str] | tuple[str, ...],
+        example: Example,
+        weights: Weights,
         evaluate: bool,
         limit_eval_batches: int | float | None,
         threads: int | None,
-        engine: str,
+        engine: Engine,
         dynamic_shapes: DynamicShapes | None,
         sensitivity: bool,
     ) -> None:
@@ -66,10 +77,12 @@ class QuantizationCallback(Callback):
         self.recipe = _refused_in_callback(recipes.get, recipe)
         self.runtime = runtime
         # The same, but for "auto": that is decided at fit start, or was in the run that is resumed.
-        self.chosen_runtime = "" if runtime == AUTO else runtime
+        self.chosen_runtime: str = "" if runtime == AUTO else runtime
         self.module = module
         self.output_dir = output_dir
-        self.selection = Selection(tuple(include), tuple(exclude))
+        self.selection = _refused_in_callback(
+            lambda: Selection(patterns("include", include), patterns("exclude", exclude))
+        )
         self.example = example
         self.weights = weights
         self.evaluate = evaluate
@@ -78,13 +91,7 @@ class QuantizationCallback(Callback):
         self.engine = engine
         self.dynamic_shapes = dynamic_shapes
         self.sensitivity = sensitivity
-        _refused_in_callback(lambda: check_rankable(self.recipe, sensitivity=sensitivity))
-        for name, value, choices in (
-            ("example", example, ("train_batch", "example_input_array")),
-            ("weights", weights, ("last", "best")),
-        ):
-            if value not in choices:
-                raise MisconfigurationException(f"Expected `{name}` to be one of {choices}, but got {value!r}.")
+        _refused_in_callback(self._check_arguments)
         # Known from fit start on, when the module exists on its device and its data can be read.
         self.prepared: Quantizable | None = None
         self.artifact: Artifact | None = None
@@ -196,10 +203,23 @@ class QuantizationCallback(Callback):
         """Return the name of the observer for activations."""
         raise NotImplementedError
 
+    def _check_arguments(self) -> None:
+        """Refuse what needs neither module nor trainer to be known as wrong."""
+        runtimes.check_name(self.runtime)
+        check_engine(self.runtime, self.engine)
+        check_name("module", self.module, "the LightningModule")
+        check_path("output_dir", self.output_dir)
+        check_choice("example", self.example, get_args(ExampleName))
+        check_choice("weights", self.weights, get_args(WeightsName))
+        check_flag("evaluate", self.evaluate)
+        check_flag("sensitivity", self.sensitivity)
+        check_limit("limit_eval_batches", self.limit_eval_batches)
+        check_threads(self.threads)
+        check_rankable(self.recipe, sensitivity=self.sensitivity)
+
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.runtime != AUTO:
             runtimes.get(self.runtime, exporting=True)
-        check_engine(self.runtime, self.engine)
         if self.module is not None and trainer.lightning_module is not None and _is_configured(pl_module):
             find_module(pl_module, self.module)
         folder = self.folder(trainer)
@@ -292,6 +312,7 @@ def _check_initialized(pl_module: LightningModule) -> None:
             f"Expected every layer to have its shape when fit begins, but {', '.join(lazy[:3])} "
             f"{'is' if len(lazy) == 1 else 'are'} lazy. Run a batch through the model in `configure_model` or `setup`."
         )
+    check_on_device(pl_module)
 
 
 def _refused_in_callback(function: Any, *args: Any) -> Any:

@@ -5,21 +5,23 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_quant.accuracy.recalibrate import Call, recorded_calls
 from lightning_quant.accuracy.sensitivity import NUM_CALLS, rank_operators
+from lightning_quant.arguments import check_positive, from_fields
 from lightning_quant.calibrate import calibrate
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
 from lightning_quant.callbacks.finish import choose_weights, finish
 from lightning_quant.callbacks.training_data import calibration_steps, check_data, independent_copy
+from lightning_quant.choice import check_choice
 from lightning_quant.distributed import calibrate_together
-from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
+from lightning_quant.names import Data, DataName, Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, Recipe
 from lightning_quant.routing import resolve
@@ -36,16 +38,14 @@ class Calibration:
     """
 
     num_batches: int = 32
-    data: str = "train"
+    data: Data = "train"
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.data not in ("train", "validation"):
-            raise QuantizationError(
-                f"Expected `calibration.data` to be 'train' or 'validation', but got {self.data!r}."
-            )
-        if self.num_batches < 1:
-            raise QuantizationError(f"Expected `calibration.num_batches` to be positive, but got {self.num_batches}.")
+        check_choice("calibration.data", self.data, get_args(DataName))
+        check_positive("calibration.num_batches", self.num_batches)
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise QuantizationError(f"Expected `calibration.seed` to be an integer, but got {self.seed!r:.60}.")
 
 
 class PostTrainingQuantization(QuantizationCallback):
@@ -60,14 +60,15 @@ class PostTrainingQuantization(QuantizationCallback):
             `training_step` calls.
         output_dir: the artifact's folder; "quantized" beside the logs by default. An artifact there is replaced.
         calibration: which batches ranges are learned from.
-        include: fnmatch patterns on qualified names and layer types of what may be quantized.
+        include: fnmatch patterns on qualified names and layer types of what may be quantized; one alone may be a text.
         exclude: likewise, of what stays float.
         example: what the call to capture comes from: "train_batch" or "example_input_array".
         weights: "last", or "best": those of ModelCheckpoint's best checkpoint.
         evaluate: whether to run the validation loop on float, simulated and exported model when fit ends.
         limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
         threads: for the latencies in the report; torch's number of threads by default.
-        engine: whose kernels run on runtime "torch"; "auto" measures and takes the fastest whose parity holds.
+        engine: whose kernels run on runtime "torch": by default the first whose parity holds, in an order of their own;
+            "fastest" measures those whose parity holds, so that equal runs may end with different ones.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
         sensitivity: whether the report says which operator costs what: it runs the module four to six times for each
             operator, on two calibration batches, and the validation loop twice for the worst one. For recipes that
@@ -83,20 +84,20 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def __init__(
         self,
-        recipe: str | dict[str, Any] | AnyRecipe = "int8",
-        runtime: str = "onnxruntime",
+        recipe: Recipes | dict[str, Any] | AnyRecipe = "int8",
+        runtime: Runtime = "onnxruntime",
         *,
         module: str | None = None,
         output_dir: str | Path | None = None,
         calibration: Calibration | dict[str, Any] | None = None,
-        include: list[str] | tuple[str, ...] = ("*",),
-        exclude: list[str] | tuple[str, ...] = (),
-        example: Literal["train_batch", "example_input_array"] = "train_batch",
-        weights: Literal["last", "best"] = "last",
+        include: str | list[str] | tuple[str, ...] = ("*",),
+        exclude: str | list[str] | tuple[str, ...] = (),
+        example: Example = "train_batch",
+        weights: Weights = "last",
         evaluate: bool = True,
         limit_eval_batches: int | float | None = None,
         threads: int | None = None,
-        engine: str = AUTO,
+        engine: Engine = "auto",
         dynamic_shapes: DynamicShapes | None = None,
         sensitivity: bool = False,
     ) -> None:
@@ -116,8 +117,7 @@ class PostTrainingQuantization(QuantizationCallback):
             dynamic_shapes=dynamic_shapes,
             sensitivity=sensitivity,
         )
-        given = Calibration() if calibration is None else calibration
-        self.calibration = _refused_in_callback(lambda: Calibration(**given)) if isinstance(given, dict) else given
+        self.calibration = _refused_in_callback(_calibration, calibration)
 
     @override
     def observer(self) -> str:
@@ -167,3 +167,16 @@ class PostTrainingQuantization(QuantizationCallback):
         deployed.take_over(prepared)
         self.seconds["calibrate"] = time.perf_counter() - started
         return calls
+
+
+def _calibration(given: Any) -> Calibration:
+    """Return what `calibration=` means: batches of the Trainer's data, which ones it says itself."""
+    if given is None or isinstance(given, Calibration):
+        return given or Calibration()
+    if isinstance(given, dict):
+        return from_fields(Calibration, "calibration", given)
+    number = given if isinstance(given, int) and not isinstance(given, bool) else 64
+    raise QuantizationError(
+        f"Expected `calibration` to be a dict such as {{'num_batches': {number}}}, but got {given!r:.60}. The batches "
+        "are those of the Trainer's own data."
+    )

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -19,13 +19,14 @@ from lightning_quant.accuracy.recalibrate import recorded_calls
 from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_operators
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback, warn
 from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
-from lightning_quant.callbacks.schedule import Schedule, Timeline, resolve
+from lightning_quant.callbacks.schedule import Schedule, Timeline, read_schedule, resolve
 from lightning_quant.callbacks.training_data import calibration_steps, independent_copy
 from lightning_quant.distributed import merge_batch
 from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import DynamicShapes
 from lightning_quant.learned_steps import LearnedSteps
+from lightning_quant.names import Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import LayerRecipe, Recipe
 from lightning_quant.routing import evaluation_mode
@@ -47,14 +48,15 @@ class QuantizationAwareTraining(QuantizationCallback):
             `training_step` calls.
         output_dir: the artifact's folder; "quantized" beside the logs by default. An artifact there is replaced.
         schedule: when the phases of training begin.
-        include: fnmatch patterns on qualified names and layer types of what may be quantized.
+        include: fnmatch patterns on qualified names and layer types of what may be quantized; one alone may be a text.
         exclude: likewise, of what stays float.
         example: what the call to capture comes from: "train_batch" or "example_input_array".
         weights: "last", or "best": the best checkpoint of ModelCheckpoint, weights and ranges from the same file.
         evaluate: whether to run the validation loop on float, simulated and exported model when fit ends.
         limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
         threads: for the latencies in the report; torch's number of threads by default.
-        engine: whose kernels run on runtime "torch"; "auto" measures and takes the fastest whose parity holds.
+        engine: whose kernels run on runtime "torch": by default the first whose parity holds, in an order of their own;
+            "fastest" measures those whose parity holds, so that equal runs may end with different ones.
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
         sensitivity: whether the report says which operator costs what, with the trained weights and ranges; see
             `PostTrainingQuantization`. In one process.
@@ -69,20 +71,20 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def __init__(
         self,
-        recipe: str | dict[str, Any] | Recipe = "int8",
-        runtime: str = "onnxruntime",
+        recipe: Recipes | dict[str, Any] | Recipe = "int8",
+        runtime: Runtime = "onnxruntime",
         *,
         module: str | None = None,
         output_dir: str | Path | None = None,
         schedule: Schedule | dict[str, Any] | None = None,
-        include: list[str] | tuple[str, ...] = ("*",),
-        exclude: list[str] | tuple[str, ...] = (),
-        example: Literal["train_batch", "example_input_array"] = "train_batch",
-        weights: Literal["last", "best"] = "last",
+        include: str | list[str] | tuple[str, ...] = ("*",),
+        exclude: str | list[str] | tuple[str, ...] = (),
+        example: Example = "train_batch",
+        weights: Weights = "last",
         evaluate: bool = True,
         limit_eval_batches: int | float | None = None,
         threads: int | None = None,
-        engine: str = AUTO,
+        engine: Engine = "auto",
         dynamic_shapes: DynamicShapes | None = None,
         sensitivity: bool = False,
     ) -> None:
@@ -107,8 +109,7 @@ class QuantizationAwareTraining(QuantizationCallback):
                 f"Expected `recipe` to be one to train through, such as 'int8', but got {self.recipe.name!r}, whose "
                 "layers are quantized after training. Use PostTrainingQuantization."
             )
-        given = Schedule() if schedule is None else schedule
-        self.schedule = _refused_in_callback(lambda: Schedule(**given)) if isinstance(given, dict) else given
+        self.schedule = _refused_in_callback(read_schedule, schedule)
         self.timeline = Timeline({}, in_epochs=False)
         # A checkpoint's state arrives before fit start, when there is nothing yet to put it into.
         self._restored: dict[str, Any] | None = None

@@ -2,11 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
+from lightning_quant.arguments import from_fields
+from lightning_quant.choice import check_choice
 from lightning_quant.errors import QuantizationError
-
-UNITS = ("fraction", "epochs", "steps")
+from lightning_quant.names import Unit, UnitName
 
 
 @dataclass(frozen=True)
@@ -30,19 +31,36 @@ class Schedule:
     fake_quantize: float = 0.2
     freeze_observers: float = 0.8
     freeze_batch_norm: float = math.inf
-    unit: str = "fraction"
+    unit: Unit = "fraction"
 
     def __post_init__(self) -> None:
         points = (self.observe, self.fake_quantize, self.freeze_observers, self.freeze_batch_norm)
-        if self.unit not in UNITS:
-            raise QuantizationError(f"Expected `schedule.unit` to be one of {UNITS}, but got {self.unit!r}.")
+        check_choice("schedule.unit", self.unit, get_args(UnitName))
+        if any(isinstance(point, bool) or not isinstance(point, int | float) for point in points):
+            raise QuantizationError(f"Expected the points of `schedule` to be numbers, but got {points}.")
         if min(points) < 0 or list(points) != sorted(points):
             raise QuantizationError(f"Expected the points of `schedule` to be positive and in order, but got {points}.")
         if self.unit == "fraction" and self.fake_quantize >= 1:
             raise QuantizationError(
                 f"Expected `schedule` to reach fake quantization in this run, but `fake_quantize` is "
-                f"{self.fake_quantize} of it. Choose a fraction below 1."
+                f"{self.fake_quantize} of it. Choose a fraction below 1, or say what it counts, as unit='epochs'."
             )
+
+
+def read_schedule(given: Any) -> Schedule:
+    """Return the schedule that `schedule=` means: one, or the fields of one.
+
+    Raises:
+        QuantizationError: it is neither, or a field or its value is wrong.
+    """
+    if given is None or isinstance(given, Schedule):
+        return given or Schedule()
+    if not isinstance(given, dict):
+        raise QuantizationError(
+            "Expected `schedule` to be a dict such as {'fake_quantize': 2, 'freeze_observers': 8, 'unit': 'epochs'}, "
+            f"but got {given!r:.60}."
+        )
+    return from_fields(Schedule, "schedule", given)
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,22 @@ import importlib.util
 import pkgutil
 from types import ModuleType
 
-from lightning_quant.errors import MissingRuntimeError, QuantizationError
+from lightning_quant.choice import check_choice
+from lightning_quant.errors import MissingRuntimeError
 
 
 def names() -> list[str]:
     """Return the names of all runtimes of this version."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def check_name(name: str) -> None:
+    """Make sure that `runtime=` names a runtime, or leaves the choice to "auto".
+
+    Raises:
+        QuantizationError: it does not.
+    """
+    check_choice("runtime", name, ["auto", *names()])
 
 
 def get(name: str, *, exporting: bool = False) -> ModuleType:
@@ -32,8 +42,7 @@ def get(name: str, *, exporting: bool = False) -> ModuleType:
         QuantizationError: no runtime has that name.
         MissingRuntimeError: it is not installed here; the message carries the pip command.
     """
-    if name not in names():
-        raise QuantizationError(f"Expected `runtime` to be one of {names()} but got {name!r}.")
+    check_choice("runtime", name, names())
     runtime = importlib.import_module(f"{__name__}.{name}")
     missing = [package for package in runtime.REQUIRES if importlib.util.find_spec(package) is None]
     if missing:

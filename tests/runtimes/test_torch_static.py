@@ -177,24 +177,41 @@ def fastest(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_auto_takes_the_fastest_engine_and_says_what_it_measured(
+def test_the_fastest_engine_is_taken_on_request_and_what_was_measured_is_said(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fastest(monkeypatch, engine)
-    artifact = export(ready(residual()), tmp_path / "artifact")
+    artifact = export(ready(residual()), tmp_path / "artifact", engine="fastest")
     model: Any = load(artifact.path)
 
     assert model.engine == artifact.manifest["engine"]["name"] == engine
     measured = artifact.manifest["engine"]["measured"]
-    assert f"engine {engine} is the fastest correct one" in measured
+    assert f"engine {engine} is the fastest of the correct ones" in measured
     assert all(f"{name} 1 (" in measured or f"{name} 9 (" in measured for name in ENGINES)
+
+
+def test_by_default_nothing_is_timed_and_the_first_correct_engine_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_clock(calls: Any) -> Any:
+        raise AssertionError("nobody asked for a measurement")
+
+    monkeypatch.setattr(choosing, "measure", no_clock)
+    choice = export(ready(residual()), tmp_path / "artifact").manifest["engine"]
+    assert choice["name"] == ENGINES[0]
+    assert choice["measured"] == f"engine {ENGINES[0]} is the first in order of the correct ones"
+
+    distort(monkeypatch, ENGINES[0])
+    choice = export(ready(residual()), tmp_path / "other").manifest["engine"]
+    assert choice["name"] == ENGINES[1]
+    assert f"Not correct here: {ENGINES[0]} (at " in choice["measured"]
 
 
 def test_an_engine_that_saturates_is_rejected_however_fast(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wrong, right = ENGINES[0], ENGINES[1]
     distort(monkeypatch, wrong)
     fastest(monkeypatch, wrong)
-    choice = export(ready(residual()), tmp_path / "artifact").manifest["engine"]
+    choice = export(ready(residual()), tmp_path / "artifact", engine="fastest").manifest["engine"]
 
     assert choice["name"] == right
     assert f"Not correct here: {wrong} (at " in choice["measured"]
@@ -209,7 +226,7 @@ def test_what_the_kernels_of_this_machine_get_wrong_is_rejected(tmp_path: Path) 
         model[0].weight.copy_(torch.randint(0, 2, model[0].weight.shape) * 2.0 - 1.0)
     x = 4 * torch.rand(2, 16, 12, 12)
     prepared = ready(model, x)
-    choice = export(prepared, tmp_path / "artifact").manifest["engine"]
+    choice = export(prepared, tmp_path / "artifact", engine="fastest").manifest["engine"]
     with torch.no_grad(), prepared.attached("frozen"), prepared.simulation.recording() as edges:
         model(x)
     for engine in ENGINES:
@@ -243,8 +260,12 @@ def test_engine_that_was_asked_for_is_taken_and_reported(tmp_path: Path) -> None
     assert artifact.manifest["engine"]["name"] == engine
     assert artifact.report is not None
     assert any(f"engine {engine} was asked for" in note for note in artifact.report["notes"])
-    for name, wrong in (("torch", "cudnn"), ("onnxruntime", engine)):
-        with pytest.raises(QuantizationError, match="Expected `engine` to be 'auto' or an engine of `runtime`"):
+    for name, wrong, message in (
+        ("torch", "qnpack", "Expected `engine` to be one of .* got 'qnpack'. Did you mean 'qnnpack'?"),
+        ("onnxruntime", engine, "Expected no `engine` for `runtime` 'onnxruntime'"),
+        ("auto", engine, "Expected no `engine` for `runtime` 'auto'"),
+    ):
+        with pytest.raises(QuantizationError, match=message):
             quantize(residual(), output_dir=tmp_path, engine=wrong, **(options | {"runtime": name}))
     with pytest.raises(QuantizationError, match="Expected `engine` to be one of"):
         load(artifact.path, engine="cudnn")
