@@ -16,11 +16,12 @@ from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
 from lightning_quant.errors import ExportError
 from lightning_quant.export import PARITY_SAMPLES, Quantizable, dynamic_dimensions, export_float, samples_of
-from lightning_quant.latency import Timing, measure, torch_threads
+from lightning_quant.latency import Timing, measure
 from lightning_quant.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.layerwise import Layerwise
 from lightning_quant.machine import cpu_name
 from lightning_quant.parity import Parity, check_parity
+from lightning_quant.process import torch_threads
 from lightning_quant.report import LatencyRow, MetricRow, Report
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.signature import make_signature

@@ -2,8 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,17 +53,6 @@ def measure(
                 if turn >= 2:
                     samples[name].append(1000 * elapsed)
     return {name: _timing(values) for name, values in samples.items()}
-
-
-@contextmanager
-def torch_threads(number: int) -> Iterator[None]:
-    """Run torch on that many threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _timing(values: list[float]) -> Timing:

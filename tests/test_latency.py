@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from lightning_quant import latency
-from lightning_quant.latency import Timing, measure, torch_threads
+from lightning_quant.latency import Timing, measure
+from lightning_quant.process import torch_threads
 
 
 class Clock:

@@ -6,13 +6,14 @@ import io
 import logging
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, rebuild_call
-from lightning_quant.errors import ExportError, QuantizationError
+from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.signature import Signature, output_names, tensor_leaves
 
 # What a file says of its inputs, and of its outputs.
@@ -67,6 +68,36 @@ def forms_of_signature(signature: Signature) -> Forms:
         for i in signature.inputs
     ]
     return inputs, [{"name": info.name, "dtype": info.dtype} for info in signature.outputs]
+
+
+def check_forms(program: dict[str, Any], signature: Signature, path: Path) -> None:
+    """Make sure that a program's inputs and outputs are those of a signature.
+
+    Raises:
+        ArtifactError: they are not.
+    """
+    inputs, outputs = forms_of_signature(signature)
+    if [program["inputs"], program["outputs"]] != [inputs, outputs]:
+        raise ArtifactError(
+            f"Expected {path} to have the inputs and outputs of its signature, but {program['inputs']!r:.200} and "
+            f"{program['outputs']!r:.200} are not {inputs} and {outputs}."
+        )
+
+
+def tensors_in(path: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file.
+
+    Raises:
+        ArtifactError: the file is something else.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    # Of types that PyTorch does not have it raises KeyError.
+    except (SafetensorError, OSError, LookupError, ValueError, RuntimeError) as error:
+        raise ArtifactError(f"Expected {path} to hold the tensors of a model, but {first_line(error)}.") from error
 
 
 @contextlib.contextmanager

@@ -1,8 +1,11 @@
 """Quantized layers in process: a program that calls `torch.ops.lightning_quant`, and the tensors beside it.
 
 The model is two files without pickled objects: model.safetensors holds every tensor once, program.json.gz the captured
-call as PyTorch's exporter writes it, without tensors. So weights that are tied stay tied, and the same file can fill a
+call as steps (see `_torch_steps.py`), without tensors. So weights that are tied stay tied, and the same file can fill a
 model that the user built.
+
+The program is not the one that PyTorch's exporter saves: its reader gives texts of the file to SymPy, which evaluates
+them as Python, and takes any attribute of torch for an operator.
 
 What was tried and is not used: torchao's Int8DynamicActivationInt8WeightConfig is slower than float in eager mode and
 needs a C++ compiler otherwise; torch.ao's dynamic layers have one activation scale for the tensor (see
@@ -10,7 +13,6 @@ needs a C++ compiler otherwise; torch.ao's dynamic layers have one activation sc
 """
 
 import collections
-import gzip
 import inspect
 import json
 from pathlib import Path
@@ -21,47 +23,45 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_quant.calls import CallSpec
-from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
-from lightning_quant.latency import torch_threads
+from lightning_quant.errors import ArtifactError, ExportError
 from lightning_quant.layers import StoredLayer
 from lightning_quant.loaded import LoadedModule
+from lightning_quant.process import torch_threads
+from lightning_quant.runtimes import _torch_steps as steps
 from lightning_quant.runtimes._fill import CONSTANT, STRUCTURE
-from lightning_quant.runtimes._flat import Flat, example_tensors, exporting, first_line
+from lightning_quant.runtimes._flat import Flat, check_forms, example_tensors, exporting, forms_of_call, tensors_in
+from lightning_quant.runtimes._torch_program import Program
 from lightning_quant.signature import Signature
 
 _PROGRAM = "program.json.gz"
-# What PyTorch's reader raises, beside its own error, when a program is not what it expects.
-_DAMAGE = (AttributeError, RuntimeError, AssertionError)
 
 
 class TorchLayersModule(LoadedModule):
-    """An exported program with its tensors."""
+    """An exported program with its tensors.
+
+    Raises:
+        ArtifactError: the files are something else, or the program has other inputs and outputs than the signature.
+    """
 
     def __init__(
         self, folder: Path, files: dict[str, str], signature: Signature, *, threads: int | None = None
     ) -> None:
-        from safetensors.torch import load_file
-
         super().__init__(signature)
-        tensors = load_file(folder / files["model"])
-        constants = {name: tensors.pop(name) for name in list(tensors) if name.startswith(CONSTANT)}
+        if _PROGRAM not in files:
+            raise ArtifactError(f"Expected the artifact to have a {_PROGRAM}, but it has {sorted(files)}.")
+        path = folder / files[_PROGRAM]
+        program = steps.read_steps(path)
+        check_forms(program, signature, path)
         self.threads = threads
-        # In the order in which the exporter was given them.
-        self.state = dict(sorted(tensors.items()))
-        self.program = _deserialize(folder / files[_PROGRAM], constants)
+        self.program = _ready(program, folder / files["model"], path)
 
     @torch.no_grad()
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the program."""
         dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
-        values = [tensor.to("cpu", dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-        with torch_threads(self.threads or torch.get_num_threads()):
-            try:
-                outputs = self.program(self.state, values)
-            except (RuntimeError, IndexError) as error:
-                raise QuantizationError(
-                    f"Expected inputs that the model can take, such as sequences that it has positions for, but {error}"
-                ) from error
+        values = [tensor.detach().to("cpu", dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
+        with torch_threads(self.threads):
+            outputs = self.program(values)
         device = tensors[0].device if tensors else torch.device("cpu")
         return [output.to(device) for output in outputs]
 
@@ -114,8 +114,13 @@ def export(
             dynamic_shapes=(dict.fromkeys(state), shapes),
             strict=False,
         )
-        text, constants = _serialize(program)
-    (path.parent / _PROGRAM).write_bytes(gzip.compress(text, mtime=0))
+        functional = program.run_decompositions({}).module(check_guards=False)
+    steps.simplify(functional.graph)
+    inputs, outputs = forms_of_call(Flat(module, signature, spec), tuple(examples), dynamic)
+    placeholders = [steps.TENSOR + name for name in state] + [info["name"] for info in inputs]
+    described = {"inputs": inputs, "outputs": outputs}
+    steps.write_steps(functional, path.parent / _PROGRAM, described, placeholders, CONSTANT)
+    constants = steps.tensors_of(functional, CONSTANT)
     layers = {name: child.scheme.name for name, child in module.named_modules() if isinstance(child, StoredLayer)}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in {**state, **constants}.items()}
     # One entry, since the file has entries in no fixed order.
@@ -133,12 +138,9 @@ def check(path: Path) -> None:
     Raises:
         ExportError: it cannot be read.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        constants = {name: file.get_tensor(name) for name in file.keys() if name.startswith(CONSTANT)}  # noqa: SIM118
+    file = path.parent / _PROGRAM
     try:
-        _deserialize(path.parent / _PROGRAM, constants)
+        _ready(steps.read_steps(file), path, file)
     except ArtifactError as error:
         raise ExportError(str(error)) from error
 
@@ -157,40 +159,15 @@ output = model({arguments})
 
 def count_operators(path: Path) -> dict[str, int]:
     """Return how often each operator occurs in a written program."""
-    graph = json.loads(gzip.decompress((path.parent / _PROGRAM).read_bytes()))["graph_module"]["graph"]
-    names = (node["target"].removeprefix("torch.ops.") for node in graph["nodes"])
-    return dict(collections.Counter(names))
+    return dict(collections.Counter(step["call"] for step in steps.read_steps(path.parent / _PROGRAM)["steps"]))
 
 
-def _serialize(program: Any) -> tuple[bytes, dict[str, Tensor]]:
-    from torch._export.serde import serialize
-
-    program.example_inputs = None
-    for node in program.graph.nodes:
-        # What the exporter remembers of the user's code, with paths of this machine.
-        node.meta = {key: value for key, value in node.meta.items() if key in ("val", "tensor_meta")}
-    artifact = serialize.serialize(program)
-    return artifact.exported_program, {f"{CONSTANT}{name}": value for name, value in program.constants.items()}
-
-
-def _deserialize(path: Path, constants: dict[str, Tensor]) -> nn.Module:
-    """Return the module of a program; tensors are passed beside the text, so that nothing is unpickled."""
-    from torch._export.serde import serialize
-
+def _ready(program: dict[str, Any], model: Path, path: Path) -> Program:
+    """Return a program with the tensors of a file; what is stored stays so until a step widens it, in each call."""
     import lightning_quant.layers  # noqa: F401
 
-    named = {name.removeprefix(CONSTANT): value for name, value in constants.items()}
-    try:
-        text = gzip.decompress(path.read_bytes())
-        program = serialize.deserialize(serialize.SerializedArtifact(text, {}, named, b""))  # type: ignore[arg-type]
-        module = program.module(check_guards=False)
-    except (serialize.SerializeError, OSError, EOFError, LookupError, TypeError, ValueError, *_DAMAGE) as error:
-        raise ArtifactError(
-            f"Expected {path} to be a program for PyTorch {torch.__version__}, but {first_line(error)}."
-        ) from error
-    # They check shapes at each call, which the signature has done.
-    module._forward_pre_hooks.clear()
-    return module
+    tensors = {steps.TENSOR + name: tensor for name, tensor in tensors_in(model).items()}
+    return Program(program, tensors, path, once=False)
 
 
 def _aliases(module: nn.Module) -> dict[str, str]:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from lightning_quant.errors import ExportError
 from lightning_quant.graph.operations import argument
+from lightning_quant.runtimes._torch_steps import simplify
 
 _ATEN, _QDQ, _NATIVE = torch.ops.aten, torch.ops.quantized_decomposed, torch.ops.quantized
 _QUANTIZE, _DEQUANTIZE = _ATEN.quantize_per_tensor.default, _ATEN.dequantize.self
@@ -48,8 +49,10 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
         ExportError: its activations have fewer than eight bits, which the kernels do not clip to.
     """
     graph = graph_module.graph
-    for node in list(graph.nodes):
-        _simplify(node)
+    simplify(graph)
+    for node in graph.nodes:
+        if node.target in _RESHAPES:
+            node.target = _ATEN.reshape.default
     _name_native_tensors(graph)
     for node in list(graph.nodes):
         if node.target in _MOVES and _is(node.args[0], _DEQUANTIZE) and _moves_zero(node):
@@ -67,18 +70,6 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
     return graph_module
-
-
-def _simplify(node: fx.Node) -> None:
-    """Take out what only checks or does nothing in evaluation, and let reshapes copy where they must."""
-    if node.op != "call_function":
-        return
-    if node.target in _RESHAPES:
-        node.target = _ATEN.reshape.default
-    elif node.target is _ATEN.dropout.default and not node.args[2]:
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-    elif any(word in str(node.target) for word in ("_assert_", "sym_constrain_range", "_guards_fn")):
-        node.graph.erase_node(node)
 
 
 def _name_native_tensors(graph: fx.Graph) -> None:

@@ -10,22 +10,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
-from lightning_quant.latency import torch_threads
 from lightning_quant.loaded import LoadedModule
+from lightning_quant.process import quantized_engine, resizable_results, torch_threads
 from lightning_quant.runtimes import _torch_steps as steps
 from lightning_quant.runtimes._flat import (
     Flat,
+    check_forms,
     dynamic_shapes,
     example_tensors,
     exporting,
     forms_of_call,
-    forms_of_signature,
+    tensors_in,
 )
 from lightning_quant.runtimes._standalone import torch_inputs
+from lightning_quant.runtimes._torch_program import Forced, Program
 from lightning_quant.signature import Signature
 
 # Likeliest first.
@@ -54,25 +56,20 @@ class TorchStaticModule(LoadedModule):
         super().__init__(signature)
         path = folder / files[steps.FILE]
         program = steps.read_steps(path)
-        _check_fits(program, signature, path)
+        check_forms(program, signature, path)
         self.engine = program["engine"] if engine is None else engine
         _check_engine(self.engine)
         self.threads = threads
         with _native(self.engine):
-            self.program = steps.build(program, _tensors(folder / files["model"]), path)
+            self.program = Program(program, tensors_in(folder / files["model"]), path, once=True)
 
     @torch.no_grad()
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the program."""
         dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
         values = [tensor.detach().to("cpu", dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-        with torch_threads(self.threads or torch.get_num_threads()), steps.quantized_engine(self.engine):
-            try:
-                outputs = self.program(*values)
-            except (RuntimeError, IndexError) as error:
-                raise QuantizationError(
-                    f"Expected inputs that the model can take, such as sequences that it has positions for, but {error}"
-                ) from error
+        with torch_threads(self.threads), _running(self.engine):
+            outputs = self.program(values)
         device = tensors[0].device if tensors else torch.device("cpu")
         return [output.contiguous().to(device) for output in outputs]
 
@@ -100,11 +97,11 @@ def export(
     with exporting("PyTorch's exporter"):
         program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
         lowered = lower(program.run_decompositions({}).module(check_guards=False))
-    stored = {name: t.detach().cpu().clone().contiguous() for name, t in steps.tensors_of(lowered).items()}
-    save_file(stored, path)
     inputs, outputs = forms_of_call(flat, examples, dynamic)
     about = {"engine": engines()[0], "inputs": inputs, "outputs": outputs}
-    steps.write_steps(lowered, path.parent / steps.FILE, about)
+    steps.write_steps(lowered, path.parent / steps.FILE, about, [info["name"] for info in inputs])
+    held = {steps.TENSOR + name: tensor for name, tensor in steps.tensors_of(lowered).items()}
+    save_file({name: t.detach().cpu().clone().contiguous() for name, t in held.items()}, path)
 
 
 def engines() -> list[str]:
@@ -137,12 +134,14 @@ def standalone(files: dict[str, str], signature: Signature) -> str:
     names = [info.name for info in signature.outputs]
     return f"""import gzip
 import json
+import math
 import operator
 
 import torch
 from safetensors.torch import load_file
 
 program = json.loads(gzip.open({files[steps.FILE]!r}).read())
+roots = {{"operator": operator, "math": math, "torch": torch}}
 torch.backends.quantized.engine = program["engine"]
 {torch_inputs(signature)}
 values = {{**load_file({files["model"]!r}), **inputs}}
@@ -157,7 +156,7 @@ def read(value):
 
 for step in program["steps"]:
     root, _, name = step["call"].partition(".")
-    function = operator.attrgetter(name)(operator if root == "operator" else getattr(torch.ops, root))
+    function = operator.attrgetter(name)(roots.get(root) or getattr(torch.ops, root))
     kwargs = {{key: read(value) for key, value in step["kwargs"].items()}}
     values[step["name"]] = function(*read(step["args"]), **kwargs)
 outputs = dict(zip({names!r}, read(program["results"])))
@@ -185,25 +184,32 @@ def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -
         ExportError: the program has another number of quantized tensors.
     """
     program, module = _built(path)
-    forced = steps.Forced(module, [torch.from_numpy(edge) for edge in edges])
-    with steps.quantized_engine(program["engine"]), torch.no_grad():
-        forced.run(*(inputs[info["name"]].detach().cpu() for info in program["inputs"]))
-    if sorted(forced.computed) != list(range(len(edges))):
-        raise ExportError(f"Expected {len(edges)} quantized tensors in the program, but got {len(forced.computed)}.")
+    found = [step["edge"] for step in program["steps"] if "edge" in step]
+    if sorted(found) != list(range(len(edges))):
+        raise ExportError(f"Expected {len(edges)} quantized tensors in the program, but got {len(found)}.")
+    forced = Forced(module, {index: torch.from_numpy(edge) for index, edge in enumerate(edges)}, program["engine"])
+    with _running(program["engine"]), torch.no_grad():
+        forced.run([inputs[info["name"]].detach().cpu() for info in program["inputs"]])
     return [forced.computed[index].numpy() for index in range(len(edges))]
 
 
-def _built(path: Path) -> tuple[dict[str, Any], fx.GraphModule]:
-    """Return the program beside a file of tensors, and the module that it makes up."""
+def _built(path: Path) -> tuple[dict[str, Any], Program]:
+    """Return the program beside a file of tensors, as it is written and ready to run."""
     file = path.parent / steps.FILE
     program = steps.read_steps(file)
+    _check_engine(program["engine"])
     with _native(program["engine"]):
-        return program, steps.build(program, _tensors(path), file)
+        return program, Program(program, tensors_in(path), file, once=True)
 
 
 def _check_engine(engine: str) -> None:
     if engine not in engines():
         raise QuantizationError(f"Expected `engine` to be one of {engines()} of this PyTorch, but got {engine!r}.")
+
+
+def _running(engine: str) -> contextlib.AbstractContextManager[None]:
+    """Return what kernels of an engine need set while they run: nothing, but for those that resize their results."""
+    return resizable_results() if engine in ("x86", "fbgemm") else contextlib.nullcontext()
 
 
 @contextlib.contextmanager
@@ -212,25 +218,5 @@ def _native(engine: str) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.quantize_per_tensor(torch.zeros(1), 1.0, 0, torch.quint8)
-    with steps.quantized_engine(engine):
+    with quantized_engine(engine):
         yield
-
-
-def _tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise ArtifactError(f"Expected {path} to hold the tensors of a model, but {error}.") from error
-
-
-def _check_fits(program: dict[str, Any], signature: Signature, path: Path) -> None:
-    """Make sure that a program's inputs and outputs are those of a signature."""
-    inputs, outputs = forms_of_signature(signature)
-    if [program["inputs"], program["outputs"]] != [inputs, outputs]:
-        raise ArtifactError(
-            f"Expected {path} to have the inputs and outputs of its signature, but {program['inputs']} and "
-            f"{program['outputs']} are not {inputs} and {outputs}."
-        )

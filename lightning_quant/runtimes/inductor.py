@@ -24,9 +24,9 @@ from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, MissingRuntimeError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
-from lightning_quant.latency import torch_threads
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.machine import cpu_flags, cpu_name
+from lightning_quant.process import torch_threads
 from lightning_quant.runtimes._flat import (
     Flat,
     Forms,
@@ -101,7 +101,7 @@ class InductorModule(LoadedModule):
         dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
         # Generated code reads memory by the strides of the example.
         inputs = [t.detach().to("cpu", dtype).contiguous() for t, dtype in zip(tensors, dtypes, strict=True)]
-        with torch.no_grad(), torch_threads(self.threads or torch.get_num_threads()):
+        with torch.no_grad(), torch_threads(self.threads):
             outputs = self.package(*inputs)
         return [output.to(device) for output in outputs]
 

@@ -25,8 +25,9 @@ from lightning_quant.parity import check_parity
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import IntegerSpec, Recipe
-from lightning_quant.runtimes import _torch_static, _torch_steps
+from lightning_quant.runtimes import _torch_program, _torch_static, _torch_steps
 from lightning_quant.runtimes import torch as runtime
+from lightning_quant.runtimes._flat import tensors_in
 
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ENGINES = runtime.engines()
@@ -150,20 +151,20 @@ def test_activations_of_fewer_bits_are_refused(tmp_path: Path) -> None:
 
 def distort(monkeypatch: pytest.MonkeyPatch, engine: str) -> None:
     """Let an engine's kernels saturate: the only thing that is known of it is what it computes."""
-    run = _torch_steps.Forced.run_node
+    exchange = _torch_program.Forced.exchange
     whole = _torch_static.TorchStaticModule.run
 
-    def saturated(self: Any, n: Any) -> Any:
-        result = run(self, n)
-        if torch.backends.quantized.engine == engine and n.meta.get("edge") is not None:
-            self.computed[n.meta["edge"]] = self.computed[n.meta["edge"]].clamp(max=40)
-        return result
+    def saturated(self: Any, edge: Any, result: Tensor) -> Tensor:
+        given = exchange(self, edge, result)
+        if self.engine == engine:
+            self.computed[edge] = self.computed[edge].clamp(max=40)
+        return given
 
     def negative(self: Any, tensors: list[Tensor]) -> list[Tensor]:
         outputs = whole(self, tensors)
         return [-output for output in outputs] if self.engine == engine else outputs
 
-    monkeypatch.setattr(_torch_steps.Forced, "run_node", saturated)
+    monkeypatch.setattr(_torch_program.Forced, "exchange", saturated)
     monkeypatch.setattr(_torch_static.TorchStaticModule, "run", negative)
 
 
@@ -292,7 +293,7 @@ def test_nothing_is_unpickled(made: tuple[Prepared, Artifact], monkeypatch: pyte
 
 def test_weights_are_stored_in_one_byte_each(made: tuple[Prepared, Artifact]) -> None:
     values = sum(p.numel() for name, p in made[0].root.named_parameters() if p.dim() > 1)
-    stored = _torch_static._tensors(made[1].model_path)
+    stored = tensors_in(made[1].model_path)
     integers = [tensor for tensor in stored.values() if tensor.dtype is torch.int8]
     others = [tensor for tensor in stored.values() if tensor.dtype is not torch.int8]
 
@@ -346,7 +347,7 @@ def test_operators_of_others_are_refused_at_export(tmp_path: Path) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.ops.lightning_quant_tests.double(self.net(x))
 
-    with pytest.raises(ExportError, match=r"consist of PyTorch's own operators, but it calls .*double"):
+    with pytest.raises(ExportError, match=r"own operators that only compute, but it calls .*double"):
         export(ready(Decodes().eval(), torch.randn(3, 6)), tmp_path / "artifact")
 
 
