@@ -19,6 +19,7 @@ from lightning_quant.graph.candidates import is_left_out
 from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
 from lightning_quant.layers.placement import place
+from lightning_quant.named_edges import EdgeQuantizer
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import clone, evaluation_mode, replace_submodule, resolve
@@ -166,7 +167,9 @@ def _convert_island(
             continue
         identity = identify(island.path, edge.key)
         scale, zero_point = prepared.ranges.parameters(identity)
-        pair = _insert_pair(graph, nodes[edge.key], scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
+        name = f"edge_{len(layers)}"
+        layers[name] = EdgeQuantizer(identity, scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
+        pair = _insert_pair(graph, nodes[edge.key], name, layers[name].grid)
         if identity in prepared.channels:
             _scale_channels(island, edge.key, prepared.channels[identity].to(torch.device("cpu")), *pair)
     for name, layer in layers.items():
@@ -240,15 +243,12 @@ def _pool_with_static_window(node: fx.Node) -> None:
     node.meta["dropped"] = result
 
 
-def _insert_pair(
-    graph: fx.Graph, node: fx.Node, scale: float, zero_point: int, quant_max: int
-) -> tuple[fx.Node, fx.Node]:
+def _insert_pair(graph: fx.Graph, node: fx.Node, quantizer: str, grid: tuple[Any, ...]) -> tuple[fx.Node, fx.Node]:
     while "dropped" in node.meta:
         node = node.meta["dropped"]
     readers = list(node.users)
-    grid = (scale, zero_point, 0, quant_max, torch.uint8)
     with graph.inserting_after(node):
-        quantized = graph.call_function(torch.ops.quantized_decomposed.quantize_per_tensor.default, (node, *grid))
+        quantized = graph.call_module(quantizer, (node,))
     with graph.inserting_after(quantized):
         dequantized = graph.call_function(
             torch.ops.quantized_decomposed.dequantize_per_tensor.default, (quantized, *grid)

@@ -66,6 +66,7 @@ def export(
         staged = folder / runtime.MODEL_FILE
         dynamic = _write(prepared, converted, staged, dynamic)
         del converted
+        _leave_out_unread(prepared, staged)
         if release and isinstance(prepared, Layerwise):
             prepared.release()
         signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic)
@@ -139,6 +140,13 @@ def _write(prepared: Quantizable, converted: nn.Module, staged: Path, dynamic: D
         else:
             return attempt
     return dynamic
+
+
+def _leave_out_unread(prepared: Quantizable, staged: Path) -> None:
+    """Take out of the plan what the exporter found that nothing reads."""
+    runtime = runtimes.get(prepared.plan.runtime)
+    if isinstance(prepared, Prepared) and hasattr(runtime, "quantized_edges"):
+        prepared.plan = prepared.plan.with_edges(runtime.quantized_edges(staged))
 
 
 def _with_sequences(prepared: Layerwise, dynamic: DynamicShapes) -> DynamicShapes:

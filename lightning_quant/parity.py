@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.named_edges import numbered
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode
@@ -121,13 +122,14 @@ def _worst_operator(
 ) -> tuple[str, float | None]:
     if not hasattr(runtime, "run_forced"):
         return "", None
-    expected = [integers.cpu().numpy() for _, integers in edges]
-    actual = runtime.run_forced(model_path, inputs, expected)
+    names = numbered(identity for identity, _ in edges)
+    expected = {name: integers.cpu().numpy() for name, (_, integers) in zip(names, edges, strict=True)}
     worst = ("", 1.0)
-    for (identity, _), ours, theirs in zip(edges, expected, actual, strict=True):
+    for name, theirs in runtime.run_forced(model_path, inputs, expected).items():
+        ours = expected[name]
         share = float((np.abs(ours.astype(np.int16) - theirs.astype(np.int16)) <= 1).mean()) if ours.size else 1.0
         if share < worst[1] or not worst[0]:
-            worst = (identity, share)
+            worst = (name, share)
     return worst
 
 

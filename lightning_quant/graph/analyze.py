@@ -12,9 +12,10 @@ from lightning_quant.calls import CallSpec, flatten_call, forward_signature
 from lightning_quant.errors import PlanError, UntraceableError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.patterns import Matcher
-from lightning_quant.graph.plan import GraphPlan, Plan, Row
+from lightning_quant.graph.plan import UNREAD, GraphPlan, Plan, Row
 from lightning_quant.graph.table import OperatorTable, Selection, matches
 from lightning_quant.graph.trace import Traced, trace
+from lightning_quant.graph.unread import remove_unread
 from lightning_quant.routing import clone, evaluation_mode, resolve, training_mode
 
 # Their forward hands the weights to a fused kernel; no graph of ours could change them there.
@@ -90,8 +91,10 @@ class _Splitter:
             self.reason = self.reason or str(error)
             self._refuse(path, module, str(error))
             return
+        unread = remove_unread(traced.graph, module)
         matcher = Matcher(traced, module, self.table, self.selection, path)
         self.rows += matcher.rows()
+        self.rows += [Row(join(path, name), layer, "float", UNREAD) for name, layer in unread]
         inner = sorted(_opaque_with_weights(traced, module))
         if matcher.plan.operators:
             keys = {node.meta["site"]: node.meta["key"] for node in traced.graph.nodes if "site" in node.meta}

@@ -1,7 +1,9 @@
 """The plan: what happens to each operator of a module, or the reason it stays float. Data only, no tensors."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
+
+UNREAD = "nothing reads its result in evaluation, so it is no part of what is exported"
 
 
 @dataclass(frozen=True)
@@ -122,6 +124,26 @@ class Plan:
         """Share of the weights' values, without excluded ones, stored with fewer bits, in [0, 1]; for layers."""
         total = sum(row.weights for row in self.rows)
         return sum(row.weights for row in self.rows if row.action != "float") / total if total else 0.0
+
+    def with_edges(self, present: set[str]) -> "Plan":
+        """Return the plan of a file that has these edges: operators around others are no part of it, which rows say.
+
+        A part whose own code runs around graphs may compute what nothing reads; exporters leave that out.
+        """
+        graphs, dropped = [], set[str]()
+        for graph in self.graphs:
+            edges = tuple(edge for edge in graph.edges if edge.passed or identify(graph.path, edge.key) in present)
+            missing = {edge.key for edge in graph.edges} - {edge.key for edge in edges}
+            kept = tuple(o for o in graph.operators if not missing & {o.output, *o.inputs})
+            gone = {o for o in graph.operators if o not in kept}
+            names = missing | {key for o in gone for key in (o.key, o.batch_norm, o.activation, o.pad) if key}
+            dropped |= {".".join(part for part in (graph.path, key) if part) for key in names}
+            graphs.append(replace(graph, operators=kept, edges=edges))
+        rows = (
+            replace(row, action="float", reason=UNREAD) if row.action != "float" and row.name in dropped else row
+            for row in self.rows
+        )
+        return replace(self, graphs=tuple(graphs), rows=tuple(rows))
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists that JSON can hold."""

@@ -1,10 +1,11 @@
 """WHERE a quantized model runs: one file per runtime, and the file name is the runtime's name.
 
 A runtime module offers `TABLE`, `REQUIRES`, `MODEL_FILE`, `export`, `check`, `load` (which gives a `LoadedModule`),
-`standalone`, `count_operators`, `still_float` and `run_forced` as in `onnxruntime.py`. One with kernels of several
-engines offers `engines` and `set_engine` as in `torch.py`. `HALF_ARITHMETIC` says whether layers compute in half
-precision or only store their weights so, None that recipes of layers do not run; `LAYER_REFUSALS` has scheme to reason
-for those that do not. `LAYERS_IN_GRAPHS` says whether a static recipe may leave layers to them. `IN_PROCESS`
+`standalone`, `count_operators` and `still_float`, and where its files keep the names of edges `quantized_edges` and
+`run_forced`, as in `onnxruntime.py`. One with kernels of several engines offers `engines` and `set_engine` as in
+`torch.py`. `HALF_ARITHMETIC` says whether layers compute in half precision or only store their weights so, None that
+recipes of layers do not run; `LAYER_REFUSALS` has scheme to reason for those that do not. `LAYERS_IN_GRAPHS` says
+whether a static recipe may leave layers to them. `IN_PROCESS`
 says that the float peer of comparisons is the float module itself.
 """
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, rebuild_call
+from lightning_quant.named_edges import PREFIX, EdgeNames
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting
 from lightning_quant.runtimes._onnx_layers import translations
 from lightning_quant.signature import output_names
@@ -53,6 +54,7 @@ def export_onnx(
             optimize=False,
             verbose=False,
         )
+        _name_edges(program.model, EdgeNames(flat))  # type: ignore[union-attr]
         _optimize(program.model)  # type: ignore[union-attr]
         _name(program.model, spec.names, names)  # type: ignore[union-attr]
     _strip(program.model)  # type: ignore[union-attr]
@@ -85,6 +87,13 @@ def _name(model: Any, inputs: tuple[str, ...], outputs: list[str]) -> None:
         if len(values) == len(names):
             for value, name in zip(values, names, strict=True):
                 value.name = name
+
+
+def _name_edges(model: Any, names: EdgeNames) -> None:
+    """Name the nodes that quantize after the plan's edges, while the exporter's notes are there to tell."""
+    for node in model.graph:
+        if node.op_type == "QuantizeLinear" and (edge := names.of_onnx(node)) is not None:
+            node.name = f"{PREFIX}{edge}"
 
 
 def _widens(node: Any) -> bool:

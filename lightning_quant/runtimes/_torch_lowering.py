@@ -2,7 +2,7 @@
 
 Tensors of those kernels carry scale and zero point with them, so what only moves values takes them as they are. What
 matches no pattern stays as it was: dequantize, float arithmetic, quantize. The result has calls of operators in the
-namespaces `aten` and `quantized` alone, and in each node's `meta["edge"]` the place of the QDQ edge that it computes.
+namespaces `aten` and `quantized` alone, and in each node's `meta["edge"]` the name of the plan's edge that it computes.
 """
 
 from collections.abc import Callable
@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from lightning_quant.errors import ExportError
 from lightning_quant.graph.operations import argument
+from lightning_quant.named_edges import EdgeNames
 from lightning_quant.runtimes._torch_steps import simplify
 
 _ATEN, _QDQ, _NATIVE = torch.ops.aten, torch.ops.quantized_decomposed, torch.ops.quantized
@@ -42,8 +43,12 @@ _MOVES = frozenset({
 _RESHAPES = (_ATEN.view.default, _ATEN._unsafe_view.default)
 
 
-def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
+def lower(graph_module: fx.GraphModule, names: EdgeNames) -> fx.GraphModule:
     """Rewrite an exported, functional QDQ graph; the module is changed and returned.
+
+    Args:
+        graph_module: of the exported program.
+        names: of the quantizers in the module that was exported.
 
     Raises:
         ExportError: its activations have fewer than eight bits, which the kernels do not clip to.
@@ -53,7 +58,7 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
     for node in graph.nodes:
         if node.target in _RESHAPES:
             node.target = _ATEN.reshape.default
-    _name_native_tensors(graph)
+    _name_native_tensors(graph, names)
     for node in list(graph.nodes):
         if node.target in _MOVES and _is(node.args[0], _DEQUANTIZE) and _moves_zero(node):
             _move_in_integers(node)
@@ -72,9 +77,8 @@ def lower(graph_module: fx.GraphModule) -> fx.GraphModule:
     return graph_module
 
 
-def _name_native_tensors(graph: fx.Graph) -> None:
+def _name_native_tensors(graph: fx.Graph, names: EdgeNames) -> None:
     """Write QDQ nodes as those that make and read PyTorch's quantized tensors."""
-    edge = 0
     for node in list(graph.nodes):
         if node.target is _QDQ.quantize_per_tensor.default:
             source, scale, zero_point, low, high, dtype = node.args
@@ -84,7 +88,7 @@ def _name_native_tensors(graph: fx.Graph) -> None:
                     "Choose another runtime for recipes with fewer bits."
                 )
             node.target, node.args = _QUANTIZE, (source, scale, zero_point, torch.quint8)
-            node.meta["edge"], edge = edge, edge + 1
+            node.meta["edge"] = names.of_fx(node)
         elif node.target is _QDQ.dequantize_per_tensor.default:
             node.target, node.args = _DEQUANTIZE, (node.args[0],)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.loaded import LoadedModule
+from lightning_quant.named_edges import EdgeNames, check_common
 from lightning_quant.process import quantized_engine, resizable_results, torch_threads
 from lightning_quant.runtimes import _torch_steps as steps
 from lightning_quant.runtimes._flat import (
@@ -96,7 +97,7 @@ def export(
     flat = Flat(module, signature, spec).eval()
     with exporting("PyTorch's exporter"):
         program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
-        lowered = lower(program.run_decompositions({}).module(check_guards=False))
+        lowered = lower(program.run_decompositions({}).module(check_guards=False), EdgeNames(flat))
     inputs, outputs = forms_of_call(flat, examples, dynamic)
     about = {"engine": engines()[0], "inputs": inputs, "outputs": outputs}
     steps.write_steps(lowered, path.parent / steps.FILE, about, [info["name"] for info in inputs])
@@ -169,28 +170,24 @@ def count_operators(path: Path) -> dict[str, int]:
     return dict(collections.Counter(call for call in calls if "prepack" not in call and "_make_per" not in call))
 
 
-def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -> list[np.ndarray]:
-    """Run every operator on its own, on given integers.
+def quantized_edges(path: Path) -> set[str]:
+    """Return the names of the plan's edges that a program has."""
+    return {step["edge"] for step in steps.read_steps(path.parent / steps.FILE)["steps"] if "edge" in step}
 
-    Args:
-        path: file of tensors, with the program beside it.
-        inputs: the model's own inputs by name.
-        edges: integers of every quantized tensor in the order of execution, uint8.
 
-    Returns:
-        the integers that the operators computed, in the same order.
+def run_forced(path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run every operator on its own, on given integers; as in `onnxruntime.py`.
 
     Raises:
-        ExportError: the program has another number of quantized tensors.
+        ExportError: the program has none of these quantized tensors.
     """
     program, module = _built(path)
-    found = [step["edge"] for step in program["steps"] if "edge" in step]
-    if sorted(found) != list(range(len(edges))):
-        raise ExportError(f"Expected {len(edges)} quantized tensors in the program, but got {len(found)}.")
-    forced = Forced(module, {index: torch.from_numpy(edge) for index, edge in enumerate(edges)}, program["engine"])
+    check_common(edges, quantized_edges(path))
+    given = {name: torch.from_numpy(integers) for name, integers in edges.items()}
+    forced = Forced(module, given, program["engine"])
     with _running(program["engine"]), torch.no_grad():
         forced.run([inputs[info["name"]].detach().cpu() for info in program["inputs"]])
-    return [forced.computed[index].numpy() for index in range(len(edges))]
+    return {name: integers.numpy() for name, integers in forced.computed.items()}
 
 
 def _built(path: Path) -> tuple[dict[str, Any], Program]:

@@ -98,7 +98,7 @@ def write_steps(
             names[node] = f"step.{node.name}"
             step = {"name": names[node], "call": _call(node), "args": _encode(node.args, names)}
             kwargs = {key: _encode(value, names) for key, value in node.kwargs.items()}
-            edge = {"edge": node.meta["edge"]} if "edge" in node.meta else {}
+            edge = {"edge": node.meta["edge"]} if node.meta.get("edge") else {}
             steps.append({**step, "kwargs": kwargs, **edge})
     write({"format": _FORMAT, **described, "steps": steps, "results": results}, path)
 

@@ -26,6 +26,7 @@ from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
+from lightning_quant.named_edges import PREFIX, check_common
 from lightning_quant.runtimes._flat import first_line
 from lightning_quant.runtimes._onnx_export import export_onnx as export
 from lightning_quant.runtimes._standalone import numpy_inputs
@@ -192,6 +193,14 @@ def count_operators(path: Path) -> dict[str, int]:
     return dict(collections.Counter(node.op_type for node in graph.node))
 
 
+def quantized_edges(path: Path) -> set[str]:
+    """Return the names of the plan's edges that a file has: what nothing reads is not in it."""
+    import onnx
+
+    graph = onnx.load(path, load_external_data=False).graph
+    return {node.name.removeprefix(PREFIX) for node in graph.node if node.name.startswith(PREFIX)}
+
+
 def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
     """Return kind to number of planned integer operators for which the session has no integer operator."""
     left = dict(counts)
@@ -205,47 +214,45 @@ def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict
     return missing
 
 
-def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -> list[np.ndarray]:
+def run_forced(path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Run every operator on its own, on given inputs, in one session.
 
     Each quantized tensor of the file is cut: its readers get the given integers, and what its producer makes of *its*
-    given inputs is an output.
+    given inputs is an output. Those that there are no integers for stay as they are.
 
     Args:
         path: an ONNX file in QDQ form.
         inputs: the model's own inputs by name.
-        edges: integers of every quantized tensor in the order of execution, uint8.
+        edges: integers of the quantized tensors by the names of their edges, uint8.
 
     Returns:
-        the integers that the operators computed, in the same order.
+        the integers that the operators computed, of those edges that the file has.
 
     Raises:
-        ExportError: the file has another number of quantized tensors.
+        ExportError: the file has none of these quantized tensors.
     """
     import onnx
 
     model = onnx.load(path)
-    types = {init.name: init.data_type for init in model.graph.initializer}
-    quantize = [
-        n for n in model.graph.node if n.op_type == "QuantizeLinear" and types.get(n.input[2]) == onnx.TensorProto.UINT8
-    ]
-    if len(quantize) != len(edges):
-        raise ExportError(f"Expected {len(edges)} quantized tensors in the exported file, but got {len(quantize)}.")
-    forced = {node.output[0]: f"forced_{index}" for index, node in enumerate(quantize)}
+    quantize = {
+        node.name.removeprefix(PREFIX): node.output[0] for node in model.graph.node if node.name.startswith(PREFIX)
+    }
+    check_common(edges, quantize)
+    cut = {name: output for name, output in quantize.items() if name in edges}
+    forced = {output: f"forced_{index}" for index, output in enumerate(cut.values())}
     for node in model.graph.node:
         node.input[:] = [forced.get(name, name) for name in node.input]
     del model.graph.output[:]
     make = onnx.helper.make_tensor_value_info
     model.graph.output.extend(make(name, onnx.TensorProto.UINT8, None) for name in forced)
-    model.graph.input.extend(
-        make(name, onnx.TensorProto.UINT8, edge.shape) for name, edge in zip(forced.values(), edges, strict=True)
-    )
+    given = dict(zip(forced.values(), (edges[name] for name in cut), strict=True))
+    model.graph.input.extend(make(name, onnx.TensorProto.UINT8, edge.shape) for name, edge in given.items())
     with tempfile.TemporaryDirectory() as folder:
         onnx.save(model, Path(folder) / MODEL_FILE, save_as_external_data=model.ByteSize() > 2**30)
         running = session(Path(folder) / MODEL_FILE)
-    values = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()}
-    values.update(zip(forced.values(), edges, strict=True))
-    return running.run(None, {info.name: values[info.name] for info in running.get_inputs()})
+    values = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()} | given
+    computed = running.run(None, {info.name: values[info.name] for info in running.get_inputs()})
+    return dict(zip(cut, computed, strict=True))
 
 
 def _refusals() -> tuple[type[Exception], ...]:

@@ -24,6 +24,7 @@ from lightning_quant.errors import ArtifactError, ExportError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
+from lightning_quant.named_edges import PREFIX, check_common
 from lightning_quant.runtimes._onnx_export import export_onnx
 from lightning_quant.runtimes._openvino_weights import compress_weights
 from lightning_quant.runtimes._standalone import numpy_inputs
@@ -178,6 +179,14 @@ def count_operators(path: Path) -> dict[str, int]:
     return dict(counts)
 
 
+def quantized_edges(path: Path) -> set[str]:
+    """Return the names of the plan's edges that a model has."""
+    import openvino
+
+    names = [op.get_friendly_name() for op in openvino.Core().read_model(path).get_ordered_ops()]
+    return {name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)}
+
+
 def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
     """Return kind to number of planned integer operators with weights that run in float.
 
@@ -197,19 +206,11 @@ def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict
     return missing
 
 
-def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -> list[np.ndarray]:
-    """Run every operator on its own, on given integers, in one compiled model.
-
-    Args:
-        path: a model in QDQ form.
-        inputs: the model's own inputs by name.
-        edges: integers of every quantized tensor in the order of execution, uint8.
-
-    Returns:
-        the integers that the operators computed, in the same order.
+def run_forced(path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Run every operator on its own, on given integers, in one compiled model; as in `onnxruntime.py`.
 
     Raises:
-        ExportError: the model has another number of quantized tensors, or OpenVINO refuses an operator.
+        ExportError: the model has none of these quantized tensors, or OpenVINO refuses an operator.
     """
     import openvino
     from openvino import opset13
@@ -217,16 +218,16 @@ def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -
     core = openvino.Core()
     model = core.read_model(path)
     quantized = {
-        op.get_friendly_name(): op
+        op.get_friendly_name().removeprefix(PREFIX): op
         for op in model.get_ordered_ops()
-        if op.get_friendly_name().startswith(_QUANTIZE) and op.get_output_element_type(0) == openvino.Type.u8
+        if op.get_friendly_name().startswith(PREFIX) and op.get_output_element_type(0) == openvino.Type.u8
     }
-    if len(quantized) != len(edges):
-        raise ExportError(f"Expected {len(edges)} quantized tensors in the exported file, but got {len(quantized)}.")
+    check_common(edges, quantized)
+    cut = {name: op for name, op in quantized.items() if name in edges}
     parameters, results = list(model.get_parameters()), []
-    for name, edge in zip(sorted(quantized, key=_order), edges, strict=True):
-        output = quantized[name].output(0)
-        forced = opset13.parameter(list(edge.shape), np.uint8, name=f"forced_{name}")
+    for name, op in cut.items():
+        output = op.output(0)
+        forced = opset13.parameter(list(edges[name].shape), np.uint8, name=f"forced {name}")
         for reader in list(output.get_target_inputs()):
             reader.replace_source_output(forced.output(0))
         parameters.append(forced)
@@ -238,12 +239,8 @@ def run_forced(path: Path, inputs: dict[str, Tensor], edges: list[np.ndarray]) -
     except RuntimeError as error:
         raise ExportError(f"Expected OpenVINO to run each operator alone, but it says: {_reason(error)}") from error
     own = [inputs[port.get_any_name()].detach().cpu().numpy() for port in model.inputs]
-    computed = running([*own, *edges])
-    return [np.array(computed[port]) for port in running.outputs]
-
-
-# What the exporter to ONNX calls the node that quantizes an activation; a number follows, from the second one on.
-_QUANTIZE = "node_quantize_per_tensor"
+    computed = running([*own, *(edges[name] for name in cut)])
+    return dict(zip(cut, (np.array(computed[port]) for port in running.outputs), strict=True))
 
 
 def _with_names_of_its_own(model: Any) -> Any:
@@ -253,10 +250,6 @@ def _with_names_of_its_own(model: Any) -> Any:
         if kind == op.get_type_name() and number.isdecimal():
             op.set_friendly_name(f"{kind}_{index}")
     return model
-
-
-def _order(name: str) -> int:
-    return int(name.removeprefix(_QUANTIZE).removeprefix("_") or 0)
 
 
 def _reason(error: BaseException) -> str:

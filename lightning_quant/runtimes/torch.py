@@ -26,10 +26,10 @@ from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.runtimes import _torch_layers, _torch_static, _torch_steps
 from lightning_quant.runtimes._fill import fill
-from lightning_quant.runtimes._torch_static import engines, run_forced, set_engine
+from lightning_quant.runtimes._torch_static import engines, quantized_edges, run_forced, set_engine
 from lightning_quant.signature import Signature
 
-__all__ = ["engines", "run_forced", "set_engine"]
+__all__ = ["engines", "quantized_edges", "run_forced", "set_engine"]
 REQUIRES = ("torch",)
 MODEL_FILE = "model.safetensors"
 HALF_ARITHMETIC = True

@@ -261,8 +261,8 @@ def test_parity_fails_for_another_models_artifact(exported: Exported) -> None:
 
 def test_parity_needs_a_file_with_the_same_edges(exported: Exported) -> None:
     item = exported["residual"]
-    with pytest.raises(ExportError, match="quantized tensors in the exported file"):
-        runtime.run_forced(item.artifact.model_path, {"image": IMAGE}, [np.zeros((4, 3, 8, 8), np.uint8)])
+    with pytest.raises(ExportError, match="quantized tensors of the plan in the exported file"):
+        runtime.run_forced(item.artifact.model_path, {"image": IMAGE}, {"other": np.zeros((4, 3, 8, 8), np.uint8)})
 
 
 class Excluding(nn.Module):

@@ -131,13 +131,15 @@ def test_forced_integers_go_to_each_reader(made: tuple[Prepared, Artifact]) -> N
     prepared, artifact = made
     with torch.no_grad(), prepared.attached("frozen"), prepared.simulation.recording() as edges:
         prepared.root(IMAGE)
-    given = [integers.numpy() for _, integers in edges]
+    given = {name: integers.numpy() for name, integers in edges}
     right = runtime.run_forced(artifact.model_path, {"image": IMAGE}, given)
-    assert all((one == other).all() for one, other in zip(given, right, strict=True))
-    zeros = runtime.run_forced(artifact.model_path, {"image": IMAGE}, [0 * edge for edge in given])
-    assert not (zeros[1] == given[1]).all()
-    with pytest.raises((ExportError, IndexError)):
-        runtime.run_forced(artifact.model_path, {"image": IMAGE}, given[:-1])
+    assert set(right) == set(given)
+    assert all((right[name] == given[name]).all() for name in given)
+    zeros = runtime.run_forced(artifact.model_path, {"image": IMAGE}, {name: 0 * edge for name, edge in given.items()})
+    second = list(given)[1]
+    assert not (zeros[second] == given[second]).all()
+    with pytest.raises(ExportError, match="quantized tensors of the plan"):
+        runtime.run_forced(artifact.model_path, {"image": IMAGE}, {"other": given[second]})
 
 
 def test_activations_of_fewer_bits_are_refused(tmp_path: Path) -> None:
@@ -232,11 +234,8 @@ def test_what_the_kernels_of_this_machine_get_wrong_is_rejected(tmp_path: Path) 
         model(x)
     for engine in ENGINES:
         path = export(prepared, tmp_path / engine, engine=engine).model_path
-        computed = runtime.run_forced(path, {"input": x}, [integers.numpy() for _, integers in edges])
-        far = [
-            abs(ours.int() - torch.from_numpy(theirs).int()) > 1
-            for (_, ours), theirs in zip(edges, computed, strict=True)
-        ]
+        computed = runtime.run_forced(path, {"input": x}, {name: integers.numpy() for name, integers in edges})
+        far = [abs(ours.int() - torch.from_numpy(computed[name]).int()) > 1 for name, ours in edges]
         is_wrong = max(f.float().mean().item() for f in far) > 0.001
         assert (f"{engine} (at " in choice["measured"]) == is_wrong
         assert not (is_wrong and choice["name"] == engine)
