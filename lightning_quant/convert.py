@@ -167,9 +167,9 @@ def _convert_island(
             continue
         identity = identify(island.path, edge.key)
         scale, zero_point = prepared.ranges.parameters(identity)
-        name = f"edge_{len(layers)}"
-        layers[name] = EdgeQuantizer(identity, scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
-        pair = _insert_pair(graph, nodes[edge.key], name, layers[name].grid)
+        quantizer = EdgeQuantizer(identity, scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
+        layers[name := f"edge_{len(layers)}"] = quantizer
+        pair = _insert_pair(graph, nodes[edge.key], name, quantizer.grid)
         if identity in prepared.channels:
             _scale_channels(island, edge.key, prepared.channels[identity].to(torch.device("cpu")), *pair)
     for name, layer in layers.items():
