@@ -3,6 +3,8 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_quant.shorthand import know_callbacks
+
 if TYPE_CHECKING:
     from lightning_quant.artifact import Artifact, load
     from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining, Schedule
@@ -41,3 +43,6 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+know_callbacks()

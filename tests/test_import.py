@@ -1,8 +1,12 @@
 import importlib
 import inspect
+import os
 import pkgutil
+import shutil
 import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +40,19 @@ def test_loading_an_artifact_needs_no_lightning() -> None:
     assert result.stdout == "[]\n"
 
 
+@pytest.mark.parametrize("first", ["import lightning_quant", "from lightning.pytorch.cli import LightningCLI"])
+def test_lightning_cli_knows_the_callbacks_by_their_bare_names(first: str, tmp_path: Path) -> None:
+    arguments = ["--trainer.callbacks+=QuantizationAwareTraining", "--trainer.callbacks.output_dir=q"]
+    result = run(
+        f"import warnings; warnings.simplefilter('ignore')\n{first}\nimport lightning_quant\n"
+        "from lightning.pytorch import LightningModule\nfrom lightning.pytorch.cli import LightningCLI\n"
+        f"cli = LightningCLI(LightningModule, run=False, save_config_callback=None, args={arguments!r})\n"
+        "print([c.output_dir for c in cli.trainer.callbacks if type(c).__name__ == 'QuantizationAwareTraining'])"
+    )
+
+    assert result.stdout == "['q']\n", result.stderr
+
+
 def test_public_names_are_what_they_say() -> None:
     # Importing a submodule binds its name in the package, which must not hide a function of that name.
     for module in pkgutil.walk_packages(lightning_quant.__path__, "lightning_quant."):
@@ -57,3 +74,23 @@ def test_unknown_name_is_an_ordinary_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'lightning_quant' has no attribute 'quantise'"):
         lightning_quant.quantise  # noqa: B018
     assert not hasattr(lightning_quant, "nothing")
+
+
+def test_editable_install_is_a_path_that_type_checkers_follow(tmp_path: Path) -> None:
+    pytest.importorskip("setuptools")
+    root = Path(lightning_quant.__file__).parents[1]
+    if not (root / "pyproject.toml").is_file():
+        pytest.skip("runs from a checkout")
+    project = tmp_path / "project"
+    (project / "lightning_quant").mkdir(parents=True)
+    for name in ("pyproject.toml", "README.md", "LICENSE", "lightning_quant/__init__.py", "lightning_quant/py.typed"):
+        shutil.copy(root / name, project / name)
+    build = "import os, setuptools.build_meta as m; print(m.build_editable(os.environ['OUT']))"
+    environment = {**os.environ, "OUT": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", build], cwd=project, env=environment, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    files = zipfile.ZipFile(wheel)
+    paths = [name for name in files.namelist() if name.endswith(".pth")]
+
+    assert [files.read(name).decode().strip() for name in paths] == [str(project)]
+    assert not any(name.endswith(".py") for name in files.namelist())
