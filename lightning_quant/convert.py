@@ -22,12 +22,14 @@ from lightning_quant.layers.placement import place
 from lightning_quant.named_edges import EdgeQuantizer
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepared import Prepared
-from lightning_quant.routing import clone, evaluation_mode, replace_submodule, resolve
+from lightning_quant.routing import clone, evaluation_mode, resolve, route
 from lightning_quant.shield import shield_float_layers
 
 _INT32 = torch.iinfo(torch.int32)
 _TOLERANCE_DB = 3.0
 _ENOUGH_DB = 40.0
+# Name of the child that holds the graphs of a module that is converted in parts.
+GRAPHS = "quantized_graphs"
 
 
 class BoundGraph(nn.Module):
@@ -102,6 +104,7 @@ def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
 def _convert(prepared: Prepared, *, static_sizes: bool) -> nn.Module:
     root = clone(prepared.root, unrouted=True)
     root.eval()
+    graphs: list[BoundGraph] = []
     stored = dict(prepared.stored_layers())
     for path in sorted(prepared.islands, key=lambda path: -path.count(".") - bool(path)):
         island = prepared.islands[path]
@@ -110,12 +113,36 @@ def _convert(prepared: Prepared, *, static_sizes: bool) -> nn.Module:
         bound = _convert_island(prepared, island, module, inside, static_sizes=static_sizes)
         if not path:
             return bound.eval()
-        # Under every name that it has.
-        for name, child in list(root.named_modules(remove_duplicate=False)):
-            if child is module:
-                replace_submodule(root, name, bound)
+        # Routed as in training: what the parent's own code asks of its child, class and attributes, stays true.
+        route(module, bound)
+        graphs.append(bound)
+    _drop_weights(root, [path for path in prepared.islands if path], graphs)
+    # Exporters take the tensors of registered modules only.
+    root.add_module(GRAPHS, nn.ModuleList(graphs))
     place(root, stored)
     return root.eval()
+
+
+def is_static(module: nn.Module) -> bool:
+    """Tell whether a module, or a part of it, is a QDQ graph."""
+    return any(isinstance(child, BoundGraph) for child in module.modules())
+
+
+def _drop_weights(root: nn.Module, paths: list[str], graphs: list[BoundGraph]) -> None:
+    """Take the tensors that no graph reads any more from the islands, but for their shapes and types."""
+    used = {id(t) for graph in graphs for t in (*graph.parameters(), *graph.buffers())}
+    used |= {
+        id(tensor)
+        for name, child in root.named_modules(remove_duplicate=False)
+        if not any(name == path or _is_inside(name, path) for path in paths)
+        for tensor in (*child._parameters.values(), *child._buffers.values())
+    }
+    for child in {id(child): child for path in paths for child in resolve(root, path).modules()}.values():
+        for tensors in (child._parameters, child._buffers):
+            for name, tensor in list(tensors.items()):
+                if tensor is not None and id(tensor) not in used:
+                    del tensors[name]
+                    child.__dict__[name] = torch.empty_like(tensor, device="meta", requires_grad=False)
 
 
 def _is_inside(name: str, path: str) -> bool:
@@ -184,6 +211,8 @@ def _convert_island(
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
+    for name in layers:
+        del module._modules[name]
     return BoundGraph(graph_module, island, traced.output_spec)
 
 

@@ -36,6 +36,7 @@ from lightning_quant.routing import (
     to_float32,
     without_fast_path,
 )
+from lightning_quant.signature import tensor_leaves
 
 
 class Layerwise(CapturedModel):
@@ -172,6 +173,9 @@ def quantize_layers(
     for trial in found.values():
         trial.finish()
     _keep_ties(found)
+    for name in _read_beside(model, found, args, kwargs):
+        found[name].stay_float("code outside it reads its weight")
+    _keep_ties(found)
     rows = tuple(_rows(found))
     check_patterns(selection, list(rows))
     layers = {name: trial.layer for trial in found.values() if trial.layer is not None for name in trial.names}
@@ -212,6 +216,35 @@ def _run(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: di
     finally:
         for handle in handles:
             handle.remove()
+
+
+@torch.no_grad()
+def _read_beside(model: nn.Module, found: dict[str, Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+    """Return the layers whose weights are used outside of them, too, where only the integers would be found.
+
+    Mamba's discretization and DeBERTa's relative positions do so. Reading a shape or a type does no harm.
+    """
+
+    def fails(names: list[str]) -> bool:
+        layers = {place: found[name].layer for name in names for place in found[name].names}
+        with placed(model, layers):  # type: ignore[arg-type]
+            try:
+                output = model(*args, **kwargs)
+            except (RuntimeError, TypeError):
+                return True
+        return any(t.is_floating_point() and bool(t.isnan().any()) for t in tensor_leaves(output))
+
+    def culprits(names: list[str]) -> list[str]:
+        if not names or not fails(names):
+            return []
+        half = len(names) // 2
+        return names if len(names) == 1 else culprits(names[:half]) + culprits(names[half:])
+
+    stored = [name for name, trial in found.items() if trial.layer is not None]
+    with torch.random.fork_rng(devices=[]), evaluation_mode(model), without_fast_path():
+        if not fails(stored) or fails([]):
+            return []
+        return culprits([name for name in stored if found[name].layer.read_beside])  # type: ignore[union-attr]
 
 
 def _keep_ties(found: dict[str, Trial]) -> None:

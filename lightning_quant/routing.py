@@ -159,12 +159,6 @@ def resolve(root: nn.Module, path: str) -> nn.Module:
     return root.get_submodule(path) if path else root
 
 
-def replace_submodule(root: nn.Module, path: str, new: nn.Module) -> None:
-    """Put another module at a dotted, non-empty path."""
-    parent, _, name = path.rpartition(".")
-    resolve(root, parent)._modules[name] = new
-
-
 def device_of(module: nn.Module) -> torch.device:
     """Return the device of the module's first parameter or buffer; the CPU when it has none."""
     for tensor in (*module.parameters(), *module.buffers()):

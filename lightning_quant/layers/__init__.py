@@ -6,7 +6,7 @@ A new kind of layer is one file with a class derived from `StoredLayer`, and a l
 from torch import nn
 
 from lightning_quant.layers.attention import StoredAttention
-from lightning_quant.layers.embedding import StoredEmbedding
+from lightning_quant.layers.embedding import StoredEmbedding, row_factor
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.linear import StoredLinear
 from lightning_quant.layers.recurrent import StoredCell, StoredRecurrent
@@ -21,6 +21,9 @@ _CLASSES: tuple[tuple[tuple[type[nn.Module], ...], type[StoredLayer]], ...] = (
     (_CONVOLUTIONS, StoredLayer),
 )
 
+# Kinds whose subclasses may compute what they like of their weights: those are float again when their forward runs.
+_OPEN = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
+
 KINDS = tuple(kind for kinds, _ in _CLASSES for kind in kinds)
 
 
@@ -32,12 +35,17 @@ def has_layers(module: nn.Module) -> bool:
 def class_for(layer: nn.Module) -> type[StoredLayer] | None:
     """Return the class that can take a layer's place; None when there is none.
 
-    A subclass with a forward of its own computes something else than its base, and has none.
+    A subclass with a forward of its own computes something else than its base: it gets its weights in float, unless it
+    is a table whose rows are scaled.
     """
     kind = type(layer)
     if (kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils"):
         return StoredLinear
+    if issubclass(kind, StoredLayer):
+        return None
     for kinds, stored in _CLASSES:
         if any(isinstance(layer, base) and kind.forward is base.forward for base in kinds):
             return stored
-    return None
+    if isinstance(layer, nn.Embedding) and row_factor(layer) is not None:
+        return StoredEmbedding
+    return StoredLayer if isinstance(layer, _OPEN) else None

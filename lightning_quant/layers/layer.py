@@ -21,8 +21,11 @@ class StoredLayer(nn.Module):
     Attributes:
         scheme: how the weights are stored and used.
         names: the float layer's name of each stored weight to the buffer's.
-        shared: the float layer's name of every other parameter to the name here.
+        shared: the float layer's name of every other parameter, and of buffers, to the name here.
+        read_beside: whether code outside the layer has asked for one of its weights.
     """
+
+    read_beside = False
 
     def __init__(self, float_layer: nn.Module, scheme: Scheme, stored: dict[str, tuple[Tensor, Tensor | None]]) -> None:
         """Take the place of a float layer, whose other parameters are shared.
@@ -42,13 +45,26 @@ class StoredLayer(nn.Module):
         self.shared = {name: name.replace(".", "_") for name, _ in float_layer.named_parameters() if name not in stored}
         for name, attribute in self.shared.items():
             self.register_parameter(attribute, float_layer.get_parameter(name))
+        for name, buffer in float_layer.named_buffers():
+            self.shared[name] = name.replace(".", "_")
+            self.register_buffer(self.shared[name], buffer)
         self.training = float_layer.training
         # Last: from here on it answers for attributes, names of buffers among them. Not registered: it has no weights.
         self.__dict__["_float_layer"] = _without_weights(float_layer)
         self.__dict__["_unreadable"] = {buffer: name for name, buffer in self.names.items()}
 
+    @property  # type: ignore[misc]
+    def __class__(self) -> Any:
+        """Answer to `isinstance` for the float layer's class, too: code of the model may ask what its layers are."""
+        float_layer = self.__dict__.get("_float_layer")
+        return StoredLayer if float_layer is None else type(float_layer)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return object.__new__, (type(self),), self.__getstate__()
+
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_unreadable", ()):
+            self.__dict__["read_beside"] = True
             return self._poison(name)
         try:
             return super().__getattr__(name)
@@ -86,7 +102,7 @@ class StoredLayer(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Call the float layer with its weights in float."""
         values = {name: dequantize(*self.stored(name)) for name in self.names}
-        others = {name: self.get_parameter(attribute) for name, attribute in self.shared.items()}
+        others = {name: getattr(self, attribute) for name, attribute in self.shared.items()}
         return functional_call(self._float_layer, {**values, **others}, args, kwargs)
 
     def _poison(self, name: str) -> Tensor:

@@ -96,6 +96,10 @@ class Trial:
         self._notes.append(f"its weight is that of {other.names[0]}, which is stored with {other.bits} bits")
         self._advance()
 
+    def stay_float(self, reason: str) -> None:
+        """Keep the layer float whatever its outputs."""
+        self.unwanted, self.layer, self._schemes = reason, None, []
+
     def _advance(self) -> StoredLayer | None:
         """Return the layer of the current scheme, made now unless it exists; None when there is no scheme left."""
         if self.layer is None and self._schemes:

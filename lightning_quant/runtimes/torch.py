@@ -80,10 +80,9 @@ def export(
     Raises:
         ExportError: PyTorch's exporter refuses the module, with its reason, or a part of it is no operator of PyTorch.
     """
-    from lightning_quant.convert import BoundGraph
+    from lightning_quant.convert import is_static
 
-    is_static = any(isinstance(child, BoundGraph) for child in module.modules())
-    write = _torch_static.export if is_static else _torch_layers.export
+    write = _torch_static.export if is_static(module) else _torch_layers.export
     write(module, signature, spec, tensors, path, dynamic=dynamic)
 
 
