@@ -17,7 +17,7 @@ from typing import Any
 from lightning_quant import golden, runtimes
 from lightning_quant.errors import ArtifactError
 from lightning_quant.folder import check_folder, commit, hash_file, publish, staging
-from lightning_quant.loaded import LoadedModule
+from lightning_quant.loaded import LoadedModule, Origin
 from lightning_quant.machine import cpu_name
 from lightning_quant.manifest import (
     BESIDE_MODEL,
@@ -183,7 +183,11 @@ def load(path: str | os.PathLike[str], **runtime_options: Any) -> LoadedModule:
     """
     artifact = read(path)
     runtime = runtimes.get(artifact.manifest["runtime"])
-    return runtime.load(artifact.path, artifact.model_files, artifact.signature, **runtime_options)
+    module = runtime.load(artifact.path, artifact.model_files, artifact.signature, **runtime_options)
+    if isinstance(module, LoadedModule):
+        hashes = tuple(artifact.manifest["sha256"][name] for name in artifact.model_files.values())
+        module.origin = Origin(str(artifact.path.absolute()), hashes, runtime_options)
+    return module
 
 
 def model_files(staged: Path) -> dict[str, str]:

@@ -95,10 +95,15 @@ def flatten_call(
         else:
             raise CaptureError(
                 f"Expected `{_name(path)}` to be made of tensors, numbers, strings, lists, dicts and dataclasses, "
-                f"but got {type(leaf).__name__}. Quantize a child module that receives tensors; callbacks take its "
-                "name as `module=...`."
+                f"but got {type(leaf).__name__}. {_way_out(leaf)}"
             )
     return CallSpec(treespec, tuple(unique_names(names)), tuple(positions), tuple(constants)), tensors
+
+
+def constant_names(spec: CallSpec) -> tuple[str, ...]:
+    """Return the names of a call's constants, made as those of its tensors are."""
+    paths = [path for path, _ in pytree.tree_flatten_with_path(spec.arguments([0] * len(spec.positions)))[0]]
+    return tuple(unique_names([_name(paths[index]) for index, _ in spec.constants]))
 
 
 def rebuild_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -127,6 +132,17 @@ def forward_signature(function: Callable[..., Any]) -> inspect.Signature:
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
     """Apply a function to every tensor of nested lists, tuples, dicts and registered dataclasses."""
     return pytree.tree_map_only(Tensor, function, tree)
+
+
+def _way_out(leaf: Any) -> str:
+    """Return what to do about an argument that is no tensor."""
+    if type(leaf).__module__ == "numpy":
+        return "Pass `torch.from_numpy(...)` of it."
+    if any(
+        base.__module__.startswith("transformers.") and base.__name__.endswith("Cache") for base in type(leaf).__mro__
+    ):
+        return "Call without it and with `use_cache=False`, or pass keys and values as tensors."
+    return "Quantize a child module that receives tensors; callbacks take its name as `module=...`."
 
 
 def _name(path: tuple[Any, ...]) -> str:

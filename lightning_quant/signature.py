@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_quant.calls import CallSpec, flatten_call, unique_names
+from lightning_quant.call_checks import DTYPES, TensorInfo, as_captured, check_named_sizes, difference
+from lightning_quant.calls import CallSpec, constant_names, flatten_call, unique_names
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
@@ -27,15 +28,6 @@ class Record(dict):
 
     def __getitem__(self, key: Any) -> Any:
         return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor of a signature: a dimension is a size, or a name when it may vary."""
-
-    name: str
-    dtype: str
-    shape: tuple[int | str, ...]
 
 
 @dataclass(frozen=True)
@@ -65,8 +57,8 @@ class Signature:
         tensors = self._positional_tensors(args) if not kwargs else None
         if tensors is None:
             tensors = self._flatten_any(args, kwargs)
-        for info, tensor in zip(self.inputs, tensors, strict=True):
-            _check_shape(info, tensor)
+        tensors = [as_captured(info, tensor) for info, tensor in zip(self.inputs, tensors, strict=True)]
+        check_named_sizes(self.inputs, tensors)
         return tensors
 
     def _flatten_any(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -74,11 +66,12 @@ class Signature:
         names = tuple(info.name for info in self.inputs)
         if spec.names != names:
             raise QuantizationError(f"Expected tensors {names} as in the captured call, but got {spec.names}.")
-        constants = tuple(value for _, value in spec.constants)
-        if [_plain(value) for value in constants] != [_plain(value) for value in self.constants]:
+        given = {name: _plain(value) for name, (_, value) in zip(constant_names(spec), spec.constants, strict=True)}
+        captured = [_plain(value) for value in self.constants]
+        if list(given.values()) != captured:
             raise QuantizationError(
-                f"Expected the constants of the captured call, {self.constants}, but got {constants}: they are part of "
-                "the exported model. Export again from a call with these values."
+                f"Expected the constants of the captured call, {difference(captured, given)}: they are part of the "
+                "exported model. Pass what was captured, or export again from a call with these values."
             )
         return tensors
 
@@ -227,17 +220,9 @@ def _describe(name: str, tensor: Tensor, dynamic: dict[int, str]) -> TensorInfo:
     return TensorInfo(name, str(tensor.dtype).removeprefix("torch."), shape)
 
 
-def _check_shape(info: TensorInfo, tensor: Tensor) -> None:
-    fits = len(info.shape) == tensor.dim() and all(
-        isinstance(size, str) or size == actual for size, actual in zip(info.shape, tensor.shape, strict=True)
-    )
-    if not fits:
-        raise QuantizationError(f"Expected `{info.name}` to have shape {info.shape}, but got {tuple(tensor.shape)}.")
-
-
 def _info(values: dict[str, Any]) -> TensorInfo:
     info = TensorInfo(_text(values["name"]), _text(values["dtype"]), tuple(values["shape"]))
-    if not isinstance(getattr(torch, info.dtype, None), torch.dtype):
+    if info.dtype not in DTYPES:
         raise ValueError(f"{info.dtype} is no dtype")
     for size in info.shape:
         if not (isinstance(size, str) and size) and not (type(size) is int and 0 <= size < 2**63):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from lightning_quant.call_checks import DTYPES
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError
 from lightning_quant.layers import StoredLayer
@@ -43,6 +44,8 @@ class TorchLayersModule(LoadedModule):
         ArtifactError: the files are something else, or the program has other inputs and outputs than the signature.
     """
 
+    shared = ("program",)
+
     def __init__(
         self, folder: Path, files: dict[str, str], signature: Signature, *, threads: int | None = None
     ) -> None:
@@ -58,7 +61,7 @@ class TorchLayersModule(LoadedModule):
     @torch.no_grad()
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the program."""
-        dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
+        dtypes = [DTYPES[info.dtype] for info in self.signature.inputs]
         values = [tensor.detach().to("cpu", dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         with torch_threads(self.threads):
             outputs = self.program(values)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.call_checks import DTYPES
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.loaded import LoadedModule
@@ -45,6 +46,8 @@ class TorchStaticModule(LoadedModule):
         ArtifactError: this PyTorch refuses the program, or it has other inputs and outputs than the signature.
     """
 
+    shared = ("program",)
+
     def __init__(
         self,
         folder: Path,
@@ -67,7 +70,7 @@ class TorchStaticModule(LoadedModule):
     @torch.no_grad()
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the program."""
-        dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
+        dtypes = [DTYPES[info.dtype] for info in self.signature.inputs]
         values = [tensor.detach().to("cpu", dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         with torch_threads(self.threads), _running(self.engine):
             outputs = self.program(values)

@@ -12,6 +12,7 @@ Loading a program runs native code of the wheel on what the file says: load only
 import collections
 import functools
 import inspect
+import threading
 import weakref
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.call_checks import DTYPES
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.plan import Operator
@@ -71,6 +73,8 @@ class ExecuTorchModule(LoadedModule):
         ArtifactError: ExecuTorch refuses the program, or its inputs and outputs are not those of the signature.
     """
 
+    shared = ("program", "method", "_lock")
+
     def __init__(self, path: Path, signature: Signature, *, threads: int | None = None) -> None:
         super().__init__(signature)
         _use_threads(threads)
@@ -81,6 +85,7 @@ class ExecuTorchModule(LoadedModule):
             raise ArtifactError(f"Expected {path} to be a program of ExecuTorch, but {first_line(error)}") from error
         self.method = self.program.load_method("forward")
         self.limits = _check_fits(self.method.metadata, signature, path)
+        self._lock = threading.Lock()
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the program's method."""
@@ -92,11 +97,13 @@ class ExecuTorchModule(LoadedModule):
                     f"got {tuple(tensor.shape)}. Call it with smaller batches, or export from a larger one."
                 )
         inputs = [
-            t.detach().to("cpu", getattr(torch, info.dtype)).contiguous()
+            t.detach().to("cpu", DTYPES[info.dtype]).contiguous()
             for info, t in zip(self.signature.inputs, tensors, strict=True)
         ]
         # Results lie in the program's own memory, which the next call overwrites.
-        return [output.clone().to(device) for output in self.method.execute(inputs)]
+        with self._lock:
+            outputs = [output.clone() for output in self.method.execute(inputs)]
+        return [output.to(device) for output in outputs]
 
 
 def export(

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.call_checks import DTYPES
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, MissingRuntimeError
 from lightning_quant.graph.plan import Operator
@@ -83,6 +84,8 @@ class InductorModule(LoadedModule):
         ArtifactError: torch refuses the package, or it has other inputs and outputs than the signature.
     """
 
+    shared = ("package",)
+
     def __init__(self, path: Path, signature: Signature, *, threads: int | None = None) -> None:
         super().__init__(signature)
         self.threads = threads
@@ -98,7 +101,7 @@ class InductorModule(LoadedModule):
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the package."""
         device = tensors[0].device if tensors else torch.device("cpu")
-        dtypes = [getattr(torch, info.dtype) for info in self.signature.inputs]
+        dtypes = [DTYPES[info.dtype] for info in self.signature.inputs]
         # Generated code reads memory by the strides of the example.
         inputs = [t.detach().to("cpu", dtype).contiguous() for t, dtype in zip(tensors, dtypes, strict=True)]
         with torch.no_grad(), torch_threads(self.threads):

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_quant.call_checks import DTYPES
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
@@ -97,6 +98,8 @@ class OnnxRuntimeModule(LoadedModule):
         ArtifactError: ONNX Runtime refuses the file, or its inputs and outputs are not those of the signature.
     """
 
+    shared = ("session",)
+
     def __init__(
         self, path: Path, signature: Signature, *, threads: int | None = None, providers: list[str] | None = None
     ) -> None:
@@ -109,9 +112,7 @@ class OnnxRuntimeModule(LoadedModule):
         # An input that the result does not depend on is no input of the graph.
         known = {info.name for info in self.session.get_inputs()}
         self._inputs = [
-            (index, info.name, getattr(torch, info.dtype))
-            for index, info in enumerate(signature.inputs)
-            if info.name in known
+            (index, info.name, DTYPES[info.dtype]) for index, info in enumerate(signature.inputs) if info.name in known
         ]
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:

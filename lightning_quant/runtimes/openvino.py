@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.call_checks import DTYPES
 from lightning_quant.calls import CallSpec
-from lightning_quant.errors import ArtifactError, ExportError
+from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
@@ -76,6 +77,8 @@ class OpenVinoModule(LoadedModule):
         ArtifactError: OpenVINO refuses the files, or their inputs and outputs are not those of the signature.
     """
 
+    shared = ("compiled", "_requests")
+
     def __init__(self, path: Path, signature: Signature, *, threads: int | None = None, device: str = "CPU") -> None:
         super().__init__(signature)
         try:
@@ -85,16 +88,30 @@ class OpenVinoModule(LoadedModule):
         names = [port.get_any_name() for port in self.compiled.inputs]
         _check_fits(self.compiled, signature, path)
         position = {info.name: index for index, info in enumerate(signature.inputs)}
-        self._inputs = [(position[n], getattr(torch, signature.inputs[position[n]].dtype)) for n in names]
+        self._inputs = [(position[n], DTYPES[signature.inputs[position[n]].dtype]) for n in names]
+        # A request holds the tensors of one call at a time, so each call borrows one that no other thread has.
+        self._requests: collections.deque[Any] = collections.deque()
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Run one inference."""
+        """Run one inference; several threads may do so at once."""
         arrays = [
             np.ascontiguousarray(tensors[index].detach().to("cpu", dtype).numpy()) for index, dtype in self._inputs
         ]
-        # A list of one takes longer to bind. Shared outputs are overwritten by the next call, so they are copied.
-        results = self.compiled(arrays[0] if len(arrays) == 1 else arrays, share_outputs=True)
-        outputs = [torch.from_numpy(output.copy()) for output in results.values()]
+        try:
+            request = self._requests.pop()
+        except IndexError:
+            request = self.compiled.create_infer_request()
+        try:
+            # A list of one takes longer to bind. Shared outputs are overwritten by the next call, so they are copied.
+            results = request.infer(arrays[0] if len(arrays) == 1 else arrays, share_inputs=True, share_outputs=True)
+            outputs = [torch.from_numpy(output.copy()) for output in results.values()]
+        except RuntimeError as error:
+            raise QuantizationError(
+                "Expected inputs that the model can take, such as sequences that it has positions for, but "
+                f"{_reason(error)}"
+            ) from error
+        finally:
+            self._requests.append(request)
         device = tensors[0].device if tensors else torch.device("cpu")
         return [output.to(device) for output in outputs]
 
