@@ -24,6 +24,7 @@ from lightning_quant.errors import PlanError
 from lightning_quant.graph.analyze import check_patterns, own_signature
 from lightning_quant.graph.plan import Plan, Row
 from lightning_quant.graph.table import Selection
+from lightning_quant.layers.finite import check_output, check_weights
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.placement import place, placed
 from lightning_quant.layers.refine import refine
@@ -67,11 +68,13 @@ class Layerwise(CapturedModel):
         """Run the float module and the quantized one on the captured call, and keep what they answer.
 
         Raises:
+            CalibrationError: the float module itself does not answer with numbers.
             PlanError: the quantized one cannot be called: its code reads a weight that is now stored otherwise.
         """
         args, kwargs = self.call(self.tensors)
         with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(self.root), without_fast_path():
             float_output = self.root(*args, **kwargs)
+            check_output(self.root, float_output, self.spec.names, self.tensors, lambda: self.root(*args, **kwargs))
             try:
                 with self.attached():
                     self.outputs = float_output, self.root(*args, **kwargs)
@@ -150,6 +153,7 @@ def quantize_layers(
 
     Raises:
         PlanError: no layer can be quantized, or a pattern names none.
+        CalibrationError: a weight of a layer, or what the module answers, is not finite.
     """
     chosen = recipes.get(recipe)
     if not isinstance(chosen, LayerRecipe):
@@ -169,6 +173,7 @@ def quantize_layers(
     if refused is not None:
         raise PlanError(f"Expected a recipe that {runtime!r} runs, but got {chosen.name!r}: {refusals[refused]}.")
     found = trials(model, chosen, selection, half_arithmetic=where.HALF_ARITHMETIC)
+    check_weights(found)
     _run(model, list(found.values()), args, kwargs)
     for trial in found.values():
         trial.finish()
@@ -251,7 +256,8 @@ def _keep_ties(found: dict[str, Trial]) -> None:
     """Give layers that share a weight one form of it: the form of the one that needs most bits."""
     by_weight: dict[int, list[Trial]] = {}
     for trial in found.values():
-        for weight in trial.weights:
+        # Empty ones have no address.
+        for weight in filter(torch.Tensor.numel, trial.weights):
             by_weight.setdefault(weight.data_ptr(), []).append(trial)
     for sharing in by_weight.values():
         neediest = max(sharing, key=lambda trial: trial.bits)

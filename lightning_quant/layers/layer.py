@@ -129,15 +129,16 @@ def from_float(
         float_layer: left as it is.
         scheme: how to store and use its weights.
         group_size: of 4-bit weights.
-        known: weights that were stored before, so that tied ones stay tied; gets those stored now.
+        known: weights that were stored before, so that tied ones stay tied; gets those stored now, each beside its
+            float form: a computed weight that was let go would leave its address to another one.
     """
     stored = {}
     for name in cls.weight_names(float_layer):
         weight = cls.rows(float_layer, name)
         key = (weight.data_ptr(), tuple(weight.shape), weight.stride(), scheme.storage)
         if key not in known:
-            known[key] = quantize(weight.detach(), scheme.storage, group_size)
-        stored[name] = known[key]
+            known[key] = weight, quantize(weight.detach(), scheme.storage, group_size)
+        stored[name] = known[key][1]
     return cls(float_layer, scheme, stored)
 
 
