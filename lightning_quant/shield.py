@@ -54,19 +54,10 @@ def _runs_weights(node: fx.Node, module: nn.Module) -> bool:
 
 
 def _is_changed(node: fx.Node, island: Island, edges: set[str], module: nn.Module) -> bool:
-    """Tell whether a node is a float average over windows with a reshape of it in float, or over padded zeros."""
+    """Tell whether a node is a float average over windows, which OpenVINO would round, or over padded zeros."""
     kind = ops.describe(node, module).kind
     if kind not in ("avg_pool", "adaptive_avg_pool") or node.meta["key"] in {o.key for o in island.plan.operators}:
         return False
     if kind == "avg_pool" and ops.averages_padding(node, module):
         return True
-    return node.meta["key"] not in edges and _is_reshaped(node, edges, module)
-
-
-def _is_reshaped(node: fx.Node, edges: set[str], module: nn.Module) -> bool:
-    readers = {reader: ops.describe(reader, module).kind for reader in node.users if "key" in reader.meta}
-    return any(
-        (kind == "reshape" and reader.meta["key"] not in edges)
-        or (kind == "pass" and _is_reshaped(reader, edges, module))
-        for reader, kind in readers.items()
-    )
+    return node.meta["key"] not in edges

@@ -46,6 +46,8 @@ class Simulation:
         self.watcher: Callable[[str, Tensor], None] | None = None
         self.recorded: list[tuple[str, Tensor]] | None = None
         self.jitter: torch.Generator | None = None
+        # Which way all values of a tensor move, 0 for either; None where each moves on its own.
+        self._together: int | None = None
         # Results that have their BatchNorm folded in already, until it is its turn.
         self._normalized: list[Tensor] = []
 
@@ -59,9 +61,14 @@ class Simulation:
             self.recorded = None
 
     @contextmanager
-    def jittering(self) -> Iterator[None]:
-        """Move values before they are rounded, by as little as another order of the same float32 arithmetic would."""
-        self.jitter = torch.Generator().manual_seed(0)
+    def jittering(self, draw: int = 0) -> Iterator[None]:
+        """Move values before they are rounded, by as little as another order of the same float32 arithmetic would.
+
+        Even draws move each value by an amount of its own. Odd ones move all values of a tensor alike: the first every
+        tensor down, the second up, others each either way.
+        """
+        self.jitter = torch.Generator().manual_seed(draw)
+        self._together = None if draw % 2 == 0 else {1: -1, 3: 1}.get(draw, 0)
         try:
             yield
         finally:
@@ -182,7 +189,9 @@ class Simulation:
     def _moved(self, x: Tensor) -> Tensor:
         if self.jitter is None:
             return x
-        amounts = torch.rand(x.shape, generator=self.jitter).to(x.device) * 2 - 1
+        amounts = torch.rand(x.shape if self._together is None else (), generator=self.jitter).to(x.device) * 2 - 1
+        if self._together is not None:
+            amounts = amounts.sign() if self._together == 0 else torch.full_like(amounts, self._together)
         return (x * (1 + amounts * _JITTER)).to(x.dtype)
 
     def _run_weighted(

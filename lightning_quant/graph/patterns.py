@@ -75,6 +75,7 @@ class Matcher(Candidates):
                     wanted.add(source)
                     shared.append(node)
         units = [unit for node in self.graph.nodes if (unit := self.units.get(node)) is not None]
+        added |= self._added_in_float(units)
         for unit in units:
             # A float ReLU that others read would be fused into a float matrix product.
             if unit.tail in added:
@@ -100,10 +101,30 @@ class Matcher(Candidates):
         tails = {
             other.tail
             for other in self.units.values()
-            if other.operation.kind.startswith("conv") and other.activation is None and len(other.tail.users) == 1
+            if other.operation.kind.startswith("conv")
+            and (other.activation is None or self.table.fuses_float_add)
+            and len(other.tail.users) == 1
         }
         fitting = [node for node in self.graph.nodes if node in tails and node in unit.source]
         return set(fitting[-1:])
+
+    def _added_in_float(self, units: list[Unit]) -> set[fx.Node]:
+        """Return the results of convolutions that nothing but a float addition reads, which does not round them."""
+        if not self.table.fuses_float_add:
+            return set()
+        found: set[fx.Node] = set()
+        for unit in units:
+            reader = self._reader_of(unit.tail)
+            while reader is not None and self.operations[reader].kind == "mul" and len(reader.all_input_nodes) == 1:
+                reader = self._reader_of(reader)
+            if (
+                unit.operation.kind.startswith("conv")
+                and reader is not None
+                and self.operations[reader].kind in ("add", "sub")
+                and reader not in self.units
+            ):
+                found.add(unit.tail)
+        return found
 
     def _is_worth(self, unit: Unit, wanted: set[fx.Node]) -> bool:
         if unit.operation.weight or unit.tail in wanted:

@@ -57,6 +57,7 @@ TABLE = OperatorTable(
         "softmax": "kept float: eight bits are too few for its tails",
     },
     fuses_add=True,
+    fuses_float_add=True,
     moves_dequantization=True,
     padded_average="OpenVINO pads the integers with 0, whichever of them stands for zero",
 )

@@ -25,6 +25,7 @@ from lightning_quant.loaded import LoadedModule
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.parity import Parity, check_parity
 from lightning_quant.signature import tensor_leaves
+from lightning_quant.ties import NUM_DRAWS
 
 RUNTIMES = tuple(runtimes.names())
 NETS = ("residual", "mlp", "multi_modal", "nested", "pooling")
@@ -239,10 +240,11 @@ def test_fresh_process_gets_the_simulated_results_at_every_batch_size(
 ) -> None:
     loaded = fresh_results[item.artifact.path.name]
     floating, simulated = item.outputs(), item.outputs(item.prepared.attached("frozen"))
-    tipped = item.outputs(item.prepared.attached("frozen"), item.prepared.simulation.jittering())
+    draws = range(NUM_DRAWS)
+    tipped = [item.outputs(item.prepared.attached("frozen"), item.prepared.simulation.jittering(d)) for d in draws]
     for expected, actual in zip(floating, loaded, strict=True):
         assert [leaf.shape for leaf in actual] == [leaf.shape for leaf in expected]
         assert [leaf.dtype for leaf in actual] == [leaf.dtype for leaf in expected]
     # Over all batches, since a single sample's rounding may cancel by chance.
     noise = signal_to_noise(floating, simulated), signal_to_noise(simulated, loaded)
-    assert Parity("", None, *noise, None, signal_to_noise(simulated, tipped)).failures == []
+    assert Parity("", None, *noise, None, tuple(signal_to_noise(simulated, t) for t in tipped)).failures == []
