@@ -4,19 +4,16 @@ A call `(args, kwargs)` is bound to the forward's signature with its defaults, f
 become inputs of graphs and model files, and constants, which are baked in and must be the same in every later call.
 """
 
-import dataclasses
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_quant.errors import CaptureError
-
-_CONSTANTS = (type(None), bool, int, float, str, complex, torch.dtype, torch.device, torch.Size)
+from lightning_quant.structures import CONSTANTS, named_leaves, register_structures
 
 
 class _Immutable:
@@ -80,17 +77,16 @@ def flatten_call(
     except TypeError as error:
         raise CaptureError(f"Expected a call that fits `forward{signature}`, but got one where {error}.") from error
     bound.apply_defaults()
-    for value in pytree.tree_leaves(dict(bound.arguments)):
-        if dataclasses.is_dataclass(value) and not isinstance(value, type):
-            pytree.register_dataclass(type(value))
-    paths, treespec = pytree.tree_flatten_with_path(dict(bound.arguments))
+    arguments = dict(bound.arguments)
+    register_structures(arguments)
+    treespec = pytree.tree_structure(arguments)
     tensors, names, positions, constants = [], [], [], []
-    for index, (path, leaf) in enumerate(paths):
+    for index, (path, leaf) in enumerate(named_leaves(arguments)):
         if isinstance(leaf, Tensor):
             tensors.append(leaf)
             names.append(_name(path))
             positions.append(index)
-        elif isinstance(leaf, _CONSTANTS):
+        elif isinstance(leaf, CONSTANTS):
             constants.append((index, leaf))
         else:
             raise CaptureError(
@@ -130,7 +126,8 @@ def forward_signature(function: Callable[..., Any]) -> inspect.Signature:
 
 
 def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
-    """Apply a function to every tensor of nested lists, tuples, dicts and registered dataclasses."""
+    """Apply a function to every tensor of nested lists, tuples, dicts, dataclasses and objects that hold tensors."""
+    register_structures(tree)
     return pytree.tree_map_only(Tensor, function, tree)
 
 
@@ -145,12 +142,8 @@ def _way_out(leaf: Any) -> str:
     return "Quantize a child module that receives tensors; callbacks take its name as `module=...`."
 
 
-def _name(path: tuple[Any, ...]) -> str:
-    parts = []
-    for entry in path:
-        part = next(str(getattr(entry, a)) for a in ("key", "idx", "name") if hasattr(entry, a))
-        parts.append("".join(c if c.isalnum() else "_" for c in part))
-    return "_".join(parts)
+def _name(path: tuple[str, ...]) -> str:
+    return "_".join("".join(c if c.isalnum() else "_" for c in part) for part in path)
 
 
 def unique_names(names: list[str]) -> list[str]:
