@@ -96,9 +96,9 @@ def flatten_call(
     return CallSpec(treespec, tuple(unique_names(names)), tuple(positions), tuple(constants)), tensors
 
 
-def constant_names(spec: CallSpec) -> tuple[str, ...]:
+def constant_names(spec: CallSpec, tensors: list[Tensor]) -> tuple[str, ...]:
     """Return the names of a call's constants, made as those of its tensors are."""
-    paths = [path for path, _ in pytree.tree_flatten_with_path(spec.arguments([0] * len(spec.positions)))[0]]
+    paths = [path for path, _ in named_leaves(spec.arguments(tensors))]
     return tuple(unique_names([_name(paths[index]) for index, _ in spec.constants]))
 
 

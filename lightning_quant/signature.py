@@ -66,7 +66,9 @@ class Signature:
         names = tuple(info.name for info in self.inputs)
         if spec.names != names:
             raise QuantizationError(f"Expected tensors {names} as in the captured call, but got {spec.names}.")
-        given = {name: _plain(value) for name, (_, value) in zip(constant_names(spec), spec.constants, strict=True)}
+        given = {
+            name: _plain(value) for name, (_, value) in zip(constant_names(spec, tensors), spec.constants, strict=True)
+        }
         captured = [_plain(value) for value in self.constants]
         if list(given.values()) != captured:
             raise QuantizationError(

@@ -129,7 +129,7 @@ def _register(kind: type) -> None:
 
     def unflatten(children: Any, context: Any) -> Any:
         (num_items, names, kept), values = context, list(children)
-        value = tuple.__new__(kind, values[:num_items]) if issubclass(kind, tuple) else kind.__new__(kind)
+        value: Any = tuple.__new__(kind, values[:num_items]) if issubclass(kind, tuple) else kind.__new__(kind)
         if issubclass(kind, dict):
             dict.update(value, zip(names[:num_items], values[:num_items], strict=True))
         elif issubclass(kind, list):
