@@ -1,101 +1,41 @@
 """Stage 6: the folder on disk: model files, manifest, golden batch, report.
 
-Every file but manifest.json carries the hash of its content in its name; a model of several files is a folder with such
-a name. Replacing manifest.json is the commit: a crash before it leaves the old artifact, a crash after it the new one,
-and what no manifest names is removed by the next commit. Hashes prove that files are whole, not where they come from:
-formats with native code (.pt2, .pte) run it when loaded, so load only what you trust.
+The names are plain and stable, model.onnx or model.xml for example; manifest.json has the hash of every file, and all
+of them replace those of an older artifact at once (see `commit.py`). Hashes prove that files are whole, not where they
+come from: formats with native code (.pt2, .pte) run it when loaded, so load only what you trust, or what is signed.
 """
 
+import itertools
 import json
-import os
 import platform
-from dataclasses import dataclass
+import warnings
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 from lightning_quant import golden, runtimes
-from lightning_quant.errors import ArtifactError
-from lightning_quant.folder import check_folder, commit, hash_file, publish, staging
-from lightning_quant.loaded import LoadedModule, Origin
+from lightning_quant.commit import commit, current, link, locked
+from lightning_quant.errors import ArtifactError, NoEffectWarning
+from lightning_quant.folder import check_folder, hash_file, is_free, staging
 from lightning_quant.machine import cpu_name
 from lightning_quant.manifest import (
-    BESIDE_MODEL,
     FORMAT_VERSION,
     GOLDEN,
     MANIFEST,
+    MAX_BYTES,
     MODEL,
     REPORT_JSON,
     REPORT_MD,
+    REPORTS,
     dump,
+    is_same_model,
     parse,
-    set_digest,
-    top_level,
 )
-from lightning_quant.signature import Signature
+from lightning_quant.reading import read_bytes
+from lightning_quant.stored import Artifact, load, open_model, private_copy, read, replaced
 
-__all__ = ["Artifact", "add_report", "check_folder", "load", "read", "staging", "write"]
+__all__ = ["Artifact", "add_report", "check_folder", "load", "open_model", "private_copy", "read", "staging", "write"]
 _PACKAGES = ("lightning_quant", "torch", "lightning", "safetensors")
-
-
-@dataclass(frozen=True)
-class Artifact:
-    """A quantized model on disk.
-
-    Attributes:
-        path: the folder.
-        manifest: what manifest.json says.
-    """
-
-    path: Path
-    manifest: dict[str, Any]
-
-    @property
-    def model_path(self) -> Path:
-        """The model file; of several, the one that is opened."""
-        return self.path / self.model_files[MODEL]
-
-    @property
-    def model_files(self) -> dict[str, str]:
-        """Role to name of the model's files."""
-        return {role: name for role, name in self.manifest["files"].items() if role not in BESIDE_MODEL}
-
-    @property
-    def golden_path(self) -> Path:
-        """The golden batch: up to four real samples with the outputs of the float model and of the artifact."""
-        return self.path / self.manifest["files"][GOLDEN]
-
-    @property
-    def report_path(self) -> Path | None:
-        """The report as Markdown; None when nothing was measured."""
-        name = self.manifest["files"].get(REPORT_MD)
-        return None if name is None else self.path / name
-
-    @property
-    def size_bytes(self) -> int:
-        """Bytes of the model on disk, all its files together; golden batch and report do not count."""
-        return sum((self.path / name).stat().st_size for name in self.model_files.values())
-
-    @property
-    def plan(self) -> dict[str, Any]:
-        """The plan that was carried out."""
-        return self.manifest["plan"]
-
-    @property
-    def signature(self) -> Signature:
-        """How the model is called."""
-        return Signature.from_dict(self.manifest["signature"])
-
-    @property
-    def classes(self) -> tuple[str, ...] | None:
-        """Labels of the classes, in the order of the scores; None when they were not known."""
-        labels = self.manifest.get("classes")
-        return None if labels is None else tuple(labels)
-
-    @property
-    def report(self) -> dict[str, Any] | None:
-        """What was measured; None when nothing was."""
-        return self.manifest.get("report")
 
 
 def write(path: Path, staged: Path, content: dict[str, Any]) -> Artifact:
@@ -108,86 +48,54 @@ def write(path: Path, staged: Path, content: dict[str, Any]) -> Artifact:
         content: what the manifest says beyond files and versions: recipe, runtime, signature, plan, what stays outside,
             and classes when known.
     """
-    files, hashes = _publish_model(staged, path)
-    files[GOLDEN] = _publish_file(staged.parent / golden.FILE, path, hashes)
+    files = {**model_files(staged), GOLDEN: golden.FILE}
     requires = runtimes.get(content["runtime"]).REQUIRES
-    return _commit(
-        path,
-        {
-            "format_version": FORMAT_VERSION,
-            **content,
-            "files": files,
-            "sha256": hashes,
-            "versions": {package: _version(package) for package in dict.fromkeys((*_PACKAGES, *requires))},
-            "python": platform.python_version(),
-            "cpu": cpu_name(),
-        },
-    )
+    manifest = {
+        "format_version": FORMAT_VERSION,
+        **content,
+        "files": files,
+        "sha256": {name: hash_file(staged.parent / name) for name in files.values()},
+        "versions": {package: _version(package) for package in dict.fromkeys((*_PACKAGES, *requires))},
+        "python": platform.python_version(),
+        "cpu": cpu_name(),
+    }
+    with locked(path):
+        return _commit(path, staged.parent, manifest)
 
 
-def add_report(artifact: Artifact, report: dict[str, Any], markdown: str) -> Artifact:
+def add_report(artifact: Artifact, report: dict[str, Any], markdown: str, *, own: Artifact | None = None) -> Artifact:
     """Add what was measured to an artifact: to its manifest and as report.md and report.json beside the model.
 
     report.md ends with the lines that run the model without this package.
-    """
-    runtime = runtimes.get(artifact.manifest["runtime"])
-    standalone = runtime.standalone(artifact.model_files, artifact.signature)
-    markdown = (
-        f"{markdown.rstrip()}\n\n## What stays outside\n\n{artifact.manifest['outside']}\n\n"
-        f"## Run it without lightning_quant, in this folder\n\n```python\n{standalone.strip()}\n```\n"
-    )
-    files, hashes = dict(artifact.manifest["files"]), dict(artifact.manifest["sha256"])
-    with staging(artifact.path) as folder:
-        for role, text in ((REPORT_MD, markdown), (REPORT_JSON, json.dumps(report, indent=2, allow_nan=False))):
-            hashes.pop(files.pop(role, ""), None)
-            (folder / role).write_text(text, encoding="utf-8")
-            files[role] = _publish_file(folder / role, artifact.path, hashes)
-        return _commit(artifact.path, {**artifact.manifest, "files": files, "sha256": hashes, "report": report})
-
-
-def read(path: str | os.PathLike[str]) -> Artifact:
-    """Read an artifact's manifest and check its files.
-
-    Raises:
-        ArtifactError: it is no artifact, of a newer format, incomplete or damaged.
-    """
-    folder = Path(path)
-    try:
-        text = (folder / MANIFEST).read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:
-        raise ArtifactError(
-            f"Expected {folder} to hold an artifact, but its {MANIFEST} cannot be read: {error}."
-        ) from error
-    try:
-        artifact = Artifact(folder, parse(text))
-    except ArtifactError as error:
-        raise ArtifactError(f"{folder}: {error}") from error
-    _check_files(artifact)
-    golden.check_belongs(artifact.golden_path, artifact.manifest)
-    return artifact
-
-
-def load(path: str | os.PathLike[str], **runtime_options: Any) -> LoadedModule:
-    """Load an artifact as a module with the call signature of the captured one, without the user's code.
-
-    Nothing is unpickled, and every file's hash is checked, which proves that it is whole and not where it comes from:
-    .pt2 and .pte files (runtimes "inductor" and "executorch") run native code, so load those only from whom you trust.
 
     Args:
-        path: the artifact's folder.
-        **runtime_options: what the artifact's runtime takes; `threads` and `providers` for "onnxruntime".
+        artifact: as written; the one in its folder must still be of the same model.
+        report: what was measured.
+        markdown: the same as text.
+        own: private copy of the artifact. Where another run has replaced it meanwhile, the copy is written to a folder
+            beside, with a warning, so that both are kept.
 
     Raises:
-        ArtifactError: the folder is no artifact or is damaged.
-        MissingRuntimeError: its runtime is not installed; the message carries the pip command.
+        ArtifactError: another run has replaced the artifact, and there is no copy.
     """
-    artifact = read(path)
-    runtime = runtimes.get(artifact.manifest["runtime"])
-    module = runtime.load(artifact.path, artifact.model_files, artifact.signature, **runtime_options)
-    if isinstance(module, LoadedModule):
-        hashes = tuple(artifact.manifest["sha256"][name] for name in artifact.model_files.values())
-        module.origin = Origin(str(artifact.path.absolute()), hashes, runtime_options)
-    return module
+    beside = (artifact.path.with_name(f"{artifact.path.name}-{number}") for number in itertools.count(2))
+    for path in itertools.chain([artifact.path], beside):
+        with staging(path) as folder, locked(path):
+            if _holds(path, artifact):
+                source = current(path)
+            elif own is not None and is_free(path):
+                source = own.path
+            else:
+                source = None
+            if source is not None:
+                content = _with_report(artifact, source, folder, report, markdown)
+                result = _commit(path, folder, content)
+                break
+        if own is None:
+            raise replaced(artifact.path)
+    if result.path != artifact.path:
+        warnings.warn(f"{replaced(artifact.path)} This run's artifact is in {path}.", NoEffectWarning, stacklevel=2)
+    return result
 
 
 def model_files(staged: Path) -> dict[str, str]:
@@ -196,46 +104,42 @@ def model_files(staged: Path) -> dict[str, str]:
     return {MODEL: staged.name, **others}
 
 
-def _publish_model(staged: Path, path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """Publish a model's file, or its files in a folder of their own, in which they find each other by name."""
-    names = model_files(staged)
-    digests = {name: hash_file(staged.parent / name) for name in names.values()}
-    if len(names) == 1:
-        name = publish(staged, path, digests[staged.name])
-        return {MODEL: name}, {name: digests[staged.name]}
-    together = staged.parent / MODEL
-    together.mkdir()
+def _with_report(
+    artifact: Artifact, source: Path, folder: Path, report: dict[str, Any], markdown: str
+) -> dict[str, Any]:
+    """Stage the files of an artifact anew with a report beside them; return what the manifest is to say."""
+    runtime = runtimes.get(artifact.manifest["runtime"])
+    names = {role: name for role, name in artifact.manifest["files"].items() if role not in REPORTS}
+    hashes = {Path(name).name: artifact.manifest["sha256"][name] for name in names.values()}
     for name in names.values():
-        os.replace(staged.parent / name, together / name)
-    folder = publish(together, path, set_digest(digests.values()))
-    files = {role: f"{folder}/{name}" for role, name in names.items()}
-    return files, {files[role]: digests[name] for role, name in names.items()}
+        link(source / name, folder / Path(name).name)
+    files = {role: Path(name).name for role, name in names.items()}
+    standalone = runtime.standalone({role: files[role] for role in artifact.model_files}, artifact.signature)
+    markdown = (
+        f"{markdown.rstrip()}\n\n## What stays outside\n\n{artifact.manifest['outside']}\n\n"
+        f"## Run it without lightning_quant, in this folder\n\n```python\n{standalone.strip()}\n```\n"
+    )
+    for role, text in ((REPORT_MD, markdown), (REPORT_JSON, json.dumps(report, indent=2, allow_nan=False))):
+        (folder / role).write_text(text, encoding="utf-8")
+        files[role], hashes[role] = role, hash_file(folder / role)
+    return {**artifact.manifest, "files": files, "sha256": hashes, "report": report}
 
 
-def _publish_file(staged: Path, path: Path, hashes: dict[str, str]) -> str:
-    digest = hash_file(staged)
-    name = publish(staged, path, digest)
-    hashes[name] = digest
-    return name
-
-
-def _commit(path: Path, content: dict[str, Any]) -> Artifact:
+def _commit(path: Path, folder: Path, content: dict[str, Any]) -> Artifact:
     text, manifest = dump(content)
     parse(text)
-    commit(path, text, keep=top_level(manifest["files"]))
+    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    commit(path, folder)
     return Artifact(path, manifest)
 
 
-def _check_files(artifact: Artifact) -> None:
-    folder, hashes = artifact.path, artifact.manifest["sha256"]
-    for name, expected in hashes.items():
-        path = folder / name
-        if not path.is_file():
-            raise ArtifactError(f"Expected {folder} to be complete, but {name} is missing.")
-        if path.resolve() != folder.resolve() / name:
-            raise ArtifactError(f"Expected files of {folder} to lie inside it, but {name} is a link.")
-        if hash_file(path) != expected:
-            raise ArtifactError(f"Expected {path} to be as it was written, but its content has changed.")
+def _holds(path: Path, artifact: Artifact) -> bool:
+    """Tell whether a folder holds the model of an artifact, whatever was measured of it since."""
+    try:
+        manifest = parse(read_bytes(current(path) / MANIFEST, MAX_BYTES))
+    except ArtifactError:
+        return False
+    return is_same_model(manifest, artifact.manifest)
 
 
 def _version(package: str) -> str | None:

@@ -42,7 +42,7 @@ def assess(
 
     Args:
         prepared: the trained or calibrated model, detached and on the CPU.
-        artifact: what was exported from it.
+        artifact: private copy of what was exported from it.
         metrics: validation metrics, measured elsewhere.
         seconds: times of the stages so far.
         checkpoint_bytes: size of the training checkpoint.
@@ -53,7 +53,7 @@ def assess(
     seconds = dict(seconds or {})
     runtime = runtimes.get(prepared.plan.runtime)
     threads = threads or torch.get_num_threads()
-    loaded = artifacts.load(artifact.path, threads=threads)
+    loaded = artifacts.open_model(artifact, threads=threads)
     started = time.perf_counter()
     parity = parity_of(prepared, loaded, artifact)
     seconds["parity"] = time.perf_counter() - started

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from lightning_quant import golden
-from lightning_quant.artifact import load, read
+from lightning_quant.artifact import open_model, private_copy, read
 from lightning_quant.errors import QuantizationError
 from lightning_quant.latency import measure
 from lightning_quant.loaded import LoadedModule
@@ -136,9 +136,9 @@ def _work() -> None:
     before = _peak()
     contestants: dict[str, Callable[[], Any]] = {}
     for name in task["names"]:
-        artifact = read(name)
-        inputs = golden.load(artifact.golden_path, artifact.signature).inputs
-        model = load(name, threads=task["threads"])
+        with private_copy(name) as artifact:
+            inputs = golden.load(artifact.golden_path, artifact.signature).inputs
+            model = open_model(artifact, threads=task["threads"])
         for batch in task["batches"]:
             tensors = [
                 _repeated(tensor, batch) if info.shape and info.shape[0] == "batch" else tensor

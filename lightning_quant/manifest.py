@@ -4,18 +4,21 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 from lightning_quant.errors import ArtifactError
+from lightning_quant.reading import parse_json
 from lightning_quant.signature import Signature
 
-MANIFEST = "manifest.json"
+MANIFEST, SIGNATURE_FILE = "manifest.json", "manifest.sig"
 FORMAT_VERSION = 1
-DIGEST_CHARACTERS = 12
+MAX_BYTES = 16 * 2**20
+"""Of a manifest; one of a thousand layers with its report has one."""
 MODEL, GOLDEN, REPORT_MD, REPORT_JSON = "model", "golden", "report.md", "report.json"
 """Roles of files; every other role is a further file of the model."""
-BESIDE_MODEL = (GOLDEN, REPORT_MD, REPORT_JSON)
+REPORTS = (REPORT_MD, REPORT_JSON)
+BESIDE_MODEL = (GOLDEN, *REPORTS)
 _CONTENT = ("recipe", "runtime", "signature", "plan", "outside", "classes")
 _OWN_HASH = "manifest_sha256"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -31,7 +34,7 @@ def dump(content: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return json.dumps(plain, indent=2, allow_nan=False), plain
 
 
-def parse(text: str) -> dict[str, Any]:
+def parse(text: bytes | str) -> dict[str, Any]:
     """Read and check the text of a manifest.json.
 
     Raises:
@@ -39,7 +42,10 @@ def parse(text: str) -> dict[str, Any]:
             type.
     """
     try:
-        manifest = json.loads(text, parse_constant=_refuse_constant)
+        manifest = parse_json(text, MAX_BYTES)
+    except ArtifactError as error:
+        raise ArtifactError(f"Expected manifest.json to hold a manifest, but it cannot be read: {error}") from error
+    try:
         if not isinstance(manifest, dict) or "format_version" not in manifest:
             raise ArtifactError("Expected manifest.json to be a manifest of lightning_quant, but it is something else.")
         _check_version(manifest["format_version"])
@@ -47,22 +53,11 @@ def parse(text: str) -> dict[str, Any]:
             raise ArtifactError("Expected manifest.json to be as it was written, but its content has changed.")
         _check_fields(manifest)
         Signature.from_dict(manifest["signature"])
+    except ArtifactError:
+        raise
     except (ValueError, RecursionError) as error:
-        if isinstance(error, ArtifactError):
-            raise
         raise ArtifactError(f"Expected manifest.json to hold a manifest, but it cannot be read: {error}.") from error
     return manifest
-
-
-def short(digest: str) -> str:
-    """Return the part of a digest that file names carry."""
-    return digest[:DIGEST_CHARACTERS]
-
-
-def set_digest(digests: Iterable[str]) -> str:
-    """Return the digest of the files of one model: of a single file its own, else one over all."""
-    ordered = sorted(digests)
-    return ordered[0] if len(ordered) == 1 else hashlib.sha256("\n".join(ordered).encode()).hexdigest()
 
 
 def top_level(files: dict[str, str]) -> set[str]:
@@ -70,19 +65,30 @@ def top_level(files: dict[str, str]) -> set[str]:
     return {name.partition("/")[0] for name in files.values()}
 
 
+def is_file_name(value: Any) -> bool:
+    """Tell whether a value is the name of a file in an artifact's folder, or in a folder there."""
+    return isinstance(value, str) and len(value) < 200 and _NAME.fullmatch(value) is not None
+
+
 def content_digest(manifest: dict[str, Any]) -> str:
     """Return the digest of what a manifest says of the model itself, which the golden batch carries as well."""
     return _digest({key: manifest[key] for key in _CONTENT if key in manifest})
+
+
+def is_same_model(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Tell whether two manifests name one model, whatever was measured of it since."""
+
+    def hashes(manifest: dict[str, Any]) -> dict[str, str]:
+        files = manifest["files"].items()
+        return {role: manifest["sha256"][name] for role, name in files if role not in REPORTS}
+
+    return hashes(first) == hashes(second) and content_digest(first) == content_digest(second)
 
 
 def _digest(manifest: dict[str, Any]) -> str:
     content = {key: value for key, value in manifest.items() if key != _OWN_HASH}
     canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no number of JSON")
 
 
 def _check_version(version: Any) -> None:
@@ -130,11 +136,7 @@ def _is_plan(value: Any) -> bool:
 
 
 def _are_files(value: Any) -> bool:
-    return isinstance(value, dict) and MODEL in value and GOLDEN in value and all(map(_is_file_name, value.values()))
-
-
-def _is_file_name(value: Any) -> bool:
-    return isinstance(value, str) and len(value) < 200 and _NAME.fullmatch(value) is not None
+    return isinstance(value, dict) and MODEL in value and GOLDEN in value and all(map(is_file_name, value.values()))
 
 
 def _are_hashes(value: Any) -> bool:

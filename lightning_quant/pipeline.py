@@ -5,7 +5,6 @@ import itertools
 import os
 import time
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -86,8 +85,7 @@ def quantize(
     check_flag("sensitivity", sensitivity)
     check_rankable(recipe, sensitivity=sensitivity)
     model = _float_module(model_or_checkpoint, lightning_module, module)
-    folder = Path(output_dir if output_dir is not None else "quantized")
-    artifacts.check_folder(folder)
+    folder = artifacts.check_folder(output_dir if output_dir is not None else "quantized")
     given = CalibrationCalls(model, calibration_data)
     calls = iter(given)
     first = next(calls, None)
@@ -123,8 +121,10 @@ def quantize(
     if isinstance(quantized, Prepared):
         notes += tuple(str(step) for step in quantized.accuracy_steps)
     notes += given.notes
-    report = assess(quantized, artifact, seconds=seconds, threads=threads, notes=notes, sensitivity=found)
-    return artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
+    # Measured on a copy: another run may replace the artifact meanwhile.
+    with artifacts.private_copy(artifact) as own:
+        report = assess(quantized, own, seconds=seconds, threads=threads, notes=notes, sensitivity=found)
+        return artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
 
 
 def _check_arguments(

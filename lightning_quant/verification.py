@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant import golden
-from lightning_quant.artifact import load, read
+from lightning_quant.artifact import Artifact, open_model, private_copy
 from lightning_quant.machine import cpu_name
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.parity import equal_argmax
@@ -72,23 +72,23 @@ class Verification:
         return f"Verification ok: outputs are {how} those recorded on {self.written_on}."
 
 
-def verify(path: str | os.PathLike[str], **runtime_options: Any) -> Verification:
+def verify(path: str | os.PathLike[str] | Artifact, **runtime_options: Any) -> Verification:
     """Run an artifact's golden batch on this machine and compare with what was recorded when it was written.
 
     Args:
-        path: the artifact's folder.
+        path: the artifact's folder, or an artifact, which must still be the one in its folder.
         **runtime_options: as for `load`.
 
     Raises:
         ArtifactError: the folder is no artifact, is damaged, or its model answers in another form than recorded.
         MissingRuntimeError: its runtime is not installed; the message carries the pip command.
     """
-    artifact = read(path)
-    signature = artifact.signature
-    batch = golden.load(artifact.golden_path, signature)
-    model = load(path, **runtime_options)
-    with torch.no_grad():
-        here = model.run(list(batch.inputs))
+    with private_copy(path) as artifact:
+        signature = artifact.signature
+        batch = golden.load(artifact.golden_path, signature)
+        model = open_model(artifact, **runtime_options)
+        with torch.no_grad():
+            here = model.run(list(batch.inputs))
     recorded, floating = list(batch.artifact_outputs), list(batch.float_outputs)
     golden.check_alike(recorded, here, signature)
     golden.check_alike(recorded, floating, signature)

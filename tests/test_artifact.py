@@ -64,15 +64,11 @@ def test_folder_holds_model_manifest_and_report_and_nothing_else(original: Artif
     assert set(original.manifest["files"]) == {"model", "golden", "report.md", "report.json"}
 
 
-def test_files_are_named_after_their_content(original: Artifact) -> None:
-    hashes = {name: digest(original.path / name) for name in original.manifest["files"].values()}
+def test_files_have_plain_names_and_the_manifest_their_hashes(original: Artifact) -> None:
+    files = {name: digest(original.path / name) for name in original.manifest["files"].values()}
 
-    assert original.manifest["sha256"] == hashes
-    for role, name in original.manifest["files"].items():
-        stem, suffix = {"model": ("model", ".onnx"), "golden": ("golden", ".safetensors")}.get(
-            role, ("report", role.removeprefix("report"))
-        )
-        assert name == f"{stem}-{hashes[name][:12]}{suffix}"
+    assert set(files) == {"model.onnx", "golden.safetensors", "report.md", "report.json"}
+    assert original.manifest["sha256"] == files
 
 
 def test_size_is_that_of_the_model_on_disk(original: Artifact) -> None:
@@ -81,7 +77,7 @@ def test_size_is_that_of_the_model_on_disk(original: Artifact) -> None:
 
 
 def test_size_counts_every_file_of_the_model_and_neither_golden_batch_nor_report(folder: Path) -> None:
-    weights = folder / "weights.bin"
+    weights = folder / "model.bin"
     weights.write_bytes(b"0" * 1000)
     manifest = read(folder).manifest
     files, hashes = manifest["files"], manifest["sha256"]
@@ -140,12 +136,10 @@ def test_weights_in_a_file_of_their_own_stay_beside_the_model(tmp_path: Path, mo
     artifact = make(tmp_path / "first")
     moved = Path(shutil.move(artifact.path, tmp_path / "second"))
 
-    assert sorted(artifact.model_files.values()) == [
-        f"{artifact.model_path.parent.name}/{name}" for name in ("model.onnx", "model.onnx.data")
-    ]
+    assert sorted(artifact.model_files.values()) == ["model.onnx", "model.onnx.data"]
     assert load(moved)(X).shape == (8, 3)
     assert verify(moved).identical
-    assert read(moved).size_bytes == sum(path.stat().st_size for path in read(moved).model_path.parent.iterdir())
+    assert read(moved).size_bytes == sum((moved / name).stat().st_size for name in artifact.model_files.values())
 
 
 def test_artifact_can_be_moved(original: Artifact, folder: Path) -> None:
@@ -161,13 +155,13 @@ def test_our_own_artifact_is_replaced_and_the_old_model_removed(folder: Path, or
     new = make(folder, seed=1)
 
     assert {path.name for path in folder.iterdir()} == {"manifest.json", *new.manifest["files"].values()}
-    assert new.model_path.name != original.model_path.name
+    assert new.manifest["sha256"]["model.onnx"] != original.manifest["sha256"]["model.onnx"]
     assert not torch.equal(load(folder)(X), before)
     assert read(folder).report == new.report
 
 
 def test_same_model_again_is_kept(folder: Path, original: Artifact) -> None:
-    assert make(folder).model_path.name == original.model_path.name
+    assert make(folder).manifest["sha256"]["model.onnx"] == original.manifest["sha256"]["model.onnx"]
     assert torch.equal(load(folder)(X), load(original.path)(X))
 
 
@@ -181,14 +175,10 @@ def test_files_that_the_user_put_beside_are_kept(folder: Path) -> None:
 def test_interrupted_replacement_leaves_the_old_artifact(
     folder: Path, original: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    replace = os.replace
-
     def interrupted(source: Any, destination: Any) -> None:
-        if Path(destination).name == "manifest.json":
-            raise KeyboardInterrupt
-        replace(source, destination)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, "replace", interrupted)
+    monkeypatch.setattr(os, "rename", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make(folder, seed=1)
     monkeypatch.undo()

@@ -36,6 +36,7 @@ from lightning_quant.distributed import Group
 from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CaptureError, NoEffectWarning, QuantizationError
 from lightning_quant.export import DynamicShapes, Quantizable, trial_export
+from lightning_quant.folder import fleeting_folder, output_folder
 from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import has_layers
@@ -125,6 +126,11 @@ class QuantizationCallback(Callback):
             _refused_in_callback(self._check_strategy, trainer)
             self.group = Group(trainer.world_size, trainer.strategy.root_device)
             _refused_in_callback(self.group.together, self._check_names, trainer, pl_module)
+            if trainer.fast_dev_run:  # type: ignore[attr-defined]
+                kept, self.last_folder = self.last_folder, self.group.on_first(fleeting_folder)
+                rank_zero_info(
+                    f"fast_dev_run: the artifact goes to {self.last_folder} until this process ends; {kept} stays as it is."
+                )
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -155,8 +161,8 @@ class QuantizationCallback(Callback):
             self.prepared.detach()
 
     def folder(self, trainer: Trainer) -> Path:
-        """Return the artifact's folder: `output_dir`, or "quantized" beside the logs."""
-        return Path(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "quantized")
+        """Return the absolute path of the artifact's folder: `output_dir`, or "quantized" beside the logs."""
+        return output_folder(self.output_dir or Path(trainer.log_dir or trainer.default_root_dir) / "quantized")
 
     def quantize_checkpoint(
         self,
@@ -228,8 +234,7 @@ class QuantizationCallback(Callback):
             raise QuantizationError(
                 f"Expected every quantization callback to have an `output_dir` of its own, but two have {folder}."
             )
-        artifacts.check_folder(folder)
-        self.last_folder = folder
+        self.last_folder = artifacts.check_folder(folder)
 
     def _check_strategy(self, trainer: Trainer) -> None:
         bases = [base.__name__ for base in type(trainer.strategy).__mro__]

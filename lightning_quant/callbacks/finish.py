@@ -1,5 +1,6 @@
 """When fit has ended: take the weights to export, make the artifact, measure it, and log it."""
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -74,11 +75,24 @@ def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deploym
     advice = "" if callback.notes else f" Should that be cut short: {recovery(callback, trainer)}"
     rank_zero_info(f"{type(callback).__name__}: writing {folder}.{advice}")
     artifact = callback.artifact = group.on_first(_export, callback, trainer, deployment, folder)
+    with contextlib.ExitStack() as stack:
+        # Measured on a copy: another run may replace the artifact meanwhile.
+        own = group.together(stack.enter_context, artifacts.private_copy(artifact))
+        result = _measure(callback, trainer, deployment, artifact, own)
+    # Loggers write in the first process alone, as always.
+    trainer.strategy.barrier("lightning_quant")
+    return result
+
+
+def _measure(
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, artifact: Artifact, own: Artifact
+) -> Artifact:
+    """Evaluate and measure a private copy of an artifact, and add the report to the artifact."""
     metrics: tuple[MetricRow, ...] = ()
     notes = (*callback.findings, *deployment.notes)
     if callback.evaluate:
         started = time.perf_counter()
-        metrics = _metrics(callback, trainer, deployment, artifact)
+        metrics = _metrics(callback, trainer, deployment, own)
         if metrics and deployment.sensitivity is not None:
             found = replace(deployment.sensitivity, gains=_gains(callback, trainer, deployment, deployment.sensitivity))
             deployment = replace(deployment, sensitivity=found)
@@ -87,10 +101,8 @@ def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deploym
             notes = (*notes, "metrics that use the model's own loss are missing: the artifact takes no labels")
         if not metrics:
             notes = (*notes, f"no validation metrics: {why_no_metrics(trainer)}")
-    result = group.on_first(_report, callback, trainer, replace(deployment, notes=notes), artifact, metrics)
-    # Loggers write in the first process alone, as always.
-    trainer.strategy.barrier("lightning_quant")
-    return result
+    deployment = replace(deployment, notes=notes)
+    return callback.group.on_first(_report, callback, trainer, deployment, artifact, own, metrics)
 
 
 def _export(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, folder: Path) -> Artifact:
@@ -112,11 +124,12 @@ def _report(
     trainer: Trainer,
     deployment: Deployment,
     artifact: Artifact,
+    own: Artifact,
     metrics: tuple[MetricRow, ...],
 ) -> Artifact:
     report = assess(
         deployment.prepared,
-        artifact,
+        own,
         metrics=metrics,
         seconds=callback.seconds,
         checkpoint_bytes=deployment.checkpoint.stat().st_size if deployment.checkpoint else None,
@@ -124,7 +137,7 @@ def _report(
         notes=deployment.notes,
         sensitivity=deployment.sensitivity,
     )
-    artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown())
+    artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
     publish(trainer, report, artifact)
     return artifact
 
@@ -139,7 +152,7 @@ def publish(trainer: Trainer, report: Report, artifact: Artifact) -> None:
 
 
 def _metrics(
-    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, artifact: Artifact
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, own: Artifact
 ) -> tuple[MetricRow, ...]:
     pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
     limit = callback.limit_eval_batches
@@ -149,7 +162,7 @@ def _metrics(
         return ()
     with prepared.attached("frozen"):
         simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
-    exported = _evaluate_artifact(callback, trainer, deployment, artifact)
+    exported = _evaluate_artifact(callback, trainer, deployment, own)
     return tuple(
         MetricRow(name, value, simulated.get(name), exported.get(name)) for name, value in float_values.items()
     )
@@ -170,16 +183,16 @@ def _gains(
 
 
 def _evaluate_artifact(
-    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, artifact: Artifact
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, own: Artifact
 ) -> dict[str, float]:
     pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
     limit, group = callback.limit_eval_batches, callback.group
     if runtimes.get(prepared.plan.runtime).IN_PROCESS and isinstance(prepared, Layerwise):
         # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.
         filled = clone(pl_module)
-        artifacts.load(artifact.path, into=resolve(filled, path))
+        artifacts.open_model(own, into=resolve(filled, path))
         return evaluate(trainer, filled, path, limit_batches=limit, group=group)
-    target: Callable[..., Any] = artifacts.load(artifact.path)
+    target: Callable[..., Any] = artifacts.open_model(own)
     without_loss = False
     if callback.loss_inputs is not None:
         target = callback.loss_inputs.outside(target)
