@@ -38,19 +38,19 @@ def after(owner: Any, name: str) -> Callable[[], None]:
     return arrange
 
 
-def at_replace(number: int) -> Callable[[], None]:
-    """Kill in place of the n-th replacement of a file."""
+def at(name: str, number: int) -> Callable[[], None]:
+    """Kill in place of the n-th call of a function that changes a folder."""
 
     def arrange() -> None:
-        original, count = os.replace, [0]
+        original, count = getattr(os, name), [0]
 
-        def replace(*args: Any, **kwargs: Any) -> None:
+        def call(*args: Any, **kwargs: Any) -> None:
             count[0] += 1
             if count[0] == number:
                 kill()
             original(*args, **kwargs)
 
-        os.replace = replace
+        setattr(os, name, call)
 
     return arrange
 
@@ -59,10 +59,14 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "weights chosen": after(finish, "recovery"),
     "model file staged": after(runtimes.get("onnxruntime"), "export"),
     "model file checked": after(runtimes.get("onnxruntime"), "check"),
-    **{f"file {number} replaced": at_replace(number) for number in range(1, 7)},
+    "version committed": at("rename", 1),
+    **{f"file {number} replaced": at("replace", number) for number in range(1, 4)},
+    "version settled": at("rename", 2),
     "exported": after(finish, "export"),
     "evaluated": after(finish, "_metrics"),
     "measured": after(finish, "assess"),
+    "report committed": at("rename", 3),
+    **{f"file {number} replaced": at("replace", number) for number in range(4, 7)},
     "reported": after(artifacts, "add_report"),
 }
 

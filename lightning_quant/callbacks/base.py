@@ -129,7 +129,7 @@ class QuantizationCallback(Callback):
             if trainer.fast_dev_run:  # type: ignore[attr-defined]
                 kept, self.last_folder = self.last_folder, self.group.on_first(fleeting_folder)
                 rank_zero_info(
-                    f"fast_dev_run: the artifact goes to {self.last_folder} until this process ends; {kept} stays as it is."
+                    f"fast_dev_run: the artifact goes to {self.last_folder} while this process lives; {kept} stays."
                 )
 
     @override
