@@ -35,9 +35,10 @@ class CapturedModel:
     def note_sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember in which dimensions another call differs from the captured one."""
         spec, tensors = flatten_call(self.signature, args, kwargs)
-        self._note_sizes(spec.names, tensors)
+        self.note_sizes_of(spec.names, tensors)
 
-    def _note_sizes(self, names: tuple[str, ...], tensors: list[Tensor]) -> None:
+    def note_sizes_of(self, names: tuple[str, ...], tensors: list[Tensor]) -> None:
+        """Remember in which dimensions tensors of these names differ from those of the captured call."""
         sizes = {name: tensor.shape for name, tensor in zip(self.spec.names, self.tensors, strict=True)}
         for name, tensor in zip(names, tensors, strict=True):
             if len(sizes.get(name, ())) == tensor.dim():

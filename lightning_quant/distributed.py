@@ -102,17 +102,12 @@ def merge_batch(group: Group, ranges: Ranges) -> None:
 
     One reduction per batch, after it, of all tensors at once: processes may take different branches inside a batch.
     """
-    seen = ranges.take_deferred()
-    device = next((extremes.device for extremes in seen.values()), group.device)
-    nothing = torch.full((2,), -torch.inf, device=device)
     # What is no number must not get lost in a comparison: it comes out as an infinite range, which is refused later.
-    rows = torch.stack([seen.get(identity, nothing) for identity in ranges.observers]).nan_to_num(
-        torch.inf, torch.inf, -torch.inf
-    )
-    for observer, row in zip(ranges.observers.values(), group.maximum(rows), strict=True):
-        if row[1] > -torch.inf:
-            observer.update(torch.stack([-row[0], row[1]]))
-    ranges.forget_parameters()
+    rows = ranges.take_seen(group.device).nan_to_num(torch.inf, torch.inf, -torch.inf)
+    rows = group.maximum(rows)
+    is_seen = rows[:, 1] > -torch.inf
+    edges = [identity for identity, seen in zip(ranges.observers, is_seen.tolist(), strict=True) if seen]
+    ranges.take_in(edges, -rows[is_seen, 0], rows[is_seen, 1])
 
 
 def calibrate_together(group: Group, prepared: Prepared, steps: Callable[[], Iterable[Callable[[], Any]]]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_quant import kernels
+
 # Room for the sum of products that int32 accumulators hold beside the bias.
 BIAS_LIMIT = 2.0**30
 # Scale of a channel whose weights are all zero: any positive value is right, the bias decides.
@@ -20,67 +22,121 @@ def affine_parameters(low: Tensor, high: Tensor, quant_max: int) -> tuple[Tensor
     """Return scale and zero point of the grid [0, quant_max] over a range widened to hold zero.
 
     Args:
-        low: 0-dim, lower end of the range.
-        high: 0-dim, upper end of the range.
+        low: lower end of the range, 0-dim, or one for each of several ranges.
+        high: upper end of the range, likewise.
         quant_max: highest integer of the grid.
 
     Returns:
-        scale and zero_point, 0-dim float32; the zero point is a whole number in [0, quant_max], so 0.0 is exact. Where
-        all that was seen is zero, the grid is that of [0, 1]: kernels cannot divide by a scale that is next to nothing.
+        scale and zero_point, float32 in the shape of `low`; the zero point is a whole number in [0, quant_max], so 0.0
+        is exact. Where all that was seen is zero, the grid is that of [0, 1]: kernels cannot divide by a scale that is
+        next to nothing.
     """
     low = low.float().clamp(max=0)
     high = high.float().clamp(min=0)
     width = high - low
-    scale = (torch.where(width > 0, width, 1.0) / quant_max).clamp(min=SMALLEST_SCALE)
+    # Accelerators multiply by the reciprocal of a number that the host holds, and the last bit would differ.
+    scale = (torch.where(width > 0, width, 1.0) / torch.full_like(width, quant_max)).clamp(min=SMALLEST_SCALE)
     zero_point = torch.round(-low / scale).clamp(0, quant_max)
     return scale, zero_point
 
 
-class _Affine(torch.autograd.Function):
+class _OnHost(torch.autograd.Function):
     """CPU kernel out of four in-place passes: 4.5 times the speed of torch's own (2.1 M values: 1.5 against 7 ms)."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, scale: float, zero_point: float, quant_max: int) -> Tensor:
+    def forward(ctx: Any, x: Tensor, scale: float, zero_point: float, quant_max: int, relu: bool) -> Tensor:
         ctx.save_for_backward(x)
         # The clip mask of rounding: a value is kept when its integer lies on the grid.
-        ctx.bounds = ((-zero_point - 0.5) * scale, (quant_max - zero_point + 0.5) * scale)
+        lower = 0.0 if relu else (-zero_point - 0.5) * scale
+        ctx.bounds = (lower, (quant_max - zero_point + 0.5) * scale)
         y = x.float() / scale
-        y = y.round_().clamp_(-zero_point, quant_max - zero_point).mul_(scale)
+        y = y.round_().clamp_(0.0 if relu else -zero_point, quant_max - zero_point).mul_(scale)
         return y.to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
         (x,) = ctx.saved_tensors
-        return torch.ops.aten.hardtanh_backward(grad, x, *ctx.bounds), None, None, None
+        return torch.ops.aten.hardtanh_backward(grad, x, *ctx.bounds), None, None, None, None
 
 
-def fake_quantize(x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: int) -> Tensor:
+class _OnDevice(torch.autograd.Function):
+    """The same where the scale lies on a device: reading it on the host would stall an accelerator."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: int, relu: bool) -> Tensor:
+        ctx.save_for_backward(x, scale, zero_point)
+        ctx.quant_max, ctx.relu = quant_max, relu
+        lowest = torch.zeros_like(zero_point) if relu else -zero_point
+        y = x.float() / scale
+        return y.round().clamp(lowest, quant_max - zero_point).mul(scale).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        x, scale, zero_point = ctx.saved_tensors
+        lower = torch.zeros_like(scale) if ctx.relu else (-zero_point - 0.5) * scale
+        upper = (ctx.quant_max - zero_point + 0.5) * scale
+        inside = (x.float() > lower) & (x.float() < upper)
+        return torch.where(inside, grad, 0), None, None, None, None
+
+
+def fake_quantize(
+    x: Tensor,
+    scale: Tensor | float,
+    zero_point: Tensor | float,
+    quant_max: int,
+    *,
+    relu: bool = False,
+    extremes: Tensor | None = None,
+) -> Tensor:
     """Round to the grid [0, quant_max] and back; the gradient is 1 inside the range and 0 outside.
 
     Args:
         x: any shape and float dtype; the result has the same.
-        scale: 0-dim float32, positive.
-        zero_point: 0-dim float32 holding a whole number in [0, quant_max].
+        scale: 0-dim float32, positive; or a number.
+        zero_point: 0-dim float32 holding a whole number in [0, quant_max]; or a number.
         quant_max: highest integer of the grid.
+        relu: whether to round what a ReLU makes of x, in the same passes.
+        extremes: where a kernel serves x, `(2,)` float32 to raise to minus the lowest and the highest rounded value.
     """
-    if x.device.type == "cpu":
-        return _Affine.apply(x, scale.item(), zero_point.item(), quant_max)
-    # Reading a scale on the host would stall an accelerator, whose own fused kernel is fast.
-    y = torch.fake_quantize_per_tensor_affine(x.float(), scale, zero_point.to(torch.int32), 0, quant_max)
-    return y.to(x.dtype)
+    if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
+        if kernels.serve_values(x):
+            return kernels.round_values(x, scale, zero_point, quant_max, relu=relu, extremes=extremes)
+        if x.device.type != "cpu" or torch.compiler.is_compiling():
+            return _OnDevice.apply(x, scale, zero_point, quant_max, relu)
+        scale, zero_point = scale.item(), zero_point.item()
+    return _OnHost.apply(x, scale, zero_point, quant_max, relu)
+
+
+class _Given(torch.autograd.Function):
+    """A weight that was rounded already; the gradient passes unchanged."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
+        ctx.dtype = weight.dtype
+        return rounded.view_as(rounded)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad.to(ctx.dtype), None
+
+
+def pass_gradient(weight: Tensor, rounded: Tensor) -> Tensor:
+    """Return the rounded weight with a gradient that passes to the weight unchanged."""
+    return _Given.apply(weight, rounded)
 
 
 class _PerChannel(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, scale: Tensor) -> Tensor:
-        return (weight.float() / scale).round_().mul_(scale).to(weight.dtype)
+    def forward(ctx: Any, weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.dtype = weight.dtype
+        return (weight.float() / scale).round_().mul_(scale).to(dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad.to(ctx.dtype), None, None
 
 
-def fake_quantize_weight(weight: Tensor, scale: Tensor) -> Tensor:
+def fake_quantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Round a weight to multiples of its channel's scale; the gradient passes unchanged.
 
     No value is clipped, because `weight_scale` never returns less than the largest magnitude asks for: the clip mask of
@@ -89,19 +145,27 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor) -> Tensor:
     Args:
         weight: `(out_channels, ...)`, any float dtype.
         scale: `(out_channels,)`, float32, from `weight_scale`.
+        dtype: of the result; the weight's by default.
     """
-    return _PerChannel.apply(weight, scale.view(-1, *[1] * (weight.dim() - 1)))
+    shape = (-1, *[1] * (weight.dim() - 1))
+    return _PerChannel.apply(weight, scale.view(shape), weight.dtype if dtype is None else dtype)
 
 
 def channel_maximum(weight: Tensor) -> Tensor:
     """Return the largest magnitude of each output channel, shape `(out_channels,)`, float32."""
-    flat = weight.detach().flatten(1)
-    return torch.maximum(flat.amax(1), -flat.amin(1)).float()
+    highest, lowest = channel_extremes(weight)
+    return torch.maximum(highest, -lowest).float()
+
+
+def channel_extremes(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the highest and the lowest value of each output channel, `(out_channels,)`, in the weight's dtype."""
+    inner = tuple(range(1, weight.dim()))
+    return weight.detach().amax(inner), weight.detach().amin(inner)
 
 
 def weight_scale(
     maximum: Tensor,
-    quant_max: int,
+    quant_max: int | Tensor,
     *,
     gain: Tensor | None = None,
     bias: Tensor | None = None,
@@ -114,15 +178,17 @@ def weight_scale(
 
     Args:
         maximum: `(out_channels,)`, largest magnitudes of the weights before folding.
-        quant_max: 127 for 8-bit weights, 63 for 7-bit weights.
+        quant_max: 127 for 8-bit weights, 63 for 7-bit weights; a tensor holds one for each channel.
         gain: `(out_channels,)`, factor that folding a BatchNorm puts on each channel; may be zero or negative.
         bias: `(out_channels,)`, bias after folding.
-        input_scale: 0-dim, scale of the input; without it nothing is stretched.
+        input_scale: scale of the input, 0-dim or one for each channel; without it nothing is stretched.
 
     Returns:
         `(out_channels,)`, float32, positive and finite, for the weights before folding.
     """
-    scale = (maximum / quant_max).clamp(min=SMALLEST_SCALE)
+    # Divided by a tensor for the last bit, as in `affine_parameters`.
+    divisor = quant_max if isinstance(quant_max, Tensor) else torch.full_like(maximum, quant_max)
+    scale = (maximum / divisor).clamp(min=SMALLEST_SCALE)
     if bias is None or input_scale is None:
         return scale
     needed = bias.detach().float().abs() / (input_scale * BIAS_LIMIT)

@@ -105,9 +105,29 @@ def fold_adjusted(layer: Layer, input_scale: Tensor, quant_max: int) -> Folded:
 
 
 def _gain_and_bias(bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    mean, variance = fetch(norm, "running_mean").float(), fetch(norm, "running_var").float()
-    gain = torch.rsqrt(variance + float(norm.eps))  # type: ignore[arg-type]
-    if norm.weight is not None:
-        gain = gain * fetch(norm, "weight").float()
-    shift = (-mean if bias is None else bias.float() - mean) * gain
+    gain, shift = gain_and_shift(
+        fetch(norm, "running_mean"),
+        fetch(norm, "running_var"),
+        float(norm.eps),  # type: ignore[arg-type]
+        None if norm.weight is None else fetch(norm, "weight"),
+        bias,
+    )
     return gain, shift if norm.bias is None else shift + fetch(norm, "bias").float()
+
+
+def gain_and_shift(
+    mean: Tensor, variance: Tensor, eps: float | Tensor, gamma: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Return the factor that folding a BatchNorm puts on each channel, and the bias before beta is added.
+
+    Args:
+        mean: running mean, one for each channel, as all others.
+        variance: running variance.
+        eps: what is added to the variance.
+        gamma: weight of the BatchNorm.
+        bias: of the layer.
+    """
+    gain = torch.rsqrt(variance.float() + eps)
+    if gamma is not None:
+        gain = gain * gamma.float()
+    return gain, (-mean.float() if bias is None else bias.float() - mean.float()) * gain

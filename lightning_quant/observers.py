@@ -5,7 +5,8 @@ that move with `to` and are saved by `state`.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from lightning_quant.recipe import Recipe
 
 class Observer(ABC):
     """Collects statistics of one tensor; `low` and `high` are 0-dim float32 tensors once something was seen."""
+
+    # Whether it looks at all values of a tensor; where extremes are enough, those of many tensors are taken in at once.
+    needs_values: ClassVar[bool] = True
 
     def __init__(self) -> None:
         self.low: Tensor | None = None
@@ -65,15 +69,59 @@ class Observer(ABC):
                 setattr(self, name, value.to(device))
 
 
-class MinMax(Observer):
-    """The lowest and the highest value ever seen."""
+class Extremes(Observer):
+    """An observer that the extremes of a tensor are enough for."""
+
+    needs_values: ClassVar[bool] = False
+
+    @classmethod
+    @torch.no_grad()
+    def update_all(cls, observers: "Sequence[Extremes]", lows: Tensor, highs: Tensor) -> None:
+        """Let the extremes of one tensor for each observer count as an update, in one operation for all of them.
+
+        Args:
+            observers: all of this class.
+            lows: `(observers,)`, any float dtype.
+            highs: likewise.
+        """
+        for observer, low, high in zip(observers, *cls._ends(observers, lows, highs), strict=True):
+            observer.low, observer.high = low, high
+            observer.num_updates += 1
 
     def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        self.low = low if self.low is None else torch.minimum(self.low, low)
-        self.high = high if self.high is None else torch.maximum(self.high, high)
+        ((self.low,), (self.high,)) = self._ends([self], low.view(1), high.view(1))
+
+    @classmethod
+    def _ends(
+        cls, observers: "Sequence[Extremes]", lows: Tensor, highs: Tensor
+    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Return the new low and high of each observer, 0-dim."""
+        lows, highs = lows.float(), highs.float()
+        # What has no range yet takes that of its first batch.
+        old = [(low, high) if o.low is None or o.high is None else (o.low, o.high)
+               for o, low, high in zip(observers, lows.unbind(), highs.unbind(), strict=True)]  # fmt: skip
+        old_lows, old_highs = (torch.stack(ends) for ends in zip(*old, strict=True))
+        lows, highs = cls._combine(observers, (old_lows, old_highs), (lows, highs))
+        return lows.unbind(), highs.unbind()
+
+    @classmethod
+    @abstractmethod
+    def _combine(
+        cls, observers: "Sequence[Extremes]", old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]: ...
 
 
-class MovingAverage(Observer):
+class MinMax(Extremes):
+    """The lowest and the highest value ever seen."""
+
+    @classmethod
+    def _combine(
+        cls, observers: Sequence[Extremes], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        return torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])
+
+
+class MovingAverage(Extremes):
     """Exponential average of each batch's extremes, for training, where weights move.
 
     The weight of a new batch is `max(momentum, 1 / number of batches)`: a plain mean at first, so that the first batch
@@ -85,13 +133,14 @@ class MovingAverage(Observer):
         super().__init__()
         self.momentum = momentum
 
-    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        if self.low is None or self.high is None:
-            self.low, self.high = low, high
-            return
-        weight = max(self.momentum, 1 / (self.num_updates + 1))
-        self.low = torch.lerp(self.low, low, weight)
-        self.high = torch.lerp(self.high, high, weight)
+    @classmethod
+    def _combine(
+        cls, observers: Sequence[Extremes], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        weights = [max(o.momentum, 1 / (o.num_updates + 1)) for o in observers if isinstance(o, MovingAverage)]
+        # A number costs no copy to the device, and tensors of a model have mostly seen as many batches.
+        weight = weights[0] if len(set(weights)) == 1 else old[0].new_tensor(weights)
+        return torch.lerp(old[0], new[0], weight), torch.lerp(old[1], new[1], weight)
 
 
 class Histogram(MinMax):
@@ -100,6 +149,7 @@ class Histogram(MinMax):
     Doubling merges neighbouring bins pairwise, so a bin keeps its exact count and the memory stays fixed.
     """
 
+    needs_values: ClassVar[bool] = True
     NUM_BINS = 2048
     NUM_CANDIDATES = 100
 

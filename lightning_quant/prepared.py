@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from lightning_quant.adjustments import AccuracyStep, ChannelScale, Layer
 from lightning_quant.bias_correction import InputMeans, bias_correction
-from lightning_quant.calls import CallSpec, flatten_call
+from lightning_quant.calls import CallSpec
 from lightning_quant.captured import CapturedModel
 from lightning_quant.compilation import kept_from_compilers
 from lightning_quant.errors import QuantizationError
 from lightning_quant.folding import Folded, fold_adjusted, fold_at
 from lightning_quant.graph.analyze import Analysis, Island
-from lightning_quant.graph.instrument import Instrumented, instrument
+from lightning_quant.graph.instrument import Instrumented
 from lightning_quant.graph.plan import Edge, Operator, Plan, identify, path_of
 from lightning_quant.layers.placement import placed
 from lightning_quant.learned_steps import LearnedSteps
@@ -30,6 +30,7 @@ from lightning_quant.overrides import override_weights, store_layers
 from lightning_quant.ranges import Ranges
 from lightning_quant.recipe import Recipe
 from lightning_quant.routing import Route, copied, device_of, fetch, resolve, route, unroute
+from lightning_quant.running import Runner
 from lightning_quant.simulation import Simulation
 
 PHASES = ("off", "observe", "fake_quantize", "frozen", "frozen_batch_norm")
@@ -87,10 +88,16 @@ class Prepared(CapturedModel):
         self.signature, self.spec, self.tensors = analysis.signature, analysis.spec, analysis.tensors
         self.islands: dict[str, Island] = {island.path: island for island in analysis.islands}
         self.operators: dict[str, Operator] = {}
+        # Operator to the edges that it reads and to what it writes.
+        self.reads: dict[str, tuple[str, ...]] = {}
+        self.writes: dict[str, str] = {}
         edges: dict[str, Edge] = {}
         for path, island in self.islands.items():
             edges.update({identify(path, edge.key): edge for edge in island.plan.edges})
-            self.operators.update({identify(path, operator.key): operator for operator in island.plan.operators})
+            for operator in island.plan.operators:
+                identity = identify(path, operator.key)
+                self.operators[identity], self.writes[identity] = operator, identify(path, operator.output)
+                self.reads[identity] = tuple(identify(path, key) for key in operator.inputs)
         self.observer = observer
         self.weight_quant_maxima = override_weights(recipe, self.operators, analysis)
         self.ranges = Ranges(edges, recipe, observer)
@@ -104,18 +111,19 @@ class Prepared(CapturedModel):
         self.channels: dict[str, ChannelScale] = {}
         self.accuracy_steps: tuple[AccuracyStep, ...] = ()
         self.learned_steps: LearnedSteps | None = None
-        self._graphs: dict[Any, Instrumented] = {}
         self._stored: dict[str, nn.Module] | None = None
         # Float layers whose places stored ones have taken; graphs are traced with them.
-        self._displaced: dict[str, nn.Module] = {}
+        self.displaced: dict[str, nn.Module] = {}
         self.simulation = Simulation(self)
+        self._runner = Runner(self)
 
     def __getstate__(self) -> dict[str, Any]:
         # What is made again when it is needed; weak references cannot be pickled.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_graphs", "_twins", "_stored")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_twins", "_stored")}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state, _graphs={}, _twins=weakref.WeakSet(), _stored=None)
+        self.__dict__.update(state, _twins=weakref.WeakSet(), _stored=None)
+        self._runner = Runner(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Prepared":
         """Return what a copy of the routed module runs: the same ranges, in the same phase, moving none of them."""
@@ -123,7 +131,7 @@ class Prepared(CapturedModel):
         twin.root = copied(self.root, memo)
         twin.control, twin._is_twin = self.control, True
         # A copy made in the middle of a block rounds what the block rounds, and has stored layers where it has them.
-        twin.simulation.only, twin._displaced = self.simulation.only, dict(self._displaced)
+        twin.simulation.only, twin.displaced = self.simulation.only, dict(self.displaced)
         self._twins.add(twin)
         return twin
 
@@ -171,10 +179,10 @@ class Prepared(CapturedModel):
         try:
             self.set_phase(phase)
             self.attach()
-            with placed(self.root, stored) as self._displaced:
+            with placed(self.root, stored) as self.displaced:
                 yield
         finally:
-            self._displaced = {}
+            self.displaced = {}
             self.detach()
             self.control = before
 
@@ -204,8 +212,8 @@ class Prepared(CapturedModel):
         other.root = root
         other.tensors = self.tensors if tensors is None else tensors
         other.control, other._twins, other._is_twin = Control(), weakref.WeakSet(), False
-        other._graphs, other.simulation = {}, Simulation(other)
-        other._stored, other._displaced = None, {}
+        other.simulation, other._runner = Simulation(other), Runner(other)
+        other._stored, other.displaced = None, {}
         return other
 
     def stored_layers(self) -> dict[str, nn.Module]:
@@ -251,21 +259,11 @@ class Prepared(CapturedModel):
 
     def run(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an island's graph on a call."""
-        island = self.islands[path]
-        spec, tensors = flatten_call(island.signature, args, kwargs)
-        graph = self.graph(path, spec, tensors)
-        if not path:
-            self._note_sizes(spec.names, tensors)
-        return graph.output_spec.build(graph.function(resolve(self.root, path), self.simulation, *tensors))
+        return self._runner.run(path, args, kwargs)
 
     def graph(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
         """Return the graph that runs an island on calls of this structure under the module's present flags."""
-        module = resolve(self.root, path)
-        key = (path, spec.key(), tuple(child.training for child in module.modules()))
-        if key not in self._graphs:
-            with placed(self.root, self._displaced):
-                self._graphs[key] = instrument(module, self.islands[path], spec, tensors)
-        return self._graphs[key]
+        return self._runner.graph(path, spec, tensors)
 
     def on_grid(self, identity: str, x: Tensor, *, clipped: bool = False) -> Tensor:
         """Map values of an edge to those that are rounded, if wanted with the clip that the grid's end carries out."""
@@ -277,7 +275,7 @@ class Prepared(CapturedModel):
     def folded(self, identity: str, *, corrected: bool = True) -> Folded:
         """Return bias and scales of a weighted operator as they are exported; the same in training and in convert."""
         operator, path = self.operators[identity], path_of(identity)
-        input_scale, _ = self.ranges.parameters(identify(path, operator.inputs[0]))
+        input_scale, _ = self.ranges.parameters(self.reads[identity][0])
         quant_max = self.weight_quant_max(identity)
         if identity in self.layers:
             folded = fold_adjusted(self.layers[identity], input_scale, quant_max)

@@ -13,7 +13,6 @@ from lightning_quant import integer
 from lightning_quant.bias_correction import InputMeans
 from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
 from lightning_quant.folding import Folded
-from lightning_quant.graph.plan import identify, path_of
 from lightning_quant.learned_steps import quantize_with_learned_step
 from lightning_quant.routing import fetch, shadowed, unparametrized
 
@@ -107,6 +106,13 @@ class Simulation:
         return self.prepared.quantizes and (self.only is None or identity in self.only)
 
     @property
+    def is_plain(self) -> bool:
+        """Whether a run does what training does: nothing looks on, all is rounded, and nothing is adjusted."""
+        looks_on = (self.only, self.watcher, self.recorded, self.jitter, self.input_means)
+        changed = self.prepared.channels or self.prepared.layers or self.prepared.ranges.chosen
+        return all(value is None for value in looks_on) and not changed and not self.computes_integers
+
+    @property
     def computes_integers(self) -> bool:
         """Whether operators compute what integer kernels do: in evaluation, without gradients or after calibration."""
         in_evaluation = not self.prepared.root.training and (not torch.is_grad_enabled() or self.prepared.adjusted)
@@ -132,6 +138,10 @@ class Simulation:
         channels = self.prepared.channels.get(identity)
         return rounded if channels is None else channels.from_grid(rounded)
 
+    def quantize_relu(self, identity: str, relu: nn.Module | None, x: Tensor) -> Tensor:
+        """Call a ReLU, a module or the function, and observe and round what it returns."""
+        return self.quantize_edge(identity, F.relu(x) if relu is None else relu(x))
+
     def run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
         """Call a layer, hooks and all, with a rounded weight in place of its own."""
         if not self.rounds(identity):
@@ -155,19 +165,21 @@ class Simulation:
         self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Tensor:
         """Call a functional layer with a rounded weight."""
-        function = getattr(F, self.prepared.operators[identity].kind)
+        function = self.function_of(identity)
         if not self.rounds(identity):
             self._note_input(identity, x)
             return function(x, weight, bias, *args, **kwargs)
         return self._run_weighted(identity, x, weight, bias, lambda x, w, b: function(x, w, b, *args, **kwargs))
 
+    def function_of(self, identity: str) -> Callable[..., Tensor]:
+        """Return what computes a functional layer."""
+        return getattr(F, self.prepared.operators[identity].kind)
+
     def run_add(self, identity: str, first: Tensor, second: Tensor) -> Tensor:
         """Add two quantized tensors."""
-        operator, path = self.prepared.operators[identity], path_of(identity)
-        rounded = all(identify(path, key) in self.prepared.ranges.edges for key in operator.inputs)
-        if self.computes_integers and operator.quantized_output and rounded:
-            output = identify(path, operator.output)
-            edges = [identify(path, key) for key in operator.inputs]
+        edges, output = self.prepared.reads[identity], self.prepared.writes[identity]
+        rounded = all(edge in self.prepared.ranges.edges for edge in edges)
+        if self.computes_integers and self.prepared.operators[identity].quantized_output and rounded:
             one, other = (self.prepared.ranges.parameters(edge) for edge in edges)
             operands = self.prepared.on_grid(edges[0], first), self.prepared.on_grid(edges[1], second)
             grid = self.prepared.ranges.parameters(output)
@@ -202,16 +214,16 @@ class Simulation:
             return self._run_alone(identity, folded, x, call)
         if not self.computes_integers:
             return call(x, self._rounded_weight(identity, weight, folded), bias)
-        operator, path = self.prepared.operators[identity], path_of(identity)
-        input_scale, _ = self.prepared.ranges.parameters(identify(path, operator.inputs[0]))
+        operator, edge = self.prepared.operators[identity], self.prepared.reads[identity][0]
+        input_scale, _ = self.prepared.ranges.parameters(edge)
         integers = self.prepared.weight_integers(identity, folded)
-        on_grid = self.prepared.on_grid(identify(path, operator.inputs[0]), x.float())
+        on_grid = self.prepared.on_grid(edge, x.float())
         with torch.autocast(x.device.type, enabled=False):
             sums = call(torch.round(on_grid / input_scale), integers, None)
         shape = (-1,) if operator.kind == "linear" else (-1, *[1] * (sums.dim() - 2))
         sums, step = sums + folded.bias_integers.view(shape), folded.bias_step.view(shape)
         if operator.quantized_output:
-            output = identify(path, operator.output)
+            output = self.prepared.writes[identity]
             scale, _ = self.prepared.ranges.parameters(output)
             self.integers[output] = integer.requantize(sums, step, scale, self._round)
         return (sums * step).to(x.dtype)
@@ -227,12 +239,12 @@ class Simulation:
 
     def _run_alone(self, identity: str, folded: Folded, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
         """Compute a layer with a rounded weight among others that stay float."""
-        operator, path = self.prepared.operators[identity], path_of(identity)
+        operator, edge = self.prepared.operators[identity], self.prepared.reads[identity][0]
         integers = self.prepared.weight_integers(identity, folded)
         weight = integers * folded.scale.view(-1, *[1] * (integers.dim() - 1))
-        y = call(self.prepared.on_grid(identify(path, operator.inputs[0]), x.float()), weight, None)
+        y = call(self.prepared.on_grid(edge, x.float()), weight, None)
         y = y + folded.bias.view((-1,) if operator.kind == "linear" else (-1, *[1] * (y.dim() - 2)))
-        channels = self.prepared.channels.get(identify(path, operator.output))
+        channels = self.prepared.channels.get(self.prepared.writes[identity])
         y = (y if channels is None else channels.from_grid(y)).to(x.dtype)
         if operator.batch_norm:
             self._normalized.append(y)
@@ -241,5 +253,5 @@ class Simulation:
     def _note_input(self, identity: str, x: Tensor) -> None:
         if self.prepared.observing and self.input_means is not None:
             operator = self.prepared.operators[identity]
-            x = self.prepared.on_grid(identify(path_of(identity), operator.inputs[0]), x)
+            x = self.prepared.on_grid(self.prepared.reads[identity][0], x)
             self.input_means.update(identity, operator.kind, x)

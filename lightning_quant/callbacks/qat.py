@@ -215,7 +215,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             return
         _check_others(self, trainer)
         self.timeline = resolve(self.schedule, trainer)
-        prepared.ranges.deferred = {} if self.group.size > 1 else None
+        prepared.ranges.waits = self.group.size > 1
         # Another forward in the way is found here, not when the first phase begins.
         prepared.attach()
         prepared.detach()

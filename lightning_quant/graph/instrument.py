@@ -11,18 +11,28 @@ from torch import Tensor, fx, nn
 
 from lightning_quant.calls import CallSpec, ResultSpec
 from lightning_quant.graph.analyze import Island
-from lightning_quant.graph.operations import argument
+from lightning_quant.graph.operations import argument, describe
 from lightning_quant.graph.plan import identify
 from lightning_quant.graph.trace import trace
 
 
 @dataclass(frozen=True)
 class Instrumented:
-    """A graph with quantizers, the same as a function, and how its leaves make up the result."""
+    """A graph with quantizers, the same as a function, and how its leaves make up the result.
+
+    Attributes:
+        graph: the graph.
+        function: takes module, what carries out the operators, and the call's tensors.
+        output_spec: how the leaves make up the result.
+        edges: identities of the edges that are rounded in it, in the order of execution.
+        operators: identities of the weighted operators in it.
+    """
 
     graph: fx.Graph
     function: Callable[..., Any]
     output_spec: ResultSpec
+    edges: tuple[str, ...]
+    operators: tuple[str, ...]
 
 
 def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
@@ -47,11 +57,19 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
             norm = keys[operator.batch_norm]
             called = _module_reference(graph, norm), argument(norm, 0, "input")
             _call(graph, simulation, norm, "run_batch_norm", called)
-    for edge in island.plan.edges:
-        if edge.key in keys and not edge.passed:
-            _quantize_edge(graph, simulation, keys[edge.key], identify(island.path, edge.key))
+    places = {node: place for place, node in enumerate(nodes)}
+    edges = {edge.key: keys[edge.key] for edge in island.plan.edges if edge.key in keys and not edge.passed}
+    rounded = sorted(edges, key=lambda key: places[edges[key]])
+    for key in rounded:
+        _quantize_edge(graph, simulation, edges[key], identify(island.path, key), module)
     graph.lint()
-    return Instrumented(graph, _function_of(graph), traced.output_spec)
+    return Instrumented(
+        graph,
+        _function_of(graph),
+        traced.output_spec,
+        tuple(identify(island.path, key) for key in rounded),
+        tuple(identify(island.path, o.key) for o in island.plan.operators if o.weight and o.key in keys),
+    )
 
 
 def _module_reference(graph: fx.Graph, node: fx.Node) -> fx.Node:
@@ -78,7 +96,12 @@ def _call(graph: fx.Graph, simulation: fx.Node, node: fx.Node, method: str, args
         node.op, node.target, node.args, node.kwargs = "call_method", method, (simulation, *args), {}
 
 
-def _quantize_edge(graph: fx.Graph, simulation: fx.Node, node: fx.Node, identity: str) -> None:
+def _quantize_edge(graph: fx.Graph, simulation: fx.Node, node: fx.Node, identity: str, module: nn.Module) -> None:
+    if describe(node, module).kind == "relu":
+        # Rounding to a range that begins at zero does what the ReLU does.
+        relu = _module_reference(graph, node) if node.op == "call_module" else None
+        _call(graph, simulation, node, "quantize_relu", (identity, relu, argument(node, 0, "input")))
+        return
     readers = list(node.users)
     with graph.inserting_after(node):
         rounded = graph.call_method("quantize_edge", (simulation, identity, node))

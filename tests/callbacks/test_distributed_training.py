@@ -307,7 +307,7 @@ def test_histograms_while_training_in_several_processes_are_refused(monkeypatch:
 def test_values_that_are_no_numbers_in_one_process_are_refused_in_all() -> None:
     model = nn.Sequential(nn.Linear(4, 2))
     prepared = prepare(model, (torch.randn(3, 4),))
-    prepared.ranges.deferred = {}
+    prepared.ranges.waits = True
     with prepared.attached("observe", observing=True):
         model(torch.full((3, 4), torch.nan))
     merge_batch(Group(), prepared.ranges)

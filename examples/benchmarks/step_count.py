@@ -1,0 +1,178 @@
+"""Count what a training step asks of a device: tensor operations, and the bytes that they read and write.
+
+The count runs on the CPU. Of lightning_quant it can count what runs there, or what runs on a GPU: each Triton kernel is
+one operation then, carried out by plain torch for its result.
+"""
+
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+
+import lightning_quant
+from lightning_quant import kernels
+from lightning_quant.fake_quantize import channel_maximum
+from lightning_quant.prepare import prepare
+
+# What only says anew where a tensor's values lie, and what is a number on the host.
+_FREE = frozenset({
+    "alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "select", "slice", "split", "split_with_sizes",
+    "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "empty", "empty_like", "empty_strided",
+})  # fmt: skip
+
+
+@dataclass
+class Count:
+    """Operations of one step, by name, and the bytes of what they read and write, each tensor once an operation."""
+
+    operations: Counter[str] = field(default_factory=Counter)
+    num_bytes: int = 0
+
+    @property
+    def num_operations(self) -> int:
+        """Number of operations; on a GPU each is a kernel, or more."""
+        return self.operations.total()
+
+    def add(self, name: str, tensors: Sequence[Any]) -> None:
+        """Count one operation on these tensors, inputs and outputs."""
+        self.operations[name] += 1
+        self.num_bytes += sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+
+
+class _Counting(TorchDispatchMode):
+    def __init__(self, count: Count) -> None:
+        super().__init__()
+        self.count = count
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        if name == "_local_scalar_dense":
+            self.count.operations["read on the host"] += 1
+        elif name not in _FREE:
+            outputs = [t for t in tree_leaves(result) if not any(t is given for given in tree_leaves(args))]
+            self.count.add(name, [*tree_leaves((args, kwargs)), *outputs])
+        return result
+
+
+def count(step: Callable[[], object]) -> Count:
+    """Return the count of one call of a step."""
+    counted = Count()
+    with _Counting(counted):
+        step()
+    return counted
+
+
+@contextmanager
+def as_on_a_gpu() -> Iterator[None]:
+    """Let lightning_quant take the way of a GPU with Triton, each kernel counted as one operation."""
+    before = kernels.serve, sys.modules.get("lightning_quant.triton_kernels")
+    kernels.serve = lambda device, dtype: dtype in kernels._DTYPES and not torch.compiler.is_compiling()
+    module: Any = SimpleNamespace(
+        round_values=_round_values, pass_gradient=_pass_gradient, observe_values=_observe_values, Rows=_Rows
+    )
+    sys.modules["lightning_quant.triton_kernels"] = lightning_quant.triton_kernels = module  # type: ignore
+    try:
+        yield
+    finally:
+        kernels.serve = before[0]
+        del lightning_quant.triton_kernels, sys.modules["lightning_quant.triton_kernels"]  # type: ignore
+        if before[1] is not None:
+            sys.modules["lightning_quant.triton_kernels"] = lightning_quant.triton_kernels = before[1]  # type: ignore
+
+
+@contextmanager
+def _kernel(name: str, *tensors: Tensor | None) -> Iterator[None]:
+    mode = torch.utils._python_dispatch._get_current_dispatch_mode()
+    if isinstance(mode, _Counting):
+        mode.count.add(name, tensors)
+    with _disable_current_modes():
+        yield
+
+
+def _round_values(
+    x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: int, *, relu: bool, masks: bool, extremes: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    y, bits = torch.empty_like(x), torch.empty((x.numel() + 7) // 8 if masks else 0, dtype=torch.uint8)
+    with _kernel("round_values", x, y, bits):
+        value = x.detach().float()
+        value = value.relu() if relu else value
+        if extremes is not None:
+            extremes.copy_(torch.maximum(extremes, torch.stack([-value.min(), value.max()])))
+        lower = torch.zeros(()) if relu else (-zero_point - 0.5) * scale
+        kept = (x.detach() > lower) & (value < (quant_max - zero_point + 0.5) * scale)
+        y.copy_((value / scale).round().clamp(-zero_point, quant_max - zero_point) * scale)
+    # The bits themselves lie in a tensor of bytes here, which only `_pass_gradient` reads.
+    bits.kept = kept  # type: ignore[attr-defined]
+    return y, bits
+
+
+def _pass_gradient(grad: Tensor, mask: Tensor) -> Tensor:
+    result = torch.empty_like(grad)
+    with _kernel("pass_gradient", grad, mask, result):
+        result.copy_(torch.where(mask.kept, grad, 0))  # type: ignore[attr-defined]
+    return result
+
+
+def _observe_values(x: Tensor, extremes: Tensor) -> None:
+    with _kernel("observe_values", x):
+        extremes.copy_(torch.maximum(extremes, torch.stack([-x.float().min(), x.float().max()])))
+
+
+class _Rows:
+    def __init__(self, weights: Sequence[Tensor]) -> None:
+        self.weights = weights
+
+    def maxima(self) -> Tensor:
+        with _kernel("row_maxima", *self.weights):
+            return torch.cat([channel_maximum(weight) for weight in self.weights])
+
+    def rounded(self, scales: Tensor, dtype: torch.dtype) -> list[Tensor]:
+        results = [torch.empty_like(weight, dtype=dtype) for weight in self.weights]
+        with _kernel("round_rows", *self.weights, *results):
+            for weight, result, scale in zip(
+                self.weights, results, scales.split([len(w) for w in self.weights]), strict=True
+            ):
+                scale = scale.view(-1, *[1] * (weight.dim() - 1))
+                result.copy_((weight.float() / scale).round() * scale)
+        return results
+
+
+def forward_and_backward(
+    model: nn.Module, x: Tensor, phase: str | None = None, dtype: torch.dtype | None = None
+) -> Callable[[], None]:
+    """Return forward and backward of a step: float, or prepared by lightning_quant in a phase, with known ranges.
+
+    Args:
+        model: in training mode.
+        x: its input.
+        phase: "observe", "fake_quantize" or "frozen"; None for float.
+        dtype: of autocast; None for none.
+    """
+    prepared = None
+    if phase is not None:
+        prepared = prepare(model, (x,), recipe="int8", runtime="onnxruntime")
+        prepared.attach()
+        prepared.observing = True
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+            loss = model(x).float().square().mean()
+        loss.backward()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    if prepared is not None and phase is not None:
+        for known in ("observe", "fake_quantize", phase):
+            prepared.set_phase(known)
+            step()
+            step()
+    return step

@@ -1,0 +1,94 @@
+"""Runs of prepared graphs: which graph serves a call, and who carries it out."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+from lightning_quant.calls import CallSpec, flatten_call
+from lightning_quant.graph.instrument import Instrumented, instrument
+from lightning_quant.layers.placement import placed
+from lightning_quant.rounded_weights import RoundedWeights
+from lightning_quant.rounding import Rounding, rounds_plainly
+from lightning_quant.routing import resolve
+
+if TYPE_CHECKING:
+    from lightning_quant.prepared import Prepared
+
+_CONSTANTS = (type(None), bool, int, float, str)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A graph with quantizers, its weighted operators, and the names of its inputs."""
+
+    graph: Instrumented
+    weights: RoundedWeights
+    names: tuple[str, ...]
+
+
+class Runner:
+    """Runs the graphs of a prepared module: one for each structure of a call and each set of train and eval flags."""
+
+    def __init__(self, prepared: "Prepared") -> None:
+        self._prepared = prepared
+        self._graphs: dict[Any, Entry] = {}
+        # By what can be told of a call without binding it to the signature: a graph, and where its inputs stand among
+        # positional and then keyword arguments.
+        self._calls: dict[Any, tuple[Entry, tuple[int, ...]]] = {}
+
+    def run(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run an island's graph on a call."""
+        prepared = self._prepared
+        module = resolve(prepared.root, path)
+        entry, tensors = self._find(path, module, args, kwargs)
+        if not path:
+            prepared.note_sizes_of(entry.names, tensors)
+        prepared.ranges.begin_run(entry.graph.edges, observing=prepared.observing)
+        if rounds_plainly(prepared, entry.graph):
+            return Rounding(prepared, entry.graph, entry.weights, module).run(tensors)
+        with prepared.ranges.running():
+            result = entry.graph.function(module, prepared.simulation, *tensors)
+        return entry.graph.output_spec.build(result)
+
+    def graph(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
+        """Return the graph that runs an island on calls of this structure under the module's present flags."""
+        return self._entry(path, spec, tensors).graph
+
+    def _entry(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Entry:
+        prepared, module = self._prepared, resolve(self._prepared.root, path)
+        key = (path, spec.key(), _flags(module))
+        if key not in self._graphs:
+            with placed(prepared.root, prepared.displaced):
+                graph = instrument(module, prepared.islands[path], spec, tensors)
+            self._graphs[key] = Entry(graph, RoundedWeights(prepared, graph.operators), spec.names)
+        return self._graphs[key]
+
+    def _find(
+        self, path: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Entry, list[Tensor]]:
+        given, kinds = (*args, *kwargs.values()), _kinds(args, kwargs)
+        key = (path, kinds, _flags(module))
+        if kinds is not None and key in self._calls:
+            entry, positions = self._calls[key]
+            return entry, [given[position] for position in positions]
+        spec, tensors = flatten_call(self._prepared.islands[path].signature, args, kwargs)
+        entry = self._entry(path, spec, tensors)
+        places = {id(value): place for place, value in enumerate(given) if isinstance(value, Tensor)}
+        # A tensor that was passed twice may come as two the next time.
+        if kinds is not None and len(places) == sum(isinstance(value, Tensor) for value in given):
+            self._calls[key] = entry, tuple(places[id(tensor)] for tensor in tensors)
+        return entry, tensors
+
+
+def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Return what tells calls apart that different graphs serve; None when a value has more in it than that."""
+    values = (*args, *kwargs.values())
+    if not all(isinstance(value, (Tensor, *_CONSTANTS)) for value in values):
+        return None
+    return (*kwargs, *(Tensor if isinstance(value, Tensor) else (type(value), value) for value in values))
+
+
+def _flags(module: nn.Module) -> tuple[bool, ...]:
+    """Return the train and eval flags of a tree."""
+    return tuple(child.training for child in module.modules())
