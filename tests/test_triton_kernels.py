@@ -1,0 +1,117 @@
+"""Kernels of fake quantization against the CPU's passes.
+
+With `TRITON_INTERPRET=1` Triton's interpreter runs them on the CPU; with a GPU they run there. Without Triton the plain
+passes of devices are held to the same bound.
+"""
+
+import importlib.util
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_quant import kernels
+from lightning_quant.fake_quantize import _OnDevice, affine_parameters, fake_quantize
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+HAS_TRITON = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
+DEVICE = torch.device("cuda" if HAS_TRITON and not INTERPRETED else "cpu")
+triton_alone = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton and a GPU, or TRITON_INTERPRET=1")
+WAYS = ["plain", pytest.param("triton", marks=triton_alone)]
+
+
+def rounded(way: str, x: Tensor, grid: tuple[Tensor, Tensor], relu: bool) -> Tensor:
+    if way == "plain":
+        return _OnDevice.apply(x, *grid, 255, relu)
+    return kernels.round_values(x, *(p.to(x.device) for p in grid), 255, relu=relu)
+
+
+def values(dtype: torch.dtype, grid: tuple[Tensor, Tensor]) -> Tensor:
+    """Return values on, between and beyond the grid, ties among them, in channels_last."""
+    ties = (torch.arange(-300, 300) + 0.5) * grid[0]
+    x = torch.cat([ties, torch.randn(3 * 8 * 8 * 8 - 600, generator=torch.Generator().manual_seed(0)) * 2])
+    return x.view(3, 8, 8, 8).to(dtype).to(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("ends", [(-1.3, 2.9), (0.0, 6.0), (-3.7, 0.0)])
+def test_integers_and_gradients_are_those_of_the_cpu(
+    ends: tuple[float, float], dtype: torch.dtype, relu: bool, way: str
+) -> None:
+    grid = affine_parameters(*map(torch.tensor, ends), 255)
+    x = values(dtype, grid)
+    here, there = x.clone().requires_grad_(), x.clone().to(DEVICE if way == "triton" else "cpu").requires_grad_()
+    expected = on_host(here, grid, relu)
+    actual = rounded(way, there, grid, relu)
+    incoming = torch.randn(x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    expected.backward(incoming)
+    actual.backward(incoming.to(there.device))
+
+    assert actual.dtype == dtype
+    assert actual.stride() == x.stride()
+    torch.testing.assert_close(there.grad.cpu(), here.grad, atol=0, rtol=0)
+    if dtype == torch.bfloat16 and INTERPRETED and way == "triton":
+        # The interpreter cuts the last bits of a bfloat16 off where hardware rounds.
+        torch.testing.assert_close(actual.cpu(), expected, atol=0, rtol=2**-7)
+        return
+    # The bound: other integers only where one rounding of float32 lies between the value and a tie.
+    ratio = x.float() / grid[0]
+    near_tie = ((ratio - ratio.floor()) - 0.5).abs() <= torch.finfo(torch.float32).eps * ratio.abs()
+    differs = actual.cpu() != expected
+    assert not bool((differs & ~near_tie).any())
+    # Division is IEEE's everywhere today, so that there are none at all.
+    assert not bool(differs.any())
+
+
+def on_host(x: Tensor, grid: tuple[Tensor, Tensor], relu: bool) -> Tensor:
+    return fake_quantize(x, grid[0].item(), grid[1].item(), 255, relu=relu)
+
+
+@triton_alone
+@pytest.mark.parametrize("relu", [False, True])
+def test_extremes_are_seen_in_the_same_pass(relu: bool) -> None:
+    grid = affine_parameters(torch.tensor(-1.0), torch.tensor(2.0), 255)
+    x = torch.randn(5, 777, device=DEVICE)
+    extremes = torch.full((2,), -torch.inf, device=DEVICE)
+    kernels.round_values(x, *(p.to(DEVICE) for p in grid), 255, relu=relu, extremes=extremes)
+    seen = x.relu() if relu else x
+
+    assert (-extremes[0]).item() == seen.min().item()
+    assert extremes[1].item() == seen.max().item()
+    kernels.observe_values(3 * x, extremes)
+    assert extremes[1].item() == (3 * x).max().item()
+
+
+@triton_alone
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_is_not_lost(value: float) -> None:
+    x = torch.randn(3000, device=DEVICE)
+    x[1234] = value
+    extremes = torch.full((2,), -torch.inf, device=DEVICE)
+    kernels.observe_values(x, extremes)
+
+    assert not bool(torch.isfinite(extremes).all())
+
+
+@triton_alone
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_weights_are_rounded_in_one_launch(dtype: torch.dtype) -> None:
+    shapes: list[Any] = [(8, 3, 3, 3), (16, 8, 3, 3), (5, 1300), (4, 1, 3, 3)]
+    weights = [torch.randn(shape, device=DEVICE).to(dtype) for shape in shapes]
+    weights[1] = weights[1].to(memory_format=torch.channels_last)
+    assert kernels.are_rows(weights)
+    rows = kernels.rows_of(weights)
+    maxima = rows.maxima()
+
+    assert torch.equal(maxima, torch.cat([w.float().abs().flatten(1).amax(1) for w in weights]))
+    scales = maxima / 127
+    for weight, result, scale in zip(
+        weights, rows.rounded(scales, torch.float32), scales.split([len(w) for w in weights]), strict=True
+    ):
+        scale = scale.view(-1, *[1] * (weight.dim() - 1))
+        assert result.stride() == weight.stride()
+        assert torch.equal(result, torch.round(weight.float() / scale) * scale)
