@@ -6,10 +6,14 @@ A new named recipe is one constant in `RECIPES`.
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from lightning_quant.arguments import check_fields, from_fields
+from lightning_quant.arguments import check_fields
 from lightning_quant.choice import check_choice, closest
 from lightning_quant.errors import QuantizationError
 from lightning_quant.names import Observers, Recipes
+
+PERCENTILE = 99.99
+# Observers that look at no percentile; own ones may.
+_WITHOUT_PERCENTILE = {"min_max", "moving_average", "mse"}
 
 
 @dataclass(frozen=True)
@@ -18,9 +22,10 @@ class IntegerSpec:
 
     Attributes:
         bits: width of the grid, in [2, 8]; the storage type stays int8 or uint8.
-        symmetric: zero is in the middle and values lie in [-(2**(bits-1)-1), 2**(bits-1)-1]; otherwise the grid is
-            [0, 2**bits-1] with a zero point that represents 0.0 exactly.
-        per_channel: one scale for each output channel, shape `(out_channels,)`; otherwise one scale for the tensor.
+        symmetric: whether zero is in the middle and values lie in [-(2**(bits-1)-1), 2**(bits-1)-1]; otherwise the
+            grid is [0, 2**bits-1] with a zero point that represents 0.0 exactly.
+        per_channel: whether there is one scale for each output channel, `(out_channels,)`; otherwise there is one for
+            the tensor.
     """
 
     bits: int = 8
@@ -51,8 +56,8 @@ class Recipe:
 
     Attributes:
         name: how logs and manifests call it.
-        weight: grid of the weights.
-        activation: grid of the activations.
+        weight: grid of the weights, symmetric and per channel.
+        activation: grid of the activations, asymmetric and per tensor.
         calibration_observer: how post-training calibration turns data into ranges, a name from
             `lightning_quant.observers`: "min_max", "moving_average", "percentile" or "mse".
         training_observer: the same for quantization-aware training.
@@ -84,8 +89,33 @@ class Recipe:
     accuracy_steps: tuple[str, ...] = ()
     time_budget_s: float = 600.0
     learned_step_rate: float = 0.0
-    percentile: float = 99.99
+    percentile: float = PERCENTILE
     batch_norm_batches: int = 0
+
+    def __post_init__(self) -> None:
+        for role, symmetric in (("weight", True), ("activation", False)):
+            spec = getattr(self, role)
+            if (spec.symmetric, spec.per_channel) != (symmetric, symmetric):
+                what = (
+                    "symmetric with one scale for each output channel: integer kernels take weights without zero points"
+                    if symmetric
+                    else "asymmetric with one scale for the tensor: integer kernels sum over channels before they scale"
+                )
+                raise QuantizationError(
+                    f"Expected `{role}` to be {what}, but got {spec}. A dict "
+                    f"with nothing but `bits` leaves the rest as it is: {{'{role}': {{'bits': {spec.bits}}}}}."
+                )
+        for name in ("time_budget_s", "learned_step_rate", "batch_norm_batches"):
+            if not getattr(self, name) >= 0:
+                raise QuantizationError(f"Expected `{name}` to be 0 or more, but got {getattr(self, name)}.")
+        if not 50 < self.percentile <= 100:
+            raise QuantizationError(f"Expected `percentile` to be in (50, 100], but got {self.percentile}.")
+        if self.percentile != PERCENTILE and {self.calibration_observer, self.training_observer} <= _WITHOUT_PERCENTILE:
+            raise QuantizationError(
+                f"Expected `percentile` to be for an observer that takes one, but got {self.percentile} beside "
+                f"{self.calibration_observer!r} and {self.training_observer!r}. Set `calibration_observer` or "
+                "`training_observer` to 'percentile'."
+            )
 
 
 @dataclass(frozen=True)
@@ -112,6 +142,10 @@ class LayerRecipe:
     group_size: int = 32
     gptq: bool = False
     min_stored_share: float = 0.75
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.min_stored_share <= 1:
+            raise QuantizationError(f"Expected `min_stored_share` to be in [0, 1], but got {self.min_stored_share}.")
 
 
 AnyRecipe = Recipe | LayerRecipe
@@ -177,8 +211,11 @@ def _from_dict(values: dict[str, Any]) -> AnyRecipe:
     base = RECIPES.get(name, Recipe())
     check_fields("recipe", values, [item.name for item in fields(base)])
     grids = {item.name for item in fields(base) if isinstance(getattr(base, item.name), IntegerSpec)}
-    changed = {
-        k: from_fields(IntegerSpec, f"recipe.{k}", v) if k in grids and isinstance(v, dict) else v
-        for k, v in values.items()
-    }
+    changed = {k: _grid(base, k, v) if k in grids and isinstance(v, dict) else v for k, v in values.items()}
     return replace(base, **{k: tuple(v) if isinstance(v, list) else v for k, v in changed.items()})  # type: ignore
+
+
+def _grid(base: AnyRecipe, role: str, values: dict[str, Any]) -> IntegerSpec:
+    """Return the grid of a recipe's role with fields changed."""
+    check_fields(f"recipe.{role}", values, [item.name for item in fields(IntegerSpec)])
+    return replace(getattr(base, role), **values)
