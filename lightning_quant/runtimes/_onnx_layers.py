@@ -39,17 +39,26 @@ def _opset() -> Any:
 
 
 def _linear_dynamic(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
-    """Rows as x = step * q + low with q in [0, 255]: kernels take unsigned rows and signed weights."""
+    """Rows as x = step * (q - 127) + offset with q in [0, 254], the grid of `layers.kernels.linear_dynamic`.
+
+    Unsigned, since kernels take unsigned rows and signed weights.
+    """
     op = _opset()
     last = op.Constant(value_ints=[-1])
     low, high = op.ReduceMin(x, last), op.ReduceMax(x, last)
     smallest = op.Constant(value_float=torch.finfo(torch.float32).tiny)
-    step = op.Max(op.Mul(op.Sub(high, low), op.Constant(value_float=1 / 255)), smallest)
-    integers = op.QuantizeLinear(op.Div(op.Sub(x, low), step), op.Constant(value_float=1.0))
-    sums = op.MatMulInteger(integers, op.Transpose(weight, perm=[1, 0]))
+    # Scaled before they are added: the range of a row may be wider than float32.
+    levels, half = op.Constant(value_float=1 / 254), op.Constant(value_float=0.5)
+    step = op.Max(op.Sub(op.Mul(high, levels), op.Mul(low, levels)), smallest)
+    middle = op.Add(op.Mul(high, half), op.Mul(low, half))
+    number = op.Round(op.Div(middle, step))
+    offset = op.Where(op.IsInf(number), middle, op.Mul(number, step))
+    one, zero_point = op.Constant(value_float=1.0), op.Cast(op.Constant(value_int=127), to=_UINT8)
+    integers = op.QuantizeLinear(op.Div(op.Sub(x, offset), step), one, zero_point)
+    sums = op.MatMulInteger(integers, op.Transpose(weight, perm=[1, 0]), zero_point)
     weight_sums = op.ReduceSum(op.Cast(weight, to=_INT32), op.Constant(value_ints=[-1]), keepdims=0)
     product = op.Mul(op.Mul(op.Cast(sums, to=_FLOAT), scale), step)
-    result = op.Add(product, op.Mul(low, op.Mul(op.Cast(weight_sums, to=_FLOAT), scale)))
+    result = op.Add(product, op.Mul(offset, op.Mul(op.Cast(weight_sums, to=_FLOAT), scale)))
     return result if bias is None else op.Add(result, bias)
 
 

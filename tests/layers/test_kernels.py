@@ -27,11 +27,12 @@ def in_float64(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = N
 
 
 def rounded_rows(x: Tensor) -> Tensor:
-    """Return rows on a grid of 255 steps from their lowest to their highest value, in float64."""
+    """Return rows on a grid of 255 steps about the middle of their range, with zero on it, in float64."""
     rows = x.double()
     low, high = rows.amin(-1, keepdim=True), rows.amax(-1, keepdim=True)
     step, middle = (high - low) / 254, (high + low) / 2
-    return torch.where(step > 0, ((rows - middle) / step).round() * step + middle, rows)
+    offset = (middle / step).round()
+    return torch.where(step > 0, (((rows / step).round() - offset).clamp(-127, 127) + offset) * step, rows)
 
 
 def by_unpacking(packed: Tensor, scale: Tensor) -> Tensor:
@@ -58,6 +59,17 @@ def test_dynamic_is_the_product_of_rounded_rows(shape: tuple[int, ...], with_bia
     assert result.shape == (*shape[:-1], 24)
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), in_float64(rounded_rows(x), weight, scale, bias), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shift", [0.0, 0.13, 2.0, -1e3])
+def test_zero_is_on_the_grid_of_every_row(shift: float) -> None:
+    weight, scale = int8_weight()
+    x = torch.randn(50, 32) + shift
+    x[:, ::2] = 0
+    weight[:, 1::2] = 0
+    result = ours.linear_dynamic(x, weight, scale, None)
+    one_step = (x.amax(1) - x.amin(1)).unsqueeze(1) / 254 * (weight.float().abs() * scale.unsqueeze(1)).sum(1)
+    assert (result.abs() < 1e-3 * one_step).all()
 
 
 def test_dynamic_rows_have_ranges_of_their_own() -> None:
