@@ -37,6 +37,7 @@ def assess(
     threads: int | None = None,
     notes: tuple[str, ...] = (),
     sensitivity: Sensitivity | None = None,
+    step_share: float = 1.0,
 ) -> Report:
     """Measure an artifact against the float module it came from.
 
@@ -49,6 +50,7 @@ def assess(
         threads: for all latencies; torch's number of threads by default.
         notes: what else the reader should know.
         sensitivity: which operator costs what, when that was asked for.
+        step_share: share of the multiply-adds of the LightningModule's step that the module makes.
     """
     seconds = dict(seconds or {})
     runtime = runtimes.get(prepared.plan.runtime)
@@ -81,6 +83,7 @@ def assess(
         notes=(*notes, *_engine(artifact), *remarks),
         min_stored_share=prepared.recipe.min_stored_share if isinstance(prepared, Layerwise) else None,
         sensitivity=sensitivity,
+        step_share=step_share,
     )
 
 

@@ -22,6 +22,8 @@ from lightning_quant.calls import CallSpec, flatten_call, map_tensors
 from lightning_quant.captured import CapturedModel
 from lightning_quant.errors import PlanError
 from lightning_quant.graph.analyze import check_patterns, own_signature
+from lightning_quant.graph.claims import Claim, settle
+from lightning_quant.graph.counting import observe_call
 from lightning_quant.graph.plan import Plan, Row
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers.finite import check_output, check_weights
@@ -181,7 +183,7 @@ def quantize_layers(
     for name in _read_beside(model, found, args, kwargs):
         found[name].stay_float("code outside it reads its weight")
     _keep_ties(found)
-    rows = tuple(_rows(found))
+    rows = _rows(model, list(found.values()), args, kwargs)
     check_patterns(selection, list(rows))
     layers = {name: trial.layer for trial in found.values() if trial.layer is not None for name in trial.names}
     plan = Plan(chosen.name, runtime, module, (), rows)
@@ -266,11 +268,16 @@ def _keep_ties(found: dict[str, Trial]) -> None:
                 trial.follow(neediest)
 
 
-def _rows(found: dict[str, Trial]) -> Iterator[Row]:
+def _rows(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Row, ...]:
+    """Return a row for every layer, and for what the call computes beside them."""
+    claims = []
     counted: set[int] = set()
-    for name, trial in found.items():
+    for trial in found:
         weights = [weight for weight in trial.weights if weight.data_ptr() not in counted]
         counted.update(weight.data_ptr() for weight in weights)
-        values = 0 if trial.excluded else sum(weight.numel() for weight in weights)
         action = "float" if trial.layer is None else trial.layer.scheme.action
-        yield replace(Row(name, trial.kind, action, trial.reason, trial.macs), weights=values)
+        row = Row(trial.names[0], trial.kind, action, trial.reason, excluded=trial.excluded)
+        row = replace(row, weights=sum(weight.numel() for weight in weights))
+        claims.append(Claim(row, trial.place, "whole", apart=trial.apart))
+    with evaluation_mode(model):
+        return tuple(settle(claims, observe_call(model, args, kwargs)))

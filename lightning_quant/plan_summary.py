@@ -5,26 +5,46 @@ from typing import Any
 
 from lightning_quant.tables import text_table
 
+# Shares of the multiply-adds and of the weights' bytes below which little is gained.
+_LOW = 0.5
 
-def summarize(plan: dict[str, Any], operators: dict[str, int]) -> str:
-    """Return the text for a plan as nested dicts and the operator counts of the runtime's session."""
+
+def summarize(plan: dict[str, Any], operators: dict[str, int], step_share: float = 1.0) -> str:
+    """Return the text for a plan.
+
+    Args:
+        plan: as nested dicts.
+        operators: counts of the runtime's session.
+        step_share: share of the multiply-adds of the LightningModule's step that the module makes.
+    """
     rows = plan["rows"]
     fused = sum(row["action"] == "fused" for row in rows)
     counts = collections.Counter(row["action"] for row in rows if row["action"] not in ("float", "fused"))
-    if not any(row.get("weights") for row in rows):
+    if plan["graphs"]:
+        stored = ", ".join(f"{count} {action}" for action, count in counts.most_common() if action != "int8")
         first = f"{counts['int8']} operators run in int8 with {fused} more fused into them"
+        first += f", layers are stored as {stored}" if stored else ""
+        first += f"; {plan['weight_coverage']:.1%} of the weights' bytes are stored with fewer bits"
     else:
         first = f"Layers: {', '.join(f'{count} {action}' for action, count in counts.most_common())}"
-        of_what = "values that are not excluded" if any(map(_is_excluded, rows)) else "values"
+        of_what = "values that are not excluded" if any(row["excluded"] for row in rows) else "values"
         first += f"; {plan['stored_share']:.1%} of the weights' {of_what} are stored with fewer bits"
     parts = [f"{first}: {plan['coverage']:.1%} of the multiply-adds."]
+    if step_share < 1:
+        of_step = f"{plan['coverage'] * step_share:.1%} of the multiply-adds of the whole step"
+        parts.append(f"The module makes {step_share:.1%} of the LightningModule's step: that is {of_step}.")
     if operators:
         by_number = sorted(operators.items(), key=lambda item: (-item[1], item[0]))
         counted = ", ".join(f"{count} {name}" for name, count in by_number)
         parts.append(f"The runtime's optimized session: {counted}.")
-    left = [(row["name"], row["kind"], row["reason"]) for row in rows if row["action"] == "float"]
+    total = sum(row["macs"] for row in rows)
+    left = [
+        (row["name"], row["kind"], f"{row['macs'] / total:.1%}" if row["macs"] else "", row["reason"])
+        for row in rows
+        if row["action"] == "float"
+    ]
     if left:
-        parts.append(text_table(("stays float", "kind", "because"), left))
+        parts.append(text_table(("stays float", "kind", "multiply-adds", "because"), left))
     other = [
         (row["name"], row["action"], row["reason"])
         for row in rows
@@ -35,5 +55,24 @@ def summarize(plan: dict[str, Any], operators: dict[str, int]) -> str:
     return "\n\n".join(parts)
 
 
-def _is_excluded(row: dict[str, Any]) -> bool:
-    return row["reason"].startswith(("excluded by", "not in `include`"))
+def low_coverage(plan: dict[str, Any]) -> list[str]:
+    """Return what is too little in a plan, with what would help."""
+    helps = "the plan has all reasons"
+    if plan["graphs"]:
+        helps = "recipe 'int8_weight_only' or 'int8_dynamic' on runtime 'torch' or 'onnxruntime' takes more layers"
+    asked = [row for row in plan["rows"] if not row["excluded"]]
+    left = [row for row in asked if row["action"] == "float"]
+    most = max(left, key=lambda row: row["macs"], default=None)
+    found = []
+    total, weights = (sum(row[what] for row in asked) for what in ("macs", "weights"))
+    if most is not None and plan["coverage"] * sum(row["macs"] for row in plan["rows"]) < _LOW * total:
+        found.append(
+            f"only {plan['coverage']:.1%} of the multiply-adds run as {plan['recipe']!r} asks, most of the rest is in "
+            f"{most['name']} ({most['kind']}: {most['reason']}); {helps}"
+        )
+    if plan["graphs"] and sum(row["weights"] for row in left) > (1 - _LOW) * weights:
+        found.append(
+            f"only {plan['weight_coverage']:.1%} of the weights' bytes are stored with fewer bits, so that the file is "
+            f"not much smaller; {helps}"
+        )
+    return found

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_quant.latency import Timing
 from lightning_quant.layer_parity import LayerParity
 from lightning_quant.parity import Parity
-from lightning_quant.plan_summary import summarize
+from lightning_quant.plan_summary import low_coverage, summarize
 from lightning_quant.tables import text_table
 
 if TYPE_CHECKING:
@@ -84,6 +84,7 @@ class Report:
         min_stored_share: share of the weights' values that a recipe of layers must store with fewer bits; None for
             others.
         sensitivity: which operator costs what, where that was asked for.
+        step_share: share of the multiply-adds of the LightningModule's step that the module makes, in [0, 1].
     """
 
     recipe: str
@@ -104,6 +105,7 @@ class Report:
     notes: tuple[str, ...] = ()
     min_stored_share: float | None = None
     sensitivity: "Sensitivity | None" = None
+    step_share: float = 1.0
 
     @property
     def size_ratio(self) -> float:
@@ -119,6 +121,8 @@ class Report:
                 f"{self.recipe} FAILED: only {self.plan['stored_share']:.1%} of the weights' values are stored with "
                 f"fewer bits, less than {self.min_stored_share:.0%}"
             )
+        else:
+            found += low_coverage(self.plan)
         if self.size_ratio > 1:
             found.append(f"the artifact is larger than the float model: {self.size_ratio:.2f} times its bytes")
         found += [
@@ -137,6 +141,8 @@ class Report:
             "quant/size_ratio": self.size_ratio,
             "quant/checkpoint_bytes": self.checkpoint_bytes,
             "quant/coverage": self.plan["coverage"],
+            "quant/step_coverage": self.plan["coverage"] * self.step_share,
+            "quant/weight_coverage": self.plan["weight_coverage"],
         }
         for row in self.metrics:
             name = row.name.replace(" ", "_")
@@ -165,7 +171,7 @@ class Report:
         parts += [self._summary(), self._metric_table(), self._latency_table(), self._parity_text()]
         parts += [f"Note: {note}." for note in self.notes]
         parts += [self._sensitivity_text()]
-        parts += [summarize(self.plan, self.operators), self._seconds_text()]
+        parts += [summarize(self.plan, self.operators, self.step_share), self._seconds_text()]
         return "\n\n".join(part for part in parts if part) + "\n"
 
     def __str__(self) -> str:

@@ -173,6 +173,27 @@ GUARDS = (
         "callbacks/test_model_peculiarities.py -k lazy",
     ),
     Guard(
+        "what no layer computes counts",
+        "graph/claims.py",
+        "    return rows + [_unclaimed(place",
+        "    return rows or [_unclaimed(place",
+        "graph/test_counting.py -k layers_count",
+    ),
+    Guard(
+        "operators claim no more than was counted",
+        "graph/claims.py",
+        "min(sum(wanted), _total(left, place))",
+        "sum(wanted)",
+        "graph/test_counting.py -k no_more",
+    ),
+    Guard(
+        "little coverage is said before training",
+        "callbacks/announce.py",
+        "    for warning in low_coverage(plan.to_dict()):\n",
+        "    for warning in ():\n",
+        "callbacks/test_announce.py -k before_training",
+    ),
+    Guard(
         "calls beside the forward are found",
         "callbacks/base.py",
         "        self.findings = self._look_beside(trainer, pl_module)\n",

@@ -17,6 +17,13 @@ def timing(median_ms: float) -> Timing:
     return Timing(median_ms, 0.9 * median_ms, 1.1 * median_ms, 20)
 
 
+def row(
+    name: str, kind: str, action: str, reason: str = "", macs: int = 0, weights: int = 0, *, excluded: bool = False
+) -> dict[str, Any]:
+    fixed = {"name": name, "kind": kind, "action": action, "reason": reason}
+    return {**fixed, "macs": macs, "weights": weights, "excluded": excluded}
+
+
 GOOD = Report(
     recipe="int8",
     runtime="onnxruntime",
@@ -36,11 +43,16 @@ GOOD = Report(
     operators={"QLinearConv": 3, "QGemm": 1},
     seconds={"export": 1.5},
     plan={
+        "recipe": "int8",
+        "graphs": [{}],
         "coverage": 0.75,
+        "weight_coverage": 0.8,
+        "stored_share": 0.8,
         "rows": [
-            {"name": "conv", "kind": "Conv2d", "action": "int8", "reason": "", "macs": 300},
-            {"name": "bn", "kind": "BatchNorm2d", "action": "fused", "reason": "into conv", "macs": 0},
-            {"name": "gelu", "kind": "GELU", "action": "float", "reason": "no integer kernel", "macs": 100},
+            row("conv", "Conv2d", "int8", "", 300, 80),
+            row("bn", "BatchNorm2d", "fused", "into conv"),
+            row("gelu", "GELU", "float", "no integer kernel"),
+            row("lstm", "LSTM", "float", "it runs as a whole", 100, 20),
         ],
     },
     notes=("weights are the best ones",),
@@ -142,6 +154,42 @@ def test_warnings_come_first_and_the_worst_at_the_top() -> None:
     assert str(report) == text
 
 
+def low(*rows: dict[str, Any], coverage: float, weight_coverage: float = 1.0, **values: Any) -> list[str]:
+    plan = {**GOOD.plan, "rows": list(rows), "coverage": coverage, "weight_coverage": weight_coverage}
+    return changed(plan=plan, **values).warnings
+
+
+def test_little_in_integers_is_a_warning_with_what_would_help() -> None:
+    rows = (row("conv", "Conv2d", "int8", "", 10, 90), row("rnn", "GRU", "float", "as a whole", 90, 10))
+    (warning,) = low(*rows, coverage=0.1)
+    assert warning.startswith(
+        "only 10.0% of the multiply-adds run as 'int8' asks, most of the rest is in rnn (GRU: as a"
+    )
+    assert "int8_weight_only" in warning
+    assert "int8_dynamic" in warning
+    assert low(rows[0], row("rnn", "GRU", "float", "as a whole", 9, 10), coverage=0.55) == []
+
+
+def test_few_stored_weights_are_a_warning_with_what_would_help() -> None:
+    rows = (row("fc", "Linear", "int8", "", 10, 10), row("words", "Embedding", "float", "as a whole", 0, 90))
+    (warning,) = low(*rows, coverage=1.0, weight_coverage=0.1)
+    assert warning.startswith("only 10.0% of the weights' bytes are stored with fewer bits")
+    assert "int8_weight_only" in warning
+
+
+def test_what_the_user_keeps_float_is_no_warning() -> None:
+    head = row("head", "Linear", "float", 'excluded by "head"', 90, 90, excluded=True)
+    assert low(row("conv", "Conv2d", "int8", "", 10, 10), head, coverage=0.1, weight_coverage=0.1) == []
+
+
+def test_the_share_of_the_whole_step_stands_beside_that_of_the_module() -> None:
+    report = changed(step_share=0.02)
+    assert report.scalars()["quant/coverage"] == 0.75
+    assert report.scalars()["quant/step_coverage"] == pytest.approx(0.015)
+    assert "The module makes 2.0% of the LightningModule's step: that is 1.5% of the multiply-adds" in str(report)
+    assert "LightningModule's step" not in str(GOOD)
+
+
 # --- numbers
 
 
@@ -175,6 +223,8 @@ def test_scalars_are_all_numbers_under_one_prefix() -> None:
         "quant/size_ratio": 0.25,
         "quant/checkpoint_bytes": 12000,
         "quant/coverage": 0.75,
+        "quant/step_coverage": 0.75,
+        "quant/weight_coverage": 0.8,
         "quant/float/val_accuracy": 0.9,
         "quant/simulated/val_accuracy": 0.895,
         "quant/artifact/val_accuracy": 0.89,
@@ -250,7 +300,9 @@ def test_markdown_tells_a_reader_all_there_is() -> None:
     assert ["val_accuracy", "0.9000", "0.8950", "0.8900", "-0.0100"] in lines
     assert ["val_loss", "0.3000", "0.3100", "0.3200", "+0.0200"] in lines
     assert ["1", "10 (9 to 11)", "4 (3.6 to 4.4)", "2 (1.8 to 2.2)", "2.00"] in lines
-    assert ["gelu", "GELU", "no integer kernel"] in lines
+    assert ["gelu", "GELU", "", "no integer kernel"] in lines
+    assert ["lstm", "LSTM", "25.0%", "it runs as a whole"] in lines
+    assert "80.0% of the weights' bytes are stored with fewer bits" in text
     assert "on 2 threads, A processor" in text
     assert "Parity ok" in text
     assert "Note: weights are the best ones." in text
@@ -283,9 +335,10 @@ def test_markdown_names_failed_parity() -> None:
 # --- recipes of layers
 
 
-def of_layers(*, share: float = 1.0, parity: LayerParity | None = None, **row: str) -> Report:
-    layer = {"name": "lstm", "kind": "LSTM", "action": "int8 weights", "reason": "", "macs": 10, "weights": 10, **row}
-    plan = {"coverage": 1.0, "stored_share": share, "rows": [layer]}
+def of_layers(*, share: float = 1.0, parity: LayerParity | None = None, **changes: Any) -> Report:
+    layer = {**row("lstm", "LSTM", "int8 weights", "", 10, 10), **changes}
+    shares = {"coverage": 1.0, "weight_coverage": share, "stored_share": share}
+    plan = {"recipe": "int8_dynamic", "graphs": [], "rows": [layer], **shares}
     return changed(recipe="int8_dynamic", runtime="torch", plan=plan, parity=parity, min_stored_share=0.75)
 
 
@@ -301,7 +354,7 @@ def test_layers_and_their_reasons_are_in_the_text() -> None:
     text = of_layers(reason="int8 dynamic: 3.0 dB signal-to-noise where 20 are wanted").to_markdown()
     assert "Layers: 1 int8 weights; 100.0% of the weights' values are stored with fewer bits" in text
     assert "int8 dynamic: 3.0 dB signal-to-noise where 20 are wanted" in text
-    text = of_layers(action="float", reason='excluded by "lstm"').to_markdown()
+    text = of_layers(action="float", reason='excluded by "lstm"', excluded=True).to_markdown()
     assert "100.0% of the weights' values that are not excluded are stored with fewer bits" in text
 
 

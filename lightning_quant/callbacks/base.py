@@ -1,7 +1,6 @@
 """What both callbacks share: their arguments, what they refuse before training, and what they do when fit ends."""
 
 import time
-import warnings
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,15 +25,17 @@ from lightning_quant.arguments import (
     patterns,
 )
 from lightning_quant.artifact import Artifact
+from lightning_quant.callbacks.announce import announce, warn
+from lightning_quant.callbacks.observe_step import observe_step
 from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.runtime_choice import choose_at_start
-from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call, layers_beside
+from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call
 from lightning_quant.capture import Capture, find_module
 from lightning_quant.checkpoint import read_checkpoint
 from lightning_quant.choice import check_choice
 from lightning_quant.distributed import Group
 from lightning_quant.engines import AUTO, check_engine
-from lightning_quant.errors import CaptureError, NoEffectWarning, QuantizationError
+from lightning_quant.errors import CaptureError, QuantizationError
 from lightning_quant.export import DynamicShapes, Quantizable, trial_export
 from lightning_quant.folder import fleeting_folder, output_folder
 from lightning_quant.graph.analyze import has_weights
@@ -102,6 +103,8 @@ class QuantizationCallback(Callback):
         # What the report should say: of the weights that were chosen, and of what was found at fit start.
         self.notes: tuple[str, ...] = ()
         self.findings: tuple[str, ...] = ()
+        # Share of the step's multiply-adds that the module makes.
+        self.step_share = 1.0
         self.group = Group()
         self.last_folder = Path()
         # Whether an interruption from now on costs the artifact.
@@ -248,7 +251,7 @@ class QuantizationCallback(Callback):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.prepared is not None:
             self.prepared.detach()
-        self.artifact, self._begun = None, False
+        self.artifact, self._begun, self.step_share = None, False, 1.0
         _check_initialized(pl_module)
         is_wanted = has_layers if isinstance(self.recipe, LayerRecipe) else has_weights
         found = capture_call(trainer, pl_module, self.module, self.example, is_wanted)
@@ -260,10 +263,7 @@ class QuantizationCallback(Callback):
             self.findings += (note,)
         self.prepared = self._plan(resolve(pl_module, found.path), found)
         name = found.path or f"{type(pl_module).__name__}.forward"
-        rank_zero_info(
-            f"{type(self).__name__}: {name} has {self.prepared.plan.num_quantized} operators for {self.recipe.name} on "
-            f"{self.chosen_runtime}, {self.prepared.plan.coverage:.1%} of its multiply-adds."
-        )
+        announce(type(self).__name__, name, self.prepared, self.step_share)
 
     def _plan(self, module: nn.Module, found: Capture) -> Quantizable:
         where: dict[str, Any] = {"runtime": self.chosen_runtime, "selection": self.selection, "module": found.path}
@@ -275,7 +275,8 @@ class QuantizationCallback(Callback):
     def _look_beside(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]:
         if self.example != "train_batch" or not self.path:
             return ()
-        beside = layers_beside(trainer, pl_module, self.path)
+        step = observe_step(trainer, pl_module, self.path)
+        self.step_share, beside = step.share, step.beside
         if not beside:
             return ()
         finding = (
@@ -287,11 +288,6 @@ class QuantizationCallback(Callback):
 
     def _try_export(self) -> None:
         trial_export(self.require_prepared(), dynamic_shapes=self.dynamic_shapes)
-
-
-def warn(message: str) -> None:
-    """Warn that something asked for had no effect or made matters worse."""
-    warnings.warn(message, NoEffectWarning, stacklevel=3)
 
 
 def _load_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

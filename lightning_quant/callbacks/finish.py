@@ -136,6 +136,7 @@ def _report(
         threads=callback.threads,
         notes=deployment.notes,
         sensitivity=deployment.sensitivity,
+        step_share=callback.step_share,
     )
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
     publish(trainer, report, artifact)

@@ -21,8 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_quant.capture import Capture, StepStoppedError, capture, isolated_rng, unchanged
 from lightning_quant.errors import CalibrationError, CaptureError
 from lightning_quant.graph.analyze import has_weights
-from lightning_quant.graph.operations import WEIGHTED, kind_of
-from lightning_quant.routing import clone, resolve
+from lightning_quant.routing import clone
 
 
 def capture_call(
@@ -51,7 +50,7 @@ def capture_call(
         batch = next(iter(batches(trainer, pl_module, 1)), None)
         if batch is None:
             raise CalibrationError("Expected the train dataloader to yield a batch, but it yields none.")
-        _start_hooks(duplicate, batch)
+        start_hooks(duplicate, batch)
         with trainer.precision_plugin.train_step_context():
             return capture(duplicate, lambda: run_training_step(duplicate, batch, 0), path, is_wanted)
 
@@ -73,30 +72,7 @@ def borrowed_loaders(trainer: Trainer) -> Iterator[None]:
             trainer.fit_loop._combined_loader = None
 
 
-def layers_beside(trainer: Trainer, pl_module: LightningModule, path: str) -> list[str]:
-    """Return layers of the module at `path` that `training_step` also calls past the module's own forward.
-
-    Those calls stay float, whatever is quantized: `self.net.forward_features(x)` beside `self.net(x)`, for example.
-    """
-    duplicate = independent_copy(trainer, pl_module)
-    inside, beside = [0], dict[str, None]()
-    module = resolve(duplicate, path)
-    for name, layer in module.named_modules():
-        if kind_of(layer) in WEIGHTED and layer is not module:
-            layer.register_forward_pre_hook(
-                lambda *_, name=name: None if inside[0] else beside.setdefault(f"{path}.{name}".lstrip("."))
-            )
-    module.register_forward_pre_hook(lambda *_: inside.__setitem__(0, inside[0] + 1), prepend=True)
-    module.register_forward_hook(lambda *_: inside.__setitem__(0, inside[0] - 1), always_call=True)
-    with isolated_rng(), unchanged(pl_module), torch.enable_grad():
-        for batch in batches(trainer, pl_module, 1):
-            _start_hooks(duplicate, batch)
-            with trainer.precision_plugin.train_step_context():
-                run_training_step(duplicate, batch, 0)
-    return list(beside)
-
-
-def _start_hooks(duplicate: LightningModule, batch: Any) -> None:
+def start_hooks(duplicate: LightningModule, batch: Any) -> None:
     """Run the hooks that a LightningModule may make its state in before its first `training_step`."""
     duplicate.on_fit_start()
     duplicate.on_train_start()

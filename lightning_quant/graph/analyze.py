@@ -2,22 +2,24 @@
 
 import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, flatten_call, forward_signature
 from lightning_quant.errors import PlanError, UntraceableError
 from lightning_quant.graph import operations as ops
+from lightning_quant.graph.claims import Claim, claim_of, settle, weigh
+from lightning_quant.graph.counting import ObservedCall, observe_call
 from lightning_quant.graph.patterns import Matcher
-from lightning_quant.graph.plan import UNREAD, GraphPlan, Plan, Row
+from lightning_quant.graph.plan import UNREAD, GraphPlan, Plan, Row, join
 from lightning_quant.graph.table import OperatorTable, Selection, matches
 from lightning_quant.graph.trace import Traced, trace
 from lightning_quant.graph.unread import remove_unread
 from lightning_quant.routing import clone, evaluation_mode, resolve, training_mode
 
+_UNREACHED = "the captured call never reaches it"
 # Their forward hands the weights to a fused kernel; no graph of ours could change them there.
 _INDIVISIBLE = frozenset({"attention", "lstm", "gru", "rnn", "embedding", "bilinear", "transformer"})
 
@@ -68,21 +70,25 @@ class Analysis:
 
 
 class _Splitter:
-    def __init__(self, root: nn.Module, call: tuple[Any, Any], table: OperatorTable, selection: Selection) -> None:
+    def __init__(self, root: nn.Module, observed: ObservedCall, table: OperatorTable, selection: Selection) -> None:
         self.root, self.table, self.selection = root, table, selection
-        self.calls: dict[str, tuple[Any, Any]] = {"": call}
+        self.observed = observed
         self.islands: list[Island] = []
-        self.rows: list[Row] = []
+        self.claims: list[Claim] = []
         self.reason = ""
-        self._record_done = False
+
+    @property
+    def rows(self) -> list[Row]:
+        """The rows so far, with multiply-adds at the traced shapes."""
+        return [claim.row for claim in self.claims]
 
     def split(self, path: str) -> None:
         """Trace the module at a path; where that fails, the largest of its descendants that can be traced."""
         module = resolve(self.root, path)
         if ops.kind_of(module) in _INDIVISIBLE:
-            self.rows.append(Row(path or "(forward)", type(module).__name__, "float", "it runs as a whole"))
+            self._list(path, module, "it runs as a whole")
             return
-        args, kwargs = self._call_of(path)
+        args, kwargs = self.observed.first[path]
         try:
             signature = own_signature(module)
             spec, tensors = flatten_call(signature, args, kwargs)
@@ -93,8 +99,10 @@ class _Splitter:
             return
         unread = remove_unread(traced.graph, module)
         matcher = Matcher(traced, module, self.table, self.selection, path)
-        self.rows += matcher.rows()
-        self.rows += [Row(join(path, name), layer, "float", UNREAD) for name, layer in unread]
+        self.claims += matcher.claims()
+        for node, layer in unread:
+            row = Row(join(path, str(node.meta["key"])), layer, "float", UNREAD)
+            self.claims.append(claim_of(node, row, path))
         inner = sorted(_opaque_with_weights(traced, module))
         if matcher.plan.operators:
             keys = {node.meta["site"]: node.meta["key"] for node in traced.graph.nodes if "site" in node.meta}
@@ -104,26 +112,20 @@ class _Splitter:
             full = join(path, name)
             if name in traced.opaque:
                 self._refuse(full, resolve(self.root, full), traced.opaque[name], listed=True)
-            elif full in self._called():
+            elif full in self.observed.first:
                 self.split(full)
+
+    def _list(self, path: str, module: nn.Module, reason: str) -> None:
+        row = Row(path or "(forward)", type(module).__name__, "float", reason)
+        self.claims.append(Claim(row, path, "whole"))
 
     def _refuse(self, path: str, module: nn.Module, reason: str, *, listed: bool = False) -> None:
         if not listed:
-            self.rows.append(Row(path or "(forward)", type(module).__name__, "float", reason))
+            self._list(path, module, reason)
         for name, child in module.named_children():
             full = join(path, name)
-            for inner in _outermost(full, child, self._called()):
+            for inner in _outermost(full, child, self.observed.first):
                 self.split(inner)
-
-    def _call_of(self, path: str) -> tuple[Any, Any]:
-        return self.calls[path] if path in self.calls else self._called()[path]
-
-    def _called(self) -> dict[str, tuple[Any, Any]]:
-        """Return the first call of every submodule, from one real forward of a clone."""
-        if not self._record_done:
-            self._record_done = True
-            self.calls.update(record_calls(self.root, *self.calls[""]))
-        return self.calls
 
 
 def analyze(
@@ -144,14 +146,17 @@ def analyze(
     """
     signature = own_signature(root)
     spec, tensors = flatten_call(signature, args, kwargs)
-    splitter = _Splitter(root, (args, kwargs), table, selection)
     with evaluation_mode(root):
+        splitter = _Splitter(root, observe_call(clone(root, unrouted=True), args, kwargs), table, selection)
         splitter.split("")
-    rows = splitter.rows + list(_never_called(root, splitter.rows))
-    check_patterns(selection, rows)
+    splitter.claims += _never_called(root, splitter.rows)
+    check_patterns(selection, splitter.rows)
+    rows = weigh(root, splitter.claims, settle(splitter.claims, splitter.observed))
+    # What is no part of the artifact is no part of what its shares are of.
+    rows = [replace(row, macs=0, weights=0) if row.reason in (UNREAD, _UNREACHED) else row for row in rows]
     plan = Plan(recipe, runtime, module, tuple(island.plan for island in splitter.islands), tuple(rows))
     if not plan.num_quantized:
-        raise PlanError(_nothing(root, rows, splitter.reason))
+        raise PlanError(_nothing(root, splitter.rows, splitter.reason))
     return Analysis(plan, tuple(splitter.islands), signature, spec, tensors)
 
 
@@ -175,26 +180,6 @@ def _trace_for_both_modes(module: nn.Module, spec: CallSpec, tensors: list[Tenso
 def own_signature(module: nn.Module) -> inspect.Signature:
     """Return the signature of a module's own forward, routed or not."""
     return forward_signature(type(module).forward.__get__(module))
-
-
-def record_calls(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Run one forward on a clone and return the first call of each of its submodules by path."""
-    copy = clone(root)
-    calls: dict[str, tuple[Any, Any]] = {}
-    for path, child in copy.named_modules():
-
-        def hook(_: nn.Module, args: Any, kwargs: Any, path: str = path) -> None:
-            calls.setdefault(path, (args, kwargs))
-
-        child.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        copy(*args, **kwargs)
-    return calls
-
-
-def join(*parts: str) -> str:
-    """Join dotted paths, leaving out empty ones."""
-    return ".".join(part for part in parts if part)
 
 
 def _outermost(path: str, module: nn.Module, called: dict[str, Any]) -> Iterator[str]:
@@ -225,7 +210,7 @@ def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
     return found
 
 
-def _never_called(root: nn.Module, rows: list[Row]) -> Iterator[Row]:
+def _never_called(root: nn.Module, rows: list[Row]) -> Iterator[Claim]:
     listed = [row.name.partition("#")[0] for row in rows]
     modules = dict(root.named_modules(remove_duplicate=False))
     # A layer with several names has a row under the one that it is called by.
@@ -235,7 +220,8 @@ def _never_called(root: nn.Module, rows: list[Row]) -> Iterator[Row]:
     for path, child in modules.items():
         if ops.kind_of(child) in ops.WEIGHTED and id(child) not in called:
             reason = "inside a layer that runs as a whole" if any(path.startswith(f"{n}.") for n in listed) else ""
-            yield Row(path, type(child).__name__, "float", reason or "the captured call never reaches it")
+            reason = reason or _UNREACHED
+            yield Claim(Row(path, type(child).__name__, "float", reason), path, "layer")
 
 
 def check_patterns(selection: Selection, rows: list[Row]) -> None:

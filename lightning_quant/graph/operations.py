@@ -161,22 +161,6 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     return [source for source in node.all_input_nodes if is_float(source)]
 
 
-def multiply_adds(node: fx.Node, kind: str, weight: Tensor | None) -> int:
-    """Return the multiply-adds of one call at the traced shapes; 0 for what is neither weighted nor a matmul."""
-    output = node.meta.get("fake")
-    if not isinstance(output, Tensor):
-        return 0
-    if kind == "matmul":
-        return output.numel() * tensor_inputs(node)[0].meta["fake"].shape[-1]
-    if weight is None and kind in WEIGHTED:
-        weight = argument(node, 1, "weight").meta.get("fake")
-    if not isinstance(weight, Tensor):
-        return 0
-    if kind.startswith("conv_transpose"):
-        return tensor_inputs(node)[0].meta["fake"].numel() * weight[0].numel()
-    return output.numel() * weight[0].numel()
-
-
 def _describe_module(path: str, module: nn.Module) -> Operation:
     kind = kind_of(module)
     name = parametrize.type_before_parametrizations(module).__name__

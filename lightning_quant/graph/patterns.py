@@ -6,10 +6,11 @@ result in integers.
 
 from dataclasses import replace
 
-from torch import fx, nn
+from torch import Size, Tensor, fx, nn
 
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.candidates import Candidates, Unit
+from lightning_quant.graph.claims import Claim, claim_of
 from lightning_quant.graph.plan import Edge, GraphPlan, Operator, Row
 from lightning_quant.graph.table import OperatorTable, Selection
 from lightning_quant.graph.trace import Traced
@@ -28,6 +29,7 @@ class Matcher(Candidates):
     ) -> None:
         super().__init__(traced.graph, root, table, selection, path)
         self.opaque = traced.opaque
+        self.activations = _activations(traced.graph)
         self.edges: dict[fx.Node, Edge] = {}
         self.operators = self._decide()
 
@@ -36,25 +38,32 @@ class Matcher(Candidates):
         """The operators and edges of this graph."""
         return GraphPlan(self.path, tuple(self.operators), tuple(self.edges.values()))
 
-    def rows(self) -> list[Row]:
-        """Return a row for every operator that the plan lists, in the order of execution."""
+    def claims(self) -> list[Claim]:
+        """Return a row for every operator that the plan lists, in the order of execution, and what it answers for."""
         quantized = {unit.main for unit in self.units.values()}
-        rows = []
+        found = []
         for node in self.graph.nodes:
-            operation = self.operations[node]
-            if operation.kind not in ops.LISTED and not self._holds_weights(node):
+            if not self._is_listed(node):
                 continue
-            weight = self._parameter(operation.weight)
-            macs = ops.multiply_adds(node, operation.kind, weight)
-            row = Row(self.name(node), operation.layer, "float", self._float_reason(node), macs)
+            row = Row(self.name(node), self.operations[node].layer, "float", self._float_reason(node))
             if node in quantized:
                 row = replace(row, action="int8", reason="")
             elif node in self.fused:
                 row = replace(row, action="fused", reason=f"into {self.name(self.fused[node].main)}")
             elif node in self.edges and not self.edges[node].observed:
                 row = replace(row, action="int8", reason="same scale as its input")
-            rows.append(row)
-        return rows
+            else:
+                row = replace(row, excluded=bool(self.selection.exclusion(row.name, row.kind)))
+            found.append(claim_of(node, row, self.path, self.operations[node].weight))
+        return found
+
+    def _is_listed(self, node: fx.Node) -> bool:
+        """Tell whether the plan has a row for a node: not for index arithmetic, nor for what constants give."""
+        if node.meta.get("multiply_adds") or self._holds_weights(node):
+            return True
+        fake = node.meta.get("fake")
+        is_index = isinstance(fake, Tensor) and not (fake.is_floating_point() or fake.is_complex())
+        return self.operations[node].kind in ops.LISTED and not is_index and node in self.activations
 
     def _decide(self) -> list[Operator]:
         wanted: set[fx.Node] = set()
@@ -202,13 +211,19 @@ class Matcher(Candidates):
             f"the runtime has no integer {kind}"
             if kind != "other"
             else "not a known layer type; its forward runs as it is"
+            if node.op == "call_module"
+            else f"no integer form of {self.operations[node].layer} is known here"
         )
 
     def _holds_weights(self, node: fx.Node) -> bool:
         return node.op == "call_module" and any(True for _ in self.root.get_submodule(str(node.target)).parameters())
 
-    def _parameter(self, name: str) -> nn.Parameter | None:
-        if not name:
-            return None
-        owner, _, attribute = name.rpartition(".")
-        return getattr(self.root.get_submodule(owner), attribute)
+
+def _activations(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose values depend on the values of an input, and not on its sizes or on weights alone."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        tensors = [source for source in node.all_input_nodes if not isinstance(source.meta.get("fake"), int | Size)]
+        if node.op == "placeholder" or any(source in found for source in tensors):
+            found.add(node)
+    return found

@@ -63,9 +63,10 @@ class Row:
         action: "float", "fused" (into the operator that `reason` names), or how it is quantized: "int8" in graphs, the
             action of a `Scheme` in layers.
         reason: why, for everything that is not as the recipe asks.
-        macs: multiply-adds of one captured call.
-        weights: values of its weights, in plans of layers; tied ones count for the first layer that has them, and
-            those that the user excluded not at all.
+        macs: multiply-adds that the captured call makes here; the rows of a plan add up to the whole call.
+        weights: values of its weights, those with more than one dimension; tied ones count once, for a layer that
+            stays float where there is one.
+        excluded: whether it is float because the user wants it.
     """
 
     name: str
@@ -74,6 +75,12 @@ class Row:
     reason: str = ""
     macs: int = 0
     weights: int = 0
+    excluded: bool = False
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether it is no float layer, nor a part of another row's operator."""
+        return self.action not in ("float", "fused")
 
 
 @dataclass(frozen=True)
@@ -111,19 +118,29 @@ class Plan:
     @property
     def num_quantized(self) -> int:
         """Number of operators or layers that are quantized."""
-        return sum(row.action not in ("float", "fused") for row in self.rows)
+        return sum(row.is_quantized for row in self.rows)
 
     @property
     def coverage(self) -> float:
-        """Share of the module's multiply-adds in quantized operators or layers, in [0, 1]."""
-        total = sum(row.macs for row in self.rows)
-        return sum(row.macs for row in self.rows if row.action != "float") / total if total else 0.0
+        """Share of the whole call's multiply-adds that run as the recipe asks, in [0, 1].
+
+        With a graph these are the integer ones, without those of layers whose weights alone are stored in integers; in
+        recipes of layers, those of the quantized layers. What no layer computes counts as float.
+        """
+        counted = [row for row in self.rows if row.action == "int8" or (row.is_quantized and not self.graphs)]
+        return _share(sum(row.macs for row in counted), sum(row.macs for row in self.rows))
+
+    @property
+    def weight_coverage(self) -> float:
+        """Share of the weights' bytes that are stored with fewer bits, in [0, 1]."""
+        stored = sum(row.weights for row in self.rows if row.is_quantized)
+        return _share(stored, sum(row.weights for row in self.rows))
 
     @property
     def stored_share(self) -> float:
-        """Share of the weights' values, without excluded ones, stored with fewer bits, in [0, 1]; for layers."""
-        total = sum(row.weights for row in self.rows)
-        return sum(row.weights for row in self.rows if row.action != "float") / total if total else 0.0
+        """The same of the weights that the user did not exclude, in [0, 1]."""
+        asked = [row for row in self.rows if not row.excluded]
+        return _share(sum(row.weights for row in asked if row.is_quantized), sum(row.weights for row in asked))
 
     def with_edges(self, present: set[str]) -> "Plan":
         """Return the plan of a file that has these edges: operators around others are no part of it, which rows say.
@@ -139,21 +156,27 @@ class Plan:
             names = missing | {key for o in gone for key in (o.key, o.batch_norm, o.activation, o.pad) if key}
             dropped |= {".".join(part for part in (graph.path, key) if part) for key in names}
             graphs.append(replace(graph, operators=kept, edges=edges))
+        unread = {"action": "float", "reason": UNREAD, "macs": 0, "weights": 0}
         rows = (
-            replace(row, action="float", reason=UNREAD) if row.action != "float" and row.name in dropped else row
+            replace(row, **unread) if row.action != "float" and row.name in dropped else row  # type: ignore[arg-type]
             for row in self.rows
         )
         return replace(self, graphs=tuple(graphs), rows=tuple(rows))
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists that JSON can hold."""
-        return {**asdict(self), "coverage": self.coverage, "stored_share": self.stored_share}
+        shares = ("coverage", "weight_coverage", "stored_share")
+        return {**asdict(self), **{name: getattr(self, name) for name in shares}}
+
+    def shares(self) -> str:
+        """Say how much of the call's arithmetic and of the weights that is."""
+        return f"{self.coverage:.1%} of the multiply-adds and {self.weight_coverage:.1%} of the weights' bytes"
 
     def __str__(self) -> str:
         from lightning_quant.tables import text_table
 
         rows = [(r.name, r.kind, r.action, r.reason, f"{r.macs:,}" if r.macs else "") for r in self.rows]
-        head = f"{self.num_quantized} operators in {self.recipe}, {self.coverage:.1%} of the multiply-adds"
+        head = f"{self.num_quantized} operators in {self.recipe}, {self.shares()}"
         return f"{head}\n{text_table(('layer', 'kind', 'runs in', 'reason', 'multiply-adds'), rows)}"
 
 
@@ -165,3 +188,12 @@ def identify(path: str, key: str) -> str:
 def path_of(identity: str) -> str:
     """Return the path of the graph that an identified edge or operator belongs to."""
     return identity.partition(":")[0]
+
+
+def join(*parts: str) -> str:
+    """Join dotted paths, leaving out empty ones."""
+    return ".".join(part for part in parts if part)
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else 0.0

@@ -55,12 +55,15 @@ class Selection:
 
     def refusal(self, name: str, layer: str) -> str:
         """Return why an operator is not wanted, or an empty text."""
+        stored = next((f"left to {recipe}" for pattern, recipe in self.stored if matches(pattern, name, layer)), "")
+        return self.exclusion(name, layer) or stored
+
+    def exclusion(self, name: str, layer: str) -> str:
+        """Return why an operator is to stay float, or an empty text."""
         if not any(matches(pattern, name, layer) for pattern in self.include):
             return "not in `include`"
         excluded_by = next((pattern for pattern in self.exclude if matches(pattern, name, layer)), None)
-        if excluded_by is not None:
-            return f'excluded by "{excluded_by}"'
-        return next((f"left to {recipe}" for pattern, recipe in self.stored if matches(pattern, name, layer)), "")
+        return "" if excluded_by is None else f'excluded by "{excluded_by}"'
 
 
 def matches(pattern: str, name: str, layer: str) -> bool:

@@ -23,9 +23,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_quant.calls import CallSpec, ResultSpec, rebuild_call
 from lightning_quant.errors import UntraceableError
+from lightning_quant.graph.counting import counted_by, multiply_add_counter
 from lightning_quant.graph.normalize import functionalize
 from lightning_quant.graph.proxy import ShapedProxy
-from lightning_quant.routing import clone, device_of
+from lightning_quant.routing import clone, device_of, without_fast_path
 
 _CONSTRUCTORS = ("rand", "randn", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -52,6 +53,7 @@ class _Tracer(fx.Tracer):
         self.proxy_buffer_attributes = True
         self.spec, self.tensors, self.opaque = spec, tensors, opaque
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.counter = multiply_add_counter()
         self.scopes: list[str] = [""]
         self.calls: dict[str, int] = defaultdict(int)
         self.counts: dict[Any, int] = defaultdict(int)
@@ -114,6 +116,7 @@ class _Tracer(fx.Tracer):
             raise UntraceableError("it switches gradients off for a part of itself")
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
         proxy.node.meta["fake"] = self._propagate(kind, target, args, kwargs)
+        proxy.node.meta["multiply_adds"] = counted_by(self.counter)
         self._label(proxy.node)
         return proxy
 
@@ -124,7 +127,7 @@ class _Tracer(fx.Tracer):
         args, kwargs = pytree.tree_map_only(fx.Proxy, lambda p: p.node.meta.get("fake"), (args, kwargs))
         self.propagating = True
         try:
-            with self.mode, torch.no_grad(), warnings.catch_warnings():
+            with self.mode, torch.no_grad(), warnings.catch_warnings(), self.counter:
                 warnings.simplefilter("ignore")
                 if kind == "get_attr":
                     return operator.attrgetter(target)(self.root)
@@ -144,7 +147,7 @@ class _Tracer(fx.Tracer):
             Tensor, lambda fake: torch.zeros(fake.shape, dtype=fake.dtype, device=fake.device), (args, kwargs)
         )
         try:
-            with torch.no_grad():
+            with torch.no_grad(), self.counter:
                 result = self.root.get_submodule(path).forward(*args, **kwargs)
         except Exception as error:
             return error
@@ -183,7 +186,8 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
         try:
             before = _attributes(copy)
             # Autocast keeps the weights that it casts; those of a trace are not real.
-            with _constructors_traced(tracer), torch.enable_grad(), torch.autocast(device, enabled=False):
+            without_autocast = torch.autocast(device, enabled=False)
+            with _constructors_traced(tracer), torch.enable_grad(), without_autocast, without_fast_path():
                 graph = tracer.trace(copy)
             _check_attributes(before, copy)
             functionalize(graph, copy)

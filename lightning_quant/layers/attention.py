@@ -28,6 +28,14 @@ class StoredAttention(StoredLayer):
             return "`add_bias_kv` and `add_zero_attn` have no quantized form"
         return "no 4-bit form" if scheme.storage == "int4" else ""
 
+    @classmethod
+    def multiply_adds_apart(cls, float_layer: nn.Module, args: Any, kwargs: Any) -> int:
+        """Return those of scores and weighted sums, which stay in float."""
+        given = {**dict(zip(("query", "key", "value"), args, strict=False)), **kwargs}
+        query, key = given["query"], given["key"]
+        length = key.shape[1 if float_layer.batch_first and query.dim() == 3 else 0]
+        return 2 * query.numel() * length
+
     def forward(
         self,
         query: Tensor,

@@ -94,6 +94,11 @@ class StoredLayer(nn.Module):
             return f"no integer kernel for {type(float_layer).__name__} gives each row its own range"
         return "no 4-bit form" if scheme.storage == "int4" else ""
 
+    @classmethod
+    def multiply_adds_apart(cls, float_layer: nn.Module, args: Any, kwargs: Any) -> int:
+        """Return how many multiply-adds of one call of the float layer none of its weights takes part in."""
+        return 0
+
     def stored(self, name: str) -> tuple[Tensor, Tensor | None]:
         """Return the stored form of a weight and its scale."""
         weight = cast(Tensor, self._buffers[self.names[name]])

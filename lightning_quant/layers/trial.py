@@ -3,9 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.table import Selection
@@ -28,15 +26,16 @@ class Trial:
         layer: the quantized layer so far; None where the layer stays float.
         unwanted: why it stays float whatever its outputs; empty when it may be quantized.
         excluded: whether that is because the user wants it.
-        macs: multiply-adds of the calls seen.
+        place: where the model's modules have it first.
+        apart: multiply-adds of the calls seen that have nothing to do with its weights.
     """
 
     def __init__(self, name: str, float_layer: nn.Module, recipe: LayerRecipe, known: dict[Any, Any]) -> None:
-        self.names, self.float_layer = [name], float_layer
+        self.names, self.float_layer = [name or type(float_layer).__name__], float_layer
         self.kind = type(float_layer).__name__.removeprefix("Parametrized")
         self.layer: StoredLayer | None = None
         self.unwanted, self.excluded = "", False
-        self.macs = 0
+        self.place, self.apart = name, 0
         self._recipe, self._known = recipe, known
         self._schemes: list[Scheme] = []
         self._notes: list[str] = []
@@ -71,7 +70,8 @@ class Trial:
     def see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Take one call of the float layer into account; a forward hook."""
         self._num_calls += 1
-        self.macs += _multiply_adds(module, args, kwargs, output)
+        stored_class = class_for(module)
+        self.apart += 0 if stored_class is None else stored_class.multiply_adds_apart(module, args, kwargs)
         while not self.unwanted and (layer := self._advance()) is not None:
             if self._is_close(signal_to_noise(output, layer(*args, **kwargs))):
                 return
@@ -154,7 +154,7 @@ def trials(model: nn.Module, recipe: LayerRecipe, selection: Selection, *, half_
         has_weights = any(p.dim() > 1 for p in module.parameters(recurse=False))
         if stored_class is None and not has_weights:
             continue
-        trial = found[id(module)] = Trial(name or type(module).__name__, module, recipe, known)
+        trial = found[id(module)] = Trial(name, module, recipe, known)
         if stored_class is not None:
             inside.append(name)
         excluded = selection.refusal(trial.names[0], trial.kind)
@@ -177,17 +177,3 @@ def _refusal(module: nn.Module, stored_class: type[StoredLayer] | None, name: st
     if any(not computes_weight(hook) for hook in module._forward_pre_hooks.values()):
         return "it has forward pre-hooks"
     return ""
-
-
-@torch.no_grad()
-def _multiply_adds(module: nn.Module, args: Any, kwargs: Any, output: Any) -> int:
-    """Return values of the weights times places where they are applied; a table's values are only read."""
-    if isinstance(module, nn.Embedding):
-        return 0
-    weights = sum(p.numel() for p in module.parameters() if p.dim() > 1)
-    first = next(leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor))
-    if isinstance(module, nn.modules.conv._ConvNd):
-        if isinstance(module, nn.modules.conv._ConvTransposeNd):
-            return (args[0] if args else kwargs["input"]).numel() // module.in_channels * weights
-        return first.numel() // module.out_channels * weights
-    return first.numel() // max(1, first.shape[-1]) * weights

@@ -1,0 +1,37 @@
+"""What a callback says when fit begins: how much of the module and of the step its plan takes."""
+
+import warnings
+
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_quant.errors import NoEffectWarning
+from lightning_quant.export import Quantizable
+from lightning_quant.plan_summary import low_coverage
+
+# What is left beside the module is no more than losses and metrics take.
+_NEARLY_ALL = 0.995
+
+
+def announce(callback: str, module: str, prepared: Quantizable, step_share: float) -> None:
+    """Say how much is quantized, and warn where that is little.
+
+    Args:
+        callback: name of its class.
+        module: name of the module.
+        prepared: with the plan.
+        step_share: share of the multiply-adds of the LightningModule's step that the module makes, in [0, 1].
+    """
+    plan, of_step = prepared.plan, ""
+    if step_share < _NEARLY_ALL:
+        of_step = f", which is {plan.coverage * step_share:.1%} of the multiply-adds of the whole step"
+    rank_zero_info(
+        f"{callback}: {module} has {plan.num_quantized} operators for {plan.recipe} on {plan.runtime}, "
+        f"{plan.shares()} of it{of_step}."
+    )
+    for warning in low_coverage(plan.to_dict()):
+        warn(f"{callback}: {warning}.")
+
+
+def warn(message: str) -> None:
+    """Warn that something asked for had no effect or made matters worse."""
+    warnings.warn(message, NoEffectWarning, stacklevel=3)
