@@ -103,6 +103,16 @@ def check_name(argument: str, value: Any, of: str) -> None:
         )
 
 
+def check_key(argument: str, value: Any) -> None:
+    """Make sure that a name can stand in a logger's keys, or is None."""
+    if value is None or (isinstance(value, str) and value and all(c.isalnum() or c in "-_.+" for c in value)):
+        return
+    raise QuantizationError(
+        f"Expected `{argument}` to be a text of letters, digits, '-', '_', '.' and '+' for keys such as "
+        f"'quant/{argument}/size_ratio', but got {value!r:.60}."
+    )
+
+
 def check_on_device(module: nn.Module) -> None:
     """Make sure that a module's weights exist, which those on the meta device do not.
 

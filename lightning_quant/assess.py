@@ -20,9 +20,10 @@ from lightning_quant.latency import Timing, measure
 from lightning_quant.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.layerwise import Layerwise
 from lightning_quant.machine import cpu_name
+from lightning_quant.metric_rows import MetricRow
 from lightning_quant.parity import Parity, check_parity
 from lightning_quant.process import torch_threads
-from lightning_quant.report import LatencyRow, MetricRow, Report
+from lightning_quant.report import LatencyRow, Report
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.signature import make_signature
 
@@ -38,6 +39,7 @@ def assess(
     notes: tuple[str, ...] = (),
     sensitivity: Sensitivity | None = None,
     step_share: float = 1.0,
+    trained: bool = False,
 ) -> Report:
     """Measure an artifact against the float module it came from.
 
@@ -51,6 +53,7 @@ def assess(
         notes: what else the reader should know.
         sensitivity: which operator costs what, when that was asked for.
         step_share: share of the multiply-adds of the LightningModule's step that the module makes.
+        trained: whether the weights were trained through rounding.
     """
     seconds = dict(seconds or {})
     runtime = runtimes.get(prepared.plan.runtime)
@@ -84,6 +87,7 @@ def assess(
         min_stored_share=prepared.recipe.min_stored_share if isinstance(prepared, Layerwise) else None,
         sensitivity=sensitivity,
         step_share=step_share,
+        trained=trained,
     )
 
 

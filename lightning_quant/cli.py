@@ -1,6 +1,7 @@
 """The command `lightning-quant`: quantize, inspect, verify, bench, report and compare.
 
-Exit codes: 0 all is well, 1 an artifact missed a limit or computes something else here, 2 nothing could be done.
+Exit codes: 0 all is well, 1 an artifact's report says FAILED, or it missed a limit or computes something else here, 2
+nothing could be done.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_quant.artifact import Artifact, read
 from lightning_quant.errors import QuantizationError
-from lightning_quant.limits import cell, missed_limits, summary
+from lightning_quant.limits import cell, failures_in, missed_limits, summary
 from lightning_quant.tables import text_table
 
 if TYPE_CHECKING:
@@ -61,7 +62,8 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     result = verify(options.path)
     values = {**dataclasses.asdict(result), "failures": result.failures}
     print(json.dumps(_plain(values)) if options.json else result)
-    return 1 if result.failures else 0
+    failures = [f"{options.path}: {text}" for text in failures_in(read(options.path).report or {})]
+    return max(_fail(failures), int(bool(result.failures)))
 
 
 def _bench(options: argparse.Namespace, rest: list[str]) -> int:

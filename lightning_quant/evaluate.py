@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_quant.capture import isolated_rng
 from lightning_quant.distributed import Group
@@ -25,11 +26,13 @@ class CountedCalls(Route):
     """Passes calls on and counts them."""
 
     def __init__(self, target: Callable[..., Any]) -> None:
-        self.target, self.num_calls = target, 0
+        self.target, self.num_calls, self.num_samples = target, 0, 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Pass one call on."""
         self.num_calls += 1
+        first = next((x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor) and x.dim()), None)
+        self.num_samples += 1 if first is None else len(first)
         return self.target(*args, **kwargs)
 
     def __deepcopy__(self, memo: Any) -> "CountedCalls":
@@ -69,7 +72,7 @@ def evaluate(
     # Lightning's cache of metrics by id, which a copy must not inherit.
     duplicate._metric_attributes = None
     module = resolve(duplicate, path)
-    counted = CountedCalls(target) if target is not None else None
+    counted = target if target is None or isinstance(target, CountedCalls) else CountedCalls(target)
     beside: set[str] = set()
     if counted is not None:
         unroute(module)

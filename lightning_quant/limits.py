@@ -10,7 +10,7 @@ _SPEEDUP = "quant/speedup/batch_"
 def missed_limits(
     artifact: Artifact, max_accuracy_drop: float | None, max_size_ratio: float | None, min_speedup: float | None
 ) -> list[str]:
-    """Return, with the number, every limit that an artifact's report misses or says nothing about.
+    """Return what an artifact's report says FAILED, and every limit that it misses or says nothing about.
 
     Args:
         artifact: with its report.
@@ -19,7 +19,7 @@ def missed_limits(
         min_speedup: against the faster float peer, at every measured batch size.
     """
     report = artifact.report or {}
-    missed: list[str] = []
+    missed = failures_in(report)
     if max_accuracy_drop is not None:
         drops = {name: -delta for name, delta in _deltas(report).items() if "acc" in name.lower()}
         for name, drop in drops.items():
@@ -41,6 +41,14 @@ def missed_limits(
         if not speedups:
             missed.append("no speed-up was measured")
     return [f"{artifact.path}: {text}" for text in missed]
+
+
+def failures_in(report: dict[str, Any]) -> list[str]:
+    """Return what a report says FAILED: its parity, or its recipe."""
+    found = [text for text in report.get("warnings", []) if " FAILED" in text]
+    if report.get("scalars", {}).get("quant/parity_failed") and not any("parity" in text for text in found):
+        found.append("parity FAILED")
+    return found
 
 
 def summary(artifact: Artifact) -> dict[str, Any]:

@@ -4,6 +4,7 @@ import functools
 import itertools
 import os
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,7 +24,7 @@ from lightning_quant.calibrate import calibrate
 from lightning_quant.calibration_data import CalibrationCalls
 from lightning_quant.checkpoint import load_module
 from lightning_quant.engines import AUTO, check_engine
-from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.errors import CalibrationError, NoEffectWarning, QuantizationError
 from lightning_quant.export import DynamicShapes, Quantizable, export, in_float32
 from lightning_quant.graph.table import Selection
 from lightning_quant.labels import class_labels
@@ -79,6 +80,9 @@ def quantize(
 
     Raises:
         QuantizationError: an argument is wrong or a stage failed; nothing is half written.
+
+    Warns:
+        NoEffectWarning: for each warning in the report: failed parity, a failed recipe, a larger or slower file.
     """
     recipe, selection = recipes.get(recipe), Selection(patterns("include", include), patterns("exclude", exclude))
     _check_arguments(runtime, engine, output_dir, threads)
@@ -124,7 +128,10 @@ def quantize(
     # Measured on a copy: another run may replace the artifact meanwhile.
     with artifacts.private_copy(artifact) as own:
         report = assess(quantized, own, seconds=seconds, threads=threads, notes=notes, sensitivity=found)
-        return artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
+        artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
+    for text in report.warnings:
+        warnings.warn(f"{artifact.path}: {text}.", NoEffectWarning, stacklevel=2)
+    return artifact
 
 
 def _check_arguments(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_quant.latency import Timing
 from lightning_quant.layer_parity import LayerParity
+from lightning_quant.metric_rows import MetricRow, metric_failures
 from lightning_quant.parity import Parity
 from lightning_quant.plan_summary import low_coverage, summarize
 from lightning_quant.tables import text_table
@@ -16,21 +17,6 @@ if TYPE_CHECKING:
 
 # Operators whose sensitivity is printed.
 _NUM_WORST = 10
-
-
-@dataclass(frozen=True)
-class MetricRow:
-    """One validation metric of the float, the simulated and the exported model; None where it was not measured."""
-
-    name: str
-    float_value: float | None
-    simulated: float | None
-    artifact: float | None
-
-    @property
-    def delta(self) -> float | None:
-        """Artifact minus float, in the metric's unit."""
-        return None if self.artifact is None or self.float_value is None else self.artifact - self.float_value
 
 
 @dataclass(frozen=True)
@@ -85,6 +71,7 @@ class Report:
             others.
         sensitivity: which operator costs what, where that was asked for.
         step_share: share of the multiply-adds of the LightningModule's step that the module makes, in [0, 1].
+        trained: whether the weights were trained through rounding, so that without it they are no float model's.
     """
 
     recipe: str
@@ -106,6 +93,7 @@ class Report:
     min_stored_share: float | None = None
     sensitivity: "Sensitivity | None" = None
     step_share: float = 1.0
+    trained: bool = False
 
     @property
     def size_ratio(self) -> float:
@@ -113,15 +101,23 @@ class Report:
         return self.artifact_bytes / self.float_bytes
 
     @property
-    def warnings(self) -> list[str]:
-        """What went wrong, in plain words, worst first."""
-        found = [f"parity FAILED: {failure}" for failure in self.parity.failures] if self.parity else []
+    def failures(self) -> list[str]:
+        """Why the artifact is not what was asked for or simulated, in plain words; empty when it is."""
+        found = list(self.parity.failures) if self.parity else []
+        found += metric_failures(self.metrics, trained=self.trained)
+        found = [f"parity FAILED: {failure}" for failure in found]
         if self.min_stored_share is not None and self.plan["stored_share"] < self.min_stored_share:
             found.append(
                 f"{self.recipe} FAILED: only {self.plan['stored_share']:.1%} of the weights' values are stored with "
                 f"fewer bits, less than {self.min_stored_share:.0%}"
             )
-        else:
+        return found
+
+    @property
+    def warnings(self) -> list[str]:
+        """What went wrong, in plain words, worst first."""
+        found = self.failures
+        if not any(text.startswith(self.recipe) for text in found):
             found += low_coverage(self.plan)
         if self.size_ratio > 1:
             found.append(f"the artifact is larger than the float model: {self.size_ratio:.2f} times its bytes")
@@ -133,8 +129,8 @@ class Report:
         found += [f"{count} planned int8 {kind} still run in float" for kind, count in self.still_float.items()]
         return found
 
-    def scalars(self) -> dict[str, float]:
-        """Return the numbers for a logger: `quant/<quantity>`."""
+    def scalars(self, prefix: str = "quant") -> dict[str, float]:
+        """Return the numbers for a logger: `<prefix>/<quantity>`."""
         values: dict[str, float | None] = {
             "quant/float_bytes": self.float_bytes,
             "quant/artifact_bytes": self.artifact_bytes,
@@ -148,6 +144,7 @@ class Report:
             name = row.name.replace(" ", "_")
             values |= {f"quant/float/{name}": row.float_value, f"quant/simulated/{name}": row.simulated}
             values |= {f"quant/artifact/{name}": row.artifact, f"quant/delta/{name}": row.delta}
+            values[f"quant/float_before/{name}"] = row.before
         for time in self.latency:
             values[f"quant/latency_ms/batch_{time.batch}"] = time.artifact.median_ms
             values[f"quant/float_latency_ms/batch_{time.batch}"] = time.best_float_ms
@@ -155,13 +152,14 @@ class Report:
         if self.parity is not None:
             if isinstance(self.parity, Parity) and self.parity.worst_share is not None:
                 values["quant/parity_worst_share"] = self.parity.worst_share
-            values["quant/parity_failed"] = float(bool(self.parity.failures))
+            values["quant/parity_failed"] = float(any(text.startswith("parity ") for text in self.failures))
         values |= {f"quant/seconds/{stage}": value for stage, value in self.seconds.items()}
-        return {name: float(value) for name, value in values.items() if value is not None}
+        return {name.replace("quant", prefix, 1): float(v) for name, v in values.items() if v is not None}
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists that JSON can hold."""
-        derived = {"size_ratio": self.size_ratio, "warnings": self.warnings, "scalars": self.scalars()}
+        derived = {"size_ratio": self.size_ratio, "warnings": self.warnings, "failures": self.failures}
+        derived["scalars"] = self.scalars()
         return _finite({**dataclasses.asdict(self), **derived})
 
     def to_markdown(self) -> str:
@@ -193,11 +191,20 @@ class Report:
     def _metric_table(self) -> str:
         if not self.metrics:
             return ""
-        rows = [
-            (r.name, *map(_number, (r.float_value, r.simulated, r.artifact)), _number(r.delta, sign=True))
-            for r in self.metrics
-        ]
-        return text_table(("validation", "float", "simulated", "artifact", "delta"), rows)
+        begun = self.trained and any(row.before is not None for row in self.metrics)
+        header = ("validation", *["float, before rounding began"] * begun)
+        header += ("trained weights without rounding" if self.trained else "float", "simulated", "artifact", "delta")
+        rows = []
+        for r in self.metrics:
+            values = [*[r.before] * begun, r.float_value, r.simulated, r.artifact]
+            rows.append((r.name, *map(_number, values), _number(r.delta, sign=True)))
+        return text_table(header, rows) + self._about_trained(begun)
+
+    def _about_trained(self, begun: bool) -> str:
+        if not self.trained:
+            return ""
+        told = "" if begun else " What a float model reaches is not known: no validation ran before rounding began."
+        return f"\n\nDelta is that to the trained weights without rounding, which are no float model's weights.{told}"
 
     def _latency_table(self) -> str:
         if not self.latency:

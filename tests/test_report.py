@@ -9,8 +9,9 @@ from lightning_quant.accuracy.advice import Advice
 from lightning_quant.accuracy.sensitivity import LayerSensitivity, Sensitivity
 from lightning_quant.latency import Timing
 from lightning_quant.layer_parity import LayerParity
+from lightning_quant.metric_rows import MetricRow
 from lightning_quant.parity import Parity
-from lightning_quant.report import LatencyRow, MetricRow, Report
+from lightning_quant.report import LatencyRow, Report
 
 
 def timing(median_ms: float) -> Timing:
@@ -190,6 +191,60 @@ def test_the_share_of_the_whole_step_stands_beside_that_of_the_module() -> None:
     assert "LightningModule's step" not in str(GOOD)
 
 
+@pytest.mark.parametrize(
+    ("row", "fails"),
+    [
+        # darts' Transformer, whose validation ran the training graph: a gain that is none.
+        (MetricRow("val_loss", 0.9699, 0.9699, 0.9409, num_samples=200), True),
+        (MetricRow("val_loss", 3.209, 3.212, 0.010), True),
+        (MetricRow("val_accuracy", 0.9, 0.895, 0.89), False),
+        # Two of sixteen predictions may tip, three may not.
+        (MetricRow("val_accuracy", 0.9375, 0.9375, 0.8125, num_samples=16), False),
+        (MetricRow("val_accuracy", 0.9375, 0.9375, 0.75, num_samples=16), True),
+        (MetricRow("val_loss", 0.0, 0.0, 0.0), False),
+        (MetricRow("val_loss", 1.0, 1.1, math.nan), True),
+        (MetricRow("val_loss", 1.0, math.nan, math.nan), False),
+        (MetricRow("val_loss", 1.0, 1.1, None), False),
+    ],
+)
+def test_metric_far_from_the_simulated_one_is_failed_parity(row: MetricRow, fails: bool) -> None:
+    report = changed(metrics=(row,))
+
+    assert bool(report.failures) is fails
+    assert report.scalars()["quant/parity_failed"] == float(fails)
+    if fails:
+        assert report.warnings[0].startswith(f"parity FAILED: {row.name} is ")
+        assert "ran something else" in report.to_markdown().split("\n\n")[1]
+
+
+def test_trained_weights_without_rounding_are_no_measure() -> None:
+    row = MetricRow("val_loss", 1.0884, 0.6555, 0.75, num_samples=1000)
+
+    assert changed(metrics=(row,)).failures == []
+    assert len(changed(metrics=(row,), trained=True).failures) == 1
+
+
+def test_float_is_named_for_what_it_is_after_training_through_rounding() -> None:
+    row = MetricRow("val_loss", 1.0884, 0.6555, 0.6556)
+    text = changed(metrics=(row,), trained=True).to_markdown()
+    assert "| trained weights without rounding |" in text
+    assert "no validation ran before rounding began" in text
+
+    report = changed(metrics=(dataclasses.replace(row, before=0.6977),), trained=True)
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.to_markdown().splitlines()]
+    assert ["val_loss", "0.6977", "1.0884", "0.6555", "0.6556", "-0.4328"] in cells
+    assert "float, before rounding began" in report.to_markdown()
+    assert "no validation ran" not in report.to_markdown()
+    assert report.scalars()["quant/float_before/val_loss"] == 0.6977
+
+
+def test_keys_begin_with_a_callbacks_name() -> None:
+    named = GOOD.scalars("quant/int8-openvino")
+
+    assert {f"quant/{key.removeprefix('quant/int8-openvino/')}" for key in named} == set(GOOD.scalars())
+    assert named["quant/int8-openvino/size_ratio"] == 0.25
+
+
 # --- numbers
 
 
@@ -272,7 +327,8 @@ def test_json_holds_everything_and_what_follows_from_it() -> None:
     assert values["size_ratio"] == 1.5
     assert values["warnings"] == ["the artifact is larger than the float model: 1.50 times its bytes"]
     assert values["scalars"]["quant/artifact_bytes"] == 6000
-    assert values["metrics"][0] == {"name": "val_accuracy", "float_value": 0.9, "simulated": 0.895, "artifact": 0.89}
+    numbers = {"float_value": 0.9, "simulated": 0.895, "artifact": 0.89, "before": None, "num_samples": None}
+    assert values["metrics"][0] == {"name": "val_accuracy", **numbers}
     assert values["latency"][0]["runtime_float"]["median_ms"] == 4
     assert values["parity"]["worst_operator"] == "layer1.add"
     assert values["plan"]["rows"][2]["reason"] == "no integer kernel"

@@ -17,6 +17,7 @@ from lightning_quant import runtimes
 from lightning_quant.accuracy.sensitivity import check_rankable
 from lightning_quant.arguments import (
     check_flag,
+    check_key,
     check_limit,
     check_name,
     check_on_device,
@@ -74,6 +75,7 @@ class QuantizationCallback(Callback):
         engine: Engine,
         dynamic_shapes: DynamicShapes | None,
         sensitivity: bool,
+        name: str | None,
     ) -> None:
         super().__init__()
         self.recipe = _refused_in_callback(recipes.get, recipe)
@@ -93,6 +95,7 @@ class QuantizationCallback(Callback):
         self.engine = engine
         self.dynamic_shapes = dynamic_shapes
         self.sensitivity = sensitivity
+        self.name = name
         _refused_in_callback(self._check_arguments)
         # Known from fit start on, when the module exists on its device and its data can be read.
         self.prepared: Quantizable | None = None
@@ -107,6 +110,9 @@ class QuantizationCallback(Callback):
         self.step_share = 1.0
         self.group = Group()
         self.last_folder = Path()
+        # Whether the weights were trained through rounding, and the metrics of the last validation before that.
+        self.trains_rounded = False
+        self.metrics_before: dict[str, float] = {}
         # Whether an interruption from now on costs the artifact.
         self._begun = False
         # The checkpoint that `quantize_checkpoint` is at work on.
@@ -216,6 +222,7 @@ class QuantizationCallback(Callback):
         """Refuse what needs neither module nor trainer to be known as wrong."""
         runtimes.check_name(self.runtime)
         check_engine(self.runtime, self.engine)
+        check_key("name", self.name)
         check_name("module", self.module, "the LightningModule")
         check_path("output_dir", self.output_dir)
         check_choice("example", self.example, get_args(ExampleName))

@@ -18,14 +18,15 @@ from lightning_quant.accuracy.rounded_parts import all_but
 from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
-from lightning_quant.callbacks.base import QuantizationCallback, warn
+from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.publish import publish
 from lightning_quant.callbacks.recovery import recovery
-from lightning_quant.evaluate import evaluate, weighted_layers, why_no_metrics
+from lightning_quant.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
 from lightning_quant.export import Quantizable, export, in_float32_on_cpu
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import Layerwise
+from lightning_quant.metric_rows import MetricRow
 from lightning_quant.prepared import Prepared
-from lightning_quant.report import MetricRow, Report
 from lightning_quant.routing import clone, resolve, to_float32
 
 
@@ -137,19 +138,11 @@ def _report(
         notes=deployment.notes,
         sensitivity=deployment.sensitivity,
         step_share=callback.step_share,
+        trained=callback.trains_rounded,
     )
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
-    publish(trainer, report, artifact)
+    publish(callback, trainer, report, artifact)
     return artifact
-
-
-def publish(trainer: Trainer, report: Report, artifact: Artifact) -> None:
-    """Send a report to the terminal and its numbers to every logger of the trainer."""
-    for warning in report.warnings:
-        warn(f"{artifact.path}: {warning}.")
-    rank_zero_info(f"{report}\nArtifact: {artifact.path}")
-    for logger in trainer.loggers:
-        logger.log_metrics(report.scalars(), step=trainer.global_step)
 
 
 def _metrics(
@@ -163,9 +156,11 @@ def _metrics(
         return ()
     with prepared.attached("frozen"):
         simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
-    exported = _evaluate_artifact(callback, trainer, deployment, own)
+    exported, number = _evaluate_artifact(callback, trainer, deployment, own)
+    before = callback.metrics_before
     return tuple(
-        MetricRow(name, value, simulated.get(name), exported.get(name)) for name, value in float_values.items()
+        MetricRow(name, value, simulated.get(name), exported.get(name), before.get(name), number)
+        for name, value in float_values.items()
     )
 
 
@@ -185,14 +180,15 @@ def _gains(
 
 def _evaluate_artifact(
     callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, own: Artifact
-) -> dict[str, float]:
+) -> tuple[dict[str, float], int | None]:
+    """Return the metrics of the file, and the number of samples that it saw where that is known."""
     pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
     limit, group = callback.limit_eval_batches, callback.group
     if runtimes.get(prepared.plan.runtime).IN_PROCESS and isinstance(prepared, Layerwise):
         # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.
         filled = clone(pl_module)
         artifacts.open_model(own, into=resolve(filled, path))
-        return evaluate(trainer, filled, path, limit_batches=limit, group=group)
+        return evaluate(trainer, filled, path, limit_batches=limit, group=group), None
     target: Callable[..., Any] = artifacts.open_model(own)
     without_loss = False
     if callback.loss_inputs is not None:
@@ -203,18 +199,19 @@ def _evaluate_artifact(
     else:
         operators = [operator for graph in prepared.plan.graphs if not graph.path for operator in graph.operators]
         layers = tuple(layer for operator in operators if (layer := operator.weight.rpartition(".")[0]))
+    counted = CountedCalls(target)
     values = evaluate(
         trainer,
         pl_module,
         path,
-        target,
+        counted,
         quantized_layers=weighted_layers(prepared.root, layers),
         limit_batches=limit,
         group=group,
     )
     if without_loss:
-        return {name: value for name, value in values.items() if not math.isnan(value)}
-    return values
+        values = {name: value for name, value in values.items() if not math.isnan(value)}
+    return values, counted.num_samples
 
 
 def _load_best(

@@ -73,6 +73,8 @@ class PostTrainingQuantization(QuantizationCallback):
         sensitivity: whether the report says which operator costs what: it runs the module four to six times for each
             operator, on two calibration batches, and the validation loop twice for the worst one. For recipes that
             are calibrated, in one process.
+        name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
+            of these callbacks "quant/<recipe>-<runtime>/".
 
     Raises:
         MisconfigurationException: before the first batch, when anything is known to fail, with the way out.
@@ -100,6 +102,7 @@ class PostTrainingQuantization(QuantizationCallback):
         engine: Engine = "auto",
         dynamic_shapes: DynamicShapes | None = None,
         sensitivity: bool = False,
+        name: str | None = None,
     ) -> None:
         super().__init__(
             recipe,
@@ -116,6 +119,7 @@ class PostTrainingQuantization(QuantizationCallback):
             engine=engine,
             dynamic_shapes=dynamic_shapes,
             sensitivity=sensitivity,
+            name=name,
         )
         self.calibration = _refused_in_callback(_calibration, calibration)
 

@@ -60,6 +60,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
         sensitivity: whether the report says which operator costs what, with the trained weights and ranges; see
             `PostTrainingQuantization`. In one process.
+        name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
+            of these callbacks "quant/<recipe>-<runtime>/".
 
     Raises:
         MisconfigurationException: before the first batch, when anything is known to fail, with the way out.
@@ -87,6 +89,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         engine: Engine = "auto",
         dynamic_shapes: DynamicShapes | None = None,
         sensitivity: bool = False,
+        name: str | None = None,
     ) -> None:
         super().__init__(
             recipe,
@@ -103,6 +106,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             engine=engine,
             dynamic_shapes=dynamic_shapes,
             sensitivity=sensitivity,
+            name=name,
         )
         if isinstance(self.recipe, LayerRecipe):
             raise MisconfigurationException(
@@ -140,7 +144,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         phase = self.timeline.phase(trainer)
         if phase == "frozen_batch_norm" and is_updating_batch_norm(trainer):
             phase = "frozen"
-        self._enter(phase, trainer.global_step)
+        self._enter(phase, trainer)
         self.require_prepared().observing = True
 
     @override
@@ -167,7 +171,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         """Called when fit ends: convert, export, measure, log."""
         self.require_prepared().detach()
         deployment = choose_weights(self, trainer, pl_module, with_ranges=True)
-        if not self.require_prepared().quantizes:
+        self.trains_rounded = self.require_prepared().quantizes
+        if not self.trains_rounded:
             note = "nothing was trained through rounding: the run ended before fake quantization began"
             warn(f"QuantizationAwareTraining: {note}.")
             deployment = replace(deployment, notes=(*deployment.notes, note))
@@ -211,7 +216,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         if prepared.recipe.learned_step_rate > 0 and prepared.learned_steps is None:
             prepared.learned_steps = LearnedSteps(prepared.recipe.learned_step_rate)
         if self._checkpoint is not None:
-            prepared.load_state_dict(self._state_in(self._checkpoint))
+            state = self._state_in(self._checkpoint)
+            self.metrics_before = state.get("metrics_before", {})
+            prepared.load_state_dict(state)
             return
         _check_others(self, trainer)
         self.timeline = resolve(self.schedule, trainer)
@@ -219,6 +226,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         # Another forward in the way is found here, not when the first phase begins.
         prepared.attach()
         prepared.detach()
+        self.metrics_before = (self._restored or {}).get("metrics_before", {})
         if self._restored is not None:
             prepared.load_state_dict(self._restored)
         elif trainer.ckpt_path:
@@ -228,17 +236,20 @@ class QuantizationAwareTraining(QuantizationCallback):
         if prepared.phase != "off":
             prepared.attach()
 
-    def _enter(self, phase: str, step: int) -> None:
+    def _enter(self, phase: str, trainer: Trainer) -> None:
         """Change the phase; a module that is not even observed keeps its own forward."""
         prepared = self.require_prepared()
         if phase == prepared.phase:
             return
+        was_rounding = prepared.quantizes
         prepared.set_phase(phase)
+        if prepared.quantizes and not was_rounding:
+            self.metrics_before = {name: float(value) for name, value in trainer.callback_metrics.items()}
         if phase == "off":
             prepared.detach()
         elif not prepared.is_attached:
             prepared.attach()
-        rank_zero_info(f"QuantizationAwareTraining: {phase.replace('_', ' ')} from step {step}.")
+        rank_zero_info(f"QuantizationAwareTraining: {phase.replace('_', ' ')} from step {trainer.global_step}.")
 
     @override
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -277,7 +288,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     def state_dict(self) -> dict[str, Any]:
         if self.prepared is None:
             return self._restored or {}
-        return {**self.require_prepared().state_dict(), "runtime": self.chosen_runtime}
+        state = {"runtime": self.chosen_runtime, "metrics_before": self.metrics_before}
+        return {**self.require_prepared().state_dict(), **state}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

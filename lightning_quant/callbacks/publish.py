@@ -1,0 +1,42 @@
+"""Send a report to the terminal, to every logger and to the Trainer's metrics, under keys that tell callbacks apart."""
+
+import collections
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_quant.artifact import Artifact
+from lightning_quant.callbacks.base import QuantizationCallback, warn
+from lightning_quant.report import Report
+
+
+def publish(callback: QuantizationCallback, trainer: Trainer, report: Report, artifact: Artifact) -> None:
+    """Send a report to the terminal and its numbers to every logger, and to `trainer.callback_metrics`."""
+    for warning in report.warnings:
+        warn(f"{artifact.path}: {warning}.")
+    rank_zero_info(f"{report}\nArtifact: {artifact.path}")
+    scalars = report.scalars(prefix_of(callback, trainer))
+    for logger in trainer.loggers:
+        logger.log_metrics(scalars, step=trainer.global_step)
+    trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+
+
+def prefix_of(callback: QuantizationCallback, trainer: Trainer) -> str:
+    """Return what a callback's keys begin with: "quant", and its name where it has one or is not the only one.
+
+    Where nobody named them, several are told apart by recipe and runtime, with the module where those are the same, and
+    a number where that is, too.
+    """
+    if callback.name is not None:
+        return f"quant/{callback.name}"
+    every = [c for c in trainer.callbacks if isinstance(c, QuantizationCallback)]  # type: ignore[attr-defined]
+    if len(every) < 2:
+        return "quant"
+    unnamed = [c for c in every if c.name is None]
+    names = [f"{c.recipe.name}-{c.runtime}" for c in unnamed]
+    counts = collections.Counter(names)
+    names = [f"{n}-{c.path}" if counts[n] > 1 and c.path else n for n, c in zip(names, unnamed, strict=True)]
+    position = next(i for i, c in enumerate(unnamed) if c is callback)
+    before = names[:position].count(names[position])
+    return f"quant/{names[position]}" + (f"-{before + 1}" if before else "")

@@ -1,0 +1,64 @@
+"""The user's validation metrics of the float, the simulated and the exported model, and whether the last two agree."""
+
+import math
+from dataclasses import dataclass
+
+# Share of a metric by which the file may be off where quantization costs nothing, and validation samples whose
+# predictions may tip.
+_TOLERANCE = 0.01
+_NUM_TIPPED = 2
+
+
+@dataclass(frozen=True)
+class MetricRow:
+    """One validation metric of the float, the simulated and the exported model; None where it was not measured.
+
+    Attributes:
+        name: as the user logs it.
+        float_value: of the weights that were exported, without rounding.
+        simulated: of the fake-quantized model.
+        artifact: of the file.
+        before: of the last validation before training began to round, where it did.
+        num_samples: that the file was measured on.
+    """
+
+    name: str
+    float_value: float | None
+    simulated: float | None
+    artifact: float | None
+    before: float | None = None
+    num_samples: int | None = None
+
+    @property
+    def delta(self) -> float | None:
+        """Artifact minus float, in the metric's unit."""
+        return None if self.artifact is None or self.float_value is None else self.artifact - self.float_value
+
+
+def metric_failures(rows: tuple[MetricRow, ...], *, trained: bool) -> list[str]:
+    """Say of which metrics the file's value is farther from the simulated one than that of a right file can be.
+
+    A right file differs by what tipped rounding ties do: less than quantization itself, unless that moved nothing.
+
+    Args:
+        rows: the metrics.
+        trained: whether the weights were trained through rounding: what they do without it is then no measure.
+    """
+    return [
+        f"{row.name} is {row.artifact:.4g} of the artifact and {row.simulated:.4g} simulated, farther apart than equal "
+        "computations are: validation ran something else on one of them"
+        for row in rows
+        if _is_off(row, trained=trained)
+    ]
+
+
+def _is_off(row: MetricRow, *, trained: bool) -> bool:
+    if row.artifact is None or row.simulated is None or math.isnan(row.simulated):
+        return False
+    floating = row.simulated if trained or row.float_value is None else row.float_value
+    size = max(abs(row.simulated), abs(floating))
+    # A share, such as accuracy, moves by one part in the number of samples whatever its own size.
+    whole = 1.0 if min(row.simulated, row.artifact) >= 0 and max(row.simulated, row.artifact) <= 1 else size
+    tipped = whole * _NUM_TIPPED / row.num_samples if row.num_samples else 0.0
+    allowed = max(2 * abs(row.simulated - floating), _TOLERANCE * size, tipped)
+    return not abs(row.artifact - row.simulated) <= allowed

@@ -1,0 +1,83 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_models import Classifier, WithoutValidation, fit, seeded, validate_by_hand
+
+from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+
+
+class Recorder(DummyLogger):
+    """Keeps what is logged."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[dict[str, float]] = []
+
+    def log_metrics(self, metrics: Any, step: int | None = None, *args: Any, **kwargs: Any) -> None:
+        found = {name: value for name, value in metrics.items() if name.startswith("quant/")}
+        self.seen += [found] if found else []
+
+
+@pytest.fixture
+def callbacks(tmp_path: Path) -> Any:
+    """Return a maker of post-training callbacks, each with a folder of its own."""
+    folders = (tmp_path / f"artifact{number}" for number in range(9))
+    return lambda recipe="int8_weight_only", runtime="torch", **options: PostTrainingQuantization(
+        recipe, runtime, output_dir=next(folders), threads=1, evaluate=False, **options
+    )
+
+
+def test_keys_of_several_callbacks_are_told_apart(callbacks: Any) -> None:
+    logger = Recorder()
+    several = callbacks("float16"), callbacks(), callbacks("float16"), callbacks(name="mine")
+    fit(seeded(WithoutValidation), *several, logger=logger, max_epochs=1)
+    first, second, third, named = logger.seen
+
+    assert "quant/float16-torch-net/size_ratio" in first
+    assert "quant/int8_weight_only-torch/size_ratio" in second
+    assert "quant/float16-torch-net-2/size_ratio" in third
+    assert "quant/mine/size_ratio" in named
+    assert len({*first, *second, *third, *named}) == len(first) + len(second) + len(third) + len(named)
+
+
+def test_one_callback_has_short_keys_and_others_can_read_them_from_the_trainer(callbacks: Any) -> None:
+    logger = Recorder()
+    trainer = fit(seeded(WithoutValidation), callbacks(), logger=logger, max_epochs=1)
+    (logged,) = logger.seen
+
+    assert "quant/size_ratio" in logged
+    assert {name: value.item() for name, value in trainer.callback_metrics.items() if name in logged} == pytest.approx(
+        logged
+    )
+
+
+@pytest.mark.parametrize("name", ["", "a/b", 3])
+def test_names_that_are_no_keys_are_refused(name: Any) -> None:
+    with pytest.raises(MisconfigurationException, match="Expected `name` to be a text"):
+        PostTrainingQuantization(name=name)
+
+
+def test_report_has_the_metrics_from_before_rounding_began(tmp_path: Path) -> None:
+    seen: list[dict[str, float]] = []
+
+    class Watched(Classifier):
+        def on_validation_end(self) -> None:
+            if not self.trainer.sanity_checking:
+                seen.append(validate_by_hand(self.net, self.val_dataloader()))
+
+    schedule = {"observe": 0, "fake_quantize": 1, "freeze_observers": 2, "freeze_batch_norm": 2, "unit": "epochs"}
+    callback = QuantizationAwareTraining(output_dir=tmp_path / "artifact", schedule=schedule, threads=1)
+    fit(seeded(Watched), callback, max_epochs=3)
+    rows = {row["name"]: row for row in callback.artifact.report["metrics"]}
+
+    for name, value in seen[0].items():
+        assert rows[name]["before"] == pytest.approx(value, abs=1e-4)
+        assert rows[name]["before"] != rows[name]["float_value"]
+    text = callback.artifact.report_path.read_text()
+    assert "| float, before rounding began | trained weights without rounding |" in text
+    assert callback.state_dict()["metrics_before"] == pytest.approx({**callback.metrics_before})
