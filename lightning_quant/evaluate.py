@@ -219,6 +219,6 @@ def _quiet() -> Iterator[None]:
 
 
 def weighted_layers(root: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:
-    """Return those names that are modules."""
+    """Return those names that are modules inside the root."""
     known = dict(root.named_modules())
-    return tuple(name for name in names if name in known)
+    return tuple(name for name in names if name and name in known)

@@ -101,6 +101,8 @@ class Layerwise(CapturedModel):
 
     def quantized(self) -> nn.Module:
         """Return a copy of the module with the quantized layers in place; other tensors are shared."""
+        if "" in self.layers:
+            return self.layers[""]
         duplicate = clone(self.root).eval()
         place(duplicate, self.layers)
         return duplicate

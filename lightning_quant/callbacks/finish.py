@@ -184,7 +184,9 @@ def _evaluate_artifact(
     """Return the metrics of the file, and the number of samples that it saw where that is known."""
     pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
     limit, group = callback.limit_eval_batches, callback.group
-    if runtimes.get(prepared.plan.runtime).IN_PROCESS and isinstance(prepared, Layerwise):
+    in_process = runtimes.get(prepared.plan.runtime).IN_PROCESS
+    # A module that is one layer has nothing inside to be filled.
+    if in_process and isinstance(prepared, Layerwise) and "" not in prepared.layers:
         # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.
         filled = clone(pl_module)
         artifacts.open_model(own, into=resolve(filled, path))

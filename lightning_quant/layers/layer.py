@@ -45,7 +45,7 @@ class StoredLayer(nn.Module):
         self.shared = {name: name.replace(".", "_") for name, _ in float_layer.named_parameters() if name not in stored}
         for name, attribute in self.shared.items():
             self.register_parameter(attribute, float_layer.get_parameter(name))
-        for name, buffer in float_layer.named_buffers():
+        for name, buffer in _buffers_of_own_forward(float_layer):
             self.shared[name] = name.replace(".", "_")
             self.register_buffer(self.shared[name], buffer)
         self.training = float_layer.training
@@ -122,6 +122,12 @@ class StoredLayer(nn.Module):
     def extra_repr(self) -> str:
         """Say how the weights are stored."""
         return f"{type(self._float_layer).__name__}, {self.scheme.action}"
+
+
+def _buffers_of_own_forward(float_layer: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return the buffers that a subclass's own forward may read; PyTorch's layers read none but weights."""
+    is_own = not type(float_layer).forward.__module__.startswith("torch.nn.")
+    return list(float_layer.named_buffers()) if is_own else []
 
 
 def from_float(

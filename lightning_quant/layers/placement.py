@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_quant.layers.layer import StoredLayer
-from lightning_quant.routing import resolve
+from lightning_quant.routing import resolve, route, unroute
 
 # Where PyTorch's encoders say whether their fused kernels may run.
 _FAST_PATH = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}
@@ -39,10 +39,18 @@ def _set_fast_path(root: nn.Module) -> None:
 
 @contextmanager
 def placed(root: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[str, nn.Module]]:
-    """Put layers in the places of those names, yield what stood there, and put that back at the end."""
-    before = {name: resolve(root, name) for name in layers}
-    place(root, layers)
+    """Put layers in the places of those names, yield what stood there, and put that back at the end.
+
+    The root itself, which has no place, is routed to its layer.
+    """
+    inner = {name: layer for name, layer in layers.items() if name}
+    before = {name: resolve(root, name) for name in inner}
+    if "" in layers:
+        route(root, layers[""].forward)
+    place(root, inner)
     try:
         yield before
     finally:
         place(root, before)
+        if "" in layers:
+            unroute(root)

@@ -20,7 +20,8 @@ class Trial:
     """The search for the first scheme whose output is close enough to the float layer's.
 
     Attributes:
-        names: the places where the layer stands.
+        names: the places where the layer stands; empty for the module itself.
+        label: the first of them, or the type of the module itself.
         float_layer: the layer.
         kind: its type.
         layer: the quantized layer so far; None where the layer stays float.
@@ -31,7 +32,8 @@ class Trial:
     """
 
     def __init__(self, name: str, float_layer: nn.Module, recipe: LayerRecipe, known: dict[Any, Any]) -> None:
-        self.names, self.float_layer = [name or type(float_layer).__name__], float_layer
+        self.names, self.float_layer = [name], float_layer
+        self.label = name or type(float_layer).__name__
         self.kind = type(float_layer).__name__.removeprefix("Parametrized")
         self.layer: StoredLayer | None = None
         self.unwanted, self.excluded = "", False
@@ -93,7 +95,7 @@ class Trial:
         storage = None if other.layer is None else other.layer.scheme.storage
         self._schemes = [] if storage is None else [s for s in self._schemes if s.storage == storage]
         self.layer = None
-        self._notes.append(f"its weight is that of {other.names[0]}, which is stored with {other.bits} bits")
+        self._notes.append(f"its weight is that of {other.label}, which is stored with {other.bits} bits")
         self._advance()
 
     def stay_float(self, reason: str) -> None:
@@ -148,7 +150,7 @@ def trials(model: nn.Module, recipe: LayerRecipe, selection: Selection, *, half_
         if id(module) in found:
             found[id(module)].names.append(name)
             continue
-        if any(name.startswith(f"{outer}.") for outer in inside):
+        if any(not outer or name.startswith(f"{outer}.") for outer in inside):
             continue
         stored_class = class_for(module)
         has_weights = any(p.dim() > 1 for p in module.parameters(recurse=False))
@@ -157,21 +159,19 @@ def trials(model: nn.Module, recipe: LayerRecipe, selection: Selection, *, half_
         trial = found[id(module)] = Trial(name, module, recipe, known)
         if stored_class is not None:
             inside.append(name)
-        excluded = selection.refusal(trial.names[0], trial.kind)
-        trial.unwanted, trial.excluded = excluded or _refusal(module, stored_class, name), bool(excluded)
+        excluded = selection.refusal(trial.label, trial.kind)
+        trial.unwanted, trial.excluded = excluded or _refusal(module, stored_class), bool(excluded)
         if not trial.unwanted and stored_class is not None:
             trial.allow(stored_class, schemes)
-    return {trial.names[0]: trial for trial in found.values()}
+    return {trial.label: trial for trial in found.values()}
 
 
-def _refusal(module: nn.Module, stored_class: type[StoredLayer] | None, name: str) -> str:
+def _refusal(module: nn.Module, stored_class: type[StoredLayer] | None) -> str:
     if stored_class is None:
         base = next((kind for kind in KINDS if isinstance(module, kind)), None)
         return (
             f"it overrides the forward of {base.__name__}" if base else f"no quantized form of {type(module).__name__}"
         )
-    if not name:
-        return "it is the module itself: wrap it in another one"
     if "forward" in module.__dict__:
         return "its forward was replaced by another one"
     if any(not computes_weight(hook) for hook in module._forward_pre_hooks.values()):

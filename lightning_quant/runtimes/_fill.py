@@ -37,6 +37,11 @@ def fill(model: nn.Module, path: Path) -> nn.Module:
     structure = json.loads(metadata[STRUCTURE])
     schemes, aliases = structure["layers"], structure["aliases"]
     tensors |= {name: tensors[first] for name, first in aliases.items()}
+    if "" in schemes:
+        raise ArtifactError(
+            f"Expected `into` for an artifact of a module with layers inside, but this one is of a single layer, "
+            f"{type(model).__name__}. Load it without `into`, and put it in the layer's place."
+        )
     modules = dict(model.named_modules(remove_duplicate=False))
     missing = sorted(set(schemes) - set(modules))
     if missing:

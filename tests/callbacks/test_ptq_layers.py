@@ -238,3 +238,38 @@ def test_nothing_to_quantize_is_refused_before_the_first_batch(tmp_path: Path) -
         fit(seeded(LSTMClassifier), callback, recorder)
     assert recorder.num_batches == 0
     assert not (tmp_path / "a").exists()
+
+
+class Stepwise(LightningModule):
+    """Calls three modules in its step, and no forward that holds them all."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.rnn, self.head = nn.Embedding(96, 16), nn.GRU(16, 16, batch_first=True), nn.Linear(16, 3)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self.head(self.rnn(self.embedding(batch[0]))[0][:, -1]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(sentences(16, 1), 8)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_recurrence_by_itself(tmp_path: Path) -> None:
+    callback, module = PostTrainingQuantization("int8_dynamic", "torch", module="rnn", output_dir=tmp_path), Stepwise()
+    fit(module, callback)
+    (row,) = callback.artifact.report["metrics"]
+    float_gru, module.rnn = module.rnn.eval(), load(tmp_path)
+    by_hand = [module.training_step(batch, 0).item() for batch in module.val_dataloader()]
+
+    assert row["artifact"] == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-6)
+    assert row["artifact"] != row["float_value"]
+    assert type(float_gru) is nn.GRU

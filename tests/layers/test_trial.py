@@ -1,5 +1,6 @@
 """Which scheme a layer gets, and the reason for it in the plan."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,10 +9,12 @@ import torch.nn.functional as F  # noqa: N812
 from layer_models import Around
 from torch import Tensor, nn
 
+from lightning_quant import load, quantize
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.graph.plan import Row
 from lightning_quant.graph.table import Selection
 from lightning_quant.layerwise import quantize_layers
+from lightning_quant.noise import signal_to_noise
 from lightning_quant.recipe import LayerRecipe, get
 
 
@@ -198,7 +201,6 @@ def test_layers_without_a_form_have_a_row_and_a_reason() -> None:
 
     rows = rows_of(Mixed(), torch.randn(3, 32))
     assert {name: row.reason for name, row in rows.items() if row.action == "float"} == {
-        "scaled": "it overrides the forward of Linear",
         "own": "no quantized form of Own",
         "replaced": "its forward was replaced by another one",
         "hooked": "it has forward pre-hooks",
@@ -225,9 +227,16 @@ def test_subclass_with_the_forward_of_its_base_is_quantized() -> None:
     assert rows_of(Around(Named(32, 16)), torch.randn(3, 32))["layer"].action == "int8 weights"
 
 
-def test_layer_by_itself() -> None:
-    with pytest.raises(PlanError, match=r"Linear \(Linear\): it is the module itself: wrap it in another one"):
-        rows_of(nn.Linear(4, 4), torch.randn(2, 4))
+@pytest.mark.parametrize("runtime", ["torch", "onnxruntime"])
+def test_layer_by_itself(runtime: str, tmp_path: Path) -> None:
+    layer, x = nn.LSTM(6, 16, batch_first=True).eval(), torch.randn(4, 5, 6)
+    artifact = quantize(layer, "int8_dynamic", runtime, calibration_data=[x], output_dir=tmp_path)
+    output, (hidden, cell) = load(tmp_path)(x)
+
+    assert [(row["name"], row["action"]) for row in artifact.report["plan"]["rows"]] == [("LSTM", "int8 weights")]
+    for expected, actual in zip((layer(x)[0], *layer(x)[1]), (output, hidden, cell), strict=True):
+        assert signal_to_noise(expected, actual) > 30
+    assert "forward" not in vars(layer)
 
 
 @pytest.mark.parametrize("recipe", ["int8_dynamic", "int8_weight_only", "int4_weight_only", "float16", "bfloat16"])
