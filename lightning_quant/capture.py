@@ -19,6 +19,8 @@ from lightning_quant.choice import did_you_mean
 from lightning_quant.compilation import Uncompiled, original_path
 from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import has_weights
+from lightning_quant.graph.counting import counted_by, multiply_add_counter
+from lightning_quant.routing import evaluation_mode
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,7 @@ def capture(
             "but it calls none. Name it with `module=...`."
         )
     if len(found) > 1:
-        raise CaptureError(
-            f"Expected one module to quantize, but the training step calls {len(found)} independent ones: "
-            f"{', '.join(map(repr, found))}. Choose with `module=...`, or call them inside one `forward`."
-        )
+        raise CaptureError(_several(root, {name: calls[name] for name in found}))
     return Capture(found[0], *calls[found[0]])
 
 
@@ -92,6 +91,31 @@ def find_module(root: nn.Module, path: str) -> nn.Module:
         return root.get_submodule(path)
     hint = did_you_mean(path, names) or f" Children are {[n for n, _ in root.named_children()]}."
     raise CaptureError(f"Expected `module` to name a module of {type(root).__name__}, but got {path!r}.{hint}")
+
+
+def _several(root: nn.Module, calls: dict[str, tuple[Any, Any]]) -> str:
+    """Say which independent modules a step calls, how much each is of all of them, and what to type."""
+    modules = {name: root.get_submodule(name) for name in calls}
+    work = {name: _multiply_adds(modules[name], *call) for name, call in calls.items()}
+    sizes = {name: sum(p.numel() * p.element_size() for p in module.parameters()) for name, module in modules.items()}
+    total = max(sum(work.values()), 1)
+    shares = {n: f"{n!r} ({work[n] / total:.1%} of their multiply-adds, {sizes[n]:,} bytes)" for n in calls}
+    largest = max(calls, key=lambda name: (work[name], sizes[name]))
+    has_example = getattr(root, "example_input_array", None) is not None
+    of_the_whole = ', or take that of the whole with `example="example_input_array"`' if has_example else ""
+    return (
+        f"Expected one module to quantize, but the training step calls {len(calls)} independent ones: "
+        f'{", ".join(shares.values())}. Choose one, `module="{largest}"` for example, with a callback and an '
+        "`output_dir` for each, or call them inside one `forward`"
+        f"{of_the_whole}."
+    )
+
+
+@torch.no_grad()
+def _multiply_adds(module: nn.Module, args: Any, kwargs: Any) -> int:
+    with isolated_rng(), evaluation_mode(module), multiply_add_counter() as counter:
+        module(*args, **kwargs)
+    return counted_by(counter)
 
 
 @contextmanager

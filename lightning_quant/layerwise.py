@@ -278,7 +278,7 @@ def _rows(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: d
         weights = [weight for weight in trial.weights if weight.data_ptr() not in counted]
         counted.update(weight.data_ptr() for weight in weights)
         action = "float" if trial.layer is None else trial.layer.scheme.action
-        row = Row(trial.names[0], trial.kind, action, trial.reason, excluded=trial.excluded)
+        row = Row(trial.label, trial.kind, action, trial.reason, excluded=trial.excluded)
         row = replace(row, weights=sum(weight.numel() for weight in weights))
         claims.append(Claim(row, trial.place, "whole", apart=trial.apart))
     with evaluation_mode(model):
