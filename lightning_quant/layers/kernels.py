@@ -44,6 +44,7 @@ def linear_dynamic(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
     Source: rows as in LLM.int8() (Dettmers et al. 2022, section 2.1, vector-wise), with the asymmetric ranges of
         Jacob et al. 2018, equation 7.
     """
+    _check_sizes(x, weight, scale, bias, per_byte=1)
     rows = x.reshape(-1, x.shape[-1]).float()
     if rows.shape[0] == 0:
         return x.new_empty(*x.shape[:-1], weight.shape[0])
@@ -76,6 +77,7 @@ def linear_weight_only(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | 
         scale: `(out_features,)`; for four bits `(out_features, groups)`.
         bias: `(out_features,)`, or None.
     """
+    _check_sizes(x, weight, scale, bias, per_byte=scale.dim())
     result = x.new_empty(*x.shape[:-1], weight.shape[0])
     block = max(1, _BLOCK // x.shape[-1])
     for start in range(0, weight.shape[0], block):
@@ -102,6 +104,18 @@ def unpack(packed: Tensor, scale: Tensor) -> Tensor:
     """Return the float32 weight `(out_features, in_features)` of packed values and scales `(out_features, groups)`."""
     integers = torch.stack([packed & 15, (packed >> 4) & 15], dim=-1).flatten(1) - 8
     return (integers.unflatten(1, (scale.shape[1], -1)) * scale.unsqueeze(-1)).flatten(1)
+
+
+def _check_sizes(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, per_byte: int) -> None:
+    """Make sure that tensors fit each other: they may come from a file, and kernels read as far as the others reach."""
+    rows = weight.shape[:1]
+    fits = (
+        weight.dim() == 2 and x.dim() > 0 and weight.shape[1] * per_byte == x.shape[-1] and weight.dtype is torch.int8
+    )
+    if not fits or scale.shape[:1] != rows or scale.dim() not in (1, 2) or (bias is not None and bias.shape != rows):
+        raise ValueError(
+            f"weight {tuple(weight.shape)}, scale {tuple(scale.shape)} and rows {tuple(x.shape)} do not fit"
+        )
 
 
 def _integer_product(rows: Tensor, weight: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:

@@ -107,7 +107,9 @@ class OnnxRuntimeModule(LoadedModule):
         try:
             self.session = session(path, threads=threads, providers=providers)
         except _refusals() as error:
-            raise ArtifactError(f"Expected {path} to be a model for ONNX Runtime, but it says: {error}") from error
+            raise ArtifactError(
+                f"Expected {path} to be a model for ONNX Runtime, but it says: {first_line(error)}"
+            ) from error
         _check_fits(self.session, signature, path)
         # An input that the result does not depend on is no input of the graph.
         known = {info.name for info in self.session.get_inputs()}
@@ -122,7 +124,8 @@ class OnnxRuntimeModule(LoadedModule):
             outputs = [torch.from_numpy(output) for output in self.session.run(None, named)]
         except _refusals() as error:
             raise QuantizationError(
-                f"Expected inputs that the model can take, such as sequences that it has positions for, but {error}"
+                "Expected inputs that the model can take, such as sequences that it has positions for, but "
+                f"{first_line(error)}"
             ) from error
         device = tensors[0].device if tensors else torch.device("cpu")
         return [output.to(device) for output in outputs]
@@ -257,11 +260,13 @@ def run_forced(path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarra
 
 
 def _refusals() -> tuple[type[Exception], ...]:
-    """Return the errors with which ONNX Runtime refuses a model; they have no base of their own."""
+    """Return the errors with which ONNX Runtime refuses a model; those of its own have no base of their own."""
     from onnxruntime.capi import onnxruntime_pybind11_state as state
 
     names = ("EPFail", "Fail", "InvalidArgument", "InvalidGraph", "InvalidProtobuf", "NoModel", "NoSuchFile")
-    return tuple(getattr(state, name) for name in (*names, "NotFound", "NotImplemented", "RuntimeException"))
+    own = tuple(getattr(state, name) for name in (*names, "NotFound", "NotImplemented", "RuntimeException"))
+    # What its bindings make of C++'s errors, of messages that are no text, and of sizes that do not fit the memory.
+    return (*own, RuntimeError, UnicodeDecodeError, MemoryError)
 
 
 def _check_fits(running: Any, signature: Signature, path: Path) -> None:

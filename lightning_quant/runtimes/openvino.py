@@ -26,6 +26,7 @@ from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.named_edges import PREFIX, check_common
+from lightning_quant.reading import opened
 from lightning_quant.runtimes._onnx_export import export_onnx
 from lightning_quant.runtimes._openvino_weights import compress_weights
 from lightning_quant.runtimes._standalone import numpy_inputs
@@ -83,11 +84,12 @@ class OpenVinoModule(LoadedModule):
     def __init__(self, path: Path, signature: Signature, *, threads: int | None = None, device: str = "CPU") -> None:
         super().__init__(signature)
         try:
+            _check_format(path)
             self.compiled = compiled(path, threads=threads, device=device)
-        except RuntimeError as error:
+            names = [port.get_any_name() for port in self.compiled.inputs]
+            _check_fits(self.compiled, signature, path)
+        except (RuntimeError, TypeError, MemoryError) as error:
             raise ArtifactError(f"Expected {path} to be a model for OpenVINO, but it says: {_reason(error)}") from error
-        names = [port.get_any_name() for port in self.compiled.inputs]
-        _check_fits(self.compiled, signature, path)
         position = {info.name: index for index, info in enumerate(signature.inputs)}
         self._inputs = [(position[n], DTYPES[signature.inputs[position[n]].dtype]) for n in names]
         # A request holds the tensors of one call at a time, so each call borrows one that no other thread has.
@@ -106,7 +108,7 @@ class OpenVinoModule(LoadedModule):
             # A list of one takes longer to bind. Shared outputs are overwritten by the next call, so they are copied.
             results = request.infer(arrays[0] if len(arrays) == 1 else arrays, share_inputs=True, share_outputs=True)
             outputs = [torch.from_numpy(output.copy()) for output in results.values()]
-        except RuntimeError as error:
+        except (RuntimeError, MemoryError) as error:
             raise QuantizationError(
                 "Expected inputs that the model can take, such as sequences that it has positions for, but "
                 f"{_reason(error)}"
@@ -274,6 +276,13 @@ def _reason(error: BaseException) -> str:
     """Return the last line of what OpenVINO says; those before name places in its source."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[-1] if lines else type(error).__name__
+
+
+def _check_format(path: Path) -> None:
+    """Make sure that a file is in OpenVINO's own format: it would try the readers of all others, by content."""
+    with opened(path) as file:
+        if not file.read(16).lstrip().startswith(b"<"):
+            raise ArtifactError(f"Expected {path} to be a model for OpenVINO, but it is no XML.")
 
 
 def _check_fits(model: Any, signature: Signature, path: Path) -> None:

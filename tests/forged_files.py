@@ -1,0 +1,217 @@
+"""Model files changed at random, as somebody who makes artifacts can change them with all hashes right."""
+
+import functools
+import gzip
+import io
+import json
+import pickle
+import random
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+_NASTY: tuple[Any, ...] = (
+    None, True, -1, 0, 1, 2, 7, 2**31, 2**40, 2**63 - 1, 2**63, -(2**63), 10**300, 0.5, -0.0, 1e308, "", "x", "cpu",
+    "meta", "cuda:0", "__import__('os').system('true')", "../../../../etc/passwd", "/etc/passwd", "a\0b", "\ud7ff",
+    [], [[]], [0], [1, 2], [-1, 2**62], {}, {"value": "input"}, {"value": "no"}, {"float": "nan"}, {"float": "x"},
+    {"torch": "float32"}, {"torch": "load"}, {"torch": "_inductor"}, {"torch": "quint8"}, {"a": 1, "b": 2},
+)  # fmt: skip
+_CALLS = (
+    "aten.from_file.default", "aten.set_.source_Tensor", "aten.fill_.Scalar", "aten.add.out", "aten.resize_.default",
+    "aten.empty.memory_format", "aten._print.default", "aten.as_strided.default", "aten.index.Tensor",
+    "aten.cat.default", "aten.view.default", "aten.reshape.default", "aten.expand.default", "aten.gather.default",
+    "aten.embedding.default", "aten.linear.default", "aten.conv2d.default", "aten.max_pool2d.default",
+    "aten.zeros.default", "aten.einsum.default", "aten.dequantize.self",
+    "aten._make_per_channel_quantized_tensor.default", "quantized.linear.default", "quantized.linear_prepack.default",
+    "quantized.conv2d_prepack.default", "quantized.conv2d.new", "quantized.cat.default", "quantized.add.default",
+    "lightning_quant.linear_dynamic.default", "lightning_quant.linear_weight_only.default",
+    "lightning_quant.recurrent.default", "operator.mul", "operator.getitem", "operator.attrgetter", "math.ceil",
+    "torch.sym_max", "torch.load", "os.system", "builtins.eval", "aten.__class__", "aten", "", ".", "a.b.c.d",
+)  # fmt: skip
+
+
+_SIZES: tuple[list[int], ...] = ([], [0], [2**40], [2**32, 2**32], [-1], [1] * 70)
+_PLACES = ("other.bin", "../other.bin", "/etc/passwd", "../../../../etc/passwd", "model.onnx", "", "a\0b")
+
+
+def change_bytes(content: bytes, chance: random.Random) -> bytes:
+    """Return a file's content with bytes flipped, cut off, repeated or put in, or something else altogether."""
+    kind = chance.randrange(7)
+    place = chance.randrange(len(content) + 1)
+    if kind == 0:
+        changed = bytearray(content)
+        for _ in range(chance.choice((1, 4, 64))):
+            changed[chance.randrange(len(changed))] = chance.randrange(256)
+        return bytes(changed)
+    if kind == 1:
+        return content[:place]
+    if kind == 2:
+        return content[:place] + content[chance.randrange(len(content) + 1) :]
+    if kind == 3:
+        return content[:place] + chance.randbytes(chance.choice((1, 8, 4096))) + content[place:]
+    if kind == 4:
+        return content[:place] + b"\xff" * 8 + content[place + 8 :]
+    if kind == 5:
+        return content + content
+    return chance.choice(foreign_files())
+
+
+@functools.cache
+def foreign_files() -> tuple[bytes, ...]:
+    """Return files that are something else altogether, small ones that unpack to much among them."""
+    return (
+        b"",
+        b"\0" * 64,
+        pickle.dumps(print),
+        b"\x7fELF" + b"\0" * 256,
+        b"#!/bin/sh\ntouch x\n",
+        b"PK\3\4" * 64,
+        struct.pack("<Q", 2**40) + b"{}",
+        struct.pack("<Q", 2) + b"{}",
+        gzip.compress(b"{}"),
+        *(
+            _packed(part, number)
+            for part, number in ((b" " * 2**20, 2**12), (b"[" * 1000, 1000), (b"[]," * 2**15, 2**9))
+        ),
+    )
+
+
+def _packed(part: bytes, number: int) -> bytes:
+    target = io.BytesIO()
+    with gzip.open(target, "wb", compresslevel=9) as file:
+        for _ in range(number):
+            file.write(part)
+    return target.getvalue()
+
+
+def change_tree(tree: Any, chance: random.Random) -> None:
+    """Change one value somewhere in nested lists and dicts."""
+    place = tree
+    while True:
+        keys = list(place) if isinstance(place, dict) else range(len(place))
+        key = chance.choice(keys)
+        inside = place[key]
+        if isinstance(inside, dict | list) and inside and chance.random() < 0.9:
+            place = inside
+            continue
+        kind = chance.randrange(4)
+        if kind == 0 and isinstance(place, dict | list):
+            del place[key]
+        elif kind == 1 and isinstance(place, list):
+            place.append(inside)
+        else:
+            place[key] = chance.choice(_NASTY)
+        return
+
+
+def change_program(content: bytes, chance: random.Random) -> bytes:
+    """Return a program with steps of other calls, other arguments, another order."""
+    program = json.loads(gzip.decompress(content))
+    steps = program["steps"]
+    for _ in range(chance.choice((1, 1, 3))):
+        kind = chance.randrange(5)
+        step = chance.choice(steps)
+        if kind == 0:
+            step["call"] = chance.choice((*_CALLS, *(other["call"] for other in steps)))
+        elif kind == 1:
+            steps.insert(chance.randrange(len(steps) + 1), _new_step(program, chance))
+        elif kind == 2:
+            steps.append(steps.pop(chance.randrange(len(steps))))
+        elif kind == 3:
+            step["kwargs"][chance.choice(("dtype", "device", "out", "x=1, y", "self"))] = chance.choice(_NASTY)
+        else:
+            change_tree(program, chance)
+        if not steps:
+            break
+    return gzip.compress(json.dumps(program).encode(), mtime=0)
+
+
+def _new_step(program: dict[str, Any], chance: random.Random) -> dict[str, Any]:
+    names = [step["name"] for step in program["steps"] if isinstance(step, dict) and "name" in step]
+    values = [{"value": name} for name in names] + [{"value": info["name"]} for info in program["inputs"]]
+    args = [chance.choice((*_NASTY, *values)) for _ in range(chance.randrange(5))]
+    return {"name": f"step.new{chance.randrange(3)}", "call": chance.choice(_CALLS), "args": args, "kwargs": {}}
+
+
+def change_tensors(content: bytes, chance: random.Random) -> bytes:
+    """Return a safetensors file with another header."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header = json.loads(content[8 : 8 + length])
+    name = chance.choice(list(header))
+    kind = chance.randrange(5)
+    if kind == 0:
+        header[name] = chance.choice(_NASTY)
+    elif kind == 1 and "dtype" in header[name]:
+        header[name]["dtype"] = chance.choice(("F64", "I8", "BOOL", "F8_E4M3", "F4", "C64", "U64", "x"))
+    elif kind == 2 and "shape" in header[name]:
+        header[name]["shape"] = chance.choice(_SIZES)
+    elif kind == 3:
+        header[f"{name}x"] = header.pop(name)
+    else:
+        change_tree(header, chance)
+    text = json.dumps(header).encode()
+    return struct.pack("<Q", len(text)) + text + content[8 + length :]
+
+
+def change_onnx(content: bytes, chance: random.Random) -> bytes:
+    """Return an ONNX file with other operators, attributes, sizes, and data elsewhere."""
+    import onnx
+
+    model = onnx.load_from_string(content)
+    graph = model.graph
+    for _ in range(chance.choice((1, 1, 3))):
+        node, stored = chance.choice(graph.node), chance.choice(graph.initializer)
+        kind = chance.randrange(8)
+        if kind == 0:
+            node.op_type = chance.choice(("If", "Loop", "Scan", "EPContext", "ConstantOfShape", "Resize", "x", ""))
+        elif kind == 1 and node.attribute:
+            chance.choice(node.attribute).i = chance.choice((-1, 0, 2**31, 2**62))
+        elif kind == 2 and node.input:
+            node.input[chance.randrange(len(node.input))] = chance.choice([other.name for other in graph.initializer])
+        elif kind == 3:
+            stored.dims[:] = chance.choice(_SIZES)
+        elif kind == 4:
+            stored.ClearField("raw_data")
+            stored.data_location = onnx.TensorProto.EXTERNAL
+            stored.external_data.add(key="location", value=chance.choice(_PLACES))
+            stored.external_data.add(key="length", value=chance.choice(("4", "-1", str(2**40))))
+        elif kind == 5:
+            stored.data_type = chance.randrange(25)
+        elif kind == 6:
+            node.domain = chance.choice(("com.microsoft", "ai.onnx.ml", "x"))
+        else:
+            del graph.node[chance.randrange(len(graph.node))]
+    return model.SerializeToString()
+
+
+def change_openvino(content: bytes, chance: random.Random) -> bytes:
+    """Return an OpenVINO model with other attributes, layers and entities."""
+    text = content.decode()
+    for _ in range(chance.choice((1, 1, 3))):
+        quotes = [index for index, character in enumerate(text) if character == '"']
+        begin = 2 * chance.randrange(len(quotes) // 2)
+        value = chance.choice(("-1", "0", str(2**40), str(2**63), "x", "", "f32", "i4", "Loop", "1,2", *_PLACES))
+        text = text[: quotes[begin] + 1] + value + text[quotes[begin + 1] :]
+    if chance.random() < 0.1:
+        entity = '<?xml version="1.0"?><!DOCTYPE net [<!ENTITY x SYSTEM "file:///etc/passwd">]>'
+        text = entity + text.partition("?>")[2].replace('name="', 'name="&x;', 1)
+    return text.encode()
+
+
+_CHANGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
+    ".gz": change_program,
+    ".safetensors": change_tensors,
+    ".onnx": change_onnx,
+    ".xml": change_openvino,
+}
+
+
+def forge(folder: Path, files: dict[str, str], chance: random.Random) -> None:
+    """Change one of a model's files."""
+    path = folder / chance.choice(sorted(files.values()))
+    content = path.read_bytes()
+    change = _CHANGES.get(path.suffix, change_bytes)
+    if not content or chance.random() < 0.3:
+        change = change_bytes
+    path.write_bytes(change(content, chance) if content else b"x")

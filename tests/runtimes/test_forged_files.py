@@ -1,0 +1,66 @@
+"""No model file, however it is made, does more than give a model or an error of ours.
+
+Runtimes whose files are native code (`inductor`, `executorch`) promise nothing of the kind, which the README says.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import forged_run
+import pytest
+import torch
+from layer_models import TokenClassifier, tokens
+from models import with_statistics
+from torch import nn
+
+from lightning_quant.artifact import Artifact
+from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.export import export
+from lightning_quant.layerwise import quantize_layers
+from lightning_quant.prepare import prepare
+
+IMAGE = torch.randn(4, 3, 8, 8)
+KINDS = ("onnxruntime", "onnxruntime-layers", "openvino", "torch", "torch-layers")
+
+
+def artifact(kind: str, folder: Path) -> Artifact:
+    runtime, _, layers = kind.partition("-")
+    torch.manual_seed(0)
+    if layers:
+        model: nn.Module = TokenClassifier(tied=True).eval()
+        quantized: Any = quantize_layers(model, (tokens(),), recipe="int8_dynamic", runtime=runtime)
+    else:
+        parts = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(72, 4)]
+        model = with_statistics(nn.Sequential(*parts)).eval()
+        quantized = prepare(model, (IMAGE,), recipe="int8", runtime=runtime, observer="min_max")
+        calibrate(quantized, steps_of(quantized, [IMAGE]))
+    return export(quantized, folder)
+
+
+def check(kind: str, number: int, folder: Path) -> None:
+    forged_run.prepare_folder(artifact(kind, folder / "artifact"), folder)
+    command = [sys.executable, forged_run.__file__, str(folder), str(number)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
+    lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
+
+    assert "done" in lines[-1], f"ended with {ran.returncode} after {lines[-1]}: {ran.stderr[-2000:]}"
+    assert not [line for line in lines if "wrong" in line]
+    (growth,) = [line["growth"] for line in lines if "growth" in line]
+    assert growth < forged_run.MAX_GROWTH_BYTES
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_some_forged_files(kind: str, tmp_path: Path) -> None:
+    check(kind, 20, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_forged_files(kind: str, tmp_path: Path) -> None:
+    check(kind, 500, tmp_path)
