@@ -1,7 +1,7 @@
 """What accuracy algorithms change about a calibrated model, beside its module: layers and channel scales. Data only."""
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -22,6 +22,11 @@ class Layer:
     bias: Tensor
     scale: Tensor | None = None
     integers: Tensor | None = None
+
+    def to(self, device: torch.device) -> "Layer":
+        """Return the same on another device."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
 
 
 @dataclass(frozen=True)

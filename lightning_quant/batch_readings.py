@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.calls import map_tensors
 from lightning_quant.errors import CalibrationError, CaptureError
-from lightning_quant.routing import clone, evaluation_mode, to_float32, unroute_all
+from lightning_quant.host import HOST, copied_to, moved_call
+from lightning_quant.routing import evaluation_mode
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -146,11 +146,9 @@ def _may_take(signature: inspect.Signature, args: Any) -> bool:
 
 def _error(module: nn.Module, call: Call) -> Exception | None:
     """Return what a forward raises at a call; None when it runs."""
-    copy = clone(module)
-    unroute_all(copy)
-    # What is quantized is float32, whatever the module's precision.
-    to_float32(copy)
-    args, kwargs = map_tensors(lambda t: t.float() if t.is_floating_point() else t, call)
+    # Where it will be planned.
+    copy = copied_to(module, HOST, unrouted=True)
+    args, kwargs = moved_call(*call)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(copy):
         try:
             copy(*args, **kwargs)

@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_quant.bias_correction import InputMeans
+from lightning_quant.calls import map_tensors
 from lightning_quant.errors import CalibrationError
 from lightning_quant.prepared import Prepared
 from lightning_quant.progress import tracked
@@ -100,6 +100,5 @@ def steps_of(prepared: Prepared, calls: Iterable[Any]) -> Iterable[Callable[[], 
     device = device_of(prepared.root)
     for item in calls:
         args, kwargs = as_call(item)
-        args = tuple(value.to(device) if isinstance(value, Tensor) else value for value in args)
-        kwargs = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in kwargs.items()}
+        args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
         yield torch.no_grad()(functools.partial(prepared.root, *args, **kwargs))

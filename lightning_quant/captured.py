@@ -16,7 +16,7 @@ class CapturedModel:
         root: the float module; it owns every parameter and buffer.
         signature: of the module's own forward; with `spec` and `tensors` it is the captured call.
         spec: what of the call is tensors and what is constant.
-        tensors: the call's tensors.
+        tensors: the call's tensors, on the CPU in float32.
         plan: what happens to each layer, and why.
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
     """
@@ -31,6 +31,10 @@ class CapturedModel:
     def call(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return args and kwargs of the captured call with these tensors in place of its own."""
         return rebuild_call(self.signature, self.spec.arguments(list(tensors)))
+
+    def on_host(self) -> "CapturedModel":
+        """Return the same over a float32 module on the CPU, where it is converted and measured: itself if it is so."""
+        raise NotImplementedError
 
     def note_sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Remember in which dimensions another call differs from the captured one."""

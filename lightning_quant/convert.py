@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from lightning_quant.adjustments import ChannelScale
 from lightning_quant.calls import ResultSpec, flatten_call
+from lightning_quant.decomposed import define_operators
 from lightning_quant.errors import ExportError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
@@ -90,8 +91,7 @@ def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
     Raises:
         CalibrationError: an edge was never observed; the message names it.
     """
-    import torch.ao.quantization.fx._decomposed
-
+    define_operators()
     prepared.ranges.check()
     # Weights that hooks compute, as pruning does, are those of the last call until there is another.
     args, kwargs = prepared.call(prepared.tensors)
@@ -261,8 +261,10 @@ def _drop(node: fx.Node) -> None:
 def _pool_with_static_window(node: fx.Node) -> None:
     """Write a global average as a window pool, which has an integer kernel where a mean over dimensions has none."""
     source = node.args[0]
-    shape = source.meta["fake"].shape[2:]  # type: ignore[union-attr]
-    keep = node.meta["fake"].dim() == 2 + len(shape)
+    shape = ops.shape_of(source)[2:]
+    if not shape:
+        return
+    keep = len(ops.shape_of(node)) == 2 + len(shape)
     name = f"avg_pool{len(shape)}d"
     with node.graph.inserting_before(node):
         pooled = node.graph.call_function(getattr(F, name), (source, tuple(shape)))

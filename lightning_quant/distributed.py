@@ -75,7 +75,9 @@ class Group:
         """Overwrite buffers, which drift apart where each process sees data of its own, with the first process's."""
         if self.size > 1:
             for buffer in module.buffers():
-                dist.broadcast(buffer, src=0)
+                shared = buffer.detach().to(self.device)
+                dist.broadcast(shared, src=0)
+                buffer.data.copy_(shared)
 
     def maximum(self, tensor: Tensor) -> Tensor:
         """Return the elementwise maximum over all processes."""

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
@@ -15,11 +16,10 @@ from lightning_quant.capture import isolated_rng
 from lightning_quant.distributed import Group
 from lightning_quant.errors import EvaluationError
 from lightning_quant.evaluate_shares import Share, lent_strategy, merged, without_repetitions
+from lightning_quant.host import HOST, copied_to
 from lightning_quant.namespaces import is_overridden
 from lightning_quant.progress import shown
 from lightning_quant.routing import Route, clone, resolve, route, unroute
-
-_ACCELERATORS = {"CUDAAccelerator": "gpu", "MPSAccelerator": "mps"}
 
 
 class CountedCalls(Route):
@@ -48,6 +48,7 @@ def evaluate(
     quantized_layers: tuple[str, ...] = (),
     limit_batches: int | float | None = None,
     group: Group | None = None,
+    on_cpu: bool = False,
 ) -> dict[str, float]:
     """Run the validation loop of a LightningModule and return its metrics.
 
@@ -61,6 +62,7 @@ def evaluate(
         quantized_layers: names, relative to the module, of layers that must not run beside the target.
         limit_batches: number or share of validation batches; the trainer's own limit by default.
         group: the processes that trained; all of them call this.
+        on_cpu: whether the LightningModule has to run on the CPU, and not on the trainer's device.
 
     Raises:
         EvaluationError: validation never called the target, or ran a quantized layer in float beside it.
@@ -68,7 +70,9 @@ def evaluate(
     loaders = _validation_loaders(trainer)
     if loaders is None:
         return {}
-    duplicate = clone(pl_module)
+    device = HOST if on_cpu else trainer.strategy.root_device
+    # Moved here, since Trainers move parameters in place, and those of a clone are the original's.
+    duplicate = clone(pl_module) if device == HOST else copied_to(pl_module, device, in_float32=False)
     # Lightning's cache of metrics by id, which a copy must not inherit.
     duplicate._metric_attributes = None
     module = resolve(duplicate, path)
@@ -85,7 +89,7 @@ def evaluate(
     loaders = without_repetitions(loaders, group)
     # The same random numbers for every candidate: what differs then is the candidate.
     with _quiet(), isolated_rng(0), shown("Evaluating"):
-        evaluator = _small_trainer(trainer, limit_batches, group, shares)
+        evaluator = _small_trainer(trainer, device, limit_batches, group, shares)
         results = evaluator.validate(duplicate, dataloaders=loaders, verbose=False)
     group.together(_check_calls, counted, beside, path)
     if group.size > 1:
@@ -168,18 +172,19 @@ def _validation_loaders(trainer: Trainer) -> Any:
     return trainer.val_dataloaders
 
 
-def _small_trainer(trainer: Trainer, limit_batches: int | float | None, group: Group, shares: _Shares) -> Trainer:
-    device = trainer.strategy.root_device
-    where = {
-        "accelerator": _ACCELERATORS.get(type(trainer.accelerator).__name__, "cpu"),
-        "devices": 1 if device.index is None else [device.index],
-    }
-    if group.size > 1:
+def _small_trainer(
+    trainer: Trainer, device: torch.device, limit_batches: int | float | None, group: Group, shares: _Shares
+) -> Trainer:
+    where: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
+    if device != HOST:
+        # The trainer's own, since Lightning has no name for accelerators of others.
+        where = {"accelerator": trainer.accelerator, "devices": 1 if device.index is None else [device.index]}
+        where["strategy"] = lent_strategy(trainer, device)
+    elif group.size > 1:
         where["strategy"] = lent_strategy(trainer, device)
     evaluator = type(trainer)(
-        **where,  # type: ignore[arg-type]
-        # What is exported is float32: half weights would be another model, and converting would reach shared tensors.
-        precision="32-true" if str(trainer.precision).endswith("-true") else trainer.precision,
+        **where,
+        **_precision(trainer, device),
         limit_val_batches=trainer.limit_val_batches if limit_batches is None else limit_batches,
         logger=DummyLogger(),
         callbacks=[_DataModuleLender(getattr(trainer, "datamodule", None)), shares],
@@ -189,6 +194,20 @@ def _small_trainer(trainer: Trainer, limit_batches: int | float | None, group: G
     )
     _lend_progress(trainer, evaluator)
     return evaluator
+
+
+def _precision(trainer: Trainer, device: torch.device) -> dict[str, Any]:
+    """Return the precision of evaluation: the trainer's, but for weights that are not in float32.
+
+    What is exported is float32: half weights would be another model, and converting would reach shared tensors.
+    """
+    if str(trainer.precision).endswith("-true"):
+        return {"precision": "32-true"}
+    plugin: Any = trainer.precision_plugin
+    if type(plugin).__name__ == "MixedPrecision" and plugin.device == device.type:
+        # Autocast knows its device, which a name of a precision does not tell for accelerators of others.
+        return {"plugins": [type(plugin)(plugin.precision, plugin.device)]}
+    return {"precision": trainer.precision}
 
 
 def _lend_progress(trainer: Trainer, evaluator: Trainer) -> None:

@@ -88,5 +88,7 @@ def lent_strategy(trainer: Trainer, device: torch.device) -> Any:
     }
     strategy = type("LentStrategy", (base,), members)(device=device)
     for name in ("global_rank", "local_rank", "node_rank", "world_size"):
-        setattr(strategy, name, getattr(lender, name))
+        # A strategy of one process has not all of them.
+        if hasattr(lender, name):
+            setattr(strategy, name, getattr(lender, name))
     return strategy

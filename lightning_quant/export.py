@@ -20,7 +20,7 @@ from lightning_quant.layerwise import Layerwise
 from lightning_quant.prepared import Prepared
 from lightning_quant.progress import shown
 from lightning_quant.ranges import Ranges
-from lightning_quant.routing import clone, evaluation_mode, to_float32, without_fast_path
+from lightning_quant.routing import clone, evaluation_mode, without_fast_path
 from lightning_quant.signature import Signature, make_signature, tensor_leaves
 
 DynamicShapes = dict[str, dict[int, str]]
@@ -55,7 +55,7 @@ def export(
         ExportError: the converted model disagrees with the simulation, or does not export.
     """
     seconds = {} if seconds is None else seconds
-    prepared = in_float32(prepared)
+    prepared = prepared.on_host()
     runtime = runtimes.get(prepared.plan.runtime)
     started = time.perf_counter()
     dynamic = dynamic_dimensions(prepared, dynamic_shapes)
@@ -99,7 +99,7 @@ def trial_export(prepared: Quantizable, *, dynamic_shapes: DynamicShapes | None 
     Raises:
         ExportError: the module does not export; the message says why.
     """
-    prepared = in_float32(prepared)
+    prepared = prepared.on_host()
     dynamic = dynamic_dimensions(prepared, dynamic_shapes)
     if isinstance(prepared, Layerwise):
         converted = prepared.quantized()
@@ -117,7 +117,7 @@ def _converted(prepared: Quantizable, dynamic: DynamicShapes) -> tuple[nn.Module
     """Return the module to export and its result for the captured call, on the CPU."""
     if isinstance(prepared, Layerwise):
         return prepared.quantized(), prepared.outputs[1]
-    args, kwargs = prepared.call([tensor.cpu() for tensor in prepared.tensors])
+    args, kwargs = prepared.call(prepared.tensors)
     converted = convert(prepared, static_sizes=_only_batches(dynamic))
     check_agreement(prepared, converted, args, kwargs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -173,7 +173,7 @@ def samples_of(prepared: Quantizable, number: int) -> list[Tensor]:
 
 def _golden_batch(prepared: Quantizable, staged: Path, signature: Signature) -> GoldenBatch:
     captured = prepared.tensors[0].shape[0] if prepared.tensors and prepared.tensors[0].dim() else 1
-    inputs = [t.cpu() for t in samples_of(prepared, golden.num_samples(prepared.tensors, captured))]
+    inputs = samples_of(prepared, golden.num_samples(prepared.tensors, captured))
     floating = _float_outputs(prepared, inputs)
     if sum(t.numel() * t.element_size() for t in floating) > golden.MAX_OUTPUT_BYTES:
         # Scores for a vocabulary at each place of a sequence: a few places tell as much.
@@ -216,21 +216,6 @@ def _outside(prepared: Quantizable) -> str:
         "scaling, normalization, tokenization) and with its result (softmax, argmax, decoding) stays outside. "
         f"In the captured call {', '.join(ranges) or 'there were no numbers'}."
     )
-
-
-def in_float32(prepared: Quantizable) -> Quantizable:
-    """Return a prepared model of another precision over a float32 copy of its module; float32 ones as they are."""
-    tensors = (*prepared.root.parameters(), *prepared.root.buffers(), *prepared.tensors)
-    if all(tensor.dtype == torch.float32 or not tensor.is_floating_point() for tensor in tensors):
-        return prepared
-    root = clone(prepared.root, unrouted=True)
-    to_float32(root)
-    return prepared.bound_to(root, in_float32_on_cpu(prepared.tensors))
-
-
-def in_float32_on_cpu(tensors: list[Tensor]) -> list[Tensor]:
-    """Return tensors on the CPU, those of other float precisions in float32."""
-    return [tensor.cpu().float() if tensor.is_floating_point() else tensor.cpu() for tensor in tensors]
 
 
 def export_float(prepared: Quantizable, folder: Path) -> Path:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
-from lightning_quant.calls import CallSpec, flatten_call, map_tensors
+from lightning_quant.calls import CallSpec, flatten_call
 from lightning_quant.captured import CapturedModel
 from lightning_quant.errors import PlanError
 from lightning_quant.graph.analyze import check_patterns, own_signature
@@ -26,6 +26,7 @@ from lightning_quant.graph.claims import Claim, settle
 from lightning_quant.graph.counting import observe_call
 from lightning_quant.graph.plan import Plan, Row
 from lightning_quant.graph.table import Selection
+from lightning_quant.host import moved_call, on_host
 from lightning_quant.layers.finite import check_output, check_weights
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.placement import place, placed
@@ -36,7 +37,6 @@ from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import (
     clone,
     evaluation_mode,
-    to_float32,
     without_fast_path,
 )
 from lightning_quant.signature import tensor_leaves
@@ -113,6 +113,10 @@ class Layerwise(CapturedModel):
         with placed(self.root, self.layers):
             yield
 
+    def on_host(self) -> "Layerwise":
+        """Return itself: layers are made on the CPU in float32."""
+        return self
+
     def detach(self) -> None:
         """Do nothing: outside of `attached` the module is as it was."""
 
@@ -163,7 +167,9 @@ def quantize_layers(
     if not isinstance(chosen, LayerRecipe):
         raise PlanError(f"Expected `recipe` to quantize layers, but {chosen.name!r} needs `prepare` and calibration.")
     selection = selection or Selection()
-    model, args, kwargs = _in_float32(model, args, kwargs or {})
+    source, model = model, on_host(model)
+    more = calls or [(args, kwargs or {})]
+    args, kwargs = moved_call(args, kwargs or {})
     signature = own_signature(model)
     spec, tensors = flatten_call(signature, args, kwargs)
     where = runtimes.get(runtime, exporting=True)
@@ -196,22 +202,10 @@ def quantize_layers(
             f"quantized: {reasons}."
         )
     if chosen.gptq:
-        refine(model, layers, calls or [(args, kwargs or {})])
+        refine(source, layers, more)
     quantized = Layerwise(model, signature, spec, tensors, chosen, plan, layers, selection)
     quantized.compare()
     return quantized
-
-
-def _in_float32(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
-    """Return a model of another precision as a float32 copy, with a call of it; what is quantized is float32."""
-    tensors = (*model.parameters(), *model.buffers())
-    if any(tensor.is_floating_point() and tensor.dtype != torch.float32 for tensor in tensors):
-        model = clone(model, unrouted=True)
-        to_float32(model)
-        args, kwargs = map_tensors(lambda t: t.float() if t.is_floating_point() else t, (args, kwargs))
-    return model, args, kwargs
 
 
 @torch.no_grad()

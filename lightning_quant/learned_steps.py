@@ -94,6 +94,12 @@ class LearnedSteps:
         self._optimizer.step()
         self._clear()
 
+    def to(self, device: torch.device) -> None:
+        """Move the steps, and the optimizer's state, to a device."""
+        if all(logarithm.device == device for logarithm in self.logarithms.values()):
+            return
+        self.load_state_dict(self.state_dict(), device)
+
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers, lists and dicts only."""
         state: dict[str, Any] = {"logarithms": {name: v.detach().clone() for name, v in self.logarithms.items()}}

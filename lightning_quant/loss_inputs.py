@@ -69,8 +69,9 @@ class LossInputs:
             bound, labels = self.split(args, kwargs)
             output = artifact(*bound.args, **bound.kwargs)
             if labels:
-                known = self.formula is not None and len(labels) == 1
-                output["loss"] = self.formula(output["logits"], labels[0]) if known else torch.tensor(math.nan)  # type: ignore[misc]
+                formula = self.formula if len(labels) == 1 else None
+                unknown = torch.full((), math.nan, device=labels[0].device)
+                output["loss"] = unknown if formula is None else formula(output["logits"], labels[0])
             return output
 
         return call

@@ -22,7 +22,7 @@ def signal_to_noise(reference: Any, other: Any) -> float:
             # Part by part: a whole embedding in double precision would be a multiple of the model.
             parts = (tensor.detach().reshape(-1).split(_PART) for tensor in (expected, actual))
             for a, b in zip(*parts, strict=True):
-                a, b = a.double().cpu(), b.double().cpu()
+                a, b = a.cpu().double(), b.cpu().double()
                 masked = ~a.isfinite() & ((a == b) | (a.isnan() & b.isnan()))
                 a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
                 signal += a.square().sum().item()

@@ -25,8 +25,9 @@ from lightning_quant.calibration_data import CalibrationCalls
 from lightning_quant.checkpoint import load_module
 from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CalibrationError, NoEffectWarning, QuantizationError
-from lightning_quant.export import DynamicShapes, Quantizable, export, in_float32
+from lightning_quant.export import DynamicShapes, Quantizable, export
 from lightning_quant.graph.table import Selection
+from lightning_quant.host import device_for_search, on_host
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import quantize_layers
 from lightning_quant.loaded import LoadedModule
@@ -34,6 +35,7 @@ from lightning_quant.names import Engine, Recipes, Runtime
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
+from lightning_quant.routing import device_of
 
 
 def quantize(
@@ -89,6 +91,8 @@ def quantize(
     check_flag("sensitivity", sensitivity)
     check_rankable(recipe, sensitivity=sensitivity)
     model = _float_module(model_or_checkpoint, lightning_module, module)
+    if device_for_search(device_of(model)) != device_of(model):
+        model = on_host(model)
     folder = artifacts.check_folder(output_dir if output_dir is not None else "quantized")
     given = CalibrationCalls(model, calibration_data)
     calls = iter(given)
@@ -113,6 +117,7 @@ def quantize(
     found = None
     if sensitivity and isinstance(quantized, Prepared):
         found = rank_operators(quantized, few)
+    quantized = quantized.on_host()
     artifact = export(
         quantized,
         folder,
@@ -197,7 +202,7 @@ def _calibrated(
     calls = itertools.chain([first], calls)
     calibrate(prepared, (torch.no_grad()(functools.partial(model, *args, **kwargs)) for args, kwargs in calls))
     seconds["calibrate"] = time.perf_counter() - started
-    return in_float32(prepared)  # type: ignore[return-value]
+    return prepared
 
 
 def _quantize_layers(
@@ -218,4 +223,4 @@ def _quantize_layers(
     for call in others:
         quantized.note_sizes(*call)
     seconds["quantize"] = time.perf_counter() - started
-    return in_float32(quantized)
+    return quantized

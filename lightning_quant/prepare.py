@@ -10,6 +10,7 @@ from lightning_quant.accuracy.ladder import check_steps
 from lightning_quant.errors import PlanError
 from lightning_quant.graph.analyze import analyze
 from lightning_quant.graph.table import Selection
+from lightning_quant.host import moved_call, on_host
 from lightning_quant.overrides import select
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import Recipe
@@ -48,10 +49,11 @@ def prepare(
     check_steps(chosen)
     table = runtimes.get(runtime, exporting=True).TABLE
     selection = select(selection or Selection(), chosen)
+    on_cpu, (args, kwargs) = on_host(model), moved_call(args, kwargs or {})
     analysis = analyze(
-        model,
+        on_cpu,
         args,
-        kwargs or {},
+        kwargs,
         table,
         selection,
         recipe=chosen.name,
@@ -60,5 +62,5 @@ def prepare(
     )
     prepared = Prepared(model, analysis, chosen, observer or chosen.training_observer)
     # What can be refused is refused now; the layers themselves are made of the weights that will be exported.
-    prepared.plan = prepared.bound_to(model).planned()
+    prepared.plan = prepared.bound_to(on_cpu).planned()
     return prepared

@@ -24,6 +24,7 @@ from lightning_quant.folding import Folded, fold_adjusted, fold_at
 from lightning_quant.graph.analyze import Analysis, Island
 from lightning_quant.graph.instrument import Instrumented
 from lightning_quant.graph.plan import Edge, Operator, Plan, identify, path_of
+from lightning_quant.host import HOST, copied_to, on_host
 from lightning_quant.layers.placement import placed
 from lightning_quant.learned_steps import LearnedSteps
 from lightning_quant.overrides import override_weights, store_layers
@@ -70,7 +71,7 @@ class Prepared(CapturedModel):
 
     Attributes:
         root: the user's module; it owns every parameter and buffer.
-        signature: of the module's own forward; with `spec` and `tensors` it is the captured call.
+        signature: of the module's own forward; with `spec` and `tensors`, on the CPU, it is the captured call.
         ranges: observers and scales of every edge.
         simulation: runs the graphs' operators as the phase says.
         control: the phase, which is "off", "observe", "fake_quantize", "frozen" (ranges fixed) or "frozen_batch_norm"
@@ -219,13 +220,39 @@ class Prepared(CapturedModel):
     def stored_layers(self) -> dict[str, nn.Module]:
         """Return the layers whose weights overrides leave to recipes of layers, made the first time they are needed."""
         if self._stored is None:
-            self._stored, self.plan = store_layers(self, self.recipe, self.plan)
+            stored, self.plan = store_layers(self, self.recipe, self.plan)
+            # They are made on the CPU, and run beside the module's own layers.
+            self._stored = self.beside(stored)
         return self._stored
+
+    def beside(self, layers: dict[str, nn.Module]) -> dict[str, nn.Module]:
+        """Return layers on the module's device: copies, where they are elsewhere."""
+        device = device_of(self.root)
+        return {
+            n: layer if device_of(layer) == device else copied_to(layer, device, in_float32=False)
+            for n, layer in layers.items()
+        }
 
     def planned(self) -> Plan:
         """Return the plan, with what overrides leave to recipes of layers."""
         self.stored_layers()
         return self.plan
+
+    def on_host(self) -> "Prepared":
+        """Return the same over a float32 module on the CPU, where it is converted and measured: itself if it is so."""
+        root = on_host(self.root)
+        self.to(HOST)
+        return self if root is self.root else self.bound_to(root)
+
+    def to(self, device: torch.device) -> None:
+        """Move what was learned to a device; other bindings of the plan share it, and fetch it when they run."""
+        self.ranges.to(device)
+        learned: Any
+        # In place: bindings hold the same dicts.
+        for learned in (self.bias_corrections, self.channels, self.layers):
+            learned.update({identity: value.to(device) for identity, value in learned.items()})
+        if self.learned_steps is not None:
+            self.learned_steps.to(device)
 
     def take_over(self, other: "Prepared") -> None:
         """Take over what calibration taught another binding of the same plan."""
@@ -249,12 +276,11 @@ class Prepared(CapturedModel):
         """
         self.ranges.load_state_dict(state["observers"])
         device = device_of(self.root)
-        self.ranges.to(device)
-        corrections = {identity: value.to(device) for identity, value in state["bias_corrections"].items()}
         self.bias_corrections.clear()
-        self.bias_corrections.update(corrections)
+        self.bias_corrections.update(state["bias_corrections"])
         if self.learned_steps is not None and "learned_steps" in state:
             self.learned_steps.load_state_dict(state["learned_steps"], device)
+        self.to(device)
         self.set_phase(state["phase"])
 
     def run(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -55,6 +55,7 @@ class Ranges:
         waits: whether what is seen waits for `take_seen`: several processes count a batch only when the extremes of
             all are known.
         chosen: identity to the range to use in place of its observer's.
+        device: where all of it lies.
     """
 
     def __init__(self, edges: dict[str, Edge], recipe: Recipe, observer: str) -> None:
@@ -76,6 +77,7 @@ class Ranges:
         self._is_running = False
         # Ranges of edges in the first run that reaches them.
         self._first: dict[str, tuple[Tensor, Tensor]] = {}
+        self.device = torch.device("cpu")
 
     @property
     def observers(self) -> dict[str, Observer]:
@@ -208,8 +210,12 @@ class Ranges:
 
     def to(self, device: torch.device) -> None:
         """Move all statistics to a device."""
+        self.device = device
         for observer in self.observers.values():
             observer.to(device)
+        self.chosen.update({i: (low.to(device), high.to(device)) for i, (low, high) in self.chosen.items()})
+        self._seen = [Seen(seen.edges, seen.lows.to(device), seen.highs.to(device)) for seen in self._seen]
+        self._first = {identity: (low.to(device), high.to(device)) for identity, (low, high) in self._first.items()}
         self.forget_parameters()
 
     def state_dict(self) -> dict[str, Any]:

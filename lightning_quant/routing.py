@@ -5,7 +5,7 @@ module assigned there would register as a child; a callable object leaves type, 
 """
 
 import copy
-import threading
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,13 +14,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_quant.compilation import Uncompiled, is_compiled
 from lightning_quant.errors import QuantizationError
-
-_COPYING = threading.RLock()
 
 
 class Route:
@@ -59,28 +58,35 @@ def unroute_all(module: nn.Module) -> None:
             unroute(child)
 
 
-def copied(value: Any, memo: dict[int, Any] | None = None) -> Any:
+class _Copying(TorchFunctionMode):
+    """Lets `copy.deepcopy` detach tensors, and put what a function makes of each in its place, wherever they hang."""
+
+    def __init__(self, convert: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.convert = convert
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is Tensor.__deepcopy__ and id(args[0]) not in args[1]:
+            tensor, memo = args
+            converted = self.convert(tensor.detach())
+            if not tensor.is_leaf or converted.device != tensor.device or converted.dtype != tensor.dtype:
+                memo[id(tensor)] = converted if converted.data_ptr() != tensor.data_ptr() else converted.clone()
+        return function(*args, **(kwargs or {}))
+
+
+def copied(value: Any, memo: dict[int, Any] | None = None, convert: Callable[[Tensor], Tensor] | None = None) -> Any:
     """Return a deep copy in which tensors with a history are detached, wherever they hang.
 
     PyTorch refuses to copy them: a loss, a metric's last value, attention maps that a module keeps in whatever object.
+    `convert` may return another tensor for each, on another device say: the copy then holds that one.
     """
-    original = Tensor.__deepcopy__
-
-    def detached(tensor: Tensor, memo: dict[int, Any]) -> Tensor:
-        if tensor.is_leaf or id(tensor) in memo:
-            return original(tensor, memo)
-        memo[id(tensor)] = tensor.detach().clone()
-        return memo[id(tensor)]
-
-    with _COPYING:
-        Tensor.__deepcopy__ = detached  # type: ignore[method-assign]
-        try:
-            return copy.deepcopy(value, memo)
-        finally:
-            Tensor.__deepcopy__ = original  # type: ignore[method-assign]
+    with _Copying(convert or (lambda tensor: tensor)):
+        return copy.deepcopy(value, {} if memo is None else memo)
 
 
-def clone(module: nn.Module, *, unrouted: bool = False) -> Any:
+def clone(module: nn.Module, *, unrouted: bool = False, convert: Callable[[Tensor], Tensor] | None = None) -> Any:
     """Return an independent structural copy that shares the parameters' memory and owns its buffers and attributes.
 
     Data sets, loaders and arrays that hang on the module are shared. Tensors with a history are detached. What
@@ -89,19 +95,22 @@ def clone(module: nn.Module, *, unrouted: bool = False) -> Any:
     Args:
         module: left as it is.
         unrouted: give every module of the copy its own forward, and copy nothing of what the original is routed to.
+        convert: makes the tensors of the copy; those that it returns as they are, are shared or copied as ever.
     """
     memo: dict[int, Any] = {}
     compiled = [child for child in module.modules() if is_compiled(child)]
     for child in module.modules():
         for parameter in child._parameters.values():
             if parameter is not None:
-                memo[id(parameter)] = parameter
+                memo[id(parameter)] = parameter if convert is None else convert(parameter)
         for value in pytree.tree_leaves(list(child.__dict__.values())):
             if isinstance(value, Dataset | DataLoader | np.ndarray) or (unrouted and isinstance(value, Route)):
                 memo[id(value)] = value
+            elif convert is not None and isinstance(value, nn.Parameter) and id(value) not in memo:
+                memo[id(value)] = convert(value)
     for child in reversed(compiled):
-        memo[id(child)] = Uncompiled(copied(child.get_submodule("_orig_mod"), memo))
-    duplicate = copied(module, memo)
+        memo[id(child)] = Uncompiled(copied(child.get_submodule("_orig_mod"), memo, convert))
+    duplicate = copied(module, memo, convert)
     _forget_compiled_steps(duplicate)
     if unrouted:
         unroute_all(duplicate)
@@ -161,9 +170,8 @@ def resolve(root: nn.Module, path: str) -> nn.Module:
 
 def device_of(module: nn.Module) -> torch.device:
     """Return the device of the module's first parameter or buffer; the CPU when it has none."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        return tensor.device
-    return torch.device("cpu")
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    return torch.device("cpu") if first is None else first.device
 
 
 def fetch(root: nn.Module, name: str) -> Tensor:
@@ -194,18 +202,3 @@ def unparametrized(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         layer.__class__ = parametrized
-
-
-def to_float32(module: nn.Module) -> None:
-    """Give a copy float32 parameters of its own where it shares others with the user's module; ties are kept."""
-    made: dict[int, nn.Parameter] = {}
-    for child in module.modules():
-        for name, parameter in list(child._parameters.items()):
-            if parameter is not None and parameter.is_floating_point() and parameter.dtype != torch.float32:
-                if id(parameter) not in made:
-                    made[id(parameter)] = nn.Parameter(parameter.detach().float(), parameter.requires_grad)
-                # Recurrent layers keep a list of their weights, which follows attributes only.
-                setattr(child, name, made[id(parameter)])
-        for name, buffer in child._buffers.items():
-            if buffer is not None and buffer.is_floating_point():
-                child._buffers[name] = buffer.float()

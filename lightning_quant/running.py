@@ -1,16 +1,18 @@
 """Runs of prepared graphs: which graph serves a call, and who carries it out."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, flatten_call
+from lightning_quant.exact import exact_arithmetic
 from lightning_quant.graph.instrument import Instrumented, instrument
 from lightning_quant.layers.placement import placed
 from lightning_quant.rounded_weights import RoundedWeights
 from lightning_quant.rounding import Rounding, rounds_plainly
-from lightning_quant.routing import resolve
+from lightning_quant.routing import device_of, resolve
 
 if TYPE_CHECKING:
     from lightning_quant.prepared import Prepared
@@ -40,6 +42,9 @@ class Runner:
     def run(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an island's graph on a call."""
         prepared = self._prepared
+        device = device_of(prepared.root)
+        if prepared.ranges.device != device:
+            prepared.to(device)
         module = resolve(prepared.root, path)
         entry, tensors = self._find(path, module, args, kwargs)
         if not path:
@@ -47,8 +52,10 @@ class Runner:
         prepared.ranges.begin_run(entry.graph.edges, observing=prepared.observing)
         if rounds_plainly(prepared, entry.graph):
             return Rounding(prepared, entry.graph, entry.weights, module).run(tensors)
-        with prepared.ranges.running():
-            result = entry.graph.function(module, prepared.simulation, *tensors)
+        simulation = prepared.simulation
+        exact = exact_arithmetic() if simulation.computes_integers or simulation.only is not None else nullcontext()
+        with prepared.ranges.running(), exact:
+            result = entry.graph.function(module, simulation, *tensors)
         return entry.graph.output_spec.build(result)
 
     def graph(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
@@ -59,7 +66,7 @@ class Runner:
         prepared, module = self._prepared, resolve(self._prepared.root, path)
         key = (path, spec.key(), _flags(module))
         if key not in self._graphs:
-            with placed(prepared.root, prepared.displaced):
+            with placed(prepared.root, prepared.beside(prepared.displaced)):
                 graph = instrument(module, prepared.islands[path], spec, tensors)
             self._graphs[key] = Entry(graph, RoundedWeights(prepared, graph.operators), spec.names)
         return self._graphs[key]

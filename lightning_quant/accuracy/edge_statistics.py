@@ -68,9 +68,10 @@ def edge_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, EdgeStat
             return
         channels = values.movedim(axes.get(identity, 1 if x.dim() == 4 else -1), 0).flatten(1)
         low, high = channels.aminmax(dim=1)
-        entry = found.setdefault(identity, EdgeStatistics(low, high, torch.zeros(len(low), dtype=torch.float64)))
+        nothing = torch.zeros(len(low), dtype=torch.float64, device=low.device)
+        entry = found.setdefault(identity, EdgeStatistics(low, high, nothing))
         entry.low, entry.high = torch.minimum(entry.low, low), torch.maximum(entry.high, high)
-        entry.total += channels.double().sum(1).cpu()
+        entry.total += channels.double().sum(1)
         entry.number += values.numel()
         integers = torch.round(values / scale)
         rounded = integers.clamp(-zero_point, quant_max - zero_point)

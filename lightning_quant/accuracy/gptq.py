@@ -16,22 +16,22 @@ class Hessian:
     """The second moment of a layer's inputs, which is the Hessian of its squared output error up to a factor.
 
     Attributes:
-        total: `(in_features, in_features)`, float64 sum of outer products.
+        total: `(in_features, in_features)`, float64 sum of outer products; it and all below lie where the inputs do.
         sum: `(in_features,)`, float64 sum of the inputs.
         count: number of inputs.
     """
 
-    def __init__(self, features: int) -> None:
-        self.total = torch.zeros(features, features, dtype=torch.float64)
-        self.sum = torch.zeros(features, dtype=torch.float64)
+    def __init__(self, features: int, device: torch.device | None = None) -> None:
+        self.total = torch.zeros(features, features, dtype=torch.float64, device=device)
+        self.sum = torch.zeros(features, dtype=torch.float64, device=device)
         self.count = 0
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Take in inputs of shape `(..., in_features)`."""
         x = x.detach().reshape(-1, x.shape[-1]).double()
-        self.total += (x.T @ x).cpu()
-        self.sum += x.sum(0).cpu()
+        self.total += x.T @ x
+        self.sum += x.sum(0)
         self.count += len(x)
 
     @property
@@ -75,17 +75,19 @@ def gptq(
     """
     rows, columns = weight.shape
     scales, zeros = _by_column(scale, columns), _by_column(scale * 0 if zero_point is None else zero_point, columns)
-    working, hessian = weight.detach().double().cpu().clone(), hessian.double().cpu().clone()
+    device = hessian.device
+    working, hessian = weight.detach().to(device, torch.float64, copy=True), hessian.double().clone()
+    scales, zeros = scales.to(device), zeros.to(device)
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     # Inputs with much power first (the paper's "act-order"), while many weights are left to make up for their errors.
     order = torch.argsort(hessian.diagonal() * ~dead, descending=True)
     working, scales, zeros = working[:, order], scales[:, order], zeros[:, order]
     inverse = _inverse_factor(hessian[order][:, order], dampening)
-    integers = torch.empty(rows, columns, dtype=torch.float64)
+    integers = torch.empty_like(working)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
-        errors = torch.zeros(rows, end - start, dtype=torch.float64)
+        errors = torch.zeros(rows, end - start, dtype=torch.float64, device=device)
         for column in range(start, end):
             values, step, zero = working[:, column], scales[:, column], zeros[:, column]
             integers[:, column] = torch.round(values / step + zero).clamp(quant_min, quant_max)
@@ -95,17 +97,17 @@ def gptq(
         working[:, end:] -= errors @ inverse[start:end, end:]
     result = torch.empty_like(integers)
     result[:, order] = integers
-    return result.to(torch.int32).to(weight.device)
+    return result.to(weight.device, torch.int32)
 
 
 def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
     """Return the mean squared error of the layer's outputs, summed over outputs, for inputs with this second moment."""
-    difference = (weight - rounded).double().cpu()
-    return float(((difference @ hessian.double().cpu()) * difference).sum())
+    difference = (weight - rounded).to(hessian.device, torch.float64)
+    return float(((difference @ hessian.double()) * difference).sum())
 
 
 def _by_column(values: Tensor, columns: int) -> Tensor:
-    values = values.double().cpu()
+    values = values.double()
     values = values.unsqueeze(1) if values.dim() == 1 else values
     return values.repeat_interleave(columns // values.shape[1], 1)
 

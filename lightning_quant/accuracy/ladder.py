@@ -19,6 +19,7 @@ from lightning_quant.accuracy.smoothing import smooth
 from lightning_quant.accuracy.weight_rounding import gptq_layers, shrink_scales
 from lightning_quant.adjustments import AccuracyStep
 from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.exact import exact_arithmetic
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.observers import Histogram, build
 from lightning_quant.prepared import Prepared
@@ -51,6 +52,7 @@ class Budget:
         return time.monotonic() >= self.deadline
 
 
+@exact_arithmetic()
 def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
     """Try the recipe's accuracy steps in order; return what came of each.
 

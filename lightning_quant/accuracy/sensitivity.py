@@ -16,15 +16,15 @@ from lightning_quant.accuracy.lockstep import Site, lockstep
 from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import folded_layer
 from lightning_quant.accuracy.rounded_parts import all_but, name_of, own_parts, read_from_float
-from lightning_quant.calls import map_tensors
 from lightning_quant.errors import QuantizationError
-from lightning_quant.export import in_float32_on_cpu
+from lightning_quant.exact import exact_arithmetic
 from lightning_quant.fake_quantize import fake_quantize
 from lightning_quant.graph.plan import identify, path_of
+from lightning_quant.host import moved_call
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, Recipe
-from lightning_quant.routing import evaluation_mode
+from lightning_quant.routing import device_of, evaluation_mode
 from lightning_quant.tables import text_table
 
 Score = Callable[[list[Any]], float]
@@ -135,6 +135,7 @@ class Sensitivity:
 
 
 @torch.no_grad()
+@exact_arithmetic()
 def sensitivity(prepared: Prepared, calls: list[Call], *, score: Score | None = None) -> Sensitivity:
     """Measure every operator of a calibrated module: four runs of all calls for each, six with a weight.
 
@@ -196,12 +197,12 @@ def check_rankable(recipe: AnyRecipe, *, sensitivity: bool) -> None:
 
 
 def rank_operators(prepared: Prepared, calls: list[Call]) -> Sensitivity:
-    """Measure every operator on the first calls, in float32 on the CPU."""
-
-    def moved(tensor: Tensor) -> Tensor:
-        return in_float32_on_cpu([tensor])[0]
-
-    return sensitivity(prepared, [map_tensors(moved, call) for call in calls[:NUM_CALLS]])
+    """Measure every operator on the first calls, in float32; in another precision of the module, on the CPU."""
+    parameters = prepared.root.parameters()
+    if any(p.is_floating_point() and p.dtype != torch.float32 for p in parameters):
+        prepared = prepared.on_host()
+    device = device_of(prepared.root)
+    return sensitivity(prepared, [moved_call(*call, device) for call in calls[:NUM_CALLS]])
 
 
 def _error(exact: list[Any], actual: list[Any]) -> float:

@@ -83,7 +83,7 @@ def gptq_layers(prepared: Prepared, calls: list[Call]) -> int:
         if site.options.get("groups", 1) != 1 or site.operator.kind not in ("linear", "conv2d"):
             return
         flat = layer.weight.flatten(1)
-        hessian = Hessian(flat.shape[1])
+        hessian = Hessian(flat.shape[1], flat.device)
         for x in site.quantized_inputs:
             hessian.update(x if site.operator.kind == "linear" else _patches(x, layer.weight, site))
         folded, quant_max = prepared.folded(site.identity), prepared.weight_quant_max(site.identity)

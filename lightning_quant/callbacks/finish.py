@@ -22,12 +22,12 @@ from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
-from lightning_quant.export import Quantizable, export, in_float32_on_cpu
+from lightning_quant.export import Quantizable, export
+from lightning_quant.host import HOST, copied_to
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import Layerwise
 from lightning_quant.metric_rows import MetricRow
-from lightning_quant.prepared import Prepared
-from lightning_quant.routing import clone, resolve, to_float32
+from lightning_quant.routing import clone, resolve
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,8 @@ def choose_weights(
     if callback.weights == "best" and not notes:
         notes = _load_best(callback, trainer, duplicate, prepared, with_ranges=with_ranges)
     callback.group.share_tensors(duplicate)
-    to_float32(duplicate)
-    duplicate.cpu()
-    bound = prepared.bound_to(resolve(duplicate, callback.path), in_float32_on_cpu(prepared.tensors))
-    if isinstance(bound, Prepared):
-        bound.ranges.to(torch.device("cpu"))
+    duplicate = copied_to(duplicate, HOST)
+    bound = prepared.bound_to(resolve(duplicate, callback.path)).on_host()
     bound.varying = set().union(*callback.group.gather(prepared.varying))
     return Deployment(duplicate, bound, checkpoint, notes)
 
@@ -190,7 +187,8 @@ def _evaluate_artifact(
         # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.
         filled = clone(pl_module)
         artifacts.open_model(own, into=resolve(filled, path))
-        return evaluate(trainer, filled, path, limit_batches=limit, group=group), None
+        # Its layers are the CPU's: another device would run them with kernels of its own.
+        return evaluate(trainer, filled, path, limit_batches=limit, group=group, on_cpu=True), None
     target: Callable[..., Any] = artifacts.open_model(own)
     without_loss = False
     if callback.loss_inputs is not None:

@@ -10,13 +10,13 @@ from typing import Any, get_args
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_quant.accuracy.recalibrate import Call, recorded_calls
-from lightning_quant.accuracy.sensitivity import NUM_CALLS, rank_operators
+from lightning_quant.accuracy.recalibrate import recorded_calls
+from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_operators
 from lightning_quant.arguments import check_positive, from_fields
 from lightning_quant.calibrate import calibrate
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
 from lightning_quant.callbacks.finish import choose_weights, finish
-from lightning_quant.callbacks.training_data import calibration_steps, check_data, independent_copy
+from lightning_quant.callbacks.training_data import calibration_steps, check_data, working_copy
 from lightning_quant.choice import check_choice
 from lightning_quant.distributed import calibrate_together
 from lightning_quant.errors import QuantizationError
@@ -132,9 +132,8 @@ class PostTrainingQuantization(QuantizationCallback):
         """Called when fit ends: calibrate on the weights to export, then convert, export, measure, log."""
         deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
         if isinstance(deployment.prepared, Prepared):
-            calls = self._calibrate(trainer, deployment.prepared, deployment.pl_module)
+            found = self._calibrate(trainer, deployment.prepared, deployment.pl_module)
             steps = tuple(str(step) for step in deployment.prepared.accuracy_steps)
-            found = rank_operators(deployment.prepared, calls) if self.sensitivity else None
             deployment = replace(deployment, notes=(*deployment.notes, *steps), sensitivity=found)
         self.artifact = finish(self, trainer, deployment)
 
@@ -152,10 +151,10 @@ class PostTrainingQuantization(QuantizationCallback):
             needed = 2 if self.recipe.accuracy_steps else 1
             check_data(trainer, pl_module, self.calibration.data, needed, self.calibration.num_batches)
 
-    def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> list[Call]:
-        """Calibrate, and return the first calls where they are needed afterwards."""
+    def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> Sensitivity | None:
+        """Calibrate on the trainer's device, and measure there which operator costs what where that is wanted."""
         started = time.perf_counter()
-        duplicate = independent_copy(trainer, pl_module)
+        duplicate = working_copy(trainer, pl_module)
         prepared = deployed.bound_to(resolve(duplicate, self.path))
         chosen, group = self.calibration, self.group
         number = math.ceil(chosen.num_batches / group.size)
@@ -170,7 +169,7 @@ class PostTrainingQuantization(QuantizationCallback):
                 calibrate_together(group, prepared, steps)
         deployed.take_over(prepared)
         self.seconds["calibrate"] = time.perf_counter() - started
-        return calls
+        return rank_operators(prepared, calls) if self.sensitivity else None
 
 
 def _calibration(given: Any) -> Calibration:

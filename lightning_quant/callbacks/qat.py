@@ -20,7 +20,7 @@ from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_op
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback, warn
 from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
 from lightning_quant.callbacks.schedule import Schedule, Timeline, read_schedule, resolve
-from lightning_quant.callbacks.training_data import calibration_steps, independent_copy
+from lightning_quant.callbacks.training_data import calibration_steps, working_copy
 from lightning_quant.distributed import merge_batch
 from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
@@ -184,7 +184,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _reestimate(self, trainer: Trainer, deployment: Deployment) -> None:
         """Measure BatchNorm's statistics on a copy that may run the user's training step, and take them over."""
-        duplicate = independent_copy(trainer, deployment.pl_module)
+        duplicate = working_copy(trainer, deployment.pl_module)
         root = module_at(duplicate, self.path)
         prepared = deployment.prepared.bound_to(root)
         number = self.require_prepared().recipe.batch_norm_batches
@@ -204,12 +204,13 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _rank(self, trainer: Trainer, deployment: Deployment) -> Sensitivity | None:
         """Measure every operator on training batches, which a copy may run the user's training step on."""
-        duplicate = independent_copy(trainer, deployment.pl_module)
+        duplicate = working_copy(trainer, deployment.pl_module)
         root = module_at(duplicate, self.path)
         with recorded_calls(root, NUM_CALLS) as calls, evaluation_mode(root), torch.no_grad():
             for step in calibration_steps(trainer, duplicate, NUM_CALLS, 0, "train"):
                 step()
-        return rank_operators(deployment.prepared, calls) if isinstance(deployment.prepared, Prepared) else None
+        prepared = deployment.prepared.bound_to(root)
+        return rank_operators(prepared, calls) if isinstance(prepared, Prepared) else None
 
     def _begin(self, trainer: Trainer) -> None:
         prepared = self.require_prepared()

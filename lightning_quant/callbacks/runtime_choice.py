@@ -7,14 +7,13 @@ from torch import nn
 
 from lightning_quant.auto import choose_runtime
 from lightning_quant.calibrate import observe, settle
-from lightning_quant.calls import map_tensors
 from lightning_quant.capture import Capture
-from lightning_quant.export import Quantizable, in_float32_on_cpu
+from lightning_quant.export import Quantizable
+from lightning_quant.host import HOST, copied_to, moved_call
 from lightning_quant.layerwise import quantize_layers
 from lightning_quant.loss_inputs import leave_out_labels
 from lightning_quant.prepare import prepare
 from lightning_quant.recipe import LayerRecipe
-from lightning_quant.routing import clone, to_float32
 
 if TYPE_CHECKING:
     from lightning_quant.callbacks.base import QuantizationCallback
@@ -26,10 +25,8 @@ def choose_at_start(callback: "QuantizationCallback", module: nn.Module, found: 
     Training through rounding needs to know the runtime, which says what is rounded; and weights change neither how long
     a kernel takes nor whether it is right, which the report checks again at the end.
     """
-    duplicate = clone(module, unrouted=True)
-    to_float32(duplicate)
-    duplicate.cpu()
-    args, kwargs = map_tensors(lambda t: in_float32_on_cpu([t])[0], (found.args, found.kwargs))
+    duplicate = copied_to(module, HOST, unrouted=True)
+    args, kwargs = moved_call(found.args, found.kwargs)
     recipe, selection = callback.recipe, callback.selection
     if isinstance(recipe, LayerRecipe):
         args, kwargs, _ = leave_out_labels(duplicate, args, kwargs)

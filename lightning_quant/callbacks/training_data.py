@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_quant.capture import Capture, StepStoppedError, capture, isolated_rng, unchanged
 from lightning_quant.errors import CalibrationError, CaptureError
 from lightning_quant.graph.analyze import has_weights
+from lightning_quant.host import HOST, copied_to, device_for_search
 from lightning_quant.routing import clone
 
 
@@ -136,6 +137,15 @@ def independent_copy(trainer: Trainer, pl_module: LightningModule) -> LightningM
     duplicate.__dict__["optimizers"] = lambda *_, **__: _inert_optimizers(trainer)
     duplicate.__dict__["lr_schedulers"] = _do_nothing
     return duplicate
+
+
+def working_copy(trainer: Trainer, pl_module: LightningModule) -> LightningModule:
+    """Return an independent copy on the trainer's device, where what is exported is calibrated and searched.
+
+    When fit has ended Lightning has moved the module that was trained to the CPU, so there is no second one there.
+    """
+    device = device_for_search(trainer.strategy.root_device)
+    return independent_copy(trainer, pl_module if device == HOST else copied_to(pl_module, device))
 
 
 def run_training_step(duplicate: LightningModule, batch: Any, index: int) -> None:

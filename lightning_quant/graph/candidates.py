@@ -111,7 +111,7 @@ class Candidates:
             self.reasons[user] = "it keeps no running statistics to fold"
         elif has_hooks(module):
             self.reasons[user] = "hooks on it see its own input and output"
-        elif unit.operation.kind == "linear" and unit.tail.meta["fake"].dim() != 2:
+        elif unit.operation.kind == "linear" and len(ops.shape_of(unit.tail)) != 2:
             self.reasons[user] = "it normalizes another dimension than the linear layer's features"
         else:
             unit.batch_norm = unit.tail = user

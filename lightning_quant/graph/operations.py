@@ -156,6 +156,12 @@ def is_float(node: Any) -> bool:
     return isinstance(fake, Tensor) and fake.is_floating_point()
 
 
+def shape_of(node: Any) -> tuple[int, ...]:
+    """Return the traced shape of a node's value; nothing where it is not known, or no tensor."""
+    fake = node.meta.get("fake") if isinstance(node, fx.Node) else None
+    return tuple(fake.shape) if isinstance(fake, Tensor) else ()
+
+
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the nodes of the floating-point tensors that a node reads, in order."""
     return [source for source in node.all_input_nodes if is_float(source)]

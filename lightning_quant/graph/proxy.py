@@ -68,5 +68,6 @@ class ShapedProxy(fx.Proxy):
 
     def _known(self, name: str) -> Any:
         if not isinstance(self.fake, Tensor):
-            raise UntraceableError(f"`.{name}` of a value of unknown kind is needed")
+            why = f" ({self.node.meta['unknown']})" if "unknown" in self.node.meta else ""
+            raise UntraceableError(f"`.{name}` of a value of unknown kind is needed{why}")
         return getattr(self.fake, name)

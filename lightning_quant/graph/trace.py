@@ -47,6 +47,10 @@ class Traced:
     opaque: dict[str, str]
 
 
+class _UnknownError(Exception):
+    """The value of a node cannot be told from those that it reads; the message says why."""
+
+
 class _Tracer(fx.Tracer):
     def __init__(self, spec: CallSpec, tensors: list[Tensor], opaque: set[str]) -> None:
         super().__init__(param_shapes_constant=False)
@@ -115,8 +119,11 @@ class _Tracer(fx.Tracer):
         if not torch.is_grad_enabled():
             raise UntraceableError("it switches gradients off for a part of itself")
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
-        proxy.node.meta["fake"] = self._propagate(kind, target, args, kwargs)
-        proxy.node.meta["multiply_adds"] = counted_by(self.counter)
+        try:
+            proxy.node.meta["fake"] = self._propagate(kind, target, args, kwargs)
+            proxy.node.meta["multiply_adds"] = counted_by(self.counter)
+        except _UnknownError as error:
+            proxy.node.meta["unknown"] = str(error)
         self._label(proxy.node)
         return proxy
 
@@ -124,6 +131,9 @@ class _Tracer(fx.Tracer):
         if kind == "placeholder":
             index = sum(1 for node in self.graph.nodes if node.op == "placeholder") - 1
             return self.mode.from_tensor(self.tensors[index].detach())
+        for read in pytree.tree_leaves((args, kwargs)):
+            if isinstance(read, fx.Proxy) and "unknown" in read.node.meta:
+                raise _UnknownError(read.node.meta["unknown"])
         args, kwargs = pytree.tree_map_only(fx.Proxy, lambda p: p.node.meta.get("fake"), (args, kwargs))
         self.propagating = True
         try:
@@ -137,7 +147,9 @@ class _Tracer(fx.Tracer):
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs)
         except Exception as error:  # a missing shape costs metadata, which is checked where it is needed
-            return self._run_on_zeros(str(target), args, kwargs) if kind == "call_module" else error
+            if kind == "call_module":
+                return self._run_on_zeros(str(target), args, kwargs)
+            raise _UnknownError(f"{type(error).__name__}: {error}") from error
         finally:
             self.propagating = False
 
@@ -150,7 +162,7 @@ class _Tracer(fx.Tracer):
             with torch.no_grad(), self.counter:
                 result = self.root.get_submodule(path).forward(*args, **kwargs)
         except Exception as error:
-            return error
+            raise _UnknownError(f"{type(error).__name__}: {error}") from error
         return pytree.tree_map_only(Tensor, self.mode.from_tensor, result)
 
     def _label(self, node: fx.Node) -> None:

@@ -11,7 +11,7 @@ from lightning_quant.layers import StoredLayer, class_for
 from lightning_quant.layers.layer import plain
 from lightning_quant.layers.storage import SCHEMES
 from lightning_quant.layerwise import place
-from lightning_quant.routing import resolve
+from lightning_quant.routing import device_of, resolve
 
 # Prefix, in the file of tensors, of those that the exporter lifted out of the forward's code.
 CONSTANT = "program."
@@ -33,7 +33,8 @@ def fill(model: nn.Module, path: Path) -> nn.Module:
 
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata()
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        device = device_of(model)
+        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
     structure = json.loads(metadata[STRUCTURE])
     schemes, aliases = structure["layers"], structure["aliases"]
     tensors |= {name: tensors[first] for name, first in aliases.items()}
