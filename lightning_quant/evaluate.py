@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +20,20 @@ from lightning_quant.host import HOST, copied_to
 from lightning_quant.namespaces import is_overridden
 from lightning_quant.progress import shown
 from lightning_quant.routing import Route, clone, resolve, route, unroute
+
+
+class Metrics(dict[str, float]):
+    """What a validation loop logged, by name.
+
+    Attributes:
+        higher_is_better: of the metrics of torchmetrics that say so.
+    """
+
+    def __init__(
+        self, values: Mapping[str, float] | None = None, higher_is_better: dict[str, bool] | None = None
+    ) -> None:
+        super().__init__(values or {})
+        self.higher_is_better = higher_is_better or {}
 
 
 class CountedCalls(Route):
@@ -49,7 +63,7 @@ def evaluate(
     limit_batches: int | float | None = None,
     group: Group | None = None,
     on_cpu: bool = False,
-) -> dict[str, float]:
+) -> Metrics:
     """Run the validation loop of a LightningModule and return its metrics.
 
     Where several processes trained, each evaluates its share of the data and all return the metrics of the whole.
@@ -69,7 +83,7 @@ def evaluate(
     """
     loaders = _validation_loaders(trainer)
     if loaders is None:
-        return {}
+        return Metrics()
     device = HOST if on_cpu else trainer.strategy.root_device
     # Moved here, since Trainers move parameters in place, and those of a clone are the original's.
     duplicate = clone(pl_module) if device == HOST else copied_to(pl_module, device, in_float32=False)
@@ -93,8 +107,9 @@ def evaluate(
         results = evaluator.validate(duplicate, dataloaders=loaders, verbose=False)
     group.together(_check_calls, counted, beside, path)
     if group.size > 1:
-        return merged(group.gather(shares.values))
-    return {name: float(value) for result in results for name, value in result.items()}
+        return Metrics(merged(group.gather(shares.values)), shares.higher_is_better)
+    values = {name: float(value) for result in results for name, value in result.items()}
+    return Metrics(values, shares.higher_is_better)
 
 
 def why_no_metrics(trainer: Trainer) -> str:
@@ -111,6 +126,7 @@ class _Shares(Callback):
 
     def __init__(self) -> None:
         self.values: dict[str, Share] = {}
+        self.higher_is_better: dict[str, bool] = {}
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation ends: read the results before they are reset."""
@@ -120,6 +136,9 @@ class _Shares(Callback):
                 continue
             suffix = item.meta.dataloader_idx if item.meta.add_dataloader_idx else None
             name = item.meta.forked_name(False) + (f"/dataloader_idx_{suffix}" if suffix is not None else "")
+            higher_is_better = None if item.is_tensor else getattr(item.value, "higher_is_better", None)
+            if higher_is_better is not None:
+                self.higher_is_better[name] = bool(higher_is_better)
             value, number, how = item.compute(), 1.0, "same"
             if item.is_tensor:
                 how = next(h for h in ("mean", "max", "min", "sum") if getattr(item.meta, f"is_{h}_reduction"))

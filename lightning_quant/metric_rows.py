@@ -20,6 +20,7 @@ class MetricRow:
         artifact: of the file.
         before: of the last validation before training began to round, where it did.
         num_samples: that the file was measured on.
+        higher_is_better: None where neither the metric nor a callback that watches it says so.
     """
 
     name: str
@@ -28,6 +29,7 @@ class MetricRow:
     artifact: float | None
     before: float | None = None
     num_samples: int | None = None
+    higher_is_better: bool | None = None
 
     @property
     def delta(self) -> float | None:

@@ -5,8 +5,9 @@ import importlib
 import inspect
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lightning.pytorch import LightningDataModule, LightningModule, Trainer
@@ -16,14 +17,16 @@ from typing_extensions import override
 
 from lightning_quant.callbacks import PostTrainingQuantization
 from lightning_quant.checkpoint import load_weights, read_checkpoint
+from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import QuantizationError
+from lightning_quant.limits import Limits, missed_limits
 from lightning_quant.names import Engine, Recipes, Runtime
 
 OWN_SUBCOMMANDS = ("quantize", "inspect")
 """What `QuantizationCLI` adds to LightningCLI."""
 
 
-class _Quantizing:
+class Quantizing:
     """What a Trainer class gets: methods that LightningCLI reads its subcommands' arguments from."""
 
     def quantize(
@@ -43,6 +46,7 @@ class _Quantizing:
         sensitivity: bool = False,
         engine: Engine = "auto",
         weights_only: bool | None = None,
+        limits: Limits | None = None,
     ) -> Any:
         """Quantize a trained checkpoint and write the artifact, evaluated with the model's own validation.
 
@@ -60,8 +64,9 @@ class _Quantizing:
             evaluate: whether to run the validation loop on float, simulated and exported model.
             threads: for the latencies in the report.
             sensitivity: whether the report says which operator costs what.
-            engine: whose kernels run on runtime "torch"; "auto" takes the fastest whose parity holds.
+            engine: whose kernels run on runtime "torch": the first whose parity holds; "fastest" measures them.
             weights_only: refuse checkpoints with anything but tensors and plain values, as in `fit`.
+            limits: what the artifact must keep to; where it does not, `QuantizationCLI` ends with exit code 1.
         """
         if ckpt_path is None:
             raise QuantizationError("Expected `--ckpt_path` to name a trained checkpoint, but got none.")
@@ -118,22 +123,28 @@ class _Quantizing:
             )
             options: dict[str, Any] = {"max_epochs": 0, "callbacks": [callback], "devices": 1}
             Trainer(**_options(self), **options, **_QUIET).fit(model, datamodule=datamodule)
-            return callback.require_prepared().plan
+            prepared = callback.require_prepared()
+            shapes = [list(tensor.shape) for tensor in prepared.tensors]
+            return prepared.plan, dict(zip(prepared.spec.names, shapes, strict=True))
 
 
 class QuantizationCLI(LightningCLI):
     """LightningCLI whose users can say `python main.py quantize --ckpt_path best.ckpt` beside fit, validate and test.
 
     Attributes:
-        result: what the subcommand returned: an `Artifact` of `quantize`, a `Plan` of `inspect`.
+        result: what the subcommand made: an `Artifact` of `quantize`, a `Plan` of `inspect`.
+        missed: limits that the artifact does not keep to, in words.
+        captured: name of every input of the captured call to its shape, after `inspect`.
     """
 
     result: Any = None
+    missed: tuple[str, ...] = ()
+    captured: Mapping[str, list[int]] = MappingProxyType({})
 
     def __init__(self, *args: Any, trainer_class: type[Trainer] = Trainer, **kwargs: Any) -> None:
         if not isinstance(trainer_class, type):
             raise QuantizationError("Expected `trainer_class` to be a class of Trainer, but got a function.")
-        extended = type(trainer_class.__name__, (trainer_class, _Quantizing), {})
+        extended = type(trainer_class.__name__, (trainer_class, Quantizing), {})
         super().__init__(*args, **{**kwargs, "trainer_class": extended})
 
     @staticmethod
@@ -167,14 +178,24 @@ class QuantizationCLI(LightningCLI):
         """Run a subcommand; what ours refuse is a line on standard error and exit code 2."""
         with _told(subcommand) if subcommand in OWN_SUBCOMMANDS else contextlib.nullcontext():
             super()._run_subcommand(subcommand)
+        if self.missed:
+            self.end_missed()
+
+    def end_missed(self) -> None:
+        """End with exit code 1 and a line for every limit that was missed."""
+        for failure in self.missed:
+            print(f"{Path(sys.argv[0]).name} quantize: {failure}", file=sys.stderr)
+        sys.exit(1)
 
     def quantize(self, **arguments: Any) -> None:
-        """Run the subcommand and keep its artifact."""
+        """Run the subcommand, and keep its artifact and the limits that this misses."""
+        limits = arguments.get("limits") or Limits()
         self.result = self.trainer.quantize(**arguments)  # type: ignore[attr-defined]
+        self.missed = tuple(missed_limits(self.result, limits))
 
     def inspect(self, **arguments: Any) -> None:
-        """Run the subcommand and keep its plan."""
-        self.result = self.trainer.inspect(**arguments)  # type: ignore[attr-defined]
+        """Run the subcommand, and keep its plan and what it was made from."""
+        self.result, self.captured = self.trainer.inspect(**arguments)  # type: ignore[attr-defined]
 
 
 @contextlib.contextmanager
@@ -216,6 +237,7 @@ def import_class(path: str) -> Any:
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
+        hint = did_you_mean(name, vars(sys.modules[module])) if module in sys.modules else ""
         raise QuantizationError(
-            f"Expected an import path such as my_project.model.Classifier, but got {path!r}: {error}."
+            f"Expected an import path such as my_project.model.Classifier, but got {path!r}: {error}.{hint}"
         ) from error

@@ -1,15 +1,22 @@
 """`lightning-quant quantize` and `inspect`: which configuration and classes a command line means, and running it."""
 
+import inspect
+import re
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError
+from lightning.pytorch import Trainer
+from typing_extensions import override
 
 from lightning_quant.checkpoint import read_checkpoint
+from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import QuantizationError
-from lightning_quant.quantize_command import OWN_SUBCOMMANDS, QuantizationCLI, import_class
+from lightning_quant.limits import Limits
+from lightning_quant.quantize_command import OWN_SUBCOMMANDS, QuantizationCLI, Quantizing, import_class
 
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _OWN_MAIN = "use QuantizationCLI there in place of LightningCLI, and `python main.py quantize`"
@@ -17,8 +24,8 @@ _OWN_MAIN = "use QuantizationCLI there in place of LightningCLI, and `python mai
 
 def run_subcommand(
     name: str, config: str | None, classes: dict[str, str], arguments: list[str], source: str | None = None
-) -> Any:
-    """Run a subcommand of `QuantizationCLI` on the classes that a configuration or its caller names.
+) -> QuantizationCLI:
+    """Run a subcommand of `QuantizationCLI` on the classes that a configuration or its caller names, and return it.
 
     Args:
         name: of the subcommand.
@@ -46,7 +53,7 @@ def run_subcommand(
     # LightningCLI warns of arguments given beside those of the command.
     before, sys.argv = sys.argv, ["lightning-quant", name, *options, *arguments]
     try:
-        cli = QuantizationCLI(
+        return _Command(
             given.get("model"),
             given.get("data"),
             save_config_callback=None,
@@ -55,10 +62,42 @@ def run_subcommand(
             parser_kwargs={"exit_on_error": False, **{own: {"exit_on_error": False} for own in OWN_SUBCOMMANDS}},
         )
     except ArgumentError as error:
-        raise QuantizationError(f"{_without_blanks(error)}\nIf your own main.py takes this, {_OWN_MAIN}.") from error
+        raise QuantizationError(_refusal(name, str(error), given)) from error
     finally:
         sys.argv = before
-    return cli.result
+
+
+class _Command(QuantizationCLI):
+    """Leaves exit codes to the command, which knows further limits."""
+
+    @override
+    def end_missed(self) -> None:
+        """Go on."""
+
+
+def _refusal(name: str, error: str, classes: dict[str, Any]) -> str:
+    """Return in few words what LightningCLI refuses, and the name that was meant, or whose the option may be."""
+    where = error.strip().splitlines()[0]
+    if missing := re.search(r"module '([\w.]+)' has no attribute '(\w+)'", error):
+        there = vars(sys.modules[missing[1]]) if missing[1] in sys.modules else ()
+        return f"{where} {missing[0]}.{did_you_mean(missing[2], there)}"
+    if inside := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", error):
+        names = inspect.signature(import_class(inside[1])).parameters
+        return f"{where} option {inside[2]!r} is not accepted by {inside[1]}.{did_you_mean(inside[2], names)}"
+    unknown = re.search(r"(unrecognized arguments: --|does not accept option ')([\w.]+)", error)
+    if unknown is None:
+        return "\n".join(line for line in error.splitlines() if line.strip())
+    prefix = "--" if unknown[1].endswith("--") else ""
+    hint = did_you_mean(f"{prefix}{unknown[2]}", [f"{prefix}{option}" for option in _options(name, classes)])
+    return f"{where}.{hint}" if hint else f"{where}\nIf your own main.py takes this, {_OWN_MAIN}."
+
+
+def _options(name: str, classes: dict[str, Any]) -> list[str]:
+    """Return what a subcommand takes, as LightningCLI writes it."""
+    known = [*inspect.signature(getattr(Quantizing, name)).parameters, "model_class", "data_class", "config", "json"]
+    known += [f"trainer.{option}" for option in inspect.signature(Trainer).parameters]
+    known += [f"{kind}.{option}" for kind, found in classes.items() for option in inspect.signature(found).parameters]
+    return [*known, *(field.name for field in fields(Limits))] if name == "quantize" else known
 
 
 def _config_beside(ckpt_path: str) -> str | None:
@@ -117,7 +156,3 @@ def _without_missing_checkpoint(content: dict[str, Any]) -> list[str]:
         file=sys.stderr,
     )
     return ["--ckpt_path=null"]
-
-
-def _without_blanks(error: Exception) -> str:
-    return "\n".join(line for line in str(error).splitlines() if line.strip())

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import re
 import shlex
@@ -14,7 +15,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import LightningCLI
 from plain_project.training import Classifier, Data
 
-from lightning_quant import bench, cli, runtimes
+from lightning_quant import __version__, bench, cli, runtimes
 from lightning_quant.artifact import Artifact, read
 
 pytestmark = [
@@ -119,7 +120,9 @@ def test_inspect_says_what_would_be_quantized(project: Path, capsys: pytest.Capt
     )
 
     assert run_in(project, "inspect", "--config", "inspect.yaml") == 0
-    assert "4 operators in int8, 100.0% of the multiply-adds" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "4 operators in int8, 100.0% of the multiply-adds" in said
+    assert "Multiply-adds are those of the captured batch: input (32, 1, 8, 8)." in said
     assert not (project / "quantized").exists()
 
 
@@ -261,14 +264,17 @@ def test_report_and_compare(quantized: Artifact, capsys: pytest.CaptureFixture[s
     assert cli.main(["report", str(quantized.path)]) == 0
     assert capsys.readouterr().out.strip() == quantized.report_path.read_text().strip()
     assert cli.main(["report", str(quantized.path), "--json"]) == 0
-    assert json.loads(capsys.readouterr().out) == quantized.report
+    assert json.loads(capsys.readouterr().out) == {"schema_version": 1, **quantized.report}
     assert cli.main(["compare", str(quantized.path), str(quantized.path)]) == 0
     table = capsys.readouterr().out.splitlines()
     assert len(table) == 4
     assert f"{quantized.size_bytes:,}" in table[2]
     assert cli.main(["compare", str(quantized.path), "--json"]) == 0
     (row,) = json.loads(capsys.readouterr().out)
-    assert row["val_accuracy"] == quantized.report["metrics"][0]["artifact"]
+    measured = quantized.report["metrics"][0]
+    assert row["metrics"]["val_accuracy"]["artifact"] == measured["artifact"]
+    assert row["metrics"]["val_accuracy"]["delta"] == measured["artifact"] - measured["float_value"]
+    assert all(name.isidentifier() and name.islower() for name in row)
 
 
 def test_verify(quantized: Artifact, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -367,10 +373,24 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("--config", "quantize.yaml", "--model", "test_cli.Wider", "--model.size", "8"), "size mismatch"),
     (("--config", "quantize.yaml", "--model", "test_cli.Wider"), "size"),
     (("--config", "quantize.yaml", "--recipe", "int5"), "Expected `recipe` to be one of"),
+    (("--config", "quantize.yaml", "--recipe", "int8_dynamc"), "Did you mean 'int8_dynamic'"),
     (("--config", "quantize.yaml", "--runtime", "abacus"), "Expected `runtime` to be one of"),
     (("--config", "quantize.yaml", "--module", "nett"), "Did you mean 'net'"),
+    (
+        ("--config", "quantize.yaml", "--reciep", "int8"),
+        "--reciep int8. Did you mean '--recipe'",
+    ),
+    (("--config", "quantize.yaml", "--max-drp", "a=1"), "Did you mean '--max_drop'"),
+    (("--config", "quantize.yaml", "--trainer.acelerator", "cpu"), "Did you mean '--trainer.accelerator'"),
+    (
+        ("--config", "quantize.yaml", "--model.wdth", "8"),
+        "by plain_project.training.Classifier. Did you mean 'width'",
+    ),
+    (("--config", "quantize.yaml", "--model", "plain_project.training.Classifer"), "Did you mean 'Classifier'"),
+    (("--config", "quantize.yaml", "--model-class", "plain_project.training.Clasifier"), "Did you mean 'Classifier'"),
+    (("--config", "reciep.yaml"), "does not accept option 'reciep'. Did you mean 'recipe'"),
     (("--config", "quantize.yaml", "--output", "foreign"), "Choose another folder"),
-    (("--config", "quantize.yaml", "--num_batches", "0"), "to be positive, but got 0"),
+    (("--config", "quantize.yaml", "--num_batches", "0"), "to be a positive integer, but got 0"),
 ]
 
 
@@ -382,6 +402,7 @@ def test_mistakes_are_told_in_few_words_with_an_exit_code_of_their_own(
     (project / "broken.yaml").write_text("[1, 2")
     (project / "plain.yaml").write_text(yaml.safe_dump({"model": {"width": 8}}))
     (project / "extra.yaml").write_text(f"{classes}patience: 3\n")
+    (project / "reciep.yaml").write_text(f"{classes}reciep: int8\n")
     (project / "foreign.yaml").write_text(classes.replace("plain_project.training.C", "nowhere.C"))
     torch.save({"net.0.weight": torch.zeros(1)}, project / "weights.ckpt")
     (project / "foreign").mkdir(exist_ok=True)
@@ -392,6 +413,8 @@ def test_mistakes_are_told_in_few_words_with_an_exit_code_of_their_own(
     assert captured.out == ""
     assert message in captured.err
     assert "Traceback" not in captured.err
+    # Of a slip of the pen nobody's main.py is to blame.
+    assert not ("Did you mean" in captured.err and "main.py" in captured.err)
     assert "usage:" not in captured.err
 
 
@@ -403,7 +426,7 @@ def test_errors_before_training_have_their_own_exit_code(project: Path, capsys: 
 
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert cli.main(["quantize", "--config", "any.yaml"]) == 2
     assert "pip install 'lightning_quant[cli]'" in capsys.readouterr().err
 
@@ -413,6 +436,61 @@ def test_unknown_arguments_are_refused(capsys: pytest.CaptureFixture[str]) -> No
         cli.main(["verify", "folder", "--surprise"])
     assert refusal.value.code == 2
     assert "--surprise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("quantise", "x"), "invalid choice: 'quantise' .* Did you mean 'quantize'"),
+        (("verify", "x", "--jsn"), r"unrecognized arguments: --jsn\. Did you mean '--json'"),
+        (("report", "x", "--max-drop", "0.1"), "expected METRIC=AMOUNT such as val_f1=0.01, but got '0.1'"),
+        (("report", "x", "--max-drop", "val_f1=much"), "expected METRIC=AMOUNT"),
+    ],
+)
+def test_mistakes_of_spelling(arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as refusal:
+        cli.main(list(arguments))
+    assert refusal.value.code == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"lightning-quant {__version__}\n")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["quantize", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert ended.value.code == 0
+    assert "--recipe numerics, by name, or fields of a recipe" in said
+    assert "one of int8, int8_accurate, " in said
+    assert "--num_batches training batches to calibrate with. (int, default: 32)" in said
+    assert "--max-drop METRIC=AMOUNT" in said
+
+
+def test_limits_in_yaml_are_those_of_the_command_line(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_quant.quantize_command import QuantizationCLI
+
+    limits = {"max_drop": {"val_accuracy": -2.0, "val_f1": 0.1}, "higher_is_better": ["val_accuracy"]}
+    content = {**yaml.safe_load((EXAMPLE / "quantize.yaml").read_text()), "limits": limits, "threads": 1}
+    (project / "limits.yaml").write_text(yaml.safe_dump(content))
+    arguments = ["quantize", "--config", "limits.yaml", "--output", "limited", "--num_batches=1"]
+    assert run_in(project, *arguments, "--json") == 1
+    captured = capsys.readouterr()
+    missed = json.loads(captured.out)["missed"]
+    assert [text.partition(": ")[2] for text in missed][1] == "no metric 'val_f1' was measured: there are val_accuracy."
+    assert "val_accuracy fell by" in missed[0]
+    assert all(text in captured.err for text in missed)
+
+    content = {"limits": limits, "ckpt_path": str(project / "best.ckpt"), "threads": 1, "output": str(project / "own1")}
+    (project / "own.yaml").write_text(yaml.safe_dump(content))
+    monkeypatch.setattr(sys, "argv", ["main.py", "quantize", f"--config={project}/own.yaml", "--trainer.logger=false"])
+    with pytest.raises(SystemExit) as ended:
+        QuantizationCLI(Classifier, Data, save_config_callback=None)
+    assert ended.value.code == 1
+    assert "main.py quantize: " in capsys.readouterr().err
 
 
 def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -19,6 +19,7 @@ from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
 from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
@@ -155,8 +156,9 @@ def _metrics(
         simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
     exported, number = _evaluate_artifact(callback, trainer, deployment, own)
     before = callback.metrics_before
+    directions = watched(trainer, callback._checkpoint) | float_values.higher_is_better
     return tuple(
-        MetricRow(name, value, simulated.get(name), exported.get(name), before.get(name), number)
+        MetricRow(name, value, simulated.get(name), exported.get(name), before.get(name), number, directions.get(name))
         for name, value in float_values.items()
     )
 
@@ -200,7 +202,7 @@ def _evaluate_artifact(
         operators = [operator for graph in prepared.plan.graphs if not graph.path for operator in graph.operators]
         layers = tuple(layer for operator in operators if (layer := operator.weight.rpartition(".")[0]))
     counted = CountedCalls(target)
-    values = evaluate(
+    values: dict[str, float] = evaluate(
         trainer,
         pl_module,
         path,
