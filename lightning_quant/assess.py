@@ -14,8 +14,8 @@ from lightning_quant import artifact as artifacts
 from lightning_quant import runtimes
 from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
-from lightning_quant.errors import ExportError
-from lightning_quant.export import PARITY_SAMPLES, Quantizable, dynamic_dimensions, export_float, samples_of
+from lightning_quant.errors import QuantizationError
+from lightning_quant.export import PARITY_SAMPLES, Quantizable, export_float, samples_of
 from lightning_quant.latency import Timing, measure
 from lightning_quant.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.layerwise import Layerwise
@@ -115,11 +115,10 @@ def _latency(prepared: Quantizable, loaded: nn.Module, threads: int) -> tuple[tu
         in_process = runtimes.get(prepared.plan.runtime).IN_PROCESS
         try:
             runtime_float = None if in_process else _load_float(prepared, Path(folder), threads)
-        except ExportError as error:
+        except QuantizationError as error:
             runtime_float, remarks = None, (f"the float model has no peer in {prepared.plan.runtime}: {error}",)
-        captured = prepared.tensors[0].shape[0] if prepared.tensors and prepared.tensors[0].dim() else 1
         rows = []
-        for batch in dict.fromkeys((1, captured)):
+        for batch in dict.fromkeys((prepared.smallest, prepared.num_samples)):
             args, kwargs = prepared.call(samples_of(prepared, batch))
             contestants: dict[str, Callable[[], Any]] = {"torch": functools.partial(prepared.root, *args, **kwargs)}
             if runtime_float is not None:
@@ -135,8 +134,6 @@ def _load_float(prepared: Quantizable, folder: Path, threads: int) -> nn.Module:
     args, kwargs = prepared.call(prepared.tensors)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         output = prepared.root(*args, **kwargs)
-    signature = make_signature(
-        prepared.signature, prepared.spec, prepared.tensors, output, dynamic_dimensions(prepared)
-    )
+    signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, prepared.exported or {})
     runtime = runtimes.get(prepared.plan.runtime)
     return runtime.load(folder, artifacts.model_files(path), signature, threads=threads)

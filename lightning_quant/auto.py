@@ -10,12 +10,13 @@ from lightning_quant import golden, runtimes
 from lightning_quant.artifact import load
 from lightning_quant.assess import parity_of
 from lightning_quant.errors import QuantizationError
-from lightning_quant.export import DynamicShapes, Quantizable, export
+from lightning_quant.export import Quantizable, export
 from lightning_quant.latency import Timing, measure
+from lightning_quant.sizes import ChosenShapes
 
 
 def choose_runtime(
-    plan: Callable[[str], Quantizable], threads: int | None = None, dynamic_shapes: DynamicShapes | None = None
+    plan: Callable[[str], Quantizable], threads: int | None = None, dynamic_shapes: ChosenShapes = None
 ) -> tuple[str, str]:
     """Return the name of the fastest correct runtime, and what was measured in words.
 

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lightning_quant.bias_correction import InputMeans
 from lightning_quant.calls import map_tensors
@@ -80,6 +81,7 @@ def settle(prepared: Prepared, number: int, means: InputMeans | None) -> None:
     """
     if number == 0:
         raise CalibrationError("Expected calibration data to yield at least one batch, but it yielded none.")
+    observe_unreached(prepared)
     prepared.ranges.forget_parameters()
     prepared.ranges.check()
     if means is not None:
@@ -102,3 +104,26 @@ def steps_of(prepared: Prepared, calls: Iterable[Any]) -> Iterable[Callable[[], 
         args, kwargs = as_call(item)
         args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
         yield torch.no_grad()(functools.partial(prepared.root, *args, **kwargs))
+
+
+@torch.no_grad()
+def observe_unreached(prepared: Prepared) -> None:
+    """Learn ranges that no batch has reached from the captured call, where validation goes ways of its own."""
+    ranges = prepared.ranges
+    missing = {identity for identity, observer in ranges.observers.items() if observer.low is None}
+    if not missing or not prepared.learns_from_captured:
+        return
+
+    def watch(identity: str, x: Tensor) -> None:
+        if identity in missing:
+            ranges.observe(identity, prepared.on_grid(identity, x, clipped=True))
+
+    device = device_of(prepared.root)
+    args, kwargs = prepared.call([tensor.to(device) for tensor in prepared.tensors])
+    with (
+        torch.random.fork_rng(devices=[]),
+        evaluation_mode(prepared.root),
+        prepared.simulation.watching(watch),
+        prepared.attached("off"),
+    ):
+        prepared.root(*args, **kwargs)

@@ -1,12 +1,23 @@
 """A module with one captured call and the plan for it: what every way of quantizing starts from."""
 
 import inspect
+from types import EllipsisType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from lightning_quant.batch import Batch, find_batch
 from lightning_quant.calls import CallSpec, flatten_call, rebuild_call
+from lightning_quant.capture import isolated_rng
 from lightning_quant.graph.plan import Plan
+from lightning_quant.host import HOST, copied_to
+from lightning_quant.routing import evaluation_mode, without_fast_path
+from lightning_quant.signature import tensor_leaves
+
+DynamicShapes = dict[str, dict[int, str]]
+# The name of the dimension of samples.
+BATCH = "batch"
 
 
 class CapturedModel:
@@ -19,6 +30,8 @@ class CapturedModel:
         tensors: the call's tensors, on the CPU in float32.
         plan: what happens to each layer, and why.
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
+        exported: input name to dimension to its name, of what may vary in the file that was written last.
+        refused: what was tried to let vary and did not export, with the reason.
     """
 
     root: nn.Module
@@ -27,6 +40,64 @@ class CapturedModel:
     tensors: list[Tensor]
     plan: Plan
     varying: set[tuple[str, int]]
+    # What of the sizes was found out by trying: found once, and shared by all bindings of the same plan.
+    _batch: Batch | EllipsisType | None = ...
+    exported: DynamicShapes | None = None
+    refused: tuple[tuple[DynamicShapes, str], ...] = ()
+
+    @property
+    def batch(self) -> Batch | None:
+        """Where the samples of the captured call lie; None where the module takes the captured sizes alone."""
+        if isinstance(self._batch, EllipsisType):
+            root = copied_to(self.root, HOST, unrouted=True)
+
+            def run(tensors: list[Tensor]) -> list[Tensor]:
+                args, kwargs = self.call(tensors)
+                with torch.no_grad(), isolated_rng(0), evaluation_mode(root), without_fast_path():
+                    return tensor_leaves(root(*args, **kwargs))
+
+            self._batch = find_batch(run, self.spec.names, self.tensors)
+        return self._batch
+
+    def samples(self, number: int) -> list[Tensor]:
+        """Return the captured tensors with at most that many samples; all of them where a file takes no fewer."""
+        batch = self.batch
+        if batch is None or (self.exported is not None and not self.varies_in_file):
+            return list(self.tensors)
+        return batch.cut(self.spec.names, self.tensors, 0, max(number, batch.smallest))
+
+    @property
+    def smallest(self) -> int:
+        """Number of samples of the smallest call that the module, and the file once it is written, takes."""
+        if self.batch is None or (self.exported is not None and not self.varies_in_file):
+            return self.num_samples
+        return self.batch.smallest
+
+    @property
+    def varies_in_file(self) -> bool:
+        """Whether the file that was written last takes any number of samples."""
+        exported, batch = self.exported or {}, self.batch
+        return batch is not None and all(exported.get(name, {}).get(d) == BATCH for name, d in batch.inputs.items())
+
+    @property
+    def num_samples(self) -> int:
+        """Number of samples of the captured call, or the first input's first size where nobody knows."""
+        if self.batch is not None:
+            return self.batch.size
+        return self.tensors[0].shape[0] if self.tensors and self.tensors[0].dim() else 1
+
+    def share_sizes(self, other: "CapturedModel") -> None:
+        """Let another binding know what was found out of the sizes."""
+        other.varying = self.varying
+        other.take_sizes(self.found_sizes())
+
+    def found_sizes(self) -> tuple[Any, ...]:
+        """Return what was found out of the sizes, plain data."""
+        return self._batch, self.exported, self.refused
+
+    def take_sizes(self, found: tuple[Any, ...]) -> None:
+        """Take over what another binding, or process, found out."""
+        self._batch, self.exported, self.refused = found
 
     def call(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return args and kwargs of the captured call with these tensors in place of its own."""

@@ -33,6 +33,10 @@ class EvaluationError(QuantizationError):
     """The model under evaluation was not the one that ran."""
 
 
+class FixedSizesError(QuantizationError):
+    """A file takes the sizes of the captured call alone, and got others."""
+
+
 class MissingRuntimeError(QuantizationError):
     """The runtime is not installed; the message carries the pip command."""
 

@@ -3,6 +3,8 @@
 import dataclasses
 import tempfile
 import time
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +14,44 @@ from torch import Tensor, nn
 from lightning_quant import artifact as artifacts
 from lightning_quant import golden, runtimes
 from lightning_quant.artifact import Artifact
+from lightning_quant.captured import BATCH, DynamicShapes
 from lightning_quant.convert import check_agreement, convert
 from lightning_quant.engines import AUTO, choose_engine
-from lightning_quant.errors import ExportError, QuantizationError
+from lightning_quant.errors import ArtifactError, CalibrationError, ExportError, QuantizationError
 from lightning_quant.golden import GoldenBatch
 from lightning_quant.layerwise import Layerwise
+from lightning_quant.loaded import LoadedModule
+from lightning_quant.noise import signal_to_noise
+from lightning_quant.parity import check_parity
 from lightning_quant.prepared import Prepared
 from lightning_quant.progress import shown
 from lightning_quant.ranges import Ranges
 from lightning_quant.routing import clone, evaluation_mode, without_fast_path
 from lightning_quant.signature import Signature, make_signature, tensor_leaves
+from lightning_quant.sizes import ChosenShapes, attempts, chosen_shapes, dynamic_dimensions, only_batches
 
-DynamicShapes = dict[str, dict[int, str]]
 Quantizable = Prepared | Layerwise
 # Samples that the parity check looks at; every operator of the model is compared on them.
 PARITY_SAMPLES = 16
+# Decibels that a file of the captured sizes must gain for sizes that vary to be given up.
+_GAIN_DB = 6.0
+
+
+@dataclass(frozen=True)
+class _Written:
+    """A model file that was written, loaded and called."""
+
+    dynamic: DynamicShapes
+    signature: Signature
+    loaded: LoadedModule
+    agreement_db: float
 
 
 def export(
     prepared: Quantizable,
     output_dir: Path,
     *,
-    dynamic_shapes: DynamicShapes | None = None,
+    dynamic_shapes: ChosenShapes = None,
     classes: tuple[str, ...] | None = None,
     seconds: dict[str, float] | None = None,
     release: bool = False,
@@ -44,7 +62,8 @@ def export(
     Args:
         prepared: detached, every edge observed.
         output_dir: the artifact's folder; an artifact there is replaced.
-        dynamic_shapes: input name to dimension to its name, beside the batch and what varied in the calls seen.
+        dynamic_shapes: input name to dimension to its name, beside the batch and what varied in the calls seen;
+            "static" keeps the captured sizes.
         classes: labels of the classes, where they are known; left out when no output has a score for each.
         seconds: gets the time of the stages under "convert" and "export".
         release: give up quantized layers once they are written, so that they are not held beside the loaded artifact.
@@ -58,18 +77,18 @@ def export(
     prepared = prepared.on_host()
     runtime = runtimes.get(prepared.plan.runtime)
     started = time.perf_counter()
-    dynamic = dynamic_dimensions(prepared, dynamic_shapes)
-    converted, output = _converted(prepared, dynamic)
+    chosen = chosen_shapes(dynamic_shapes)
+    converted, output = _converted(prepared, dynamic_dimensions(prepared, chosen))
     seconds["convert"] = time.perf_counter() - started
     started = time.perf_counter()
     with shown("Exporting"), artifacts.staging(output_dir) as folder:
         staged = folder / runtime.MODEL_FILE
-        dynamic = _write(prepared, converted, staged, dynamic)
+        written = _write(prepared, converted, output, staged, attempts(prepared, chosen))
         del converted
         _leave_out_unread(prepared, staged)
         if release and isinstance(prepared, Layerwise):
             prepared.release()
-        signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic)
+        signature = written.signature
         content = {
             "recipe": prepared.recipe.name,
             "runtime": prepared.plan.runtime,
@@ -79,10 +98,10 @@ def export(
             **({"classes": list(classes)} if classes and _are_scored(classes, signature) else {}),
             **_engine(prepared, staged, signature, engine),
         }
-        golden.save(folder / golden.FILE, _golden_batch(prepared, staged, signature), content)
-        written = artifacts.write(output_dir, staged, content)
+        golden.save(folder / golden.FILE, _golden_batch(prepared, written), content)
+        result = artifacts.write(output_dir, staged, content)
     seconds["export"] = time.perf_counter() - started
-    return written
+    return result
 
 
 def _engine(prepared: Quantizable, staged: Path, signature: Signature, engine: str) -> dict[str, Any]:
@@ -93,24 +112,54 @@ def _engine(prepared: Quantizable, staged: Path, signature: Signature, engine: s
     return {} if choice is None else {"engine": dataclasses.asdict(choice)}
 
 
-def trial_export(prepared: Quantizable, *, dynamic_shapes: DynamicShapes | None = None) -> None:
-    """Export with made-up ranges into a temporary folder and load the result: what fails here would fail later.
+def trial_export(prepared: Quantizable, *, dynamic_shapes: ChosenShapes = None) -> None:
+    """Do once, in a temporary folder, what the end will do: what fails here would fail later.
+
+    Ranges are those of the captured call alone. What was found out of the sizes stays with the model.
 
     Raises:
         ExportError: the module does not export; the message says why.
     """
-    prepared = prepared.on_host()
-    dynamic = dynamic_dimensions(prepared, dynamic_shapes)
-    if isinstance(prepared, Layerwise):
-        converted = prepared.quantized()
-    else:
-        trial = prepared.bound_to(prepared.root)
-        trial.ranges = Ranges(prepared.ranges.edges, prepared.recipe, "min_max")
-        for observer in trial.ranges.observers.values():
-            observer.update(torch.tensor([0.0, 1.0]))
-        converted = convert(trial, static_sizes=_only_batches(dynamic))
+    trial = prepared.on_host()
+    chosen = chosen_shapes(dynamic_shapes)
+    if isinstance(trial, Prepared):
+        trial = _calibrated_once(trial)
+    converted, output = _converted(trial, dynamic_dimensions(trial, chosen))
     with tempfile.TemporaryDirectory() as folder:
-        _write(prepared, converted, Path(folder) / runtimes.get(prepared.plan.runtime).MODEL_FILE, dynamic)
+        staged = Path(folder) / runtimes.get(trial.plan.runtime).MODEL_FILE
+        written = _write(trial, converted, output, staged, attempts(trial, chosen))
+        _rehearse(trial, written, staged)
+    trial.share_sizes(prepared)
+
+
+def _rehearse(prepared: Quantizable, written: _Written, staged: Path) -> None:
+    """Do what follows a model file that is written: golden batch, parity, latency's calls, counting of operators."""
+    runtime = runtimes.get(prepared.plan.runtime)
+    _golden_batch(prepared, written)
+    for number in (1, prepared.num_samples):
+        args, kwargs = prepared.call(prepared.samples(number))
+        with torch.no_grad():
+            written.loaded(*args, **kwargs)
+    if isinstance(prepared, Prepared):
+        check_parity(prepared, written.loaded, runtime, staged, prepared.samples(PARITY_SAMPLES))
+    operators = tuple(operator for graph in prepared.plan.graphs for operator in graph.operators)
+    runtime.still_float(operators, runtime.count_operators(staged))
+
+
+def _calibrated_once(prepared: Prepared) -> Prepared:
+    """Return another binding with ranges of the captured call, or made-up ones where that call gives no numbers."""
+    trial = prepared.bound_to(prepared.root)
+    trial.ranges = Ranges(prepared.ranges.edges, prepared.recipe, "min_max")
+    args, kwargs = trial.call(trial.tensors)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(trial.root), suppress(CalibrationError):
+        with trial.attached("observe", observing=True):
+            trial.root(*args, **kwargs)
+        trial.ranges.check()
+        return trial
+    trial.ranges = Ranges(prepared.ranges.edges, prepared.recipe, "min_max")
+    for observer in trial.ranges.observers.values():
+        observer.update(torch.tensor([0.0, 1.0]))
+    return trial
 
 
 def _converted(prepared: Quantizable, dynamic: DynamicShapes) -> tuple[nn.Module, Any]:
@@ -118,28 +167,44 @@ def _converted(prepared: Quantizable, dynamic: DynamicShapes) -> tuple[nn.Module
     if isinstance(prepared, Layerwise):
         return prepared.quantized(), prepared.outputs[1]
     args, kwargs = prepared.call(prepared.tensors)
-    converted = convert(prepared, static_sizes=_only_batches(dynamic))
+    converted = convert(prepared, static_sizes=only_batches(dynamic))
     check_agreement(prepared, converted, args, kwargs)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         return converted, converted(*args, **kwargs)
 
 
-def _write(prepared: Quantizable, converted: nn.Module, staged: Path, dynamic: DynamicShapes) -> DynamicShapes:
-    """Write and check the model file; return the dimensions that may vary in it."""
-    runtime = runtimes.get(prepared.plan.runtime)
-    attempts = [dynamic]
-    if isinstance(prepared, Layerwise) and (with_sequences := _with_sequences(prepared, dynamic)) != dynamic:
-        attempts = [with_sequences, dynamic]
-    for attempt in attempts:
+def _write(
+    prepared: Quantizable, converted: nn.Module, output: Any, staged: Path, wanted: list[DynamicShapes]
+) -> _Written:
+    """Write a model file in which as much may vary as works, and load and call it.
+
+    Raises:
+        ExportError: it does not work with the least of it, either.
+    """
+    doubted: _Written | None = None
+    for dynamic in wanted:
+        if doubted is not None and dynamic is not wanted[-1]:
+            continue
         try:
-            runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=attempt)
-            runtime.check(staged)
-        except ExportError:
-            if attempt is attempts[-1]:
+            written = _attempt(prepared, converted, output, staged, dynamic)
+        except (ExportError, ArtifactError, QuantizationError) as error:
+            if dynamic is wanted[-1] and doubted is None:
                 raise
-        else:
-            return attempt
-    return dynamic
+            prepared.refused += ((dynamic, str(error)),)
+            continue
+        if doubted is not None and written.agreement_db >= doubted.agreement_db + _GAIN_DB:
+            why = (
+                f"with them free, what {prepared.plan.runtime} computes is {doubted.agreement_db:.1f} dB from what was "
+                f"exported, with these {written.agreement_db:.1f} dB"
+            )
+            prepared.refused += ((doubted.dynamic, why),)
+            return written
+        if doubted is None and (dynamic is wanted[-1] or _is_faithful(prepared, written)):
+            return written
+        doubted = doubted or written
+    if doubted is None:
+        raise ExportError("Expected a way to export, but there is none.")
+    return _attempt(prepared, converted, output, staged, doubted.dynamic)
 
 
 def _leave_out_unread(prepared: Quantizable, staged: Path) -> None:
@@ -149,39 +214,53 @@ def _leave_out_unread(prepared: Quantizable, staged: Path) -> None:
         prepared.plan = prepared.plan.with_edges(runtime.quantized_edges(staged))
 
 
-def _with_sequences(prepared: Layerwise, dynamic: DynamicShapes) -> DynamicShapes:
-    """Let the second dimension of integer inputs vary, too: they are token ids and masks of sequences.
+def _attempt(
+    prepared: Quantizable, converted: nn.Module, output: Any, staged: Path, dynamic: DynamicShapes
+) -> _Written:
+    """Write, check, load and call a model file with these dimensions free.
 
-    Inputs of one length share its name, but for those of a decoder.
+    Raises:
+        QuantizationError: a step failed.
     """
-    names: dict[tuple[int, bool], str] = {}
-    result = {name: dict(dimensions) for name, dimensions in dynamic.items()}
-    for name, tensor in zip(prepared.spec.names, prepared.tensors, strict=True):
-        if tensor.dim() == 2 and not tensor.is_floating_point() and 1 not in result.get(name, {}):
-            key = (tensor.shape[1], name.startswith("decoder"))
-            label = names.setdefault(key, "sequence" if not names else f"sequence_{len(names)}")
-            result.setdefault(name, {})[1] = label
-    return result
+    runtime = runtimes.get(prepared.plan.runtime)
+    runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
+    runtime.check(staged)
+    prepared.exported = dynamic
+    places = prepared.batch.outputs if prepared.batch is not None and prepared.varies_in_file else ()
+    signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic, places)
+    loaded = runtime.load(staged.parent, artifacts.model_files(staged), signature)
+    for number in (1, PARITY_SAMPLES):
+        inputs = prepared.samples(number)
+        with torch.no_grad():
+            answers = loaded.run(inputs)
+    args, kwargs = prepared.call(inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        expected = tensor_leaves(converted(*args, **kwargs))
+    return _Written(dynamic, signature, loaded, signal_to_noise(expected, answers))
+
+
+def _is_faithful(prepared: Quantizable, written: _Written) -> bool:
+    """Tell whether a runtime is nearer to what was exported than that is to float."""
+    inputs = prepared.samples(PARITY_SAMPLES)
+    floating = _float_outputs(prepared, inputs)
+    with torch.no_grad():
+        return written.agreement_db >= signal_to_noise(floating, written.loaded.run(inputs))
 
 
 def samples_of(prepared: Quantizable, number: int) -> list[Tensor]:
-    """Return the captured tensors with at most that many samples along every batch dimension."""
-    dynamic = dynamic_dimensions(prepared)
-    named = zip(prepared.spec.names, prepared.tensors, strict=True)
-    return [t[:number] if dynamic.get(name, {}).get(0) == "batch" else t for name, t in named]
+    """Return the captured tensors with at most that many samples, where there are samples to tell apart."""
+    return prepared.samples(number)
 
 
-def _golden_batch(prepared: Quantizable, staged: Path, signature: Signature) -> GoldenBatch:
-    captured = prepared.tensors[0].shape[0] if prepared.tensors and prepared.tensors[0].dim() else 1
-    inputs = samples_of(prepared, golden.num_samples(prepared.tensors, captured))
+def _golden_batch(prepared: Quantizable, written: _Written) -> GoldenBatch:
+    inputs = prepared.samples(golden.num_samples(prepared.tensors, prepared.num_samples))
     floating = _float_outputs(prepared, inputs)
     if sum(t.numel() * t.element_size() for t in floating) > golden.MAX_OUTPUT_BYTES:
         # Scores for a vocabulary at each place of a sequence: a few places tell as much.
-        inputs = [_shortened(t, info.shape) for t, info in zip(inputs, signature.inputs, strict=True)]
+        inputs = [_shortened(t, info.shape) for t, info in zip(inputs, written.signature.inputs, strict=True)]
         floating = _float_outputs(prepared, inputs)
-    loaded = runtimes.get(prepared.plan.runtime).load(staged.parent, artifacts.model_files(staged), signature)
     with torch.no_grad():
-        exported = loaded.run(inputs)
+        exported = written.loaded.run(inputs)
     return GoldenBatch(tuple(inputs), tuple(floating), tuple(exported))
 
 
@@ -194,7 +273,7 @@ def _float_outputs(prepared: Quantizable, inputs: list[Tensor]) -> list[Tensor]:
 def _shortened(tensor: Tensor, shape: tuple[int | str, ...]) -> Tensor:
     for axis, size in enumerate(shape):
         if isinstance(size, str):
-            tensor = tensor.narrow(axis, 0, min(golden.SHORT if axis else 1, tensor.shape[axis]))
+            tensor = tensor.narrow(axis, 0, min(1 if size == BATCH else golden.SHORT, tensor.shape[axis]))
     return tensor
 
 
@@ -223,36 +302,5 @@ def export_float(prepared: Quantizable, folder: Path) -> Path:
     runtime = runtimes.get(prepared.plan.runtime)
     root = clone(prepared.root).eval()
     path = folder / f"float_{runtime.MODEL_FILE}"
-    runtime.export(
-        root, prepared.signature, prepared.spec, prepared.tensors, path, dynamic=dynamic_dimensions(prepared)
-    )
+    runtime.export(root, prepared.signature, prepared.spec, prepared.tensors, path, dynamic=prepared.exported or {})
     return path
-
-
-def dynamic_dimensions(prepared: Quantizable, chosen: DynamicShapes | None = None) -> DynamicShapes:
-    """Return input name to dimension to its name for all dimensions that may vary.
-
-    These are the batch (the first dimension of every input that has the first input's size there), what differed
-    between calls, and what the user chose. Where inputs varied in the same dimension and had the same size in it, the
-    two share a name.
-
-    Raises:
-        QuantizationError: a chosen input or dimension does not exist.
-    """
-    sizes = {name: tuple(tensor.shape) for name, tensor in zip(prepared.spec.names, prepared.tensors, strict=True)}
-    batch = next((size[0] for size in sizes.values() if size), None)
-    result: DynamicShapes = {name: {0: "batch"} for name, size in sizes.items() if size and size[0] == batch}
-    for name, dimension in sorted(prepared.varying):
-        result.setdefault(name, {}).setdefault(dimension, f"dim{dimension}_{sizes[name][dimension]}")
-    for name, dimensions in (chosen or {}).items():
-        for dimension, label in dimensions.items():
-            if name not in sizes or not 0 <= int(dimension) < len(sizes[name]):
-                raise QuantizationError(
-                    f"Expected `dynamic_shapes` to name inputs out of {sizes}, but got {name!r}: {dimension}."
-                )
-            result.setdefault(name, {})[int(dimension)] = label
-    return result
-
-
-def _only_batches(dynamic: DynamicShapes) -> bool:
-    return all(label == "batch" for dimensions in dynamic.values() for label in dimensions.values())

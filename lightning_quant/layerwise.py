@@ -132,7 +132,7 @@ class Layerwise(CapturedModel):
             selection=self.selection,
             module=self.plan.module,
         )
-        other.varying = self.varying
+        self.share_sizes(other)
         return other
 
 

@@ -25,7 +25,7 @@ from lightning_quant.calibration_data import CalibrationCalls
 from lightning_quant.checkpoint import load_module
 from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CalibrationError, NoEffectWarning, QuantizationError
-from lightning_quant.export import DynamicShapes, Quantizable, export
+from lightning_quant.export import Quantizable, export
 from lightning_quant.graph.table import Selection
 from lightning_quant.host import device_for_search, on_host
 from lightning_quant.labels import class_labels
@@ -36,6 +36,7 @@ from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
 from lightning_quant.routing import device_of
+from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
 
 
 def quantize(
@@ -47,7 +48,7 @@ def quantize(
     output_dir: str | os.PathLike[str] | None = None,
     include: str | tuple[str, ...] | list[str] = ("*",),
     exclude: str | tuple[str, ...] | list[str] = (),
-    dynamic_shapes: DynamicShapes | None = None,
+    dynamic_shapes: ChosenShapes = None,
     threads: int | None = None,
     sensitivity: bool = False,
     engine: Engine = "auto",
@@ -69,7 +70,8 @@ def quantize(
             is replaced.
         include: fnmatch patterns on qualified names and layer types of what may be quantized; one alone may be a text.
         exclude: likewise, of what stays float.
-        dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
+        dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary; "static"
+            keeps all sizes of the captured call, the batch among them.
         threads: for the latencies in the report; torch's number of threads by default.
         sensitivity: whether the report says which operator costs what; it runs the model four to six times for each
             operator, on the first two calls. For recipes that need calibration.
@@ -88,6 +90,7 @@ def quantize(
     """
     recipe, selection = recipes.get(recipe), Selection(patterns("include", include), patterns("exclude", exclude))
     _check_arguments(runtime, engine, output_dir, threads)
+    chosen_shapes(dynamic_shapes)
     check_flag("sensitivity", sensitivity)
     check_rankable(recipe, sensitivity=sensitivity)
     model = _float_module(model_or_checkpoint, lightning_module, module)
@@ -130,6 +133,7 @@ def quantize(
     if isinstance(quantized, Prepared):
         notes += tuple(str(step) for step in quantized.accuracy_steps)
     notes += given.notes
+    notes += notes_of_sizes(quantized)
     # Measured on a copy: another run may replace the artifact meanwhile.
     with artifacts.private_copy(artifact) as own:
         report = assess(quantized, own, seconds=seconds, threads=threads, notes=notes, sensitivity=found)

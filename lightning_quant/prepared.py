@@ -82,7 +82,11 @@ class Prepared(CapturedModel):
         layers: operator to the layer that stands in for the module's own, where an accuracy algorithm changed it.
         channels: edge to how its values map on the grid, where they are not rounded as they are.
         accuracy_steps: what was tried for accuracy, and what came of it.
+        learns_from_captured: whether training calls the module otherwise than it was captured, so that tensors which
+            training never reaches have the ranges of the captured call.
     """
+
+    learns_from_captured = False
 
     def __init__(self, root: nn.Module, analysis: Analysis, recipe: Recipe, observer: str) -> None:
         self.root, self.plan, self.recipe = root, analysis.plan, recipe

@@ -3,6 +3,7 @@
 import dataclasses
 import inspect
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,7 +131,12 @@ class Signature:
 
 
 def make_signature(
-    signature: inspect.Signature, spec: CallSpec, tensors: list[Tensor], output: Any, dynamic: dict[str, dict[int, str]]
+    signature: inspect.Signature,
+    spec: CallSpec,
+    tensors: list[Tensor],
+    output: Any,
+    dynamic: dict[str, dict[int, str]],
+    places: Sequence[tuple[int, int] | None] = (),
 ) -> Signature:
     """Describe a call and its result.
 
@@ -140,6 +146,7 @@ def make_signature(
         tensors: of the captured call.
         output: what the captured call returned.
         dynamic: input name to dimension to its name, for dimensions that may vary.
+        places: of each output the dimension along which samples lie and the number of places for each, or None.
     """
     parameters = tuple((p.name, p.kind.name, _default_of(p)) for p in signature.parameters.values())
     inputs = tuple(
@@ -147,11 +154,19 @@ def make_signature(
     )
     leaves: list[Tensor] = []
     structure = _structure(output, leaves)
+    varying = [{} if place is None else {place[0]: _of_samples(place[1])} for place in places]
     outputs = tuple(
-        _describe(name, leaf, {}) for name, leaf in zip(output_names(output, spec.names), leaves, strict=True)
+        _describe(name, leaf, named)
+        for name, leaf, named in zip(
+            output_names(output, spec.names), leaves, varying or [{} for _ in leaves], strict=True
+        )
     )
     constants = tuple(_decode(_plain(value)) for _, value in spec.constants)
     return Signature(parameters, inputs, constants, outputs, structure)
+
+
+def _of_samples(each: int) -> str:
+    return "batch" if each == 1 else f"{each} * batch"
 
 
 def tensor_leaves(output: Any) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 import time
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Self, get_args
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -27,9 +27,11 @@ from lightning_quant.arguments import (
 )
 from lightning_quant.artifact import Artifact
 from lightning_quant.callbacks.announce import announce, warn
+from lightning_quant.callbacks.evaluation_call import difference, evaluation_call
 from lightning_quant.callbacks.observe_step import observe_step
-from lightning_quant.callbacks.recovery import recovery
+from lightning_quant.callbacks.recovery import given_arguments, recovery
 from lightning_quant.callbacks.runtime_choice import choose_at_start
+from lightning_quant.callbacks.states import identity_of
 from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call
 from lightning_quant.capture import Capture, find_module
 from lightning_quant.checkpoint import read_checkpoint
@@ -37,18 +39,21 @@ from lightning_quant.choice import check_choice
 from lightning_quant.distributed import Group
 from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CaptureError, QuantizationError
-from lightning_quant.export import DynamicShapes, Quantizable, trial_export
+from lightning_quant.export import Quantizable, trial_export
 from lightning_quant.folder import fleeting_folder, output_folder
 from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import has_layers
-from lightning_quant.layerwise import quantize_layers
+from lightning_quant.layerwise import Layerwise, quantize_layers
 from lightning_quant.loss_inputs import LossInputs, leave_out_labels
 from lightning_quant.names import Engine, Example, ExampleName, Recipes, Runtime, Weights, WeightsName
 from lightning_quant.namespaces import is_overridden, trainer_class
+from lightning_quant.parts import check_takes
 from lightning_quant.prepare import prepare
+from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import resolve
+from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
 
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 # Subclasses of the above that shard parameters or run on devices that nothing here was tried on.
@@ -57,6 +62,15 @@ _OTHER_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy")
 
 class QuantizationCallback(Callback):
     """Base of the callbacks; see `QuantizationAwareTraining` and `PostTrainingQuantization`."""
+
+    # Arguments by name that are no defaults, for lines that make another such callback.
+    given: dict[str, Any]
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Remember what the callback is constructed with."""
+        callback = super().__new__(cls)
+        callback.given = given_arguments(cls, args, kwargs)
+        return callback
 
     def __init__(
         self,
@@ -73,7 +87,7 @@ class QuantizationCallback(Callback):
         limit_eval_batches: int | float | None,
         threads: int | None,
         engine: Engine,
-        dynamic_shapes: DynamicShapes | None,
+        dynamic_shapes: ChosenShapes,
         sensitivity: bool,
         name: str | None,
     ) -> None:
@@ -115,18 +129,27 @@ class QuantizationCallback(Callback):
         self.metrics_before: dict[str, float] = {}
         # Whether an interruption from now on costs the artifact.
         self._begun = False
+        # The call that validation makes, and whether it is another one than training's.
+        self._evaluated: Capture | None = None
+        self._evaluated_otherwise = False
         # The checkpoint that `quantize_checkpoint` is at work on.
         self._checkpoint: dict[str, Any] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles, which projects make of their Trainer's callbacks, hold no model: fit finds its own."""
-        return {**self.__dict__, "prepared": None, "loss_inputs": None, "_begun": False, "_checkpoint": None}
+        return {
+            **self.__dict__,
+            "prepared": None,
+            "loss_inputs": None,
+            "_begun": False,
+            "_evaluated": None,
+            "_checkpoint": None,
+        }
 
     @property
     @override
     def state_key(self) -> str:
-        identity = {"recipe": self.recipe.name, "module": self.module, "output_dir": str(self.output_dir)}
-        return self._generate_state_key(runtime=self.runtime, **identity)
+        return self._generate_state_key(**identity_of(self))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -149,7 +172,9 @@ class QuantizationCallback(Callback):
         started = time.perf_counter()
         with borrowed_loaders(trainer):
             _refused_in_callback(self.group.together, self._prepare, trainer, pl_module)
-        _refused_in_callback(self.group.on_first, self._try_export)
+        prepared = self.require_prepared()
+        sizes = _refused_in_callback(self.group.on_first, self._try_export, prepared)
+        _refused_in_callback(self._take_sizes, prepared, sizes)
         self.seconds = {"capture": time.perf_counter() - started}
         self._begun = True
 
@@ -231,6 +256,7 @@ class QuantizationCallback(Callback):
         check_flag("sensitivity", self.sensitivity)
         check_limit("limit_eval_batches", self.limit_eval_batches)
         check_threads(self.threads)
+        chosen_shapes(self.dynamic_shapes)
         check_rankable(self.recipe, sensitivity=self.sensitivity)
 
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,11 +290,16 @@ class QuantizationCallback(Callback):
         found = capture_call(trainer, pl_module, self.module, self.example, is_wanted)
         self.path = found.path
         self.findings = self._look_beside(trainer, pl_module)
+        found = self._as_evaluated(trainer, pl_module, found)
         if self.runtime == AUTO and not self.chosen_runtime:
             module = resolve(pl_module, found.path)
             self.chosen_runtime, note = self.group.on_first(choose_at_start, self, module, found)
             self.findings += (note,)
         self.prepared = self._plan(resolve(pl_module, found.path), found)
+        if isinstance(self.prepared, Prepared):
+            self.prepared.learns_from_captured = bool(self._evaluated_otherwise)
+        if self._evaluated is not None:
+            self.prepared.note_sizes(self._evaluated.args, self._evaluated.kwargs)
         name = found.path or f"{type(pl_module).__name__}.forward"
         announce(type(self).__name__, name, self.prepared, self.step_share)
 
@@ -293,8 +324,38 @@ class QuantizationCallback(Callback):
         warn(f"{type(self).__name__}: {finding}. Call {self.path!r} itself to have them quantized.")
         return (finding,)
 
-    def _try_export(self) -> None:
-        trial_export(self.require_prepared(), dynamic_shapes=self.dynamic_shapes)
+    def _as_evaluated(self, trainer: Trainer, pl_module: LightningModule, found: Capture) -> Capture:
+        """Return the call to export: that of validation where it is another one than training's but for the tensors."""
+        self._evaluated, self._evaluated_otherwise = None, False
+        if self.example == "train_batch":
+            self._evaluated = evaluation_call(trainer, pl_module, found.path)
+        if self._evaluated is None:
+            return found
+        differs = difference(resolve(pl_module, found.path), found, self._evaluated)
+        self._evaluated_otherwise = bool(differs)
+        if not differs:
+            return found
+        finding = (
+            f"validation calls {found.path or 'the module'!r} otherwise: {differs}. Its call is the one exported, and "
+            "ranges of what training does not reach come from it"
+        )
+        rank_zero_info(f"{type(self).__name__}: {finding}.")
+        self.findings += (finding,)
+        return self._evaluated
+
+    def _try_export(self, prepared: Quantizable) -> tuple[Any, ...]:
+        """Try the end, and return what was found out of the sizes."""
+        trial_export(prepared, dynamic_shapes=self.dynamic_shapes)
+        return prepared.found_sizes()
+
+    def _take_sizes(self, prepared: Quantizable, found: tuple[Any, ...]) -> None:
+        """Let every process know what the first found out; say what stays as captured, and refuse what cannot be."""
+        prepared.take_sizes(found)
+        for note in notes_of_sizes(prepared):
+            rank_zero_info(f"{type(self).__name__}: {note}.")
+        in_process = isinstance(prepared, Layerwise) and runtimes.get(self.chosen_runtime).IN_PROCESS
+        if self._evaluated is not None and self.evaluate and not in_process:
+            check_takes(prepared, self._evaluated.args, self._evaluated.kwargs)
 
 
 def _load_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

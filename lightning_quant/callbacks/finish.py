@@ -18,17 +18,24 @@ from lightning_quant.accuracy.rounded_parts import all_but
 from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
+from lightning_quant.calibrate import observe_unreached
+from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.callbacks.recovery import recovery
+from lightning_quant.callbacks.states import state_of
+from lightning_quant.errors import FixedSizesError
 from lightning_quant.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
 from lightning_quant.export import Quantizable, export
 from lightning_quant.host import HOST, copied_to
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import Layerwise
 from lightning_quant.metric_rows import MetricRow
+from lightning_quant.parts import in_parts
+from lightning_quant.prepared import Prepared
 from lightning_quant.routing import clone, resolve
+from lightning_quant.sizes import notes_of_sizes
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,8 @@ def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deploym
     # A run that started from a checkpoint, without training, is started again in the same way.
     advice = "" if callback.notes else f" Should that be cut short: {recovery(callback, trainer)}"
     rank_zero_info(f"{type(callback).__name__}: writing {folder}.{advice}")
+    if isinstance(deployment.prepared, Prepared):
+        observe_unreached(deployment.prepared)
     artifact = callback.artifact = group.on_first(_export, callback, trainer, deployment, folder)
     with contextlib.ExitStack() as stack:
         # Measured on a copy: another run may replace the artifact meanwhile.
@@ -88,7 +97,7 @@ def _measure(
 ) -> Artifact:
     """Evaluate and measure a private copy of an artifact, and add the report to the artifact."""
     metrics: tuple[MetricRow, ...] = ()
-    notes = (*callback.findings, *deployment.notes)
+    notes = (*callback.findings, *deployment.notes, *notes_of_sizes(deployment.prepared))
     if callback.evaluate:
         started = time.perf_counter()
         metrics = _metrics(callback, trainer, deployment, own)
@@ -154,7 +163,11 @@ def _metrics(
         return ()
     with prepared.attached("frozen"):
         simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
-    exported, number = _evaluate_artifact(callback, trainer, deployment, own)
+    exported, number = dict[str, float](), None
+    try:
+        exported, number = _evaluate_artifact(callback, trainer, deployment, own)
+    except FixedSizesError as error:
+        warn(f"The artifact has no metrics: {error}")
     before = callback.metrics_before
     directions = watched(trainer, callback._checkpoint) | float_values.higher_is_better
     return tuple(
@@ -191,7 +204,7 @@ def _evaluate_artifact(
         artifacts.open_model(own, into=resolve(filled, path))
         # Its layers are the CPU's: another device would run them with kernels of its own.
         return evaluate(trainer, filled, path, limit_batches=limit, group=group, on_cpu=True), None
-    target: Callable[..., Any] = artifacts.open_model(own)
+    target: Callable[..., Any] = in_parts(artifacts.open_model(own), prepared)
     without_loss = False
     if callback.loss_inputs is not None:
         target = callback.loss_inputs.outside(target)
@@ -229,7 +242,7 @@ def _load_best(
         return ("weights are the last ones: no ModelCheckpoint has a best checkpoint",)
     # Written by this very run, so nothing in it is foreign; hyperparameters may be of any class.
     saved = torch.load(path, map_location="cpu", weights_only=False)
-    state = saved.get("callbacks", {}).get(callback.state_key, {})
+    state = state_of(callback, saved.get("callbacks", {})) or {}
     if with_ranges:
         if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm"):
             return (

@@ -20,11 +20,11 @@ from lightning_quant.callbacks.training_data import calibration_steps, check_dat
 from lightning_quant.choice import check_choice
 from lightning_quant.distributed import calibrate_together
 from lightning_quant.errors import QuantizationError
-from lightning_quant.export import DynamicShapes
 from lightning_quant.names import Data, DataName, Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, Recipe
 from lightning_quant.routing import resolve
+from lightning_quant.sizes import ChosenShapes
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class PostTrainingQuantization(QuantizationCallback):
         threads: for the latencies in the report; torch's number of threads by default.
         engine: whose kernels run on runtime "torch": by default the first whose parity holds, in an order of their own;
             "fastest" measures those whose parity holds, so that equal runs may end with different ones.
-        dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
+        dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary; "static"
+            keeps all sizes of the captured call, the batch among them.
         sensitivity: whether the report says which operator costs what: it runs the module four to six times for each
             operator, on two calibration batches, and the validation loop twice for the worst one. For recipes that
             are calibrated, in one process.
@@ -100,7 +101,7 @@ class PostTrainingQuantization(QuantizationCallback):
         limit_eval_batches: int | float | None = None,
         threads: int | None = None,
         engine: Engine = "auto",
-        dynamic_shapes: DynamicShapes | None = None,
+        dynamic_shapes: ChosenShapes = None,
         sensitivity: bool = False,
         name: str | None = None,
     ) -> None:

@@ -1,5 +1,6 @@
 """Quantization-aware training as a callback."""
 
+import copy
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -20,17 +21,18 @@ from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_op
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback, warn
 from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
 from lightning_quant.callbacks.schedule import Schedule, Timeline, read_schedule, resolve
+from lightning_quant.callbacks.states import state_of
 from lightning_quant.callbacks.training_data import calibration_steps, working_copy
 from lightning_quant.distributed import merge_batch
 from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
-from lightning_quant.export import DynamicShapes
 from lightning_quant.learned_steps import LearnedSteps
 from lightning_quant.names import Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import LayerRecipe, Recipe
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.routing import resolve as module_at
+from lightning_quant.sizes import ChosenShapes
 
 
 class QuantizationAwareTraining(QuantizationCallback):
@@ -57,7 +59,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         threads: for the latencies in the report; torch's number of threads by default.
         engine: whose kernels run on runtime "torch": by default the first whose parity holds, in an order of their own;
             "fastest" measures those whose parity holds, so that equal runs may end with different ones.
-        dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary.
+        dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary; "static"
+            keeps all sizes of the captured call, the batch among them.
         sensitivity: whether the report says which operator costs what, with the trained weights and ranges; see
             `PostTrainingQuantization`. In one process.
         name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
@@ -87,7 +90,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         limit_eval_batches: int | float | None = None,
         threads: int | None = None,
         engine: Engine = "auto",
-        dynamic_shapes: DynamicShapes | None = None,
+        dynamic_shapes: ChosenShapes = None,
         sensitivity: bool = False,
         name: str | None = None,
     ) -> None:
@@ -276,7 +279,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         states = {
             key: state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith(type(self).__name__)
         }
-        state = states.get(self.state_key) or (next(iter(states.values())) if len(states) == 1 else None)
+        state = state_of(self, states) or (next(iter(states.values())) if len(states) == 1 else None)
         if not state or state["phase"] == "off":
             raise QuantizationError(
                 f"Expected a checkpoint with the ranges of {self.state_key}, but it has "
@@ -284,6 +287,13 @@ class QuantizationAwareTraining(QuantizationCallback):
                 "PostTrainingQuantization(...).quantize_checkpoint(...)."
             )
         return state
+
+    @override
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Called when fit resumes: find the state that an earlier version saved under another name."""
+        states = checkpoint.get("callbacks", {})
+        if self.state_key not in states and (state := state_of(self, states)) is not None:
+            self.load_state_dict(copy.deepcopy(state))
 
     @override
     def state_dict(self) -> dict[str, Any]:

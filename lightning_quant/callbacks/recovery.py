@@ -1,11 +1,11 @@
 """How to make the artifact from a checkpoint when a run was cut short: lines to paste."""
 
 import dataclasses
+import inspect
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_quant import recipe as recipes
-from lightning_quant.engines import AUTO
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -40,17 +40,36 @@ def newest_checkpoint(trainer: "Trainer") -> Path | None:
     return max(files, key=lambda file: file.stat().st_mtime_ns).absolute() if files else None
 
 
+def given_arguments(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return what a callback is constructed with, by name, but for what is the default anyway."""
+    signature = inspect.signature(kind.__init__)  # type: ignore[misc]
+    try:
+        bound = signature.bind_partial(None, *args, **kwargs).arguments
+    except TypeError:
+        # The constructor says better what is wrong.
+        return {}
+    defaults = {name: parameter.default for name, parameter in signature.parameters.items()}
+    return {name: value for name, value in list(bound.items())[1:] if value != defaults[name]}
+
+
 def _arguments(callback: "QuantizationCallback") -> str:
     recipe: Any = callback.recipe.name
     if recipes.RECIPES.get(recipe) != callback.recipe:
-        recipe = dataclasses.asdict(callback.recipe)
-    given: dict[str, Any] = {
-        "module": callback.path or None,
-        "output_dir": str(callback.last_folder),
-        "include": list(callback.selection.include) if callback.selection.include != ("*",) else None,
-        "exclude": list(callback.selection.exclude) or None,
-        "dynamic_shapes": callback.dynamic_shapes,
-        "engine": callback.engine if callback.engine != AUTO else None,
-    }
-    named = [f"{name}={value!r}" for name, value in given.items() if value is not None]
-    return ", ".join([repr(recipe), repr(callback.chosen_runtime or callback.runtime), *named])
+        recipe = callback.recipe
+    known = {"module": callback.path or None, "output_dir": callback.last_folder}
+    named = {**callback.given, **{name: value for name, value in known.items() if value is not None}}
+    for name in ("recipe", "runtime"):
+        named.pop(name, None)
+    values = [repr(_plain(value)) for value in (recipe, callback.chosen_runtime or callback.runtime)]
+    return ", ".join([*values, *(f"{name}={_plain(value)!r}" for name, value in named.items())])
+
+
+def _plain(value: Any) -> Any:
+    """Return a value whose `repr` needs no import: the constructors take it as well."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    return type(value)(map(_plain, value)) if isinstance(value, list | tuple) else value

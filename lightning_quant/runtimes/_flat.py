@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, rebuild_call
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+from lightning_quant.runtimes._reasons import first_line, reason, sizes_watched
 from lightning_quant.signature import Signature, output_names, tensor_leaves
 
 # What a file says of its inputs, and of its outputs.
@@ -101,25 +102,38 @@ def tensors_in(path: Path) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def exporting(engine: str) -> Iterator[None]:
+def exporting(engine: str, names: tuple[str, ...] = ()) -> Iterator[list[str]]:
     """Let an exporter work quietly and without gradients; what it refuses becomes an error of ours.
 
+    Args:
+        engine: what is at work, for messages.
+        names: of the inputs, in order.
+
+    Yields:
+        the places in the user's code that have made a constant of a size that may vary.
+
     Raises:
-        ExportError: the exporter raised; the message has its reason and the way out.
+        ExportError: the exporter raised; the message has its reason, the place in the user's code, and the way out.
     """
     from torch._dynamo.exc import TorchDynamoException
 
-    refusals = (ValueError, AssertionError, NotImplementedError, KeyError, TypeError, TorchDynamoException)
-    try:
-        with quiet(), torch.no_grad():
-            yield
-    except QuantizationError:
-        raise
-    except (RuntimeError, *refusals) as error:
-        raise ExportError(
-            f"Expected {engine} to take the module, but it says: {first_line(error)}. Name a child module that "
-            'exports (`module="..."`), exclude what does not, or choose another runtime.'
-        ) from error
+    refusals = (ValueError, AssertionError, NotImplementedError, LookupError, TypeError, AttributeError)
+    with sizes_watched() as fixed:
+        try:
+            with quiet(), torch.no_grad():
+                yield fixed
+        except QuantizationError:
+            raise
+        except (RuntimeError, TorchDynamoException, *refusals) as error:
+            raise refused(engine, reason(error, names, fixed)) from error
+
+
+def refused(engine: str, why: str) -> ExportError:
+    """Return the error that says why an exporter does not take a module."""
+    return ExportError(
+        f"Expected {engine} to take the module, but it says: {why}. Change that place, name a child module that "
+        'exports (`module="..."`), exclude what does not, or choose another runtime.'
+    )
 
 
 @contextlib.contextmanager
@@ -137,14 +151,6 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of what an error, or the one that caused it, says."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def _form(name: str, tensor: Tensor) -> dict[str, Any]:

@@ -9,9 +9,11 @@ from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, rebuild_call
 from lightning_quant.named_edges import PREFIX, EdgeNames
-from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting
+from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, refused
 from lightning_quant.runtimes._onnx_layers import translations
 from lightning_quant.signature import output_names
+
+_ENGINE = "PyTorch's exporter to ONNX"
 
 
 def export_onnx(
@@ -38,11 +40,9 @@ def export_onnx(
     """
     examples = example_tensors(spec, tensors, dynamic)
     flat = Flat(module, signature, spec).eval()
-    with torch.no_grad():
+    with exporting(_ENGINE, spec.names) as fixed:
         args, kwargs = rebuild_call(signature, spec.arguments(examples))
-        example_output = module(*args, **kwargs)
-    names = output_names(example_output, spec.names)
-    with exporting("PyTorch's exporter to ONNX"):
+        names = output_names(module(*args, **kwargs), spec.names)
         program = torch.onnx.export(
             flat,
             tuple(examples),
@@ -57,9 +57,24 @@ def export_onnx(
         _name_edges(program.model, EdgeNames(flat))  # type: ignore[union-attr]
         _optimize(program.model)  # type: ignore[union-attr]
         _name(program.model, spec.names, names)  # type: ignore[union-attr]
+        _check_varies(program.model, spec, dynamic, fixed)  # type: ignore[union-attr]
     _strip(program.model)  # type: ignore[union-attr]
     _keep_names_apart(program.model)  # type: ignore[union-attr]
     program.save(path)  # type: ignore[union-attr]
+
+
+def _check_varies(model: Any, spec: CallSpec, dynamic: dict[str, dict[int, str]], fixed: list[str]) -> None:
+    """Make sure that sizes that may vary do so in a graph: the exporter tries again with constants of its own accord.
+
+    Raises:
+        ExportError: one is a constant.
+    """
+    sizes = {value.name: value.shape for value in model.graph.inputs}
+    for name in spec.names:
+        for dimension in dynamic.get(name, {}) if name in sizes else ():
+            if isinstance(sizes[name][dimension], int):
+                where = f", at {fixed[-1]}" if fixed else ""
+                raise refused(_ENGINE, f"dimension {dimension} of `{name}` is {sizes[name][dimension]} alone{where}")
 
 
 def _optimize(model: Any) -> None:

@@ -110,7 +110,7 @@ def export(
     open_dimension = torch.export.Dim.DYNAMIC
     shapes = [dict.fromkeys(dynamic.get(name, {}), open_dimension) for name in spec.names]
     examples = example_tensors(spec, tensors, dynamic)
-    with exporting("PyTorch's exporter"):
+    with exporting("PyTorch's exporter", spec.names):
         program = torch.export.export(
             _Functional(Flat(module, signature, spec).eval()),
             (state, examples),

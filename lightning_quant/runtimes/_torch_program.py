@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.errors import ArtifactError, QuantizationError
-from lightning_quant.runtimes._flat import first_line
+from lightning_quant.runtimes._reasons import first_line
 from lightning_quant.runtimes._torch_operators import operator_of
 
 # What PyTorch and Python raise when an operator is given what it does not take.

@@ -98,7 +98,7 @@ def export(
 
     examples = tuple(example_tensors(spec, tensors, dynamic))
     flat = Flat(module, signature, spec).eval()
-    with exporting("PyTorch's exporter"):
+    with exporting("PyTorch's exporter", spec.names):
         program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
         lowered = lower(program.run_decompositions({}).module(check_guards=False), EdgeNames(flat))
     inputs, outputs = forms_of_call(flat, examples, dynamic)

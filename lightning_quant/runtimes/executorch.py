@@ -26,7 +26,8 @@ from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
-from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, first_line, quiet
+from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, quiet
+from lightning_quant.runtimes._reasons import first_line
 from lightning_quant.runtimes._standalone import torch_inputs
 from lightning_quant.runtimes._xnnpack import INTEGER, as_xnnpack_reads_it, restore_bounds, xnnpack_nodes
 from lightning_quant.signature import Signature
@@ -129,7 +130,7 @@ def export(
     }
     shapes = dynamic_shapes(spec, dynamic, limits)
     flat = Flat(module, signature, spec).eval()
-    with exporting("ExecuTorch"):
+    with exporting("ExecuTorch", spec.names):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
         from executorch.exir import to_edge_transform_and_lower
 

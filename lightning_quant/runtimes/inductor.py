@@ -34,11 +34,11 @@ from lightning_quant.runtimes._flat import (
     dynamic_shapes,
     example_tensors,
     exporting,
-    first_line,
     forms_of_call,
     forms_of_signature,
     quiet,
 )
+from lightning_quant.runtimes._reasons import first_line
 from lightning_quant.runtimes._standalone import torch_inputs
 from lightning_quant.signature import Signature
 
@@ -131,7 +131,7 @@ def export(
     examples = tuple(t.contiguous() for t in example_tensors(spec, tensors, dynamic))
     flat = Flat(module, signature, spec).eval()
     options = {**_OPTIONS, "aot_inductor.metadata": _as_metadata(forms_of_call(flat, examples, dynamic))}
-    with exporting("Inductor"):
+    with exporting("Inductor", spec.names):
         program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
         torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
     _make_reproducible(path)

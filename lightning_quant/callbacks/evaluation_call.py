@@ -1,0 +1,81 @@
+"""The call that validation makes of the module to quantize: it is the one that an artifact has to answer."""
+
+import functools
+import inspect
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+
+from lightning_quant.callbacks.training_data import _combined_loader, batches, independent_copy
+from lightning_quant.calls import flatten_call
+from lightning_quant.capture import Capture, capture, isolated_rng, unchanged
+from lightning_quant.errors import CaptureError
+from lightning_quant.graph.analyze import own_signature
+from lightning_quant.routing import evaluation_mode
+
+
+def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> Capture | None:
+    """Record the first call that `validation_step` makes of the module at a path.
+
+    Returns:
+        None where there is no validation, or none that calls the module.
+    """
+    if not trainer.enable_validation:
+        return None
+    # Outside the isolation: the trainer keeps what is set up here, with the random numbers that it draws for it.
+    _combined_loader(trainer, "validation")
+    duplicate = independent_copy(trainer, pl_module)
+    with isolated_rng(), unchanged(pl_module), torch.no_grad(), evaluation_mode(duplicate):
+        for batch in batches(trainer, pl_module, 1, "validation"):
+            try:
+                with trainer.precision_plugin.val_step_context():
+                    return capture(duplicate, functools.partial(_run, duplicate, batch), path)
+            except CaptureError:
+                return None
+            # A validation that does not run here, on a copy and before its time, tells nothing; the loop itself will.
+            except Exception:
+                return None
+    return None
+
+
+def difference(module: nn.Module, training: Capture, evaluation: Capture) -> str:
+    """Return in words how two calls differ beside their tensors; empty when one graph serves both."""
+    signature = own_signature(module)
+    specs = [flatten_call(signature, call.args, call.kwargs)[0] for call in (training, evaluation)]
+    if specs[0].key() == specs[1].key():
+        return ""
+    bound = []
+    for call in (training, evaluation):
+        arguments = signature.bind(*call.args, **call.kwargs)
+        arguments.apply_defaults()
+        bound.append(arguments.arguments)
+    return " and ".join(
+        f"`{name}` is {_in_words(bound[1].get(name))} where training has {_in_words(bound[0].get(name))}"
+        for name in signature.parameters
+        if not _alike(bound[0].get(name), bound[1].get(name))
+    )
+
+
+def _run(duplicate: LightningModule, batch: Any) -> None:
+    duplicate.on_validation_start()
+    duplicate.on_validation_epoch_start()
+    duplicate.on_validation_batch_start(batch, 0, 0)
+    names = list(inspect.signature(duplicate.validation_step).parameters)
+    duplicate.validation_step(*(batch, 0, 0)[: len(names)])
+
+
+def _alike(first: Any, second: Any) -> bool:
+    signature = inspect.signature(lambda value: None)
+    return flatten_call(signature, (first,), {})[0].key() == flatten_call(signature, (second,), {})[0].key()
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return "a tensor"
+    return (
+        repr(value)
+        if value is None or isinstance(value, bool | int | float | str)
+        else f"another {type(value).__name__}"
+    )

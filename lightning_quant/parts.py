@@ -1,0 +1,94 @@
+"""Calls of any number of samples on a file that takes one number alone."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_quant.calls import flatten_call
+from lightning_quant.captured import CapturedModel
+from lightning_quant.errors import FixedSizesError
+from lightning_quant.loaded import LoadedModule
+from lightning_quant.signature import tensor_leaves
+
+
+class InParts:
+    """Calls an artifact on as many samples at a time as it takes; the last part is filled up, and cut off again.
+
+    Args:
+        artifact: whose file has the captured sizes.
+        captured: what it was exported from; its samples do not depend on each other.
+    """
+
+    def __init__(self, artifact: LoadedModule, captured: CapturedModel) -> None:
+        self.artifact, self.captured = artifact, captured
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run a call of the captured structure.
+
+        Raises:
+            FixedSizesError: it has other sizes, and cannot be divided.
+        """
+        names, batch = self.captured.spec.names, self.captured.batch
+        spec, tensors = flatten_call(self.captured.signature, args, kwargs)
+        captured = [tuple(tensor.shape) for tensor in self.captured.tensors]
+        if spec.names != names or [tuple(tensor.shape) for tensor in tensors] == captured:
+            return self.artifact(*args, **kwargs)
+        if batch is None or not batch.independent:
+            sizes = [tuple(tensor.shape) for tensor in tensors]
+            raise FixedSizesError(
+                f"Expected sizes {captured} of {names}, the only ones that the file takes, but got {sizes}."
+            )
+        number = next(
+            t.shape[batch.inputs[name]] for name, t in zip(names, tensors, strict=True) if name in batch.inputs
+        )
+        parts = [self._run(batch.cut(names, tensors, start, batch.size)) for start in range(0, number, batch.size)]
+        outputs = []
+        for index, place in enumerate(batch.outputs):
+            first = parts[0][index]
+            if place is not None:
+                first = torch.cat([part[index] for part in parts], place[0]).narrow(place[0], 0, number * place[1])
+            outputs.append(first)
+        return self.artifact.signature.unflatten(outputs)
+
+    def _run(self, tensors: list[Tensor]) -> list[Tensor]:
+        args, kwargs = self.captured.call(
+            [self._filled(n, t) for n, t in zip(self.captured.spec.names, tensors, strict=True)]
+        )
+        return tensor_leaves(self.artifact(*args, **kwargs))
+
+    def _filled(self, name: str, tensor: Tensor) -> Tensor:
+        """Repeat the last sample until there are as many as the file takes."""
+        batch = self.captured.batch
+        if batch is None or name not in batch.inputs:
+            return tensor
+        dimension = batch.inputs[name]
+        missing = batch.size - tensor.shape[dimension]
+        last = tensor.narrow(dimension, tensor.shape[dimension] - 1, 1)
+        return torch.cat([tensor, *[last] * missing], dimension) if missing else tensor
+
+
+def in_parts(artifact: LoadedModule, captured: CapturedModel) -> LoadedModule | InParts:
+    """Return what takes any number of samples, where the file alone does not."""
+    return artifact if captured.varies_in_file else InParts(artifact, captured)
+
+
+def check_takes(captured: CapturedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Make sure that evaluation can call the file as it does the module.
+
+    Raises:
+        FixedSizesError: the file takes other sizes alone.
+    """
+    exported, batch = captured.exported or {}, captured.batch
+    spec, tensors = flatten_call(captured.signature, args, kwargs)
+    if spec.names != captured.spec.names:
+        return
+    divisible = dict(batch.inputs) if batch is not None and batch.independent else {}
+    for name, tensor, known in zip(spec.names, tensors, captured.tensors, strict=True):
+        for dimension, (size, expected) in enumerate(zip(tensor.shape, known.shape, strict=False)):
+            if size != expected and dimension not in exported.get(name, {}) and divisible.get(name) != dimension:
+                raise FixedSizesError(
+                    f"Expected validation to call with dimension {dimension} of `{name}` {expected}, the only size "
+                    f"that the file takes, but got {size}. Train and validate with calls of one size, or pass "
+                    "`evaluate=False`."
+                )
