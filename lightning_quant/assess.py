@@ -16,11 +16,13 @@ from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import PARITY_SAMPLES, Quantizable, export_float, samples_of
+from lightning_quant.host import moved_call
 from lightning_quant.latency import Timing, measure
 from lightning_quant.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.layerwise import Layerwise
 from lightning_quant.machine import cpu_name
 from lightning_quant.metric_rows import MetricRow
+from lightning_quant.output_noise import HeldOut, Noise, measure_noise
 from lightning_quant.parity import Parity, check_parity
 from lightning_quant.process import torch_threads
 from lightning_quant.report import LatencyRow, Report
@@ -40,6 +42,7 @@ def assess(
     sensitivity: Sensitivity | None = None,
     step_share: float = 1.0,
     trained: bool = False,
+    held: HeldOut | None = None,
 ) -> Report:
     """Measure an artifact against the float module it came from.
 
@@ -54,6 +57,7 @@ def assess(
         sensitivity: which operator costs what, when that was asked for.
         step_share: share of the multiply-adds of the LightningModule's step that the module makes.
         trained: whether the weights were trained through rounding.
+        held: calls to compare float and artifact on; the captured one where there are none.
     """
     seconds = dict(seconds or {})
     runtime = runtimes.get(prepared.plan.runtime)
@@ -61,6 +65,7 @@ def assess(
     loaded = artifacts.open_model(artifact, threads=threads)
     started = time.perf_counter()
     parity = parity_of(prepared, loaded, artifact)
+    noise, unfit = _noise(prepared, loaded, held)
     seconds["parity"] = time.perf_counter() - started
     started = time.perf_counter()
     latency, remarks = _latency(prepared, loaded, threads)
@@ -83,12 +88,37 @@ def assess(
         operators=operators,
         seconds=seconds,
         plan=prepared.plan.to_dict(),
-        notes=(*notes, *_engine(artifact), *remarks),
+        notes=(*notes, *_engine(artifact), *remarks, *unfit),
         min_stored_share=prepared.recipe.min_stored_share if isinstance(prepared, Layerwise) else None,
         sensitivity=sensitivity,
         step_share=step_share,
         trained=trained,
+        noise=noise,
+        way_out=_way_out(prepared),
     )
+
+
+def _noise(prepared: Quantizable, loaded: nn.Module, held: HeldOut | None) -> tuple[Noise, tuple[str, ...]]:
+    """Compare on held-out calls, or on the captured one where there are none or they are no calls of the artifact."""
+    unfit: tuple[str, ...] = ()
+    if held is not None and held.calls:
+        calls = tuple(moved_call(*call) for call in held.calls)
+        try:
+            return measure_noise(prepared.root, loaded, HeldOut(calls, held.base)), ()
+        except QuantizationError as error:
+            unfit = (f"{held.base} does not fit the artifact, so noise was measured on the captured call: {error}",)
+    captured = HeldOut((prepared.call(prepared.tensors),), "the captured call, which took part in the choice of ranges")
+    return measure_noise(prepared.root, loaded, captured), unfit
+
+
+def _way_out(prepared: Quantizable) -> str:
+    """Say what helps against noise."""
+    if isinstance(prepared, Layerwise):
+        if any("4bit" in scheme for scheme in prepared.recipe.schemes):
+            return "Try recipe 'int8_weight_only'"
+        return "Try recipe 'int8_weight_only' or 'float16', or keep layers float with `exclude`"
+    steps = "" if prepared.recipe.accuracy_steps else "Try recipe 'int8_accurate', or keep"
+    return f"{steps or 'Keep'} the layers float that `sensitivity=True` finds, with `exclude`"
 
 
 def _engine(artifact: Artifact) -> tuple[str, ...]:

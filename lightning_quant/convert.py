@@ -21,7 +21,7 @@ from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
 from lightning_quant.layers.placement import place
 from lightning_quant.named_edges import EdgeQuantizer
-from lightning_quant.noise import signal_to_noise
+from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import clone, evaluation_mode, resolve, route
 from lightning_quant.shield import shield_float_layers
@@ -161,8 +161,8 @@ def check_agreement(prepared: Prepared, converted: nn.Module, args: tuple[Any, .
         with prepared.attached("frozen"):
             simulated = prepared.root(*args, **kwargs)
         actual = converted(*args, **kwargs)
-    agreement = signal_to_noise(simulated, actual)
-    needed = min(signal_to_noise(float_output, simulated) - _TOLERANCE_DB, _ENOUGH_DB)
+    agreement = signal_to_noise(*alike(simulated, actual))
+    needed = min(signal_to_noise(*alike(float_output, simulated)) - _TOLERANCE_DB, _ENOUGH_DB)
     if not agreement >= needed:
         raise ExportError(
             f"Expected the converted model to agree with the fake-quantized one by {needed:.1f} dB, but got "

@@ -107,13 +107,16 @@ def load(path: Path, signature: Signature) -> GoldenBatch:
     return batch
 
 
-def check_alike(recorded: list[Tensor], other: list[Tensor], signature: Signature) -> None:
-    """Make sure that outputs have the form of the recorded ones.
+def check_alike(recorded: list[Tensor], other: list[Tensor], signature: Signature, *, sizes: bool = True) -> None:
+    """Make sure that outputs have the form of the recorded ones; without `sizes` their number of dimensions is enough.
 
     Raises:
         ArtifactError: another number, shape or type.
     """
-    forms = [[(tuple(tensor.shape), tensor.dtype) for tensor in tensors] for tensors in (recorded, other)]
+    forms = [
+        [(tuple(tensor.shape) if sizes else tensor.dim(), tensor.dtype) for tensor in tensors]
+        for tensors in (recorded, other)
+    ]
     if forms[0] != forms[1]:
         names = [info.name for info in signature.outputs]
         raise ArtifactError(f"Expected outputs {names} of the form {forms[0]} as recorded, but got {forms[1]}.")

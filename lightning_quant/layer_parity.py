@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lightning_quant.layerwise import Layerwise
-from lightning_quant.noise import signal_to_noise
+from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.parity import equal_argmax
 from lightning_quant.signature import tensor_leaves
 
@@ -62,8 +62,8 @@ def check_layer_parity(quantized: Layerwise, artifact: nn.Module) -> LayerParity
     floating, simulated = (tensor_leaves(output) for output in quantized.outputs)
     exported = tensor_leaves(artifact(*args, **kwargs))
     return LayerParity(
-        quantization_db=signal_to_noise(floating, simulated),
-        artifact_db=signal_to_noise(simulated, exported),
-        float_artifact_db=signal_to_noise(floating, exported),
+        quantization_db=signal_to_noise(*alike(floating, simulated)),
+        artifact_db=signal_to_noise(*alike(simulated, exported)),
+        float_artifact_db=signal_to_noise(*alike(floating, exported)),
         equal_argmax=equal_argmax(floating, exported),
     )

@@ -32,7 +32,7 @@ from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.placement import place, placed
 from lightning_quant.layers.refine import refine
 from lightning_quant.layers.trial import Trial, trials
-from lightning_quant.noise import signal_to_noise
+from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import (
     clone,
@@ -85,7 +85,7 @@ class Layerwise(CapturedModel):
                     f"Expected {type(self.root).__name__} to run with quantized layers, but {error}. If its code uses "
                     "the weight of a layer beside the layer, keep that layer float with `exclude`."
                 ) from error
-        if math.isnan(signal_to_noise(*self.outputs)):
+        if math.isnan(signal_to_noise(*alike(*self.outputs))):
             raise PlanError(
                 f"Expected {type(self.root).__name__} to give numbers with quantized layers, but it gives NaN. If its "
                 "code uses the weight of a layer beside the layer, keep that layer float with `exclude`."

@@ -14,11 +14,13 @@ def signal_to_noise(reference: Any, other: Any) -> float:
     """Return 10 log10 of signal over noise power in decibels, over all float tensors of two equal structures.
 
     Infinite when they are equal. Where both hold the same infinity or NaN, as masks do, values do not count; NaN or
-    minus infinity when only one does.
+    minus infinity when only one does. NaN for tensors of unequal sizes, see `alike`.
     """
     signal = noise = 0.0
     for expected, actual in zip(pytree.tree_leaves(reference), pytree.tree_leaves(other), strict=True):
         if isinstance(expected, Tensor) and expected.is_floating_point():
+            if expected.shape != actual.shape:
+                return float("nan")
             # Part by part: a whole embedding in double precision would be a multiple of the model.
             parts = (tensor.detach().reshape(-1).split(_PART) for tensor in (expected, actual))
             for a, b in zip(*parts, strict=True):
@@ -30,3 +32,13 @@ def signal_to_noise(reference: Any, other: Any) -> float:
     if noise == 0:
         return float("inf")
     return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
+
+
+def alike(reference: Any, other: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the tensors of two equal structures that are of one size in both.
+
+    Those whose size depends on values, as of what a mask leaves, are not where rounding moved a value over a bound.
+    """
+    pairs = zip(pytree.tree_leaves(reference), pytree.tree_leaves(other), strict=True)
+    kept = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.shape == b.shape]
+    return [a for a, _ in kept], [b for _, b in kept]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.named_edges import numbered
-from lightning_quant.noise import signal_to_noise
+from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.signature import tensor_leaves
@@ -36,6 +36,7 @@ class Parity:
             classes)`, else None.
         ties_db: of the simulation against itself, once for each draw, after every value was moved by a few bits of
             float32 before it was rounded: see `ties.py`. Empty where nothing depends on it.
+        misfit: which output of the artifact has a size that rounding ties do not explain; empty for none.
     """
 
     worst_operator: str
@@ -44,6 +45,7 @@ class Parity:
     artifact_db: float
     equal_argmax: float | None
     ties_db: tuple[float, ...] = ()
+    misfit: str = ""
 
     @property
     def needed_db(self) -> float:
@@ -53,7 +55,7 @@ class Parity:
     @property
     def failures(self) -> list[str]:
         """What is wrong, in plain words; empty when the artifact is what was simulated."""
-        found = []
+        found = [self.misfit] if self.misfit else []
         if self.worst_share is not None and not self.worst_share >= MINIMUM_SHARE:
             found.append(
                 f"at {self.worst_operator} only {self.worst_share:.2%} of the values are within one step of the "
@@ -115,13 +117,23 @@ def check_parity(
     parity = Parity(
         worst_operator=name,
         worst_share=share,
-        quantization_db=signal_to_noise(tensor_leaves(float_output), simulated_leaves),
-        artifact_db=signal_to_noise(simulated_leaves, exported_leaves),
+        quantization_db=signal_to_noise(*alike(tensor_leaves(float_output), simulated_leaves)),
+        artifact_db=signal_to_noise(*alike(simulated_leaves, exported_leaves)),
         equal_argmax=equal_argmax(simulated_leaves, exported_leaves),
+        misfit=_misfit(simulated_leaves, exported_leaves),
     )
     if parity.artifact_db >= parity.needed_db:
         return parity
     return replace(parity, ties_db=tipped_ties(prepared, args, kwargs, simulated))
+
+
+def _misfit(simulated: list[Tensor], exported: list[Tensor]) -> str:
+    """Say which output has another size than simulated, but for a few rows that a mask takes or leaves on ties."""
+    for index, (expected, actual) in enumerate(zip(simulated, exported, strict=True)):
+        few = max(0.05 * expected.numel(), 2 * expected[:1].numel()) if expected.dim() else 0
+        if expected.dim() != actual.dim() or abs(expected.numel() - actual.numel()) > few:
+            return f"output {index} has the shape {tuple(actual.shape)}, simulated {tuple(expected.shape)}"
+    return ""
 
 
 def told_apart(first: float, second: float) -> tuple[str, str]:
@@ -153,6 +165,7 @@ def equal_argmax(simulated: list[Any], exported: list[Any]) -> float | None:
     """Return the share of equal predictions where the result is class scores `(batch, classes)`, else None."""
     if (
         len(simulated) != 1
+        or simulated[0].shape != exported[0].shape
         or simulated[0].dim() != 2
         or simulated[0].shape[1] < 2
         or not simulated[0].is_floating_point()

@@ -32,6 +32,7 @@ from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import quantize_layers
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.names import Engine, Recipes, Runtime
+from lightning_quant.output_noise import HeldOut, held_back
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
@@ -115,8 +116,13 @@ def quantize(
             dynamic_shapes,
         )
         notes, calls = (note,), iter(data)
+    # A recipe with accuracy steps holds one of its calls back for itself.
+    held: list[Call] = []
+    calls = held_back(calls, 2 if isinstance(recipe, Recipe) and recipe.accuracy_steps else 1, held)
     few = list(itertools.islice(calls, NUM_CALLS)) if sensitivity else []
     quantized: Quantizable = make(model, recipe, chosen, selection, itertools.chain(few, calls), seconds)  # type: ignore[arg-type]
+    for call in held:
+        quantized.note_sizes(*call)
     found = None
     if sensitivity and isinstance(quantized, Prepared):
         found = rank_operators(quantized, few)
@@ -136,7 +142,15 @@ def quantize(
     notes += notes_of_sizes(quantized)
     # Measured on a copy: another run may replace the artifact meanwhile.
     with artifacts.private_copy(artifact) as own:
-        report = assess(quantized, own, seconds=seconds, threads=threads, notes=notes, sensitivity=found)
+        report = assess(
+            quantized,
+            own,
+            seconds=seconds,
+            threads=threads,
+            notes=notes,
+            sensitivity=found,
+            held=HeldOut(tuple(held), "the last call, which took no part in calibration"),
+        )
         artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
     for text in report.warnings:
         warnings.warn(f"{artifact.path}: {text}.", NoEffectWarning, stacklevel=2)

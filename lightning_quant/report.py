@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_quant.latency import Timing
 from lightning_quant.layer_parity import LayerParity
 from lightning_quant.metric_rows import MetricRow, metric_failures
+from lightning_quant.output_noise import Noise
 from lightning_quant.parity import Parity
 from lightning_quant.plan_summary import low_coverage, summarize
 from lightning_quant.tables import text_table
@@ -72,6 +73,8 @@ class Report:
         sensitivity: which operator costs what, where that was asked for.
         step_share: share of the multiply-adds of the LightningModule's step that the module makes, in [0, 1].
         trained: whether the weights were trained through rounding, so that without it they are no float model's.
+        noise: float against artifact, for every output; None when it was not measured.
+        way_out: what helps against noise, in words.
     """
 
     recipe: str
@@ -94,6 +97,8 @@ class Report:
     sensitivity: "Sensitivity | None" = None
     step_share: float = 1.0
     trained: bool = False
+    noise: Noise | None = None
+    way_out: str = ""
 
     @property
     def size_ratio(self) -> float:
@@ -117,6 +122,8 @@ class Report:
     def warnings(self) -> list[str]:
         """What went wrong, in plain words, worst first."""
         found = self.failures
+        if self.noise is not None:
+            found += [f"{text}. {self._way_out()}" for text in self.noise.warnings]
         if not any(text.startswith(self.recipe) for text in found):
             found += low_coverage(self.plan)
         if self.size_ratio > 1:
@@ -153,6 +160,8 @@ class Report:
             if isinstance(self.parity, Parity) and self.parity.worst_share is not None:
                 values["quant/parity_worst_share"] = self.parity.worst_share
             values["quant/parity_failed"] = float(any(text.startswith("parity ") for text in self.failures))
+        if self.noise is not None:
+            values |= {f"quant/{name}": value for name, value in self.noise.scalars().items()}
         values |= {f"quant/seconds/{stage}": value for stage, value in self.seconds.items()}
         return {name.replace("quant", prefix, 1): float(v) for name, v in values.items() if v is not None}
 
@@ -166,7 +175,7 @@ class Report:
         """Return the report as it stands in report.md and in the terminal."""
         parts = [f"# {self.recipe} on {self.runtime}"]
         parts += [f"**Warning:** {warning}." for warning in self.warnings]
-        parts += [self._summary(), self._metric_table(), self._latency_table(), self._parity_text()]
+        parts += [self._summary(), self._metric_table(), self._noise_text(), self._latency_table(), self._parity_text()]
         parts += [f"Note: {note}." for note in self.notes]
         parts += [self._sensitivity_text()]
         parts += [summarize(self.plan, self.operators, self.step_share), self._seconds_text()]
@@ -216,6 +225,16 @@ class Report:
         header = ("batch", "torch float, ms", f"{self.runtime} float, ms", "artifact, ms", "times faster")
         where = f"Median (quartiles) on {self.threads} thread{'s' * (self.threads != 1)}, {self.cpu}."
         return f"{text_table(header, rows)}\n\n{where}"
+
+    def _way_out(self) -> str:
+        """Say what helps: what sensitivity advises, where that was asked for."""
+        advice = None if self.sensitivity is None else self.sensitivity.advice
+        if advice is None:
+            return self.way_out
+        return f"Keep {', '.join(advice.names)} float with `exclude`, as sensitivity advises"
+
+    def _noise_text(self) -> str:
+        return "" if self.noise is None else str(self.noise)
 
     def _parity_text(self) -> str:
         return "" if self.parity is None else str(self.parity)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.graph.plan import identify
-from lightning_quant.noise import signal_to_noise
+from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.signature import tensor_leaves
@@ -52,7 +52,7 @@ def tipped_ties(prepared: Prepared, args: tuple[Any, ...], kwargs: dict[str, Any
         for draw in range(NUM_DRAWS):
             with prepared.attached("frozen"), prepared.simulation.jittering(draw):
                 tipped = prepared.root(*args, **kwargs)
-            draws.append(signal_to_noise(tensor_leaves(simulated), tensor_leaves(tipped)))
+            draws.append(signal_to_noise(*alike(tensor_leaves(simulated), tensor_leaves(tipped))))
     return tuple(draws)
 
 

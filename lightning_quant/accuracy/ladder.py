@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from lightning_quant.accuracy.absorption import absorb
@@ -20,7 +19,7 @@ from lightning_quant.accuracy.weight_rounding import gptq_layers, shrink_scales
 from lightning_quant.adjustments import AccuracyStep
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.exact import exact_arithmetic
-from lightning_quant.noise import signal_to_noise
+from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.observers import Histogram, build
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import Recipe
@@ -125,7 +124,7 @@ def output_snr(prepared: Prepared, calls: list[Call]) -> float:
         exact = [prepared.root(*args, **kwargs) for args, kwargs in calls]
         with prepared.attached("frozen"):
             quantized = [prepared.root(*args, **kwargs) for args, kwargs in calls]
-    return signal_to_noise(pytree.tree_leaves(exact), pytree.tree_leaves(quantized))
+    return signal_to_noise(*alike(exact, quantized))
 
 
 def snapshot(prepared: Prepared) -> tuple[object, ...]:

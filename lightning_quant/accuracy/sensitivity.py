@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from lightning_quant.accuracy.advice import Advice, advise
@@ -21,7 +20,7 @@ from lightning_quant.exact import exact_arithmetic
 from lightning_quant.fake_quantize import fake_quantize
 from lightning_quant.graph.plan import identify, path_of
 from lightning_quant.host import moved_call
-from lightning_quant.noise import signal_to_noise
+from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, Recipe
 from lightning_quant.routing import device_of, evaluation_mode
@@ -206,7 +205,7 @@ def rank_operators(prepared: Prepared, calls: list[Call]) -> Sensitivity:
 
 
 def _error(exact: list[Any], actual: list[Any]) -> float:
-    decibels = signal_to_noise(pytree.tree_leaves(exact), pytree.tree_leaves(actual))
+    decibels = signal_to_noise(*alike(exact, actual))
     return 10 ** (-decibels / 10)
 
 
