@@ -38,6 +38,21 @@ class Artifact:
     path: Path
     manifest: dict[str, Any]
 
+    def __repr__(self) -> str:
+        """Return one line; the report is in `report`, and in a notebook it is what a cell shows."""
+        ratio = (self.report or {}).get("size_ratio")
+        size = f"{self.size_bytes:,} bytes" if self.model_path.is_file() else "no longer in its folder"
+        size += f", {ratio:.2f} of float" if isinstance(ratio, float) else ""
+        warned = len((self.report or {}).get("warnings", []))
+        warnings = f", {warned} warning{'s' * (warned != 1)}" if warned else ""
+        return (
+            f"Artifact({str(self.path)!r}: {self.manifest['recipe']} on {self.manifest['runtime']}, {size}{warnings})"
+        )
+
+    def _repr_markdown_(self) -> str:
+        written = self.report_path
+        return written.read_text(encoding="utf-8") if written is not None and written.is_file() else repr(self)
+
     @property
     def model_path(self) -> Path:
         """The model file; of several, the one that is opened."""
@@ -143,6 +158,7 @@ def load(path: str | os.PathLike[str] | Artifact, **runtime_options: Any) -> Loa
 def open_model(own: Artifact, **runtime_options: Any) -> LoadedModule:
     """Load the model of a private copy."""
     runtime = runtimes.get(own.manifest["runtime"])
+    runtimes.check_options(own.manifest["runtime"], runtime_options)
     return runtime.load(own.path, own.model_files, own.signature, **runtime_options)
 
 

@@ -1,16 +1,20 @@
 """Wrong arguments are refused where they are written, by every door, with what to write instead."""
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_quant as lq
 from lightning_quant import names, observers, recipe, runtimes
+from lightning_quant.callbacks.ptq import Calibration
 from lightning_quant.choice import closest
 from lightning_quant.errors import QuantizationError
 from lightning_quant.runtimes import _torch_static
@@ -150,3 +154,67 @@ def test_types_name_what_there_is() -> None:
 )
 def test_only_what_comes_close_is_offered(written: Any, meant: list[str]) -> None:
     assert closest(written, ["int8", "int8_weight_only", "float16"])[:1] == meant
+
+
+# --- what a callback and an artifact say of themselves
+
+
+def test_a_callback_says_what_it_was_given() -> None:
+    assert repr(lq.PostTrainingQuantization()) == "PostTrainingQuantization('int8', 'onnxruntime')"
+    callback = lq.PostTrainingQuantization(
+        "int8_dynamic", "torch", exclude="head", calibration={"num_batches": 4}, engine="x86", output_dir="q"
+    )
+    again = eval(repr(callback), {"PostTrainingQuantization": lq.PostTrainingQuantization, "Calibration": Calibration})
+    assert repr(again) == repr(callback)
+    assert repr(callback).startswith("PostTrainingQuantization('int8_dynamic', 'torch', output_dir='q', calibration=")
+    assert "exclude=['head']" in repr(callback)
+    assert repr(lq.QuantizationAwareTraining(schedule={})) == "QuantizationAwareTraining('int8', 'onnxruntime')"
+
+
+@pytest.fixture(scope="module")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("artifact") / "q"
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # so small a net grows
+        return lq.quantize(NET, "int8_weight_only", "torch", calibration_data=[torch.randn(2, 8)], output_dir=folder)
+
+
+def test_an_artifact_says_what_it_is_in_one_line(artifact: Any) -> None:
+    assert repr(artifact).startswith(
+        f"Artifact('{artifact.path}': int8_weight_only on torch, {artifact.size_bytes:,} bytes"
+    )
+    assert len(repr(artifact)) < 300
+    assert artifact._repr_markdown_().startswith("# int8_weight_only on torch")
+
+
+@pytest.mark.parametrize("door", [lq.load, lq.verify])
+def test_options_of_another_runtime_are_refused(door: Callable[..., Any], artifact: Any) -> None:
+    with pytest.raises(QuantizationError, match=r"for runtime 'torch' .* got 'thread'\. Did you mean 'threads'"):
+        door(artifact.path, thread=2)
+    with pytest.raises(QuantizationError, match=r"got 'providers'"):
+        door(artifact.path, providers=["CPUExecutionProvider"])
+    with pytest.raises(QuantizationError, match=r"`threads` to be a positive integer or None, but got '2'"):
+        door(artifact.path, threads="2")
+
+
+def test_an_artifact_in_ones_own_module_is_validated_and_predicts(artifact: Any) -> None:
+    class Lit(LightningModule):
+        def __init__(self, net: nn.Module) -> None:
+            super().__init__()
+            self.net = net
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("sum", self.net(batch[0]).sum())
+
+        def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return self.net(batch[0])
+
+    data = DataLoader(TensorDataset(torch.randn(8, 8)), 4)
+    options: dict[str, Any] = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
+    trainer = Trainer(accelerator="cpu", enable_checkpointing=False, **options)
+    lit = Lit(NET)
+    before = trainer.validate(lit, data, verbose=False)[0]["sum"]
+    lit.net = lq.load(artifact)
+    predictions = torch.cat(trainer.predict(lit, data))
+    assert trainer.validate(lit, data, verbose=False)[0]["sum"] == pytest.approx(before, abs=0.1)
+    assert torch.equal(predictions, lq.load(artifact)(data.dataset.tensors[0]))

@@ -93,7 +93,7 @@ def test_readme_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     namespace: dict[str, object] = {}
     for block in blocks:
         exec(block, namespace)
-    for model in tmp_path.rglob("model-*.onnx"):
+    for model in tmp_path.rglob("model.onnx"):
         onnx.checker.check_model(onnx.load(model))
 
 

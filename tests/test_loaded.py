@@ -83,7 +83,7 @@ def test_a_spawned_process_gets_the_module_by_its_path(made: Artifacts) -> None:
     queue = context.Queue()
     process = context.Process(target=answers, args=(model, item.calls[0], queue))
     process.start()
-    found = queue.get(timeout=300)
+    found = queue.get(timeout=800)
     process.join()
     assert found == [tensor.tolist() for tensor in outputs(model, item.calls[0])]
 

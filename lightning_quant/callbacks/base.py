@@ -27,6 +27,7 @@ from lightning_quant.arguments import (
 )
 from lightning_quant.artifact import Artifact
 from lightning_quant.callbacks.announce import announce, warn
+from lightning_quant.callbacks.described import described
 from lightning_quant.callbacks.evaluation_call import difference, evaluation_call
 from lightning_quant.callbacks.observe_step import observe_step
 from lightning_quant.callbacks.recovery import given_arguments, recovery
@@ -145,6 +146,10 @@ class QuantizationCallback(Callback):
             "_evaluated": None,
             "_checkpoint": None,
         }
+
+    @override
+    def __repr__(self) -> str:
+        return described(self)
 
     @property
     @override

@@ -1,21 +1,24 @@
 """WHERE a quantized model runs: one file per runtime, and the file name is the runtime's name.
 
-A runtime module offers `TABLE`, `REQUIRES`, `MODEL_FILE`, `export`, `check`, `load` (which gives a `LoadedModule`),
-`standalone`, `count_operators` and `still_float`, and where its files keep the names of edges `quantized_edges` and
-`run_forced`, as in `onnxruntime.py`. One with kernels of several engines offers `engines` and `set_engine` as in
-`torch.py`. `HALF_ARITHMETIC` says whether layers compute in half precision or only store their weights so, None that
-recipes of layers do not run; `LAYER_REFUSALS` has scheme to reason for those that do not. `LAYERS_IN_GRAPHS` says
-whether a static recipe may leave layers to them. `IN_PROCESS`
-says that the float peer of comparisons is the float module itself.
+A runtime module offers `TABLE`, `REQUIRES`, `MODEL_FILE`, `export`, `check`, `load` (which gives a `LoadedModule` and
+takes `OPTIONS`), `standalone`, `count_operators` and `still_float`, and where its files keep the names of edges
+`quantized_edges` and `run_forced`, as in `onnxruntime.py`. One with kernels of several engines offers `engines` and
+`set_engine` as in `torch.py`. `HALF_ARITHMETIC` says whether layers compute in half precision or only store their
+weights so, None that recipes of layers do not run; `LAYER_REFUSALS` has scheme to reason for those that do not.
+`LAYERS_IN_GRAPHS` says whether a static recipe may leave layers to them. `IN_PROCESS` says that the float peer of
+comparisons is the float module itself.
 """
 
 import importlib
 import importlib.util
 import pkgutil
+from collections.abc import Mapping
 from types import ModuleType
+from typing import Any
 
-from lightning_quant.choice import check_choice
-from lightning_quant.errors import MissingRuntimeError
+from lightning_quant.arguments import check_threads
+from lightning_quant.choice import check_choice, did_you_mean
+from lightning_quant.errors import MissingRuntimeError, QuantizationError
 
 
 def names() -> list[str]:
@@ -30,6 +33,23 @@ def check_name(name: str) -> None:
         QuantizationError: it does not.
     """
     check_choice("runtime", name, ["auto", *names()])
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> None:
+    """Make sure that what `load` is given is for a runtime.
+
+    Raises:
+        QuantizationError: it knows no such option, or the number of threads is none.
+    """
+    known = get(name).OPTIONS
+    # Where there is nothing to fill, the runtime itself says why.
+    unknown = [option for option in options if option not in known and option != "into"]
+    if unknown:
+        raise QuantizationError(
+            f"Expected options of `load` for runtime {name!r} to be out of {list(known)}, but got {unknown[0]!r}."
+            f"{did_you_mean(unknown[0], known)}"
+        )
+    check_threads(options.get("threads"))
 
 
 def get(name: str, *, exporting: bool = False) -> ModuleType:

@@ -33,6 +33,7 @@ from lightning_quant.runtimes._xnnpack import INTEGER, as_xnnpack_reads_it, rest
 from lightning_quant.signature import Signature
 
 REQUIRES = ("executorch", "torchao")
+OPTIONS = ("threads",)
 MODEL_FILE = "model.pte"
 # Recipes of layers do not run here.
 HALF_ARITHMETIC = None

@@ -43,6 +43,7 @@ from lightning_quant.runtimes._standalone import torch_inputs
 from lightning_quant.signature import Signature
 
 REQUIRES = ("torchao",)
+OPTIONS = ("threads",)
 MODEL_FILE = "model.pt2"
 # Recipes of layers do not run here.
 HALF_ARITHMETIC = None

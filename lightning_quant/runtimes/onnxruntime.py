@@ -35,6 +35,7 @@ from lightning_quant.signature import Signature
 
 __all__ = ["export"]
 REQUIRES = ("onnxruntime", "onnx", "onnxscript")
+OPTIONS = ("threads", "providers")
 MODEL_FILE = "model.onnx"
 # The CPU has no kernels for half precision: it is for storage, and weights become float when a session starts.
 HALF_ARITHMETIC = False

@@ -33,6 +33,7 @@ from lightning_quant.runtimes._standalone import numpy_inputs
 from lightning_quant.signature import Signature, TensorInfo
 
 REQUIRES = ("openvino", "onnx", "onnxscript")
+OPTIONS = ("threads", "device")
 MODEL_FILE = "model.xml"
 # Weights are stored in half precision; OpenVINO computes in the float32 that it is told.
 HALF_ARITHMETIC = False

@@ -31,6 +31,7 @@ from lightning_quant.signature import Signature
 
 __all__ = ["engines", "quantized_edges", "run_forced", "set_engine"]
 REQUIRES = ("torch",)
+OPTIONS = ("threads", "engine", "into")
 MODEL_FILE = "model.safetensors"
 HALF_ARITHMETIC = True
 # The float module itself is the peer of comparisons.

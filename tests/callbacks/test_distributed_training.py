@@ -37,7 +37,7 @@ def launch(scenario: str, strategy: str, folder: Path) -> subprocess.CompletedPr
     for name in ("LOCAL_RANK", "MASTER_PORT", "WORLD_SIZE", "NODE_RANK"):
         environment.pop(name, None)
     command = [sys.executable, str(TESTS / "distributed_runs.py"), scenario, strategy, str(folder)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=800)
 
 
 class Runs:

@@ -184,7 +184,7 @@ def test_killed_at_every_stage(name: str, tmp_path: Path) -> None:
     script = Path(interrupted_runs.__file__)
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, str(script), name, str(tmp_path)]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=240)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=800)
     assert ended.returncode == 0, ended.stderr[-3000:]
     outcomes = json.loads((tmp_path / "outcomes.json").read_text())
     finished = outcomes.pop("finished")
