@@ -98,7 +98,7 @@ class _Splitter:
             self._refuse(path, module, str(error))
             return
         unread = remove_unread(traced.graph, module)
-        matcher = Matcher(traced, module, self.table, self.selection, path)
+        matcher = Matcher(traced, module, self.table, self.selection, path, tensors)
         self.claims += matcher.claims()
         for node, layer in unread:
             row = Row(join(path, str(node.meta["key"])), layer, "float", UNREAD)

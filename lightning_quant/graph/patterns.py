@@ -4,6 +4,7 @@
 result in integers.
 """
 
+import functools
 from dataclasses import replace
 
 from torch import Size, Tensor, fx, nn
@@ -11,6 +12,7 @@ from torch import Size, Tensor, fx, nn
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.candidates import Candidates, Unit
 from lightning_quant.graph.claims import Claim, claim_of
+from lightning_quant.graph.joins import unlike_parts
 from lightning_quant.graph.plan import Edge, GraphPlan, Operator, Row
 from lightning_quant.graph.table import OperatorTable, Selection
 from lightning_quant.graph.trace import Traced
@@ -26,10 +28,12 @@ class Matcher(Candidates):
         table: OperatorTable,
         selection: Selection,
         path: str = "",
+        tensors: list[Tensor] | None = None,
     ) -> None:
         super().__init__(traced.graph, root, table, selection, path)
         self.opaque = traced.opaque
         self.activations = _activations(traced.graph)
+        self.tensors = tensors
         self.edges: dict[fx.Node, Edge] = {}
         self.operators = self._decide()
 
@@ -77,7 +81,7 @@ class Matcher(Candidates):
                     added |= unrounded
                     wanted.update(source for source in unit.source if source not in unrounded)
                 else:
-                    self._drop(unit)
+                    self._drop(unit, self._unlike.get(unit.main, "nothing reads its result in integers"))
             elif node in wanted and self.operations[node].kind in self.table.shared_scale and ops.is_float(node):
                 source = node.args[0]
                 if isinstance(source, fx.Node) and self._ends_near(source):
@@ -140,9 +144,20 @@ class Matcher(Candidates):
             return True
         if unit.operation.kind == "add" and self._is_normalized(unit.tail):
             return False
+        if unit.operation.kind == "cat" and unit.main in self._unlike:
+            return False
         if unit.operation.kind in ("add", "mul", "cat", "matmul"):
             return any(user.op != "output" for user in unit.tail.users)
         return False
+
+    @functools.cached_property
+    def _unlike(self) -> dict[fx.Node, str]:
+        """Concatenations of parts whose ranges are too unlike for one grid, by the values of the captured call.
+
+        Where an integer operator reads one, its result needs one grid all the same.
+        """
+        joins = [unit.main for unit in self.units.values() if unit.operation.kind == "cat"]
+        return {} if self.tensors is None else unlike_parts(joins, self.operations, self.root, self.tensors)
 
     def _is_normalized(self, node: fx.Node) -> bool:
         """Tell whether nothing but a LayerNorm, and maybe a float sum, reads a residual sum.
@@ -159,9 +174,9 @@ class Matcher(Candidates):
         )
         return as_float and "layer_norm" in kinds
 
-    def _drop(self, unit: Unit) -> None:
+    def _drop(self, unit: Unit, reason: str) -> None:
         del self.units[unit.main]
-        self.reasons[unit.main] = "nothing reads its result in integers"
+        self.reasons[unit.main] = reason
         for node in [node for node, owner in self.fused.items() if owner is unit]:
             del self.fused[node]
 
