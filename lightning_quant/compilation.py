@@ -40,6 +40,6 @@ def original_path(root: nn.Module, path: str) -> str:
 
 
 def kept_from_compilers(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that a compiler calls as it is: graphs with quantizers change while training."""
+    """Return a function that a compiler calls as it is: what a graph does there depends on what it sees."""
     # Where nothing is compiled the compiler, which takes seconds to import, is not loaded.
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function

@@ -54,6 +54,8 @@ class RoutedForward(Route):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Run the prepared graph."""
+        if torch.compiler.is_compiling() and self.prepared.is_traceable(self.path, args, kwargs):
+            return self.prepared.run(self.path, args, kwargs)
         return self._run(self.path, args, kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RoutedForward":
@@ -290,6 +292,10 @@ class Prepared(CapturedModel):
     def run(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an island's graph on a call."""
         return self._runner.run(path, args, kwargs)
+
+    def is_traceable(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether compilers can look into the graph that runs on a call."""
+        return self._runner.is_traceable(path, args, kwargs)
 
     def graph(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
         """Return the graph that runs an island on calls of this structure under the module's present flags."""

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quant import observers
+from lightning_quant import kernels, observers
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.fake_quantize import affine_parameters
 from lightning_quant.graph.plan import Edge, identify, path_of
@@ -34,12 +34,14 @@ class Grids:
         zero_points: `(edges,)`.
         numbers: the same as numbers, on the CPU, where reading them costs nothing.
         missing: edges without a range, whose values above mean nothing.
+        is_complete: whether there are none.
     """
 
     scales: Tensor
     zero_points: Tensor
     numbers: list[tuple[float, float]] | None
     missing: frozenset[str]
+    is_complete: bool
 
 
 class Ranges:
@@ -84,6 +86,16 @@ class Ranges:
         """Identity to observer, for the edges whose own values count."""
         self.settle()
         return self._observers
+
+    @property
+    def has_grids(self) -> bool:
+        """Whether every edge has a range and its scale is known by now."""
+        return self._grids is not None and self._grids.is_complete
+
+    @property
+    def has_seen(self) -> bool:
+        """Whether something was seen that is not taken in yet."""
+        return bool(self._seen)
 
     def observe(self, identity: str, x: Tensor) -> None:
         """Let a tensor count for its edge's range, if the edge is observed.
@@ -181,10 +193,11 @@ class Ranges:
             ranges = [self._range(i) if self._has_range(i) else nothing for i in self._observers]
             lows, highs = (torch.stack(ends)[self._padded_members(device)] for ends in zip(*ranges, strict=True))
             scales, zero_points = affine_parameters(lows.amin(1), highs.amax(1), self.quant_max)
-            numbers = list(zip(scales.tolist(), zero_points.tolist(), strict=True)) if device.type == "cpu" else None
+            on_host = device.type == "cpu" and not kernels.serve(device, torch.float32)
+            numbers = list(zip(scales.tolist(), zero_points.tolist(), strict=True)) if on_host else None
             known = {g for g, members in self._members.items() if all(self._has_range(m) for m in members)}
             missing = frozenset(identity for identity, group in self._group.items() if group not in known)
-            self._grids = Grids(scales, zero_points, numbers, missing)
+            self._grids = Grids(scales, zero_points, numbers, missing, not missing)
         return self._grids
 
     def forget_parameters(self) -> None:

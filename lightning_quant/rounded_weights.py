@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_quant import kernels
 from lightning_quant.fake_quantize import channel_extremes, fake_quantize_weight, pass_gradient, weight_scale
-from lightning_quant.folding import gain_and_shift
+from lightning_quant.folding import fold, gain_and_shift
 from lightning_quant.graph.trace import has_hooks
 from lightning_quant.learned_steps import LearnedSteps, quantize_with_learned_step
 from lightning_quant.ranges import Grids
@@ -57,6 +57,7 @@ class RoundedWeights:
 
     def __init__(self, prepared: "Prepared", operators: tuple[str, ...]) -> None:
         self.places = []
+        self._num_operators = len(operators)
         for identity in operators:
             operator = prepared.operators[identity]
             names = (operator.weight, operator.bias, operator.batch_norm.partition("#")[0])
@@ -78,6 +79,12 @@ class RoundedWeights:
         sites = [site for place in self.places if (site := _site(module, place, grids.scales.device)) is not None]
         if not sites:
             return {}
+        if torch.compiler.is_compiling():
+            # Compilers join the passes themselves, and would take what is kept here for new each time.
+            return {
+                site.place.identity: fake_quantize_weight(site.weight, _scale(site, grids), _computed_in(site.weight))
+                for site in sites
+            }
         weights, identities = [site.weight for site in sites], [site.place.identity for site in sites]
         if learned is not None:
             steps = [learned.step_of(s.place.identity, s.weight, s.place.quant_max) for s in sites]
@@ -94,6 +101,12 @@ class RoundedWeights:
         scales = self._scales(sites, maximum, grids).split(_sizes(sites))
         by_scale = zip(identities, weights, scales, strict=True)
         return {i: fake_quantize_weight(weight, scale, _computed_in(weight)) for i, weight, scale in by_scale}
+
+    def are_plain(self, module: nn.Module) -> bool:
+        """Tell whether all weights are parameters that nothing changes when their layers are called."""
+        return len(self.places) == self._num_operators and all(
+            _site(module, place, None) is not None for place in self.places
+        )
 
     @torch.no_grad()
     def _scales(self, sites: list[_Site], maximum: Tensor, grids: Grids) -> Tensor:
@@ -154,10 +167,17 @@ def _with_learned_step(site: _Site, step: Tensor, scale: Tensor) -> Tensor:
     return quantize_with_learned_step(site.weight, chosen, site.place.quant_max)
 
 
-def _site(module: nn.Module, place: Place, device: torch.device) -> _Site | None:
+def _scale(site: _Site, grids: Grids) -> Tensor:
+    input_scale = grids.scales[site.place.row]
+    return fold(site.weight, site.bias, site.norm, input_scale, site.place.quant_max).unfolded_scale
+
+
+def _site(module: nn.Module, place: Place, device: torch.device | None) -> _Site | None:
     owner = _module_at(module, place.weight[:-1])
     weight = owner._parameters.get(place.weight[-1])
-    if weight is None or has_hooks(owner) or weight.device != device or not weight.is_floating_point():
+    if weight is None or has_hooks(owner) or not weight.is_floating_point():
+        return None
+    if device is not None and weight.device != device:
         return None
     bias = getattr(_module_at(module, place.bias[:-1]), place.bias[-1]) if place.bias else None
     norm = _module_at(module, place.norm) if place.norm else None

@@ -30,7 +30,23 @@ def rounds_plainly(prepared: "Prepared", graph: Instrumented) -> bool:
     """Tell whether a run of a graph can be carried out by `Rounding`: nothing looks on, and every edge has a range."""
     if not prepared.simulation.is_plain:
         return False
-    return not prepared.quantizes or prepared.ranges.grids().missing.isdisjoint(graph.edges)
+    if not prepared.quantizes:
+        return True
+    grids = prepared.ranges.grids()
+    return grids.is_complete or grids.missing.isdisjoint(graph.edges)
+
+
+def is_traceable(prepared: "Prepared", graph: Instrumented, weights: RoundedWeights, module: nn.Module) -> bool:
+    """Tell whether compilers can look into a run of a graph as a whole: nothing in it is decided by what it sees.
+
+    Layers with hooks or parametrizations, learned steps, observers that look at all values, and edges without a range
+    keep a graph from them. What was seen in a call before must have been taken in.
+    """
+    if prepared.ranges.has_seen or prepared.ranges.needs_values or prepared.learned_steps is not None:
+        return False
+    if prepared.quantizes and not (prepared.ranges.has_grids and weights.are_plain(module)):
+        return False
+    return rounds_plainly(prepared, graph)
 
 
 class Rounding:
@@ -106,7 +122,7 @@ class Rounding:
         self, grids: Grids, identity: str, x: Tensor, *, relu: bool = False, extremes: Tensor | None = None
     ) -> Tensor:
         row = self._ranges.rows[identity]
-        if grids.numbers is None or torch.compiler.is_compiling() or kernels.serve_values(x):
+        if torch.compiler.is_compiling() or grids.numbers is None or kernels.serve_values(x):
             scale, zero_point = grids.scales[row], grids.zero_points[row]
             return fake_quantize(x, scale, zero_point, self._quant_max, relu=relu, extremes=extremes)
         return fake_quantize(x, *grids.numbers[row], self._quant_max, relu=relu)

@@ -11,7 +11,7 @@ from lightning_quant.exact import exact_arithmetic
 from lightning_quant.graph.instrument import Instrumented, instrument
 from lightning_quant.layers.placement import placed
 from lightning_quant.rounded_weights import RoundedWeights
-from lightning_quant.rounding import Rounding, rounds_plainly
+from lightning_quant.rounding import Rounding, is_traceable, rounds_plainly
 from lightning_quant.routing import device_of, resolve
 
 if TYPE_CHECKING:
@@ -57,6 +57,15 @@ class Runner:
         with prepared.ranges.running(), exact:
             result = entry.graph.function(module, simulation, *tensors)
         return entry.graph.output_spec.build(result)
+
+    def is_traceable(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Tell whether the graph of a call is there and compilers can look into it."""
+        module, kinds = resolve(self._prepared.root, path), _kinds(args, kwargs)
+        key = (path, kinds, _flags(module))
+        if kinds is None or key not in self._calls:
+            return False
+        entry, _ = self._calls[key]
+        return is_traceable(self._prepared, entry.graph, entry.weights, module)
 
     def graph(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
         """Return the graph that runs an island on calls of this structure under the module's present flags."""

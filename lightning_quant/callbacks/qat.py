@@ -148,7 +148,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         if phase == "frozen_batch_norm" and is_updating_batch_norm(trainer):
             phase = "frozen"
         self._enter(phase, trainer)
-        self.require_prepared().observing = True
+        prepared = self.require_prepared()
+        prepared.observing = True
+        if prepared.quantizes:
+            # Before the batch: what is compiled reads scales, and makes none.
+            prepared.ranges.grids()
 
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -168,6 +172,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         prepared.observing = False
         if self.group.size > 1 and prepared.phase in ("observe", "fake_quantize"):
             merge_batch(self.group, prepared.ranges)
+        prepared.ranges.settle()
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
