@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lightning_quant.pipeline import quantize
     from lightning_quant.quantize_command import QuantizationCLI
     from lightning_quant.recipe import Recipe
+    from lightning_quant.signing import sign
     from lightning_quant.verification import verify
 
 __version__ = "0.1.0"
@@ -23,6 +24,7 @@ __all__ = [
     "Schedule",
     "load",
     "quantize",
+    "sign",
     "verify",
 ]
 # Loaded when first used, so that `import lightning_quant` is quick and loads neither onnx nor a runtime.
@@ -34,6 +36,7 @@ _HOMES = {
     "Recipe": "recipe",
     "Schedule": "callbacks",
     "load": "artifact",
+    "sign": "signing",
     "quantize": "pipeline",
     "verify": "verification",
 }

@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import struct
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,23 @@ from lightning_quant.routing import resolve
 
 # What `trainer.test(ckpt_path=...)` takes, and only the Trainer of the run can look up.
 _ALIASES = ("best", "last", "hpc", "registry")
+# What loading a file raises that is no checkpoint, whole or at all.
+_DAMAGE = (
+    *(OSError, RuntimeError, EOFError, ImportError, AttributeError, ValueError, LookupError, TypeError, AssertionError),
+    *(pickle.UnpicklingError, struct.error),
+)
 
 
-def read_checkpoint(ckpt_path: str | os.PathLike[str], *, weights_only: bool = False) -> dict[str, Any]:
+def read_checkpoint(ckpt_path: str | os.PathLike[str], *, trust: bool = False) -> dict[str, Any]:
     """Return what a Lightning checkpoint holds, on the CPU.
 
     Args:
         ckpt_path: file that a Trainer saved.
-        weights_only: refuse anything but tensors and plain values. By default a checkpoint is taken as saved by the
-            user's own run, whose hyperparameters may be of any class.
+        trust: whether to load more than tensors and plain values, such as hyperparameters of any class. That runs
+            code which whoever wrote the file has chosen.
 
     Raises:
-        QuantizationError: there is no such file, or it is something else.
+        QuantizationError: there is no such file, it is something else, or it needs trust.
     """
     name = os.fspath(ckpt_path)
     if not Path(ckpt_path).is_file():
@@ -33,8 +40,17 @@ def read_checkpoint(ckpt_path: str | os.PathLike[str], *, weights_only: bool = F
             f"Expected `ckpt_path` to be the file of a Lightning checkpoint, but {name!r} is no file{hint}."
         )
     try:
-        saved = torch.load(ckpt_path, map_location="cpu", weights_only=weights_only)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ImportError, AttributeError, ValueError) as error:
+        with warnings.catch_warnings():
+            # Of the version of pickle in files that no Trainer wrote.
+            warnings.simplefilter("ignore")
+            saved = torch.load(ckpt_path, map_location="cpu", weights_only=not trust)
+    except _DAMAGE as error:
+        if isinstance(error, pickle.UnpicklingError) and not trust:
+            raise QuantizationError(
+                f"Expected {name} to hold tensors and plain values alone, but it cannot be read as such"
+                f"{_strange_classes(name)}. Loading more runs code of whoever wrote the file: say "
+                "`trust_checkpoint=True` (`--trust` on the command line) if that was you or somebody you trust."
+            ) from error
         raise QuantizationError(
             f"Expected {name} to be a Lightning checkpoint, but it cannot be read: "
             f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
@@ -48,13 +64,13 @@ def read_checkpoint(ckpt_path: str | os.PathLike[str], *, weights_only: bool = F
     return saved
 
 
-def load_weights(model: nn.Module, ckpt_path: str | os.PathLike[str]) -> None:
-    """Give a LightningModule the weights of a checkpoint.
+def load_weights(model: nn.Module, ckpt_path: str | os.PathLike[str], *, trust: bool = False) -> None:
+    """Give a LightningModule the weights of a checkpoint; `trust` as for `read_checkpoint`.
 
     Raises:
         QuantizationError: there is no such file, or the weights are those of another module.
     """
-    saved = read_checkpoint(ckpt_path)
+    saved = read_checkpoint(ckpt_path, trust=trust)
     try:
         model.load_state_dict(saved["state_dict"])
     except RuntimeError as error:
@@ -65,7 +81,11 @@ def load_weights(model: nn.Module, ckpt_path: str | os.PathLike[str]) -> None:
 
 
 def load_module(
-    ckpt_path: str | os.PathLike[str], lightning_module: nn.Module | type[nn.Module] | None, module: str | None = None
+    ckpt_path: str | os.PathLike[str],
+    lightning_module: nn.Module | type[nn.Module] | None,
+    module: str | None = None,
+    *,
+    trust: bool = False,
 ) -> nn.Module:
     """Return the LightningModule of a checkpoint, or a module inside it.
 
@@ -74,6 +94,7 @@ def load_module(
         lightning_module: its class, which is built from the hyperparameters that the checkpoint has saved; or an
             instance, which gets the weights.
         module: qualified name of a module inside it.
+        trust: as for `read_checkpoint`.
 
     Raises:
         QuantizationError: there is no such file, class or module, or the weights are those of another one.
@@ -85,14 +106,26 @@ def load_module(
         )
     try:
         if isinstance(lightning_module, type):
+            read_checkpoint(ckpt_path, trust=trust)
             build: Any = lightning_module
-            loaded = build.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=False)
+            loaded = build.load_from_checkpoint(ckpt_path, map_location="cpu", weights_only=not trust)
         else:
             loaded = lightning_module
-            load_weights(loaded, ckpt_path)
+            load_weights(loaded, ckpt_path, trust=trust)
         return resolve(loaded, module or "").eval()
-    except (OSError, RuntimeError, AttributeError, LookupError, TypeError, pickle.UnpicklingError) as error:
+    except QuantizationError:
+        raise
+    except _DAMAGE as error:
         raise QuantizationError(
             f"Expected {os.fspath(ckpt_path)} to be a checkpoint of {lightning_module!r:.80}"
             f"{f' with a module {module!r}' if module else ''}, but {error}."
         ) from error
+
+
+def _strange_classes(name: str) -> str:
+    """Return in words which classes and functions a checkpoint names, without loading it."""
+    try:
+        found = torch.serialization.get_unsafe_globals_in_checkpoint(name)
+    except _DAMAGE:  # No archive, as the Trainer writes.
+        return ""
+    return f": it names {', '.join(sorted(found)[:3])}" if found else ""

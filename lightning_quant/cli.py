@@ -1,4 +1,4 @@
-"""The command `lightning-quant`: quantize, inspect, verify, bench, report and compare.
+"""The command `lightning-quant`: quantize, inspect, verify, sign, bench, report and compare.
 
 Exit codes: 0 all is well, 1 an artifact's report says FAILED, or it missed a limit or computes something else here, 2
 nothing could be done.
@@ -66,7 +66,7 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
 def _verify(options: argparse.Namespace, rest: list[str]) -> int:
     from lightning_quant.verification import verify
 
-    result = verify(options.path)
+    result = verify(options.path, key=options.key)
     values = {**dataclasses.asdict(result), "failures": result.failures}
     if options.json:
         _print_json(values)
@@ -74,6 +74,14 @@ def _verify(options: argparse.Namespace, rest: list[str]) -> int:
         print(result)
     failures = [f"{options.path}: {text}" for text in failures_in(read(options.path).report or {})]
     return max(_fail(failures), int(bool(result.failures)))
+
+
+def _sign(options: argparse.Namespace, rest: list[str]) -> int:
+    from lightning_quant.signing import sign
+
+    path = sign(options.path, options.key)
+    print(json.dumps({"signature": str(path)}) if options.json else f"Signature: {path}")
+    return 0
 
 
 def _bench(options: argparse.Namespace, rest: list[str]) -> int:
@@ -150,7 +158,7 @@ def _with_lightning(name: str, options: argparse.Namespace, rest: list[str]) -> 
     arguments, source = [_underscored(argument) for argument in rest], None
     if name == "inspect":
         arguments, source = _split_source(arguments)
-    return run_subcommand(name, options.config, classes, arguments, source)
+    return run_subcommand(name, options.config, classes, arguments, source, trust=options.trust)
 
 
 def _split_source(arguments: list[str]) -> tuple[list[str], str | None]:
@@ -192,6 +200,7 @@ _COMMANDS = {
     "quantize": _quantize,
     "inspect": _inspect,
     "verify": _verify,
+    "sign": _sign,
     "bench": _bench,
     "report": _report,
     "compare": _compare,

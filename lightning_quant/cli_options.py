@@ -55,16 +55,24 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         command.add_argument("--config", metavar="FILE", help="YAML file of LightningCLI")
         command.add_argument("--model-class", metavar="PATH", help="import path, when the configuration names no class")
         command.add_argument("--data-class", metavar="PATH", help="likewise, of the LightningDataModule")
+        command.add_argument(
+            "--trust",
+            action="store_true",
+            help="run code of a checkpoint: load any class from it, import what it and a config.yaml beside it name",
+        )
         commands[name] = command
     for name, text in (
         ("verify", "rerun the golden batch on this machine"),
+        ("sign", "sign an artifact, so that `verify` can tell who made it"),
         ("report", "print what was measured"),
         ("bench", "latency, throughput and memory on this machine"),
         ("compare", "one table over artifacts"),
     ):
         commands[name] = subparsers.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.")
-    for name in ("verify", "report"):
+    for name in ("verify", "sign", "report"):
         commands[name].add_argument("path", help="the artifact's folder")
+    commands["verify"].add_argument("--key", metavar="FILE", help="public key that the artifact must be signed with")
+    commands["sign"].add_argument("--key", metavar="FILE", required=True, help="private key of Ed25519")
     for name in ("bench", "compare"):
         commands[name].add_argument("paths", nargs="+", help="the artifacts' folders")
     bench = commands["bench"]
@@ -73,7 +81,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     bench.add_argument("--against", choices=["float"], help="compare with the float peer in the report")
     for name, command in commands.items():
         command.add_argument("--json", action="store_true", help="print JSON for machines")
-        if name not in ("verify", "inspect"):
+        if name not in ("verify", "sign", "inspect"):
             _add_limits(command)
     return parser, commands
 

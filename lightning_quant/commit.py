@@ -14,7 +14,7 @@ import shutil
 import time
 import uuid
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -67,6 +67,32 @@ def commit(path: Path, staged: Path) -> None:
     for entry in path.iterdir():
         if entry.name.startswith(TEMPORARY) and _is_abandoned(entry):
             _remove(entry)
+
+
+def settle_and_write(path: Path, name: str, content: Callable[[bytes], bytes]) -> Path:
+    """Write a file that depends on the manifest's bytes into the folder of an artifact, whole or not at all.
+
+    Raises:
+        ArtifactError: it cannot be written.
+    """
+    try:
+        with locked(path):
+            _settle(path)
+            temporary = path / f"{TEMPORARY}{name}"
+            _remove(temporary)
+            try:
+                with temporary.open("xb") as file:
+                    file.write(content(read_bytes(path / MANIFEST, MAX_BYTES)))
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.chmod(temporary, 0o644)
+                os.replace(temporary, path / name)
+            finally:
+                _remove(temporary)
+            _sync_folder(path)
+    except OSError as error:
+        raise ArtifactError(f"Expected {path} to take {name}, but {error}.") from error
+    return path / name
 
 
 def link(source: Path, target: Path) -> None:

@@ -55,6 +55,7 @@ def quantize(
     engine: Engine = "auto",
     lightning_module: nn.Module | type[nn.Module] | None = None,
     module: str | None = None,
+    trust_checkpoint: bool = False,
 ) -> Artifact:
     """Quantize a trained float module and write the artifact; the module itself stays as it is.
 
@@ -82,6 +83,8 @@ def quantize(
         lightning_module: of a checkpoint: its LightningModule's class, or an instance, which gets the weights.
         module: of a checkpoint: qualified name of the module to quantize, whose calls `calibration_data` holds; the
             LightningModule's own forward by default.
+        trust_checkpoint: whether to load more of it than tensors and plain values, such as hyperparameters of any
+            class, which runs code of whoever wrote the file.
 
     Raises:
         QuantizationError: an argument is wrong or a stage failed; nothing is half written.
@@ -94,7 +97,7 @@ def quantize(
     chosen_shapes(dynamic_shapes)
     check_flag("sensitivity", sensitivity)
     check_rankable(recipe, sensitivity=sensitivity)
-    model = _float_module(model_or_checkpoint, lightning_module, module)
+    model = _float_module(model_or_checkpoint, lightning_module, module, trust=trust_checkpoint)
     if device_for_search(device_of(model)) != device_of(model):
         model = on_host(model)
     folder = artifacts.check_folder(output_dir if output_dir is not None else "quantized")
@@ -170,10 +173,12 @@ def _float_module(
     model_or_checkpoint: nn.Module | str | os.PathLike[str],
     lightning_module: nn.Module | type[nn.Module] | None,
     module: str | None,
+    *,
+    trust: bool,
 ) -> nn.Module:
     if isinstance(model_or_checkpoint, str | os.PathLike):
         check_name("module", module, "the LightningModule")
-        model = load_module(model_or_checkpoint, lightning_module, module)
+        model = load_module(model_or_checkpoint, lightning_module, module, trust=trust)
         check_on_device(model)
         return model
     if not isinstance(model_or_checkpoint, nn.Module):

@@ -45,6 +45,7 @@ class Quantizing:
         threads: int | None = None,
         sensitivity: bool = False,
         engine: Engine = "auto",
+        trust: bool = False,
         weights_only: bool | None = None,
         limits: Limits | None = None,
     ) -> Any:
@@ -65,7 +66,8 @@ class Quantizing:
             threads: for the latencies in the report.
             sensitivity: whether the report says which operator costs what.
             engine: whose kernels run on runtime "torch": the first whose parity holds; "fastest" measures them.
-            weights_only: refuse checkpoints with anything but tensors and plain values, as in `fit`.
+            trust: load more of the checkpoint than tensors and plain values, which runs code of whoever wrote it.
+            weights_only: false is `trust`, as in `fit`.
             limits: what the artifact must keep to; where it does not, `QuantizationCLI` ends with exit code 1.
         """
         if ckpt_path is None:
@@ -83,7 +85,8 @@ class Quantizing:
             sensitivity=sensitivity,
             engine=engine,
         )
-        return callback.quantize_checkpoint(ckpt_path, model, datamodule, **_options(self))
+        options = {"trust_checkpoint": trust or weights_only is False, **_options(self)}
+        return callback.quantize_checkpoint(ckpt_path, model, datamodule, **options)
 
     def inspect(
         self,
@@ -95,6 +98,7 @@ class Quantizing:
         module: str | None = None,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
+        trust: bool = False,
         weights_only: bool | None = None,
     ) -> Any:
         """Plan what would be quantized and why the rest would not, before any training.
@@ -108,10 +112,11 @@ class Quantizing:
             module: name of the module to quantize; found by itself when left out.
             include: fnmatch patterns on qualified names and layer types of what may be quantized.
             exclude: likewise, of what stays float.
-            weights_only: refuse checkpoints with anything but tensors and plain values, as in `fit`.
+            trust: load more of the checkpoint than tensors and plain values, which runs code of whoever wrote it.
+            weights_only: false is `trust`, as in `fit`.
         """
         if ckpt_path is not None:
-            load_weights(model, ckpt_path)
+            load_weights(model, ckpt_path, trust=trust or weights_only is False)
         with tempfile.TemporaryDirectory() as folder:
             callback = Inspection(
                 recipe,
@@ -161,9 +166,11 @@ class QuantizationCLI(LightningCLI):
         if path is None:
             super()._parse_ckpt_path()
             return
+        trust = bool(self.config[name].get("trust")) or self.config[name].get("weights_only") is False
         with _told(name):
-            saved = read_checkpoint(path, weights_only=bool(self.config[name].get("weights_only")))
-        values = saved.get("hyper_parameters", {})
+            saved = read_checkpoint(path, trust=trust)
+        # Classes that a checkpoint names would be imported; the configuration has them, too.
+        values = {k: v for k, v in saved.get("hyper_parameters", {}).items() if trust or not _names_class(v)}
         class_path = getattr(self.config[name].model, "class_path", None)
         accepted = set(
             inspect.signature((import_class(class_path) if class_path else self._model_class).__init__).parameters
@@ -225,6 +232,13 @@ def _options(trainer: Any) -> dict[str, Any]:
     """Return what of the configured Trainer also holds for the one that quantizes."""
     names = ("limit_train_batches", "limit_val_batches")
     return {"accelerator": trainer.strategy.root_device.type, **{name: getattr(trainer, name) for name in names}}
+
+
+def _names_class(value: Any) -> bool:
+    """Tell whether LightningCLI would import something for a value."""
+    if isinstance(value, dict):
+        return "class_path" in value or any(map(_names_class, value.values()))
+    return isinstance(value, list | tuple) and any(map(_names_class, value))
 
 
 def import_class(path: str) -> Any:

@@ -23,7 +23,13 @@ _OWN_MAIN = "use QuantizationCLI there in place of LightningCLI, and `python mai
 
 
 def run_subcommand(
-    name: str, config: str | None, classes: dict[str, str], arguments: list[str], source: str | None = None
+    name: str,
+    config: str | None,
+    classes: dict[str, str],
+    arguments: list[str],
+    source: str | None = None,
+    *,
+    trust: bool = False,
 ) -> QuantizationCLI:
     """Run a subcommand of `QuantizationCLI` on the classes that a configuration or its caller names, and return it.
 
@@ -33,6 +39,8 @@ def run_subcommand(
         classes: "model" and "data" to an import path, for configurations that name no classes.
         arguments: the rest of the command line.
         source: a configuration, or a checkpoint, whose configuration is looked for beside it when there is none.
+        trust: whether to import what is named by a checkpoint and the configuration beside it, and to load more of it
+            than tensors and plain values.
 
     Raises:
         QuantizationError: LightningCLI refuses the command line or the configuration.
@@ -41,9 +49,12 @@ def run_subcommand(
         config = source
     elif source is not None:
         arguments = [*arguments, f"--ckpt_path={source}"]
-        config = config or _config_beside(source)
+        if config is None and (trust or "model" not in classes):
+            config = _config_beside(source, trust=trust)
         if config is None and "model" not in classes:
-            classes = {**classes, "model": _class_in(source)}
+            classes = {**classes, "model": _class_in(source, trust=trust)}
+    if trust:
+        arguments = [*arguments, "--trust=true"]
     content = _content(config) if config is not None else {}
     _check_names_classes(config, content, classes, arguments)
     if name == "inspect" and not any(argument.startswith("--ckpt_path") for argument in arguments):
@@ -100,14 +111,26 @@ def _options(name: str, classes: dict[str, Any]) -> list[str]:
     return [*known, *(field.name for field in fields(Limits))] if name == "quantize" else known
 
 
-def _config_beside(ckpt_path: str) -> str | None:
+def _config_beside(ckpt_path: str, *, trust: bool) -> str | None:
     """Return the configuration that LightningCLI saved with a run, which has the checkpoint below it."""
+    read_checkpoint(ckpt_path, trust=trust)
     parents = list(Path(ckpt_path).absolute().parents)[:2]
-    return next((str(parent / "config.yaml") for parent in parents if (parent / "config.yaml").is_file()), None)
+    found = next((parent / "config.yaml" for parent in parents if (parent / "config.yaml").is_file()), None)
+    if found is not None and not trust:
+        raise QuantizationError(
+            f"Expected to be told that {found} may be used, since what it names is imported, and so run. Name it, "
+            f"`--config {found}`, or add `--trust` if whoever wrote it and the checkpoint is somebody you trust."
+        )
+    return None if found is None else str(found)
 
 
-def _class_in(ckpt_path: str) -> str:
-    class_path = read_checkpoint(ckpt_path).get("hyper_parameters", {}).get("_class_path")
+def _class_in(ckpt_path: str, *, trust: bool) -> str:
+    class_path = read_checkpoint(ckpt_path, trust=trust).get("hyper_parameters", {}).get("_class_path")
+    if class_path is not None and not trust:
+        raise QuantizationError(
+            f"Expected to be told that {class_path!r}, which {ckpt_path} names, may be imported, and so run. Name it, "
+            f"`--model-class {class_path}`, or add `--trust` if whoever wrote the checkpoint is somebody you trust."
+        )
     if class_path is None:
         raise QuantizationError(
             f"Expected {ckpt_path} to say of which class it is, or a config.yaml of LightningCLI beside it, but found "

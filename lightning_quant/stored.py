@@ -21,6 +21,7 @@ from lightning_quant.loaded import LoadedModule, Origin
 from lightning_quant.manifest import BESIDE_MODEL, GOLDEN, MANIFEST, MAX_BYTES, MODEL, REPORT_MD, is_same_model, parse
 from lightning_quant.reading import copy_hashed, read_bytes
 from lightning_quant.signature import Signature
+from lightning_quant.signing import Key, check_signature
 
 # How often a reader begins anew when another version came between.
 _TRIES = 20
@@ -114,18 +115,19 @@ def read(path: str | os.PathLike[str] | Artifact) -> Artifact:
 
 
 @contextmanager
-def private_copy(path: str | os.PathLike[str] | Artifact) -> Iterator[Artifact]:
+def private_copy(path: str | os.PathLike[str] | Artifact, key: Key | None = None) -> Iterator[Artifact]:
     """Offer a checked copy of an artifact in a folder that nobody else writes to; it is gone after the block.
 
     Args:
         path: as for `read`.
+        key: file of the public key that the manifest must be signed with; nothing else is looked at before.
 
     Raises:
-        ArtifactError: as for `read`, or there is no space for the copy.
+        ArtifactError: as for `read`, it is not signed so, or there is no space for the copy.
     """
     with tempfile.TemporaryDirectory(prefix="lightning_quant-", ignore_cleanup_errors=True) as name:
         folder = Path(name)
-        found = _taking(path, lambda artifact, where: _copy_files(artifact, where, folder))
+        found = _taking(path, lambda artifact, where: _copy_files(artifact, where, folder), key)
         try:
             yield Artifact(folder, found.manifest)
         except QuantizationError as error:
@@ -133,7 +135,7 @@ def private_copy(path: str | os.PathLike[str] | Artifact) -> Iterator[Artifact]:
             raise type(error)(str(error).replace(name, str(found.path))) from error
 
 
-def load(path: str | os.PathLike[str] | Artifact, **runtime_options: Any) -> LoadedModule:
+def load(path: str | os.PathLike[str] | Artifact, *, key: Key | None = None, **runtime_options: Any) -> LoadedModule:
     """Load an artifact as a module with the call signature of the captured one, without the user's code.
 
     Nothing is unpickled, and every file's hash is checked, which proves that it is whole and not where it comes from:
@@ -141,13 +143,14 @@ def load(path: str | os.PathLike[str] | Artifact, **runtime_options: Any) -> Loa
 
     Args:
         path: the artifact's folder, or an artifact, which must still be the one in its folder.
+        key: file of a public key: what was not signed with its private key (see `sign`) is refused, unread.
         **runtime_options: what the artifact's runtime takes; `threads` and `providers` for "onnxruntime".
 
     Raises:
         ArtifactError: the folder is no artifact, is damaged, or holds another one than was given.
         MissingRuntimeError: its runtime is not installed; the message carries the pip command.
     """
-    with private_copy(path) as own:
+    with private_copy(path, key) as own:
         module = open_model(own, **runtime_options)
     if isinstance(module, LoadedModule):
         hashes = tuple(own.manifest["sha256"][name] for name in own.model_files.values())
@@ -173,14 +176,16 @@ def _folder_of(path: str | os.PathLike[str] | Artifact) -> Path:
         ) from error
 
 
-def _taking(path: str | os.PathLike[str] | Artifact, take: Callable[[Artifact, Path], None]) -> Artifact:
+def _taking(
+    path: str | os.PathLike[str] | Artifact, take: Callable[[Artifact, Path], None], key: Key | None = None
+) -> Artifact:
     """Read a manifest and take the files that it names; begin anew where another version came between."""
     folder = _folder_of(path)
     for tries_left in reversed(range(_TRIES)):
         before = version(folder)
         where = current(folder)
         try:
-            artifact = _read_manifest(folder, where)
+            artifact = _read_manifest(folder, where, key)
             if isinstance(path, Artifact) and not is_same_model(artifact.manifest, path.manifest):
                 raise replaced(folder)
             take(artifact, where)
@@ -192,13 +197,15 @@ def _taking(path: str | os.PathLike[str] | Artifact, take: Callable[[Artifact, P
     raise AssertionError
 
 
-def _read_manifest(folder: Path, where: Path) -> Artifact:
+def _read_manifest(folder: Path, where: Path, key: Key | None) -> Artifact:
     try:
         text = read_bytes(where / MANIFEST, MAX_BYTES)
     except ArtifactError as error:
         raise ArtifactError(
             f"Expected {folder} to hold an artifact, but its {MANIFEST} cannot be read: {error}"
         ) from error
+    if key is not None:
+        check_signature(where, text, key)
     try:
         return Artifact(folder, parse(text))
     except ArtifactError as error:

@@ -17,6 +17,7 @@ from lightning_quant.artifact import Artifact, open_model, private_copy
 from lightning_quant.machine import cpu_name
 from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.parity import equal_argmax
+from lightning_quant.signing import Key
 
 # Agreement that is enough whatever quantization cost; correct kernels differ in the last bits of float sums only.
 _ENOUGH_DB = 60.0
@@ -35,6 +36,8 @@ class Verification:
         agreement_db: signal-to-noise of recorded against here, in decibels; infinite when equal.
         quantization_db: signal-to-noise of float against recorded, in decibels: what quantization cost.
         here_db: signal-to-noise of float against here.
+        nan_share: share of NaN among the float outputs here, in [0, 1].
+        new_nan_share: share of those that are NaN here and were none in the float model.
         equal_argmax: share of equal predictions where the result is class scores `(batch, classes)`, else None.
         written_on: processor that wrote the artifact.
         cpu: this processor.
@@ -46,6 +49,8 @@ class Verification:
     agreement_db: float
     quantization_db: float
     here_db: float
+    nan_share: float
+    new_nan_share: float
     equal_argmax: float | None
     written_on: str
     cpu: str
@@ -63,27 +68,33 @@ class Verification:
             )
         if self.equal_integers < 1:
             found.append(f"only {self.equal_integers:.1%} of the integer outputs are those recorded")
+        if self.new_nan_share:
+            found.append(f"{self.new_nan_share:.2%} of the outputs are NaN where the float model has a number")
+        elif self.nan_share == 1:
+            found.append("every output is NaN, as the float model's was: weights or recorded inputs are to blame")
         return found
 
     def __str__(self) -> str:
         if self.failures:
             return f"Verification FAILED: {'; '.join(self.failures)}."
         how = "identical to" if self.identical else f"{self.agreement_db:.1f} dB from"
-        return f"Verification ok: outputs are {how} those recorded on {self.written_on}."
+        nan = f" {self.nan_share:.2%} of them are NaN, as the float model's were." if self.nan_share else ""
+        return f"Verification ok: outputs are {how} those recorded on {self.written_on}.{nan}"
 
 
-def verify(path: str | os.PathLike[str] | Artifact, **runtime_options: Any) -> Verification:
+def verify(path: str | os.PathLike[str] | Artifact, *, key: Key | None = None, **runtime_options: Any) -> Verification:
     """Run an artifact's golden batch on this machine and compare with what was recorded when it was written.
 
     Args:
         path: the artifact's folder, or an artifact, which must still be the one in its folder.
+        key: file of a public key: what was not signed with its private key (see `sign`) is refused, unread.
         **runtime_options: as for `load`.
 
     Raises:
         ArtifactError: the folder is no artifact, is damaged, or its model answers in another form than recorded.
         MissingRuntimeError: its runtime is not installed; the message carries the pip command.
     """
-    with private_copy(path) as artifact:
+    with private_copy(path, key) as artifact:
         signature = artifact.signature
         batch = golden.load(artifact.golden_path, signature)
         model = open_model(artifact, **runtime_options)
@@ -99,6 +110,8 @@ def verify(path: str | os.PathLike[str] | Artifact, **runtime_options: Any) -> V
         agreement_db=_decibels(recorded, here),
         quantization_db=_decibels(floating, recorded),
         here_db=_decibels(floating, here),
+        nan_share=_share([a.isnan() for a in here], here),
+        new_nan_share=_share([a.isnan() & ~b.isnan() for a, b in zip(here, floating, strict=True)], here),
         equal_argmax=equal_argmax(recorded, here),
         written_on=artifact.manifest["cpu"],
         cpu=cpu_name(),
@@ -112,6 +125,12 @@ def _same(first: Tensor, second: Tensor) -> Tensor:
 def _equal_integers(recorded: list[Tensor], here: list[Tensor]) -> float:
     same = [_same(a, b).flatten() for a, b in zip(recorded, here, strict=True) if not a.is_floating_point()]
     return torch.cat(same).double().mean().item() if any(map(len, same)) else 1.0
+
+
+def _share(marked: list[Tensor], outputs: list[Tensor]) -> float:
+    """Return the share of the marked values among those of float outputs."""
+    values = [mark.flatten() for mark, output in zip(marked, outputs, strict=True) if output.is_floating_point()]
+    return torch.cat(values).double().mean().item() if any(map(len, values)) else 0.0
 
 
 def _largest_difference(recorded: list[Tensor], here: list[Tensor]) -> float:

@@ -55,6 +55,42 @@ def test_weights_are_those_of_the_checkpoint(
     assert (load(artifact.path)(X) - expected).abs().max() < 0.05 * expected.abs().max()
 
 
+class Touches:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.proof,)
+
+
+@pytest.mark.parametrize("given", ["class", "instance"])
+@pytest.mark.parametrize("form", ["archive", "pickle"])
+def test_code_of_a_checkpoint_runs_only_when_told_so(
+    given: str, form: str, saved: tuple[Lit, Path], tmp_path: Path
+) -> None:
+    path, proof = tmp_path / "other.ckpt", tmp_path / "proof"
+    content = {**torch.load(saved[1], weights_only=True), "more": Touches(proof)}
+    torch.save(content, path, _use_new_zipfile_serialization=form == "archive")
+    lightning_module: Any = Lit if given == "class" else Lit(width=12)
+    with pytest.raises(QuantizationError, match=r"whoever wrote the file: say `trust_checkpoint=True`") as caught:
+        quantize(path, calibration_data=[X], output_dir=tmp_path / "a", lightning_module=lightning_module)
+    assert (": it names " in str(caught.value)) == (form == "archive")
+    assert not proof.exists()
+    loaded = load_module(path, lightning_module, trust=True)
+    assert proof.exists()
+    assert loaded.state_dict().keys() == saved[0].state_dict().keys()
+
+
+@pytest.mark.parametrize("content", [b"", b"hello world", b"PK\x03\x04", b"\x80\x02]q\x00.", b"\xff" * 100])
+@pytest.mark.parametrize("trust", [False, True])
+def test_files_that_are_no_checkpoint_are_refused(content: bytes, trust: bool, tmp_path: Path) -> None:
+    (tmp_path / "x.ckpt").write_bytes(content)
+    with pytest.raises(QuantizationError, match=r"x\.ckpt"):
+        load_module(tmp_path / "x.ckpt", Lit(), trust=trust)
+
+
 def test_what_does_not_belong_together_is_refused(saved: tuple[Lit, Path], tmp_path: Path) -> None:
     path = saved[1]
     with pytest.raises(QuantizationError, match="`lightning_module` to be the LightningModule of the checkpoint"):

@@ -184,9 +184,53 @@ def test_configuration_that_lightning_cli_saved_is_taken_as_it_is(
     assert run_in(tmp_path, "quantize", "--config", str(fitted / "config.yaml"), *arguments) == 0
     assert read(tmp_path / "out").plan["rows"][0]["macs"] == 4 * 9 * 64 * 32
     capsys.readouterr()
-    # Its configuration is found beside a checkpoint.
-    assert run_in(tmp_path, "inspect", str(checkpoint), "--json") == 0
+    # Its configuration is found beside a checkpoint, and what it names is imported when told so.
+    assert run_in(tmp_path, "inspect", str(checkpoint), "--json") == 2
+    assert f"`--config {fitted / 'config.yaml'}`, or add `--trust`" in capsys.readouterr().err
+    assert run_in(tmp_path, "inspect", str(checkpoint), "--json", "--trust") == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["macs"] == 4 * 9 * 64 * 32
+
+
+class Touches:
+    """Makes a file when it is unpickled."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.proof,)
+
+
+@pytest.mark.parametrize("command", ["inspect", "quantize"])
+def test_code_of_a_checkpoint_runs_only_when_told_so(
+    command: str, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    proof, checkpoint = tmp_path / "proof", tmp_path / "other.ckpt"
+    saved = torch.load(project / "best.ckpt", weights_only=True)
+    torch.save({**saved, "more": Touches(proof)}, checkpoint)
+    arguments = ["--config", str(EXAMPLE / "quantize.yaml"), "--ckpt_path", str(checkpoint)]
+    arguments += ["--evaluate=false", "--threads=1"] if command == "quantize" else []
+    assert run_in(tmp_path, command, *arguments) == 2
+    assert "`--trust` on the command line" in capsys.readouterr().err
+    assert not proof.exists()
+    assert run_in(tmp_path, command, *arguments, "--trust") == 0
+    assert proof.exists()
+
+
+def test_classes_that_a_checkpoint_names_are_imported_only_when_told_so(
+    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    saved = torch.load(project / "best.ckpt", weights_only=True)
+    (tmp_path / "named_by_checkpoint.py").write_text("from pathlib import Path\nPath('proof').touch()\n")
+    named = {"class_path": "named_by_checkpoint.Model"}
+    for number, values in enumerate(({"_class_path": named["class_path"]}, {"width": 8, "net": [{"deep": named}]})):
+        checkpoint = tmp_path / f"{number}.ckpt"
+        torch.save({**saved, "hyper_parameters": values}, checkpoint)
+        classes = () if number == 0 else ("--config", str(EXAMPLE / "quantize.yaml"))
+        assert run_in(tmp_path, "inspect", str(checkpoint), *classes) == (2 if number == 0 else 0)
+        assert not (tmp_path / "proof").exists()
+        if number == 0:
+            assert "`--model-class named_by_checkpoint.Model`, or add `--trust`" in capsys.readouterr().err
 
 
 def test_commands_of_the_readme_run_one_after_the_other(project: Path, tmp_path: Path) -> None:

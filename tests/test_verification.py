@@ -177,6 +177,30 @@ def test_masks_and_integers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert result.failures == ["only 0.0% of the integer outputs are those recorded"]
 
 
+class Divides(nn.Module):
+    """A mean over the marked places of a row, which is no number where none is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        return self.fc(x) * mask.sum(1, keepdim=True) / mask.sum(1, keepdim=True)
+
+
+def test_outputs_that_are_no_numbers_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mask = torch.ones(8, 3)
+    mask[1] = 0
+    quantize(Divides(), "int8_weight_only", calibration_data=[(X, mask)], output_dir=tmp_path)
+    result = verify(tmp_path)
+    assert (result.nan_share, result.new_nan_share) == (0.25, 0)
+    assert result.failures == []
+    assert "25.00% of them are NaN, as the float model's were" in str(result)
+
+    answering(monkeypatch, lambda tensors: [torch.full((4, 4), float("nan"))])
+    assert "75.00% of the outputs are NaN where the float model has a number" in " ".join(verify(tmp_path).failures)
+
+
 def test_damage_is_found_first(artifact: Artifact, tmp_path: Path) -> None:
     manifest = json.loads((artifact.path / "manifest.json").read_text())
     for name in manifest["files"].values():

@@ -1,5 +1,6 @@
 """What both callbacks share: their arguments, what they refuse before training, and what they do when fit ends."""
 
+import functools
 import time
 from pathlib import Path
 from typing import Any, Self, get_args
@@ -211,6 +212,7 @@ class QuantizationCallback(Callback):
         *,
         train_dataloaders: Any = None,
         val_dataloaders: Any = None,
+        trust_checkpoint: bool = False,
         **trainer_options: Any,
     ) -> Artifact:
         """Make the artifact from a Lightning checkpoint, on one device and without training.
@@ -222,11 +224,13 @@ class QuantizationCallback(Callback):
             datamodule: its data, when it has not dataloaders of its own.
             train_dataloaders: the same, without a datamodule.
             val_dataloaders: likewise, to evaluate on.
+            trust_checkpoint: whether to load more of it than tensors and plain values, which runs code of whoever
+                wrote the file.
             **trainer_options: for the Trainer, `accelerator` for example.
         """
         options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False} | trainer_options
         options |= {"devices": 1, "max_epochs": 0, "enable_checkpointing": False, "callbacks": [self]}
-        self._checkpoint = _refused_in_callback(read_checkpoint, ckpt_path)
+        self._checkpoint = _refused_in_callback(functools.partial(read_checkpoint, trust=trust_checkpoint), ckpt_path)
         self.notes = (f"weights are those of {Path(ckpt_path).name}",)
         try:
             trainer_class(model)(**options).fit(model, train_dataloaders, val_dataloaders, datamodule)

@@ -314,7 +314,11 @@ def test_artifact_from_a_checkpoint_is_that_of_the_run(kind: Any, tmp_path: Path
     module = seeded(OddHyperparameters, odd=Odd())
     fit(module, run, saving, max_epochs=2, enable_checkpointing=True)
     again = callback("again")
-    artifact = again.quantize_checkpoint(saving.last_model_path, seeded(seed=1), accelerator="cpu")
+    with pytest.raises(Exception, match=r"names .*Odd.*`trust_checkpoint=True`"):
+        again.quantize_checkpoint(saving.last_model_path, seeded(seed=1), accelerator="cpu")
+    artifact = again.quantize_checkpoint(
+        saving.last_model_path, seeded(seed=1), accelerator="cpu", trust_checkpoint=True
+    )
 
     assert artifact.model_path.read_bytes() == run.artifact.model_path.read_bytes()
     assert any("last.ckpt" in note for note in artifact.report["notes"])
