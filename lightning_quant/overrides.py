@@ -9,6 +9,7 @@ from torch import nn
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
 from lightning_quant.captured import CapturedModel
+from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.graph.analyze import Analysis
 from lightning_quant.graph.plan import Operator, Plan, identify
@@ -88,18 +89,32 @@ def _stored(recipe: Recipe) -> dict[str, str]:
 
     Not those with ranges that arrive with each row: their sums are not those of the simulation, to the bit.
     """
-    found = {pattern: recipes.RECIPES.get(target) for pattern, target in recipe.overrides.items()}
+    named = {pattern: target for pattern, target in recipe.overrides.items() if isinstance(target, str)}
+    found = {pattern: recipes.RECIPES.get(target) for pattern, target in named.items()}
     return {p: r.name for p, r in found.items() if isinstance(r, LayerRecipe) and "dynamic" not in r.schemes}
 
 
+def check_targets(recipe: Recipe) -> None:
+    """Make sure that overrides map to what there is.
+
+    Raises:
+        QuantizationError: one names no recipe, or one that needs other activations than this recipe's.
+    """
+    elsewhere = {FLOAT, *_stored(recipe).values()}
+    for pattern, target in recipe.overrides.items():
+        if target not in elsewhere:
+            _grid(recipe, pattern, target)
+
+
 def _grid(recipe: Recipe, pattern: str, target: str) -> int:
-    bits = _WEIGHTS.fullmatch(target)
+    bits = _WEIGHTS.fullmatch(target) if isinstance(target, str) else None
     if bits is not None:
         return 2 ** (int(bits[1]) - 1) - 1
-    other = recipes.RECIPES.get(target)
+    other = recipes.RECIPES.get(target) if isinstance(target, str) else None
     if not isinstance(other, Recipe) or other.activation != recipe.activation:
         raise QuantizationError(
             f"Expected `overrides` to map {pattern!r} to 'float', 'int4_weights' to 'int8_weights', or the name of a "
             f"recipe with the activations of {recipe.name!r} or with no activations at all, but got {target!r}."
+            f"{did_you_mean(target, [FLOAT, *recipes.RECIPES])}"
         )
     return other.weight.quant_max

@@ -193,12 +193,16 @@ def get(recipe: "Recipes | dict[str, Any] | AnyRecipe") -> AnyRecipe:
     A dict whose `name` is that of a known recipe changes fields of it; any other makes a new `Recipe`.
 
     Raises:
-        QuantizationError: the name or a field is unknown.
+        QuantizationError: the name or a field is unknown, or a name inside it.
     """
-    if isinstance(recipe, Recipe | LayerRecipe):
-        return recipe
     if isinstance(recipe, dict):
-        return _from_dict(recipe)
+        recipe = _from_dict(recipe)
+    if isinstance(recipe, Recipe | LayerRecipe):
+        if RECIPES.get(recipe.name) != recipe:
+            from lightning_quant.recipe_names import check_names
+
+            check_names(recipe)
+        return recipe
     check_choice("recipe", recipe, RECIPES, " or a `Recipe`, a `LayerRecipe` or a dict of fields")
     return RECIPES[recipe]
 

@@ -17,6 +17,7 @@ from lightning_quant.accuracy.recalibrate import Call, observe_anew
 from lightning_quant.accuracy.smoothing import smooth
 from lightning_quant.accuracy.weight_rounding import gptq_layers, shrink_scales
 from lightning_quant.adjustments import AccuracyStep
+from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.exact import exact_arithmetic
 from lightning_quant.noise import alike, signal_to_noise
@@ -95,7 +96,8 @@ def check_steps(recipe: Recipe) -> None:
     """
     unknown = [name for name in recipe.accuracy_steps if name not in STEPS]
     if unknown:
-        raise QuantizationError(f"Expected `accuracy_steps` out of {sorted(STEPS)}, but got {unknown}.")
+        hint = did_you_mean(unknown[0], STEPS)
+        raise QuantizationError(f"Expected `accuracy_steps` out of {sorted(STEPS)}, but got {unknown}.{hint}")
     observer = build(recipe.calibration_observer, recipe)
     if "choose_ranges" in recipe.accuracy_steps and not isinstance(observer, Histogram):
         raise QuantizationError(

@@ -28,10 +28,9 @@ from lightning_quant.arguments import (
 )
 from lightning_quant.artifact import Artifact
 from lightning_quant.callbacks.announce import announce, warn
-from lightning_quant.callbacks.described import described
 from lightning_quant.callbacks.evaluation_call import difference, evaluation_call
 from lightning_quant.callbacks.observe_step import observe_step
-from lightning_quant.callbacks.recovery import given_arguments, recovery
+from lightning_quant.callbacks.recovery import given_arguments, recovery, written
 from lightning_quant.callbacks.runtime_choice import choose_at_start
 from lightning_quant.callbacks.states import identity_of
 from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call
@@ -150,7 +149,7 @@ class QuantizationCallback(Callback):
 
     @override
     def __repr__(self) -> str:
-        return described(self)
+        return f"{type(self).__name__}({written(self, self.runtime, {})})"
 
     @property
     @override

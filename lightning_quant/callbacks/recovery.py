@@ -53,14 +53,19 @@ def given_arguments(kind: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _arguments(callback: "QuantizationCallback") -> str:
+    known = {"module": callback.path or None, "output_dir": callback.last_folder}
+    return written(callback, callback.chosen_runtime or callback.runtime, known)
+
+
+def written(callback: "QuantizationCallback", runtime: str, known: dict[str, Any]) -> str:
+    """Return the arguments of the call that makes a callback, with what is known of some by now."""
     recipe: Any = callback.recipe.name
     if recipes.RECIPES.get(recipe) != callback.recipe:
         recipe = callback.recipe
-    known = {"module": callback.path or None, "output_dir": callback.last_folder}
     named = {**callback.given, **{name: value for name, value in known.items() if value is not None}}
     for name in ("recipe", "runtime"):
         named.pop(name, None)
-    values = [repr(_plain(value)) for value in (recipe, callback.chosen_runtime or callback.runtime)]
+    values = [repr(_plain(value)) for value in (recipe, runtime)]
     return ", ".join([*values, *(f"{name}={_plain(value)!r}" for name, value in named.items())])
 
 

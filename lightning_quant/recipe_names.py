@@ -1,0 +1,24 @@
+"""Names inside a recipe, looked up when it is written: observers, accuracy steps, schemes and what overrides map to."""
+
+from lightning_quant.accuracy.ladder import check_steps
+from lightning_quant.choice import check_choice
+from lightning_quant.layers.storage import SCHEMES
+from lightning_quant.observers import OBSERVERS
+from lightning_quant.overrides import check_targets
+from lightning_quant.recipe import AnyRecipe, Recipe
+
+
+def check_names(recipe: AnyRecipe) -> None:
+    """Make sure that there is whatever a recipe names.
+
+    Raises:
+        QuantizationError: there is not; the message has the closest.
+    """
+    if not isinstance(recipe, Recipe):
+        for scheme in recipe.schemes:
+            check_choice("recipe.schemes", scheme, SCHEMES)
+        return
+    check_choice("recipe.calibration_observer", recipe.calibration_observer, OBSERVERS)
+    check_choice("recipe.training_observer", recipe.training_observer, OBSERVERS)
+    check_steps(recipe)
+    check_targets(recipe)
