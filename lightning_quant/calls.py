@@ -5,6 +5,8 @@ become inputs of graphs and model files, and constants, which are baked in and m
 """
 
 import inspect
+import re
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_quant.errors import CaptureError
 from lightning_quant.structures import CONSTANTS, named_leaves, register_structures
+
+# Containers whose structure is in the names of a call's tensors.
+_PLAIN_CONTAINERS = (dict, list, tuple, OrderedDict, defaultdict, deque)
+_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
 
 
 class _Immutable:
@@ -100,6 +106,22 @@ def constant_names(spec: CallSpec, tensors: list[Tensor]) -> tuple[str, ...]:
     """Return the names of a call's constants, made as those of its tensors are."""
     paths = [path for path, _ in named_leaves(spec.arguments(tensors))]
     return tuple(unique_names([_name(paths[index]) for index, _ in spec.constants]))
+
+
+def context_of(spec: CallSpec) -> str:
+    """Return what classes of the user's carry in a call beside their tensors, as text; empty when there are none."""
+    found: list[str] = []
+
+    def visit(tree: Any) -> None:
+        if tree.is_leaf():
+            return
+        if tree.type not in _PLAIN_CONTAINERS and not (isinstance(tree.type, type) and issubclass(tree.type, tuple)):
+            found.append(f"{tree.type.__name__}({_ADDRESS.sub('', repr(tree.context))})")
+        for child in tree.children():
+            visit(child)
+
+    visit(spec.treespec)
+    return ", ".join(found)
 
 
 def rebuild_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -229,6 +229,8 @@ def _attempt(
     places = prepared.batch.outputs if prepared.batch is not None and prepared.varies_in_file else ()
     signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic, places)
     loaded = runtime.load(staged.parent, artifacts.model_files(staged), signature)
+    optional = tuple(name for name in prepared.spec.names if name in loaded.unread)
+    loaded.signature = signature = dataclasses.replace(signature, optional=optional)
     for number in (1, PARITY_SAMPLES):
         inputs = prepared.samples(number)
         with torch.no_grad():

@@ -38,9 +38,11 @@ class LoadedModule(nn.Module):
         marker: an empty parameter, for code that asks for `next(module.parameters()).device`: it lies where the module
             was moved to, while the model stays where its runtime runs. It is in no state dict.
         shared: names of the attributes that copies share.
+        unread: names of the inputs that the file does not read.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
+    unread: frozenset[str] = frozenset()
 
     def __init__(self, signature: Signature) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_quant.call_checks import DTYPES, TensorInfo, as_captured, check_named_sizes, difference
-from lightning_quant.calls import CallSpec, constant_names, flatten_call, unique_names
+from lightning_quant.calls import CallSpec, constant_names, context_of, flatten_call, unique_names
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
@@ -41,6 +41,8 @@ class Signature:
         constants: captured values of all other leaves, which later calls must repeat.
         outputs: the tensors that come back, in the order of the model file's outputs.
         structure: nested description of the result, with `{"tensor": i}` for the i-th output.
+        context: what classes of the user's carry beside tensors, a stage say, as text; later calls must repeat it.
+        optional: names of inputs that the file does not read, such as labels: a call may leave them out.
     """
 
     parameters: tuple[tuple[str, str, Any], ...]
@@ -48,6 +50,8 @@ class Signature:
     constants: tuple[Any, ...]
     outputs: tuple[TensorInfo, ...]
     structure: Any = field(default_factory=dict)
+    context: str = ""
+    optional: tuple[str, ...] = ()
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the tensors of a call in order.
@@ -65,11 +69,19 @@ class Signature:
     def _flatten_any(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         spec, tensors = flatten_call(self._inspect(), args, kwargs)
         names = tuple(info.name for info in self.inputs)
-        if spec.names != names:
-            raise QuantizationError(f"Expected tensors {names} as in the captured call, but got {spec.names}.")
         given = {
-            name: _plain(value) for name, (_, value) in zip(constant_names(spec, tensors), spec.constants, strict=True)
+            name: _plain(value)
+            for name, (_, value) in zip(constant_names(spec, tensors), spec.constants, strict=True)
+            if not (value is None and name in self.optional)
         }
+        if spec.names != names:
+            tensors = self._completed(dict(zip(spec.names, tensors, strict=True)), names)
+        context = context_of(spec)
+        if context and self.context and context != self.context:
+            raise QuantizationError(
+                f"Expected what the call carries beside tensors to be {self.context}, as captured, but got {context}: "
+                "it is part of the exported model. Export again from a call with it."
+            )
         captured = [_plain(value) for value in self.constants]
         if list(given.values()) != captured:
             raise QuantizationError(
@@ -77,6 +89,24 @@ class Signature:
                 "exported model. Pass what was captured, or export again from a call with these values."
             )
         return tensors
+
+    def _completed(self, given: dict[str, Tensor], names: tuple[str, ...]) -> list[Tensor]:
+        """Return all inputs of a call that leaves some out, which the file does not read."""
+        missing = [name for name in names if name not in given]
+        if set(given) - set(names) or set(missing) - set(self.optional):
+            needed = tuple(name for name in names if name not in self.optional)
+            raise QuantizationError(f"Expected tensors {needed} as in the captured call, but got {tuple(given)}.")
+        sizes = {
+            label: size
+            for info in self.inputs
+            if info.name in given and len(info.shape) == given[info.name].dim()
+            for label, size in zip(info.shape, given[info.name].shape, strict=True)
+        }
+        for info in self.inputs:
+            if info.name in missing:
+                shape = [size if isinstance(size, int) else sizes.get(size, 1) for size in info.shape]
+                given[info.name] = torch.zeros(shape, dtype=getattr(torch, info.dtype))
+        return [given[name] for name in names]
 
     def _positional_tensors(self, args: tuple[Any, ...]) -> list[Tensor] | None:
         """Return the arguments where they are all that a call consists of, which takes far less time to see."""
@@ -107,6 +137,9 @@ class Signature:
                 constants=tuple(_freeze(value) for value in values["constants"]),
                 outputs=tuple(_info(info) for info in values["outputs"]),
                 structure=values["structure"],
+                # Manifests of earlier versions have neither.
+                context=str(values.get("context", "")),
+                optional=tuple(_text(name) for name in values.get("optional", ())),
             )
             signature._inspect()
             if _indices(signature.structure) != list(range(len(signature.outputs))):
@@ -122,12 +155,15 @@ class Signature:
 
     def _inspect(self) -> inspect.Signature:
         empty = inspect.Parameter.empty
-        return inspect.Signature(
-            [
-                inspect.Parameter(name, _KINDS[kind], default=empty if default == "required" else _default(default))
-                for name, kind, default in self.parameters
-            ]
-        )
+        parameters: list[inspect.Parameter] = []
+        may_lack = True
+        for name, kind, default in reversed(self.parameters):
+            # Python wants parameters with defaults to come last.
+            value = None if name in self.optional and may_lack else empty
+            value = value if default == "required" else _default(default)
+            may_lack = may_lack and (value is not empty or not kind.startswith("POSITIONAL"))
+            parameters.insert(0, inspect.Parameter(name, _KINDS[kind], default=value))
+        return inspect.Signature(parameters)
 
 
 def make_signature(
@@ -162,7 +198,7 @@ def make_signature(
         )
     )
     constants = tuple(_decode(_plain(value)) for _, value in spec.constants)
-    return Signature(parameters, inputs, constants, outputs, structure)
+    return Signature(parameters, inputs, constants, outputs, structure, context_of(spec))
 
 
 def _of_samples(each: int) -> str:

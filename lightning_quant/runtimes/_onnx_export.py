@@ -58,6 +58,7 @@ def export_onnx(
         _optimize(program.model)  # type: ignore[union-attr]
         _name(program.model, spec.names, names)  # type: ignore[union-attr]
         _check_varies(program.model, spec, dynamic, fixed)  # type: ignore[union-attr]
+    _leave_out_unread(program.model)  # type: ignore[union-attr]
     _strip(program.model)  # type: ignore[union-attr]
     _keep_names_apart(program.model)  # type: ignore[union-attr]
     program.save(path)  # type: ignore[union-attr]
@@ -109,6 +110,13 @@ def _name_edges(model: Any, names: EdgeNames) -> None:
     for node in model.graph:
         if node.op_type == "QuantizeLinear" and (edge := names.of_onnx(node)) is not None:
             node.name = f"{PREFIX}{edge}"
+
+
+def _leave_out_unread(model: Any) -> None:
+    """Take away inputs that nothing reads, such as labels: who calls the file has none."""
+    for value in list(model.graph.inputs):
+        if not value.uses() and not value.is_graph_output():
+            model.graph.inputs.remove(value)
 
 
 def _widens(node: Any) -> bool:

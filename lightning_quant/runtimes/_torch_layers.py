@@ -56,6 +56,7 @@ class TorchLayersModule(LoadedModule):
         program = steps.read_steps(path)
         check_forms(program, signature, path)
         self.threads = threads
+        self.unread = steps.unread_inputs(program)
         self.program = _ready(program, folder / files["model"], path)
 
     @torch.no_grad()

@@ -134,6 +134,20 @@ def read_steps(path: Path) -> dict[str, Any]:
         raise ArtifactError(f"Expected {path} to be a program of steps, but {error}") from error
 
 
+def unread_inputs(program: dict[str, Any]) -> frozenset[str]:
+    """Return the names of the inputs that no step of a program reads, and that are no result."""
+    read: set[str] = set()
+    rest: list[Any] = [program["results"], *([step["args"], step["kwargs"]] for step in program["steps"])]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            read.update(item for key, item in value.items() if key == "value" and isinstance(item, str))
+            rest += value.values()
+        elif isinstance(value, list):
+            rest += value
+    return frozenset(info["name"] for info in program["inputs"]) - read
+
+
 def _call(node: fx.Node) -> str:
     name = name_of(node.target) if node.op == "call_function" else None
     if name is None:

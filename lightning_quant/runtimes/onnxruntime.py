@@ -114,6 +114,7 @@ class OnnxRuntimeModule(LoadedModule):
         _check_fits(self.session, signature, path)
         # An input that the result does not depend on is no input of the graph.
         known = {info.name for info in self.session.get_inputs()}
+        self.unread = frozenset(info.name for info in signature.inputs) - known
         self._inputs = [
             (index, info.name, DTYPES[info.dtype]) for index, info in enumerate(signature.inputs) if info.name in known
         ]

@@ -91,6 +91,7 @@ class OpenVinoModule(LoadedModule):
             _check_fits(self.compiled, signature, path)
         except (RuntimeError, TypeError, MemoryError) as error:
             raise ArtifactError(f"Expected {path} to be a model for OpenVINO, but it says: {_reason(error)}") from error
+        self.unread = frozenset(info.name for info in signature.inputs) - set(names)
         position = {info.name: index for index, info in enumerate(signature.inputs)}
         self._inputs = [(position[n], DTYPES[signature.inputs[position[n]].dtype]) for n in names]
         # A request holds the tensors of one call at a time, so each call borrows one that no other thread has.
