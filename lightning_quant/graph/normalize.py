@@ -33,6 +33,7 @@ _VIEWS = {
     "split",
     "t",
 }
+_JOINS = (torch.cat, torch.concat, torch.concatenate)
 _ACTIVATIONS: dict[type, Any] = {
     nn.ReLU: lambda m: (F.relu, {}),
     nn.ReLU6: lambda m: (F.relu6, {}),
@@ -54,6 +55,10 @@ def functionalize(graph: fx.Graph, root: nn.Module) -> None:
             by index. Its `scope` names the module that does it.
     """
     for node in list(graph.nodes):
+        if node.target in _JOINS and _joins_one(node):
+            node.replace_all_uses_with(node.args[0][0])  # type: ignore[index, arg-type]
+            graph.erase_node(node)
+            continue
         if node.target is operator.setitem or node.target in ("__setitem__", "copy_"):
             raise _refusal(node, "it writes into a tensor by index or with copy_")
         if not _writes(node, root):
@@ -66,6 +71,11 @@ def functionalize(graph: fx.Graph, root: nn.Module) -> None:
             if user is not node and _comes_after(user, node):
                 user.replace_input_with(written, node)
         _replace(node, root)
+
+
+def _joins_one(node: fx.Node) -> bool:
+    """Tell whether a node joins a single tensor, the first of a dense block say: runtimes leave that out."""
+    return bool(node.args) and isinstance(node.args[0], tuple | list) and len(node.args[0]) == 1
 
 
 def _writes(node: fx.Node, root: nn.Module) -> bool:

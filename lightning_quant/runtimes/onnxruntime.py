@@ -46,7 +46,6 @@ _WITHOUT_KERNEL = (
         "conv_transpose1d",
         "conv_transpose2d",
         "conv_transpose3d",
-        "conv3d",
         "attention",
         "sub",
         "layer_norm",
@@ -59,7 +58,7 @@ _REASONS = {
     "softmax": "kept float: eight bits are too few for its tails",
 }
 TABLE = OperatorTable(
-    weighted=frozenset({"conv1d", "conv2d", "linear"}),
+    weighted=frozenset({"conv1d", "conv2d", "conv3d", "linear"}),
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset({"linear", "matmul"}),
     own_scale=frozenset({"add", "mul", "matmul", "cat", "avg_pool", "global_avg_pool", "leaky_relu", "sigmoid"}),
@@ -70,6 +69,7 @@ TABLE = OperatorTable(
 _INTEGER_OPERATORS = {
     "conv1d": ("QLinearConv",),
     "conv2d": ("QLinearConv",),
+    "conv3d": ("QLinearConv",),
     "linear": ("QGemm", "MatMulIntegerToFloat", "QLinearMatMul"),
     "matmul": ("QLinearMatMul", "MatMulIntegerToFloat"),
     "add": ("QLinearAdd",),
