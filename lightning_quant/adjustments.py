@@ -1,6 +1,7 @@
 """What accuracy algorithms change about a calibrated model, beside its module: layers and channel scales. Data only."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -96,3 +97,16 @@ class AccuracyStep:
             f"{self.name}: {self.before_db:.1f} to {self.after_db:.1f} dB on held-back calibration data, {verdict} "
             f"({self.changed} changed, {self.seconds:.0f} s)"
         )
+
+
+def outcomes(steps: Iterable[AccuracyStep]) -> tuple[str, ...]:
+    """Return a line for every step that changed the model, and one for all others together."""
+    steps = tuple(steps)
+    fruitless = [step for step in steps if not (step.kept and step.changed)]
+    lines = [str(step) for step in steps if step not in fruitless]
+    if len(fruitless) == 1:
+        lines.append(str(fruitless[0]))
+    elif fruitless:
+        names = ", ".join(step.name for step in fruitless)
+        lines.append(f"tried without a gain, and left out: {names} ({sum(step.seconds for step in fruitless):.0f} s)")
+    return tuple(lines)

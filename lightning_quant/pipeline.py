@@ -15,6 +15,7 @@ from lightning_quant import artifact as artifacts
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
 from lightning_quant.accuracy.sensitivity import NUM_CALLS, check_rankable, rank_operators
+from lightning_quant.adjustments import outcomes
 from lightning_quant.arguments import check_flag, check_name, check_on_device, check_path, check_threads, patterns
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
@@ -140,7 +141,7 @@ def quantize(
         engine=engine,
     )
     if isinstance(quantized, Prepared):
-        notes += tuple(str(step) for step in quantized.accuracy_steps)
+        notes += outcomes(quantized.accuracy_steps)
     notes += given.notes
     notes += notes_of_sizes(quantized)
     # Measured on a copy: another run may replace the artifact meanwhile.

@@ -72,6 +72,13 @@ LAYER = LayerSensitivity(
 )
 
 
+def test_no_layer_is_advised_that_moves_no_metric() -> None:
+    found = Sensitivity((LAYER,), 0.02, Advice(("stem.0",), 0.01, 3000))
+    assert found.with_gains({"acc": 0.00004, "loss": -0.00002}).advice is None
+    assert "keeping it float moves no metric (acc, loss)" in found.with_gains({"acc": 0.0, "loss": 0.0}).explanation()
+    assert "acc +0.0000, loss -0.0030" in found.with_gains({"acc": 0.0, "loss": -0.003}).explanation()
+
+
 def test_sensitivity_stands_in_the_report_where_it_was_asked_for() -> None:
     advice = Advice(("stem.0", "stem.3"), 0.004, 12_000)
     layers = (LAYER, dataclasses.replace(LAYER, name="head", without_error=0.019))

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from lightning_quant.accuracy.rounded_parts import all_but, name_of, own_parts, read_from_float, touched_edges
 from lightning_quant.prepared import Prepared
 
+# A tenth of a decibel less error is worth a layer in float.
+_LEAST = 10**-0.01
 # From what is rounded to the output's error and the score, if there is one.
 Measure = Callable[[frozenset[str]], tuple[float, float | None]]
 
@@ -41,17 +43,18 @@ def advise(prepared: Prepared, worst: str, measure: Measure, float_bytes: dict[s
         float_bytes: name to what its weight takes more in float.
 
     Returns:
-        None when that gains nothing, or leaves nothing to quantize.
+        None when that gains next to nothing, or leaves nothing to quantize.
     """
     error, score = measure(all_but(prepared))
+    least = error * _LEAST
     everything = {name_of(prepared, identity) for identity in prepared.operators}
     found: Advice | None = None
     for names in _options(prepared, worst):
         left, left_score = measure(all_but(prepared, names))
-        least = error if found is None else error - 2 * (error - found.error)
         if left < least and everything != set(names):
             gain = None if score is None or left_score is None else left_score - score
             found = Advice(names, left, sum(float_bytes[name] for name in names), gain)
+            least = error - 2 * (error - left)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ from lightning_quant.tables import text_table
 Score = Callable[[list[Any]], float]
 # Calls on which reports rank operators.
 NUM_CALLS = 2
+# What is printed as 0.0000.
+_SMALLEST_GAIN = 5e-5
 # Scale and zero point of an int8 weight and of its int32 bias, for each output channel of an ONNX file.
 _BYTES_OF_SCALES = 13
 
@@ -90,6 +92,11 @@ class Sensitivity:
     advice: Advice | None = None
     gains: dict[str, float] = field(default_factory=dict)
 
+    def with_gains(self, gains: dict[str, float]) -> "Sensitivity":
+        """Return the same with what the advice does to validation metrics; without it where it moves none of them."""
+        moves = not gains or any(abs(value) >= _SMALLEST_GAIN for value in gains.values())
+        return replace(self, gains=gains, advice=self.advice if moves else None)
+
     def explanation(self) -> str:
         """Say in one line where the loss comes from, and what to do about it."""
         worst = self.layers[0]
@@ -101,6 +108,8 @@ class Sensitivity:
         return f"{line}; {self._way_out()}."
 
     def _way_out(self) -> str:
+        if self.advice is None and self.gains:
+            return f"keeping it float moves no metric ({', '.join(self.gains)})"
         if self.advice is None:
             return "no part of the net gains by being kept float for its sake"
         names = ", ".join(f'"{name}": "float"' for name in self.advice.names)

@@ -102,7 +102,7 @@ def _measure(
         started = time.perf_counter()
         metrics = _metrics(callback, trainer, deployment, own)
         if metrics and deployment.sensitivity is not None:
-            found = replace(deployment.sensitivity, gains=_gains(callback, trainer, deployment, deployment.sensitivity))
+            found = deployment.sensitivity.with_gains(_gains(callback, trainer, deployment, deployment.sensitivity))
             deployment = replace(deployment, sensitivity=found)
         callback.seconds["evaluate"] = time.perf_counter() - started
         if callback.loss_inputs is not None and callback.loss_inputs.formula is None:

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_quant.accuracy.recalibrate import recorded_calls
 from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_operators
+from lightning_quant.adjustments import outcomes
 from lightning_quant.arguments import check_positive, from_fields
 from lightning_quant.calibrate import calibrate
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
@@ -134,7 +135,7 @@ class PostTrainingQuantization(QuantizationCallback):
         deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
         if isinstance(deployment.prepared, Prepared):
             found = self._calibrate(trainer, deployment.prepared, deployment.pl_module)
-            steps = tuple(str(step) for step in deployment.prepared.accuracy_steps)
+            steps = outcomes(deployment.prepared.accuracy_steps)
             deployment = replace(deployment, notes=(*deployment.notes, *steps), sensitivity=found)
         self.artifact = finish(self, trainer, deployment)
 

@@ -56,7 +56,7 @@ def functionalize(graph: fx.Graph, root: nn.Module) -> None:
     """
     for node in list(graph.nodes):
         if node.target in _JOINS and _joins_one(node):
-            node.replace_all_uses_with(node.args[0][0])  # type: ignore[index, arg-type]
+            node.replace_all_uses_with(node.args[0][0])
             graph.erase_node(node)
             continue
         if node.target is operator.setitem or node.target in ("__setitem__", "copy_"):

@@ -45,7 +45,7 @@ IN_PROCESS = False
 LAYERS_IN_GRAPHS = True
 _FLOAT = "OpenVINO computes it in float on the CPU"
 TABLE = OperatorTable(
-    weighted=frozenset({"conv1d", "conv2d", "linear"}),
+    weighted=frozenset({"conv1d", "conv2d", "conv3d", "linear"}),
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset({"linear"}),
     own_scale=frozenset({"add", "cat", "avg_pool", "global_avg_pool"}),
@@ -53,9 +53,8 @@ TABLE = OperatorTable(
     reasons={
         **dict.fromkeys(("mul", "sub", "matmul", "attention", "layer_norm", "group_norm", "tanh", "softplus"), _FLOAT),
         **dict.fromkeys(("leaky_relu", "sigmoid", "hardswish", "hardsigmoid", "gelu", "silu", "mish", "elu"), _FLOAT),
-        **dict.fromkeys(
-            ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "conv3d", "prelu", "selu"), _FLOAT
-        ),
+        **dict.fromkeys(("conv_transpose1d", "conv_transpose3d", "prelu", "selu"), _FLOAT),
+        "conv_transpose2d": "its integer form, with a scale for each output channel of transposed weights, is not made",
         "softmax": "kept float: eight bits are too few for its tails",
     },
     fuses_add=True,
@@ -66,7 +65,12 @@ TABLE = OperatorTable(
 # Otherwise OpenVINO computes in bfloat16 where it can, and rounds what layers with compressed weights read to int8.
 _AS_SIMULATED = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
 # Layer types of a compiled model that carry weights, by kind; others are fused into them, or move values.
-_WEIGHTED_LAYERS = {"conv1d": "Convolution", "conv2d": "Convolution", "linear": "FullyConnected"}
+_WEIGHTED_LAYERS = {
+    "conv1d": "Convolution",
+    "conv2d": "Convolution",
+    "conv3d": "Convolution",
+    "linear": "FullyConnected",
+}
 _INTEGER = "_I8"
 
 

@@ -518,7 +518,7 @@ def test_every_listed_operator_has_a_row_and_a_reason() -> None:
         assert kinds[kind] == 1, kind
     assert kinds["add"] == 1
     assert all(row.reason for row in rows.values() if row.action == "float")
-    assert {row.name for row in rows.values() if row.action == "int8"} == {"conv", "project"}
+    assert {row.name for row in rows.values() if row.action == "int8"} == {"conv", "conv3d", "project"}
 
 
 def test_a_row_says_int8_only_where_integers_are_computed() -> None:
@@ -617,6 +617,20 @@ def test_inputs_of_a_concatenation_keep_their_own_scales() -> None:
     prepared = ready(model, IMAGE)
     scales = [float(prepared.ranges.parameters(f":{key}")[0]) for key in prepared.operators[":cat"].inputs]
     assert scales[1] > 20 * scales[0]
+
+
+def test_a_concatenation_of_one_tensor_is_that_tensor() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.cat([self.first(x)], 1))
+
+    prepared = prepare(Net().eval(), (IMAGE,))
+    assert [operator.key for operator in prepared.plan.graphs[0].operators] == ["first", "last"]
+    assert [row.name for row in prepared.plan.rows] == ["first", "last"]
 
 
 # --- whole nets
