@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from lightning_quant.bias_correction import InputMeans
 from lightning_quant.calibrate import observe, settle
+from lightning_quant.calls import map_tensors
 from lightning_quant.errors import QuantizationError
+from lightning_quant.observer_merge import merged
 from lightning_quant.observers import Histogram
 from lightning_quant.prepared import Prepared
 from lightning_quant.ranges import Ranges
@@ -138,14 +140,17 @@ def calibrate_together(group: Group, prepared: Prepared, steps: Callable[[], Ite
 
 
 def _merge(group: Group, ranges: Ranges, means: InputMeans | None) -> None:
-    observers = list(ranges.observers.values())
-    for observer, row in zip(observers, _merged_extremes(group, ranges), strict=True):
-        if row[1] > -torch.inf:
-            observer.low, observer.high = -row[0], row[1]
-        if isinstance(observer, Histogram):
-            observer.counts = group.total(observer.counts)
-    for observer, number in zip(observers, group.total(torch.tensor([o.num_updates for o in observers])), strict=True):
-        observer.num_updates = int(number)
+    observers = ranges.observers
+    seen = {identity: observer for identity, observer in observers.items() if observer.num_updates}
+    cpu = torch.device("cpu")
+    parts = group.gather({i: map_tensors(lambda t: t.to(cpu), observer.state()) for i, observer in seen.items()})
+    for identity, observer in observers.items():
+        states = [part[identity] for part in parts if identity in part]
+        if states:
+            device = next((v.device for v in observer.state().values() if isinstance(v, Tensor)), group.device)
+            observer.load_state(merged(observer, states))
+            observer.to(device)
+    ranges.forget_parameters()
     if means is not None:
         _merge_means(group, means)
 

@@ -4,8 +4,7 @@ A new observer is one class here. Every observer keeps a fixed amount of memory 
 that move with `to` and are saved by `state`.
 """
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -13,134 +12,10 @@ from torch import Tensor
 
 from lightning_quant.choice import check_choice
 from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.observer import MERGES, Extremes, MinMax, MovingAverage, Observer
 from lightning_quant.recipe import Recipe
 
-
-class Observer(ABC):
-    """Collects statistics of one tensor; `low` and `high` are 0-dim float32 tensors once something was seen."""
-
-    # Whether it looks at all values of a tensor; where extremes are enough, those of many tensors are taken in at once.
-    needs_values: ClassVar[bool] = True
-
-    def __init__(self) -> None:
-        self.low: Tensor | None = None
-        self.high: Tensor | None = None
-        self.num_updates = 0
-
-    @torch.no_grad()
-    def update(self, x: Tensor) -> None:
-        """Take one tensor of any shape and float dtype into account; an empty tensor changes nothing."""
-        if x.numel() == 0:
-            return
-        low, high = torch.aminmax(x.detach())
-        self._update(x.detach(), low.float(), high.float())
-        self.num_updates += 1
-
-    @abstractmethod
-    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None: ...
-
-    def range(self) -> tuple[Tensor, Tensor]:
-        """Return the range to quantize, both 0-dim float32.
-
-        Raises:
-            CalibrationError: nothing was seen, or what was seen is not finite.
-        """
-        if self.low is None or self.high is None:
-            raise CalibrationError("nothing was observed")
-        return self.low, self.high
-
-    def state(self) -> dict[str, Tensor | int]:
-        """Return what `load_state` needs: tensors and ints only, safe for `torch.load(weights_only=True)`."""
-        return {
-            name: value.clone() if isinstance(value, Tensor) else value
-            for name, value in vars(self).items()
-            if isinstance(value, Tensor | int)
-        }
-
-    def load_state(self, state: dict[str, Tensor | int]) -> None:
-        """Take over a saved state."""
-        for name, value in state.items():
-            setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
-
-    def to(self, device: torch.device) -> None:
-        """Move the statistics to a device."""
-        for name, value in vars(self).items():
-            if isinstance(value, Tensor):
-                setattr(self, name, value.to(device))
-
-
-class Extremes(Observer):
-    """An observer that the extremes of a tensor are enough for."""
-
-    needs_values: ClassVar[bool] = False
-
-    @classmethod
-    @torch.no_grad()
-    def update_all(cls, observers: "Sequence[Extremes]", lows: Tensor, highs: Tensor) -> None:
-        """Let the extremes of one tensor for each observer count as an update, in one operation for all of them.
-
-        Args:
-            observers: all of this class.
-            lows: `(observers,)`, any float dtype.
-            highs: likewise.
-        """
-        for observer, low, high in zip(observers, *cls._ends(observers, lows, highs), strict=True):
-            observer.low, observer.high = low, high
-            observer.num_updates += 1
-
-    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        ((self.low,), (self.high,)) = self._ends([self], low.view(1), high.view(1))
-
-    @classmethod
-    def _ends(
-        cls, observers: "Sequence[Extremes]", lows: Tensor, highs: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the new low and high of each observer, 0-dim."""
-        lows, highs = lows.float(), highs.float()
-        # What has no range yet takes that of its first batch.
-        old = [(low, high) if o.low is None or o.high is None else (o.low, o.high)
-               for o, low, high in zip(observers, lows.unbind(), highs.unbind(), strict=True)]  # fmt: skip
-        old_lows, old_highs = (torch.stack(ends) for ends in zip(*old, strict=True))
-        lows, highs = cls._combine(observers, (old_lows, old_highs), (lows, highs))
-        return lows.unbind(), highs.unbind()
-
-    @classmethod
-    @abstractmethod
-    def _combine(
-        cls, observers: "Sequence[Extremes]", old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]: ...
-
-
-class MinMax(Extremes):
-    """The lowest and the highest value ever seen."""
-
-    @classmethod
-    def _combine(
-        cls, observers: Sequence[Extremes], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        return torch.minimum(old[0], new[0]), torch.maximum(old[1], new[1])
-
-
-class MovingAverage(Extremes):
-    """Exponential average of each batch's extremes, for training, where weights move.
-
-    The weight of a new batch is `max(momentum, 1 / number of batches)`: a plain mean at first, so that the first batch
-    does not dominate. A smaller momentum lags behind activations that grow while a network learns, and clips them.
-    Source: Jacob et al. 2018, arXiv:1712.05877, section 3.1 (the moving average).
-    """
-
-    def __init__(self, momentum: float = 0.05) -> None:
-        super().__init__()
-        self.momentum = momentum
-
-    @classmethod
-    def _combine(
-        cls, observers: Sequence[Extremes], old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, Tensor]:
-        weights = [max(o.momentum, 1 / (o.num_updates + 1)) for o in observers if isinstance(o, MovingAverage)]
-        # A number costs no copy to the device, and tensors of a model have mostly seen as many batches.
-        weight = weights[0] if len(set(weights)) == 1 else old[0].new_tensor(weights)
-        return torch.lerp(old[0], new[0], weight), torch.lerp(old[1], new[1], weight)
+__all__ = ["Extremes", "MinMax", "MovingAverage", "Observer"]
 
 
 class Histogram(MinMax):
@@ -150,6 +25,7 @@ class Histogram(MinMax):
     """
 
     needs_values: ClassVar[bool] = True
+    merge: ClassVar[dict[str, str]] = {**MinMax.merge, "counts": "sum", "span_low": "same", "span_high": "same"}
     NUM_BINS = 2048
     NUM_CANDIDATES = 100
 
@@ -251,6 +127,8 @@ class Percentile(Histogram):
         percentile: share of all values kept inside, in percent, in (50, 100]. Zero always stays inside.
     """
 
+    merge: ClassVar[dict[str, str]] = {**Histogram.merge, "percentile": "same"}
+
     def __init__(self, percentile: float = 99.99) -> None:
         super().__init__()
         if not 50 < percentile <= 100:
@@ -264,6 +142,8 @@ class Percentile(Histogram):
 
 class MeanSquaredError(Histogram):
     """The range with the least expected squared rounding and clipping error; see `Histogram.least_error_range`."""
+
+    merge: ClassVar[dict[str, str]] = {**Histogram.merge, "num_levels": "same"}
 
     def __init__(self, num_levels: int = 256) -> None:
         super().__init__()
@@ -286,7 +166,13 @@ def build(name: str, recipe: Recipe) -> Observer:
     """Return a fresh observer of that name with the recipe's settings.
 
     Raises:
-        QuantizationError: the name is unknown.
+        QuantizationError: the name is unknown, or the observer says of a state what no merging is.
     """
     check_choice("observer", name, OBSERVERS)
-    return OBSERVERS[name](recipe)
+    observer = OBSERVERS[name](recipe)
+    wrong = {state: how for state, how in observer.merge.items() if how not in MERGES}
+    if wrong:
+        raise QuantizationError(
+            f"Expected {type(observer).__name__}.merge to map states to one of {list(MERGES)}, but got {wrong}."
+        )
+    return observer

@@ -47,6 +47,7 @@ def prepare(
     if not isinstance(chosen, Recipe):
         raise PlanError(f"Expected `recipe` to quantize a graph, but {chosen.name!r} quantizes layers without one.")
     check_steps(chosen)
+    chosen.check_percentile(observer or chosen.training_observer)
     table = runtimes.get(runtime, exporting=True).TABLE
     selection = select(selection or Selection(), chosen)
     on_cpu, (args, kwargs) = on_host(model), moved_call(args, kwargs or {})

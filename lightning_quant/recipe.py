@@ -110,7 +110,15 @@ class Recipe:
                 raise QuantizationError(f"Expected `{name}` to be 0 or more, but got {getattr(self, name)}.")
         if not 50 < self.percentile <= 100:
             raise QuantizationError(f"Expected `percentile` to be in (50, 100], but got {self.percentile}.")
-        if self.percentile != PERCENTILE and {self.calibration_observer, self.training_observer} <= _WITHOUT_PERCENTILE:
+
+    def check_percentile(self, observer: str) -> None:
+        """Refuse a percentile that no observer of a run takes.
+
+        Raises:
+            QuantizationError: neither the observer nor those of the recipe do.
+        """
+        used = {observer, self.calibration_observer, self.training_observer}
+        if self.percentile != PERCENTILE and used <= _WITHOUT_PERCENTILE:
             raise QuantizationError(
                 f"Expected `percentile` to be for an observer that takes one, but got {self.percentile} beside "
                 f"{self.calibration_observer!r} and {self.training_observer!r}. Set `calibration_observer` or "

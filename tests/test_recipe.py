@@ -72,7 +72,7 @@ REFUSED = {
     "weight.per_channel": {"weight": replace(WEIGHT, per_channel=False)},
     "activation.symmetric": {"activation": replace(ACTIVATION, symmetric=True)},
     "activation.per_channel": {"activation": replace(ACTIVATION, per_channel=True)},
-    "percentile": {"percentile": 90.0},
+    "percentile": {"percentile": 10.0},
     "time_budget_s": {"time_budget_s": -1.0},
     "batch_norm_batches": {"batch_norm_batches": -1},
     "learned_step_rate": {"learned_step_rate": -0.1},
@@ -117,6 +117,11 @@ def test_every_field_changes_the_numbers(field: str) -> None:
 def test_or_is_refused_in_one_sentence(field: str) -> None:
     with pytest.raises(QuantizationError, match=rf"Expected `{field.partition('.')[0]}` to be .*, but got .*\."):
         Recipe(**REFUSED[field])
+
+
+def test_a_percentile_for_no_observer_is_refused_with_the_plan() -> None:
+    with pytest.raises(QuantizationError, match=r"`percentile` to be for an observer .* got 90.0 beside 'mse'"):
+        answers(Recipe(percentile=90.0))
 
 
 def test_the_percentile_counts_where_an_observer_takes_it() -> None:

@@ -22,6 +22,7 @@ from lightning_quant.choice import check_choice
 from lightning_quant.distributed import calibrate_together
 from lightning_quant.errors import QuantizationError
 from lightning_quant.names import Data, DataName, Engine, Example, Recipes, Runtime, Weights
+from lightning_quant.observer_merge import check_mergeable
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, Recipe
 from lightning_quant.routing import resolve
@@ -143,6 +144,8 @@ class PostTrainingQuantization(QuantizationCallback):
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._prepare(trainer, pl_module)
         if isinstance(self.recipe, Recipe):
+            if self.group.size > 1:
+                check_mergeable("calibration_observer", self.observer(), self.recipe, in_training=False)
             if self.group.size > 1 and (self.recipe.accuracy_steps or self.sensitivity):
                 what = "`sensitivity` needs" if self.sensitivity else f"the accuracy steps of {self.recipe.name!r} need"
                 raise QuantizationError(

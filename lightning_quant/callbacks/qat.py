@@ -14,7 +14,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_quant import observers
 from lightning_quant.accuracy.batch_norm import reestimate_batch_norm
 from lightning_quant.accuracy.recalibrate import recorded_calls
 from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_operators
@@ -28,6 +27,7 @@ from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
 from lightning_quant.learned_steps import LearnedSteps
 from lightning_quant.names import Engine, Example, Recipes, Runtime, Weights
+from lightning_quant.observer_merge import check_mergeable
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import LayerRecipe, Recipe
 from lightning_quant.routing import evaluation_mode
@@ -263,11 +263,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._check_names(trainer, pl_module)
-        if self.group.size > 1 and isinstance(observers.build(self.observer(), self.recipe), observers.Histogram):
-            raise QuantizationError(
-                f"Expected `training_observer` to be 'moving_average' or 'min_max' in several processes, but got "
-                f"{self.observer()!r}, whose histograms would have to be added up at every batch."
-            )
+        if self.group.size > 1:
+            check_mergeable("training_observer", self.observer(), self.recipe, in_training=True)
         if self.group.size > 1 and self.sensitivity:
             raise QuantizationError(
                 f"Expected one process for `sensitivity`, but got {self.group.size}. Train without it, and use "
