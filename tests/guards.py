@@ -214,6 +214,71 @@ GUARDS = (
         "        if False:",
         "callbacks/test_interruptions.py -k without_checkpoints",
     ),
+    Guard(
+        "programs call listed operators alone",
+        "runtimes/_torch_operators.py",
+        """    if not _is_listed(call):
+        raise ValueError(f"{call!r:.80} is no operator of a program")
+""",
+        "",
+        "runtimes/test_torch_programs.py -k not_in_the_list",
+    ),
+    Guard(
+        "programs write into nothing",
+        "runtimes/_torch_operators.py",
+        "    if found is None or found._schema.is_mutable:\n",
+        "    if found is None:\n",
+        "runtimes/test_torch_programs.py -k not_in_the_list",
+    ),
+    Guard(
+        "sizes of programs are numbers",
+        "runtimes/_torch_operators.py",
+        "    if not all(isinstance(value, bool | int | float) for value in values):\n",
+        "    if False:\n",
+        "runtimes/test_torch_programs.py -k arithmetic",
+    ),
+    Guard(
+        "what a program computes when it is opened is small",
+        "runtimes/_torch_program.py",
+        '        if known is not None and _is_small(step["call"], *known):\n',
+        "        if known is not None:\n",
+        "runtimes/test_torch_programs.py -k little_memory",
+    ),
+    Guard(
+        "each thread has a request of OpenVINO",
+        "runtimes/openvino.py",
+        "            request = self._requests.pop()\n",
+        "            request = self._requests[0]\n",
+        "test_loaded.py -k threads_get and openvino",
+    ),
+    Guard(
+        "computed weights keep their integers apart",
+        "layers/layer.py",
+        "            known[key] = weight, quantize(weight.detach(), scheme.storage, group_size)\n",
+        "            known[key] = None, quantize(weight.detach(), scheme.storage, group_size)\n",
+        "layers/test_finite.py -k computed_weight",
+    ),
+    Guard(
+        "weights of layers are finite",
+        "layerwise.py",
+        "    check_weights(found)\n",
+        "",
+        "layers/test_finite.py -k not_finite",
+    ),
+    Guard(
+        "dimensions of one name have one size",
+        "signature.py",
+        "        check_named_sizes(self.inputs, tensors)\n",
+        "",
+        "test_loaded.py -k unequal and onnxruntime",
+    ),
+    Guard(
+        "values survive the captured type",
+        "call_checks.py",
+        "    if not both_float and not torch.equal(converted.to(tensor.dtype), tensor):\n",
+        "    if False:\n",
+        "test_loaded.py -k survive and onnxruntime",
+    ),
 )
 
 

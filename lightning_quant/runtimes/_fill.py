@@ -1,7 +1,7 @@
 """A model that the user built, filled with the tensors of an artifact."""
 
-import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,9 @@ from lightning_quant.layers import StoredLayer, class_for
 from lightning_quant.layers.layer import plain
 from lightning_quant.layers.storage import SCHEMES
 from lightning_quant.layerwise import place
+from lightning_quant.reading import parse_json
 from lightning_quant.routing import device_of, resolve
+from lightning_quant.runtimes._flat import tensors_in
 
 # Prefix, in the file of tensors, of those that the exporter lifted out of the forward's code.
 CONSTANT = "program."
@@ -27,17 +29,15 @@ def fill(model: nn.Module, path: Path) -> nn.Module:
         path: file of tensors.
 
     Raises:
-        ArtifactError: the model has another structure; the message names what differs.
+        ArtifactError: the model has another structure, and the message names what differs; or the file is none of ours.
     """
-    from safetensors import safe_open
-
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata()
-        device = device_of(model)
-        tensors = {name: file.get_tensor(name).to(device) for name in file.keys()}  # noqa: SIM118
-    structure = json.loads(metadata[STRUCTURE])
-    schemes, aliases = structure["layers"], structure["aliases"]
-    tensors |= {name: tensors[first] for name, first in aliases.items()}
+    device = device_of(model)
+    tensors = {name: tensor.to(device) for name, tensor in tensors_in(path).items()}
+    schemes, aliases = _structure(path)
+    try:
+        tensors |= {name: tensors[first] for name, first in aliases.items()}
+    except (LookupError, TypeError) as error:
+        raise ArtifactError(f"Expected {path} to hold every tensor that it names, but not {error}.") from error
     if "" in schemes:
         raise ArtifactError(
             f"Expected `into` for an artifact of a module with layers inside, but this one is of a single layer, "
@@ -67,9 +67,25 @@ def fill(model: nn.Module, path: Path) -> nn.Module:
     return model.eval()
 
 
+def _structure(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what a file says of its layers, and of further names of its tensors."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+    try:
+        structure = parse_json(metadata.get(STRUCTURE, ""))
+    except ArtifactError as error:
+        raise ArtifactError(f"Expected {path} to say which layers it holds, but {error}") from error
+    found = [structure.get(key) if isinstance(structure, dict) else None for key in ("layers", "aliases")]
+    if not all(isinstance(part, dict) for part in found):
+        raise ArtifactError(f"Expected {path} to say which layers it holds, but it says {structure!r:.80}.")
+    return found[0], found[1]
+
+
 def _stored(float_layer: nn.Module, name: str, scheme: str, tensors: dict[str, Tensor]) -> StoredLayer:
     stored_class = class_for(float_layer)
-    if stored_class is None or scheme not in SCHEMES:
+    if stored_class is None or not isinstance(scheme, str) or scheme not in SCHEMES:
         raise ArtifactError(
             f"Expected {name!r} of `into` to be a layer for {scheme!r}, but got {type(float_layer).__name__}."
         )

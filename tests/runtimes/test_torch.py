@@ -200,7 +200,9 @@ def test_token_that_does_not_exist(saved: Any) -> None:
 def test_other_constants_and_arguments(saved: Any) -> None:
     loaded = loaded_once(saved("gpt2")[2].path)
     ids = tokens()
-    with pytest.raises(QuantizationError, match="Expected the constants of the captured call"):
+    with pytest.raises(
+        QuantizationError, match="constants of the captured call, use_cache=None, but got use_cache=False"
+    ):
         loaded(input_ids=ids, use_cache=False)
     with pytest.raises(QuantizationError, match="Expected tensors"):
         loaded(input_ids=ids, attention_mask=torch.ones_like(ids))
@@ -216,7 +218,7 @@ def test_call_with_a_cache_is_refused_and_generate_needs_the_filled_model(saved:
     _, quantized, artifact = saved("gpt2")
     with torch.no_grad():
         cache = quantized.quantized()(input_ids=tokens()).past_key_values
-    with pytest.raises(QuantizationError, match="past_key_values"):
+    with pytest.raises(QuantizationError, match=r"`past_key_values` .* with `use_cache=False`, or pass keys"):
         loaded_once(artifact.path)(input_ids=tokens()[:, :1], past_key_values=cache)
 
 

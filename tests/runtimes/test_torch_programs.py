@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_quant.artifact import Artifact
@@ -19,6 +20,7 @@ from lightning_quant.layerwise import quantize_layers
 from lightning_quant.prepare import prepare
 from lightning_quant.runtimes import _torch_operators, _torch_program
 from lightning_quant.runtimes import torch as runtime
+from lightning_quant.runtimes._fill import STRUCTURE, fill
 
 X = torch.randn(3, 6)
 Change = Callable[[dict[str, Any]], None]
@@ -191,3 +193,26 @@ def test_what_exporters_write_of_ordinary_code_is_in_the_list(after: Any, tmp_pa
     with torch.no_grad():
         assert torch.equal(loaded(X), quantized.quantized()(X))
         assert torch.equal(loaded(X[:2]), quantized.quantized()(X[:2]))
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        None,
+        "",
+        "[]",
+        "{}",
+        '{"layers": {"0": ["x"]}, "aliases": {}}',
+        '{"layers": {}, "aliases": {"a": "no"}}',
+        '{"layers": {}, "aliases": {"a": []}}',
+        "[" * 5000,
+    ],
+    ids=lambda structure: str(structure)[:20],
+)
+def test_a_model_is_not_filled_from_what_is_no_file_of_ours(structure: str | None, tmp_path: Path) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "model", metadata=None if structure is None else {STRUCTURE: structure})
+    with pytest.raises(ArtifactError, match="Expected"):
+        fill(net(), tmp_path / "model")
+    (tmp_path / "model").write_bytes(b"\xff" * 64)
+    with pytest.raises(ArtifactError, match="to hold the tensors of a model"):
+        fill(net(), tmp_path / "model")

@@ -142,6 +142,23 @@ def test_forced_integers_go_to_each_reader(made: tuple[Prepared, Artifact]) -> N
         runtime.run_forced(artifact.model_path, {"image": IMAGE}, {"other": given[second]})
 
 
+@pytest.mark.parametrize("engine", ENGINES)
+def test_calls_set_nothing_of_the_process_and_run_on_their_engine(engine: str, made: tuple[Prepared, Artifact]) -> None:
+    model: Any = load(made[1].path, engine=engine)
+    expected = model(IMAGE)
+    before, others = torch.backends.quantized.engine, [name for name in ENGINES if name != engine]
+    torch.use_deterministic_algorithms(True)
+    try:
+        for other in (*others, before):
+            torch.backends.quantized.engine = other
+            assert torch.equal(model(IMAGE), expected)
+            assert torch.backends.quantized.engine == other
+            assert torch.are_deterministic_algorithms_enabled()
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.backends.quantized.engine = before
+
+
 def test_activations_of_fewer_bits_are_refused(tmp_path: Path) -> None:
     recipe = Recipe(name="few", activation=IntegerSpec(bits=4))
     with pytest.raises(ExportError, match=r"activations in \[0, 255\].* but got \[0, 15\]"):
