@@ -77,10 +77,10 @@ def _structure(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
         structure = parse_json(metadata.get(STRUCTURE, ""))
     except ArtifactError as error:
         raise ArtifactError(f"Expected {path} to say which layers it holds, but {error}") from error
-    found = [structure.get(key) if isinstance(structure, dict) else None for key in ("layers", "aliases")]
-    if not all(isinstance(part, dict) for part in found):
+    layers, aliases = (structure.get(key) if isinstance(structure, dict) else None for key in ("layers", "aliases"))
+    if not isinstance(layers, dict) or not isinstance(aliases, dict):
         raise ArtifactError(f"Expected {path} to say which layers it holds, but it says {structure!r:.80}.")
-    return found[0], found[1]
+    return layers, aliases
 
 
 def _stored(float_layer: nn.Module, name: str, scheme: str, tensors: dict[str, Tensor]) -> StoredLayer:
