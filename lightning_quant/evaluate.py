@@ -3,7 +3,7 @@
 import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -12,6 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_quant.accuracy.recalibrate import Call, recorded_calls
 from lightning_quant.capture import isolated_rng
 from lightning_quant.distributed import Group
 from lightning_quant.errors import EvaluationError
@@ -63,6 +64,7 @@ def evaluate(
     limit_batches: int | float | None = None,
     group: Group | None = None,
     on_cpu: bool = False,
+    recorded: list[Call] | None = None,
 ) -> Metrics:
     """Run the validation loop of a LightningModule and return its metrics.
 
@@ -77,6 +79,7 @@ def evaluate(
         limit_batches: number or share of validation batches; the trainer's own limit by default.
         group: the processes that trained; all of them call this.
         on_cpu: whether the LightningModule has to run on the CPU, and not on the trainer's device.
+        recorded: gets the arguments of the module's first call, where that is wanted.
 
     Raises:
         EvaluationError: validation never called the target, or ran a quantized layer in float beside it.
@@ -102,9 +105,12 @@ def evaluate(
     shares = _Shares()
     loaders = without_repetitions(loaders, group)
     # The same random numbers for every candidate: what differs then is the candidate.
-    with _quiet(), isolated_rng(0), shown("Evaluating"):
+    recording: AbstractContextManager[list[Call]] = nullcontext([]) if recorded is None else recorded_calls(module, 1)
+    with _quiet(), isolated_rng(0), shown("Evaluating"), recording as calls:
         evaluator = _small_trainer(trainer, device, limit_batches, group, shares)
         results = evaluator.validate(duplicate, dataloaders=loaders, verbose=False)
+    if recorded is not None:
+        recorded += calls
     group.together(_check_calls, counted, beside, path)
     if group.size > 1:
         return Metrics(merged(group.gather(shares.values)), shares.higher_is_better)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.errors import QuantizationError
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.routing import evaluation_mode, without_fast_path
 from lightning_quant.signature import output_names, tensor_leaves
@@ -22,6 +23,8 @@ MINIMUM_EQUAL = 0.8
 _ENOUGH_VALUES, _ENOUGH_PREDICTIONS = 8, 16
 # Share of an output's largest value below which a whole channel counts as zero.
 _NOTHING = 1e-4
+# Values compared at a time.
+_PART = 1 << 20
 # For loggers, which have no infinity: what equal outputs count as.
 _EQUAL_DB = 200.0
 
@@ -156,7 +159,10 @@ def measure_noise(root: nn.Module, artifact: Any, held: HeldOut) -> Noise:
         with torch.random.fork_rng(devices=[]), evaluation_mode(root), without_fast_path():
             floating = root(*args, **kwargs)
         names = output_names(floating, ())
-        pairs.append((tensor_leaves(floating), tensor_leaves(here)))
+        leaves = tensor_leaves(floating), tensor_leaves(here)
+        if len(leaves[0]) != len(leaves[1]):
+            raise QuantizationError(f"Expected {len(leaves[0])} tensors as of float, but got {len(leaves[1])}.")
+        pairs.append(leaves)
     outputs = [
         _of_output(name, [floating[i] for floating, _ in pairs], [here[i] for _, here in pairs])
         for i, name in enumerate(names)
@@ -200,13 +206,19 @@ def channel_axis(output: Tensor) -> int | None:
 
 
 def _worst_channel(pairs: list[tuple[Tensor, Tensor]], axis: int) -> tuple[int | None, float | None]:
-    rows = [tuple(_finite(tensor.transpose(0, axis).flatten(1)) for tensor in pair) for pair in pairs]
-    a, b = (torch.cat(tensors, 1) for tensors in zip(*rows, strict=True))
-    if a.shape[1] < _ENOUGH_VALUES:
+    number = sum(a.numel() for a, _ in pairs) // pairs[0][0].shape[axis]
+    if number < _ENOUGH_VALUES:
         return None, None
-    signal, noise = a.square().sum(1), (a - b).square().sum(1)
+    size = pairs[0][0].shape[axis]
+    signal, noise, peak = (torch.zeros(size, dtype=torch.float64) for _ in range(3))
+    for pair in pairs:
+        # Part by part: scores for a whole vocabulary in double precision would be several times the output.
+        samples = max(1, _PART // max(1, pair[0][0].numel()))
+        for a, b in zip(*(tensor.split(samples) for tensor in pair), strict=True):
+            a, b = (_finite(tensor.transpose(0, axis).flatten(1)) for tensor in (a, b))
+            signal, noise = signal + a.square().sum(1), noise + (a - b).square().sum(1)
+            peak = torch.maximum(peak, torch.maximum(a.abs(), b.abs()).amax(1))
     # Columns that are next to nothing in both hold nothing to lose.
-    peak = torch.maximum(a.abs(), b.abs()).amax(1)
     counts = (peak > _NOTHING * peak.max()) & (signal > 0)
     if not counts.any():
         return None, None

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant import artifact as artifacts
 from lightning_quant import runtimes
+from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rounded_parts import all_but
 from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
@@ -32,6 +33,7 @@ from lightning_quant.host import HOST, copied_to
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import Layerwise
 from lightning_quant.metric_rows import MetricRow
+from lightning_quant.output_noise import HeldOut
 from lightning_quant.parts import in_parts
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import clone, resolve
@@ -48,6 +50,7 @@ class Deployment:
         checkpoint: the checkpoint file that the weights come from or that training wrote last, if any.
         notes: what the report should say of the choice.
         sensitivity: which operator costs what, where that was asked for.
+        held: a call of validation, where there was one.
     """
 
     pl_module: LightningModule
@@ -55,6 +58,7 @@ class Deployment:
     checkpoint: Path | None
     notes: tuple[str, ...]
     sensitivity: Sensitivity | None = None
+    held: HeldOut | None = None
 
 
 def choose_weights(
@@ -100,7 +104,9 @@ def _measure(
     notes = (*callback.findings, *deployment.notes, *notes_of_sizes(deployment.prepared))
     if callback.evaluate:
         started = time.perf_counter()
-        metrics = _metrics(callback, trainer, deployment, own)
+        calls: list[Call] = []
+        metrics = _metrics(callback, trainer, deployment, own, calls)
+        deployment = replace(deployment, held=_held(callback, calls))
         if metrics and deployment.sensitivity is not None:
             found = deployment.sensitivity.with_gains(_gains(callback, trainer, deployment, deployment.sensitivity))
             deployment = replace(deployment, sensitivity=found)
@@ -146,6 +152,7 @@ def _report(
         sensitivity=deployment.sensitivity,
         step_share=callback.step_share,
         trained=callback.trains_rounded,
+        held=deployment.held,
     )
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
     publish(callback, trainer, report, artifact)
@@ -153,12 +160,13 @@ def _report(
 
 
 def _metrics(
-    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, own: Artifact
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, own: Artifact, calls: list[Call]
 ) -> tuple[MetricRow, ...]:
+    """Return the metrics, and append a call of validation to `calls`."""
     pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
     limit = callback.limit_eval_batches
     group = callback.group
-    float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
+    float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group, recorded=calls)
     if not float_values:
         return ()
     with prepared.attached("frozen"):
@@ -174,6 +182,18 @@ def _metrics(
         MetricRow(name, value, simulated.get(name), exported.get(name), before.get(name), number, directions.get(name))
         for name, value in float_values.items()
     )
+
+
+def _held(callback: QuantizationCallback, calls: list[Call]) -> HeldOut | None:
+    """Say what a recorded call of validation is, without the labels that the artifact does not take."""
+    if not calls:
+        return None
+    chose = getattr(getattr(callback, "calibration", None), "data", "train") == "validation"
+    base = "the first call of validation, " + ("which took part in calibration" if chose else "which chose no range")
+    if callback.loss_inputs is None:
+        return HeldOut(tuple(calls), base)
+    bound = [callback.loss_inputs.split(*call)[0] for call in calls]
+    return HeldOut(tuple((one.args, one.kwargs) for one in bound), base)
 
 
 def _gains(

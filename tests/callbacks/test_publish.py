@@ -2,11 +2,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_models import Classifier, WithoutValidation, fit, seeded, validate_by_hand
+from lightning_models import Classifier, WithoutValidation, decibels, fit, seeded, validate_by_hand
 
-from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
+from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining, load
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
@@ -72,12 +73,22 @@ def test_report_has_the_metrics_from_before_rounding_began(tmp_path: Path) -> No
 
     schedule = {"observe": 0, "fake_quantize": 1, "freeze_observers": 2, "freeze_batch_norm": 2, "unit": "epochs"}
     callback = QuantizationAwareTraining(output_dir=tmp_path / "artifact", schedule=schedule, threads=1)
-    fit(seeded(Watched), callback, max_epochs=3)
+    trainer = fit(seeded(Watched), callback, max_epochs=3)
     rows = {row["name"]: row for row in callback.artifact.report["metrics"]}
 
     for name, value in seen[0].items():
         assert rows[name]["before"] == pytest.approx(value, abs=1e-4)
         assert rows[name]["before"] != rows[name]["float_value"]
+    # Noise is that of the weights without rounding against the file, on data that chose no range.
+    noise = callback.artifact.report["noise"]
+    assert noise["base"] == "the first call of validation, which chose no range"
+    assert noise["outputs"][0]["name"] == "output"
+    net, (x, _) = seeded(Watched).net, next(iter(seeded(Watched).val_dataloader()))
+    net.load_state_dict(trainer.lightning_module.net.state_dict())
+    with torch.no_grad():
+        assert decibels(net.eval()(x), load(callback.artifact.path)(x)) == pytest.approx(
+            noise["outputs"][0]["db"], abs=0.1
+        )
     text = callback.artifact.report_path.read_text()
     assert "| float, before rounding began | trained weights without rounding |" in text
     assert callback.state_dict()["metrics_before"] == pytest.approx({**callback.metrics_before})
