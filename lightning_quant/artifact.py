@@ -33,6 +33,7 @@ from lightning_quant.manifest import (
 )
 from lightning_quant.reading import read_bytes
 from lightning_quant.stored import Artifact, load, open_model, private_copy, read, replaced
+from lightning_quant.tables import one_line
 
 __all__ = ["Artifact", "add_report", "check_folder", "load", "open_model", "private_copy", "read", "staging", "write"]
 _PACKAGES = ("lightning_quant", "torch", "lightning", "safetensors")
@@ -116,7 +117,7 @@ def _with_report(
     files = {role: Path(name).name for role, name in names.items()}
     standalone = runtime.standalone({role: files[role] for role in artifact.model_files}, artifact.signature)
     markdown = (
-        f"{markdown.rstrip()}\n\n## What stays outside\n\n{artifact.manifest['outside']}\n\n"
+        f"{markdown.rstrip()}\n\n## What stays outside\n\n{one_line(artifact.manifest['outside'])}\n\n"
         f"## Run it without lightning_quant, in this folder\n\n```python\n{standalone.strip()}\n```\n"
     )
     for role, text in ((REPORT_MD, markdown), (REPORT_JSON, json.dumps(report, indent=2, allow_nan=False))):

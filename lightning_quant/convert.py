@@ -17,6 +17,7 @@ from lightning_quant.errors import ExportError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.candidates import is_left_out
+from lightning_quant.graph.code import with_any_names
 from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
 from lightning_quant.layers.placement import place
@@ -207,7 +208,7 @@ def _convert_island(
             _drop(node)
     prefix = f"{island.path}." if island.path else ""
     place(module, {name.removeprefix(prefix): layer for name, layer in stored.items()})
-    graph_module = fx.GraphModule(module, graph)
+    graph_module = fx.GraphModule(module, with_any_names(graph))
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()

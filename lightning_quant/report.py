@@ -10,7 +10,7 @@ from lightning_quant.metric_rows import MetricRow, metric_failures
 from lightning_quant.output_noise import Noise
 from lightning_quant.parity import Parity
 from lightning_quant.plan_summary import low_coverage, summarize
-from lightning_quant.tables import text_table
+from lightning_quant.tables import one_line, text_table
 
 if TYPE_CHECKING:
     from lightning_quant.accuracy.sensitivity import Sensitivity
@@ -174,9 +174,9 @@ class Report:
     def to_markdown(self) -> str:
         """Return the report as it stands in report.md and in the terminal."""
         parts = [f"# {self.recipe} on {self.runtime}"]
-        parts += [f"**Warning:** {warning}." for warning in self.warnings]
+        parts += [f"**Warning:** {one_line(warning)}." for warning in self.warnings]
         parts += [self._summary(), self._metric_table(), self._noise_text(), self._latency_table(), self._parity_text()]
-        parts += [f"Note: {note}." for note in self.notes]
+        parts += [f"Note: {one_line(note)}." for note in self.notes]
         parts += [self._sensitivity_text()]
         parts += [summarize(self.plan, self.operators, self.step_share), self._seconds_text()]
         return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,11 +1,21 @@
 """Tables for terminals and Markdown files."""
 
+import re
 from collections.abc import Sequence
+
+# What begins an element of HTML, or ends the text of a link.
+_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|(?<=\])(?=[(\[])")
+
+
+def one_line(text: str) -> str:
+    """Return a text that somebody else chose as one line of Markdown in which nothing is HTML or a link."""
+    printable = "".join(c if c.isprintable() else " " for c in text)
+    return _MARKUP.sub(lambda found: "\\" + found[0], " ".join(printable.split()))
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a Markdown table padded so that it also reads well in a terminal; numbers align right."""
-    cells = [list(header), *[list(map(str, row)) for row in rows]]
+    cells = [[one_line(str(cell)).replace("|", "\\|") for cell in row] for row in (header, *rows)]
     widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
     numeric = [all(_is_number(row[i]) for row in cells[1:]) and len(cells) > 1 for i in range(len(header))]
 

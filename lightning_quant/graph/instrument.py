@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from lightning_quant.calls import CallSpec, ResultSpec
 from lightning_quant.graph.analyze import Island
+from lightning_quant.graph.code import with_any_names
 from lightning_quant.graph.operations import argument, describe
 from lightning_quant.graph.plan import identify
 from lightning_quant.graph.trace import trace
@@ -110,7 +111,7 @@ def _quantize_edge(graph: fx.Graph, simulation: fx.Node, node: fx.Node, identity
 
 
 def _function_of(graph: fx.Graph) -> Callable[..., Any]:
-    code = graph.python_code("self")
+    code = with_any_names(graph).python_code("self")
     namespace = dict(code.globals)
     exec(compile(code.src, "<lightning_quant graph>", "exec"), namespace)
     return namespace["forward"]

@@ -1,6 +1,7 @@
 """Lines of code that call a model file without this package, for reports."""
 
 from lightning_quant.signature import Signature, TensorInfo
+from lightning_quant.tables import one_line
 
 
 def numpy_inputs(signature: Signature) -> str:
@@ -30,5 +31,5 @@ def _dtype(info: TensorInfo) -> str:
 
 
 def _comment(info: TensorInfo) -> str:
-    free = [f"{size} = axis {axis}" for axis, size in enumerate(info.shape) if isinstance(size, str)]
+    free = [f"{one_line(size)} = axis {axis}" for axis, size in enumerate(info.shape) if isinstance(size, str)]
     return f"  # any size: {', '.join(free)}" if free else ""

@@ -1,0 +1,77 @@
+"""Names that somebody else chose, where they become Markdown, HTML or code."""
+
+import sys
+from pathlib import Path
+
+import lightning_models  # noqa: F401  makes exporting quick
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_quant import load, quantize
+from lightning_quant.report import MetricRow
+from lightning_quant.tables import one_line, text_table
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),
+    pytest.mark.usefixtures("unmeasured"),
+]
+ODD = ["line\nbreak", 'quote"), setattr(__import__("sys"), "odd", 1), str("']
+ODD += ["class", "back\\slash\\", "a|b", "<script>", "ü in", "0"]
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("val_accuracy", "val_accuracy"),
+        ("a < b, x -> y, 3 <= 4", "a < b, x -> y, 3 <= 4"),
+        ("two\nlines\r\n\tand\x1b[31m colour", "two lines and [31m colour"),
+        ("<script>alert(1)</script>", "\\<script>alert(1)\\</script>"),
+        ("[click](http://evil)", "[click]\\(http://evil)"),
+        ("<!-- hidden", "\\<!-- hidden"),
+    ],
+)
+def test_text_becomes_one_line_without_markup(text: str, expected: str) -> None:
+    assert one_line(text) == expected
+
+
+def test_a_cell_stays_a_cell() -> None:
+    table = text_table(("name|of", "value"), [("a\n| b |", "1"), ("<img src=x>", "2")])
+
+    assert table == (
+        "| name\\|of     | value |\n|--------------|------:|\n| a \\| b \\|    |     1 |\n| \\<img src=x> |     2 |"
+    )
+
+
+class Named(nn.Module):
+    """Layers whose names are anything that PyTorch takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(6, 6) for name in ODD})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers.values():
+            x = torch.relu(layer(x))
+        return x
+
+
+def test_layers_may_be_called_anything(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Named().eval(), torch.randn(8, 6)
+    artifact = quantize(model, calibration_data=[x], output_dir=tmp_path, exclude=["layers.a|b"])
+
+    assert not hasattr(sys, "odd")
+    assert {f"layers.{name}" for name in ODD} <= {row["name"] for row in artifact.plan["rows"]}
+    assert sum(row["action"] == "int8" for row in artifact.plan["rows"]) == len(ODD) - 1
+    with torch.no_grad():
+        torch.testing.assert_close(load(artifact)(x), model(x), atol=0.1, rtol=0.1)
+    report = (tmp_path / "report.md").read_text()
+    assert "| layers.a\\|b |" in report
+    assert "<script>" not in report.replace("\\<script>", "")
+
+
+def test_metrics_may_be_called_anything() -> None:
+    cells = text_table(("validation", "float"), [(MetricRow("<b>acc</b>\n|", 1.0, None, None).name, "1.0000")])
+
+    assert cells.splitlines()[-1] == "| \\<b>acc\\</b> \\| | 1.0000 |"
