@@ -2,7 +2,6 @@
 
 import functools
 import gzip
-import io
 import json
 import pickle
 import random
@@ -70,19 +69,11 @@ def foreign_files() -> tuple[bytes, ...]:
         struct.pack("<Q", 2**40) + b"{}",
         struct.pack("<Q", 2) + b"{}",
         gzip.compress(b"{}"),
-        *(
-            _packed(part, number)
-            for part, number in ((b" " * 2**20, 2**12), (b"[" * 1000, 1000), (b"[]," * 2**15, 2**9))
-        ),
+        gzip.compress(b"[" * 10**6),
+        gzip.compress(b"[" + b"[]," * 2**24),
+        # Four gigabytes, in parts that follow each other.
+        gzip.compress(b" " * 2**24) * 2**8,
     )
-
-
-def _packed(part: bytes, number: int) -> bytes:
-    target = io.BytesIO()
-    with gzip.open(target, "wb", compresslevel=9) as file:
-        for _ in range(number):
-            file.write(part)
-    return target.getvalue()
 
 
 def change_tree(tree: Any, chance: random.Random) -> None:

@@ -17,7 +17,7 @@ from forged_files import foreign_files, forge
 
 from lightning_quant.artifact import Artifact
 
-MAX_GROWTH_BYTES = 2**30
+MAX_GROWTH_BYTES = 2**29
 """Memory that loading may take beyond what the process had."""
 _ADDRESS_SPACE = 12 * 2**30
 # Once ours and the runtime's modules are there, none of these is any business of opening a file.
