@@ -76,13 +76,14 @@ class LearnedSteps:
         if not self.logarithms:
             return
         names = sorted(self.logarithms)
-        for name in names:
-            logarithm = self.logarithms[name]
-            grad = torch.zeros_like(logarithm) if logarithm.grad is None else logarithm.grad
-            logarithm.grad = grad if reduce is None else reduce(grad)
-        grads = [self.logarithms[name].grad for name in names]
+        logarithms = [self.logarithms[name] for name in names]
+        # All in one tensor: processes meet once, and an accelerator is waited for once.
+        grads = torch.cat([torch.zeros_like(v) if v.grad is None else v.grad for v in logarithms])
+        grads = grads if reduce is None else reduce(grads)
+        for logarithm, grad in zip(logarithms, grads.split([len(v) for v in logarithms]), strict=True):
+            logarithm.grad = grad
         # All zero: another optimizer of the user's has taken these gradients, and momentum alone must not count twice.
-        if not all(bool(torch.isfinite(grad).all()) for grad in grads) or not any(bool(grad.any()) for grad in grads):  # type: ignore
+        if not bool(torch.isfinite(grads).all() & grads.any()):
             self._clear()
             return
         if self._optimizer is None or len(self._optimizer.param_groups[0]["params"]) != len(names):

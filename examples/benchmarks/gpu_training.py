@@ -19,7 +19,7 @@ import torch.nn.functional as F  # noqa: N812
 from gpu_models import ResNet50, VisionTransformer
 from peers import freeze_observers, torch_ao_qat
 from reference_models import resnet18
-from step_count import as_on_a_gpu, count, forward_and_backward
+from step_count import count_without_computing
 from timing import machine, table
 from torch import Tensor, nn
 
@@ -166,29 +166,16 @@ def time_contest(contest: Contest, device: torch.device, rounds: int) -> str:
 
 
 def count_contest(contest: Contest) -> list[tuple[str, ...]]:
-    """Return rows of operations and bytes; bytes grow evenly with the batch, so that two small ones tell."""
+    """Return rows of operations and bytes."""
     rows = []
-    floating = (0, 0.0)
-    for name, phase in {"float": None, **{f"lightning_quant, {name}": phase for name, phase in PHASES.items()}}.items():
-        found = []
-        for batch in (1, 2):
-            torch.manual_seed(0)
-            images = torch.randn(batch, 3, contest.size, contest.size).to(memory_format=torch.channels_last)
-            model = contest.build().train().to(memory_format=torch.channels_last)
-            with as_on_a_gpu():
-                found.append(count(forward_and_backward(model, images, phase, torch.bfloat16)))
-        one, two = (counted.num_bytes for counted in found)
-        moved = one + (two - one) * (contest.batch - 1)
-        operations = found[1].num_operations
-        floating = (operations, moved) if phase is None else floating
-        rows.append((
-            contest.name,
-            name,
-            f"{operations:,}",
-            f"{operations / floating[0]:.2f}",
-            f"{moved / 1e9:.2f}",
-            f"{moved / floating[1]:.2f}",
-        ))  # fmt: skip
+    shape = (contest.batch, 3, contest.size, contest.size)
+    steps = {"float": None, **{f"lightning_quant, {name}": phase for name, phase in PHASES.items()}}
+    counts = {name: count_without_computing(contest.build, shape, p, torch.bfloat16) for name, p in steps.items()}
+    floating = counts["float"]
+    for name, found in counts.items():
+        more = found.num_operations / floating.num_operations, found.num_bytes / floating.num_bytes
+        moved = f"{found.num_bytes / 1e9:.1f}"
+        rows.append((contest.name, name, f"{found.num_operations:,}", f"{more[0]:.2f}", moved, f"{more[1]:.2f}"))
     return rows
 
 

@@ -5,6 +5,7 @@ one operation then, carried out by plain torch for its result.
 """
 
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
@@ -22,10 +24,11 @@ from lightning_quant import kernels
 from lightning_quant.fake_quantize import channel_maximum
 from lightning_quant.prepare import prepare
 
-# What only says anew where a tensor's values lie, and what is a number on the host.
+# What asks a tensor where it lies or says so anew, and makes none of its values.
 _FREE = frozenset({
-    "alias", "as_strided", "detach", "expand", "lift_fresh", "permute", "select", "slice", "split", "split_with_sizes",
-    "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "empty", "empty_like", "empty_strided",
+    "alias", "as_strided", "as_strided_", "device", "detach", "expand", "lift_fresh", "permute", "select", "slice",
+    "split", "split_with_sizes", "squeeze", "t", "transpose", "unbind", "unsqueeze", "view", "_unsafe_view", "empty",
+    "empty_like", "empty_strided",
 })  # fmt: skip
 
 
@@ -176,3 +179,48 @@ def forward_and_backward(
             step()
             step()
     return step
+
+
+def count_without_computing(
+    build: Callable[[], nn.Module], shape: tuple[int, ...], phase: str | None, dtype: torch.dtype
+) -> Count:
+    """Return the count of a step on the way of a GPU at full size, with tensors that have shapes and no values.
+
+    Args:
+        build: makes the float model.
+        shape: of its input.
+        phase: "fake_quantize" or "frozen"; None for float.
+        dtype: of autocast.
+    """
+    model = build().train().to(memory_format=torch.channels_last)
+    prepared = None if phase is None else prepare(model, (torch.randn(2, *shape[1:]),))
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = nn.Parameter(mode.from_tensor(parameter.detach()))
+        for name, buffer in module._buffers.items():
+            if buffer is not None:
+                module._buffers[name] = mode.from_tensor(buffer)
+    if prepared is not None and phase is not None:
+        for observer in prepared.ranges.observers.values():
+            observer.low, observer.high = (mode.from_tensor(torch.tensor(end)) for end in (-1.0, 1.0))
+            observer.num_updates = 1
+        prepared.set_phase(phase)
+        prepared.attach()
+        prepared.observing = True
+
+    def step() -> None:
+        with torch.autocast("cpu", dtype=dtype):
+            loss = model(images).float().square().mean()
+        loss.backward()
+        if prepared is not None:
+            prepared.ranges.settle()
+        for parameter in model.parameters():
+            parameter.grad = None
+
+    # Where weights lie is asked for, and means nothing here.
+    with warnings.catch_warnings(action="ignore"), mode, as_on_a_gpu():
+        images = torch.empty(shape).to(memory_format=torch.channels_last)
+        step()
+        return count(step)
