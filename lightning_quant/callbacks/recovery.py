@@ -72,7 +72,9 @@ def written(callback: "QuantizationCallback", runtime: str, known: dict[str, Any
 def _plain(value: Any) -> Any:
     """Return a value whose `repr` needs no import: the constructors take it as well."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+        set_fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
+        # Defaults may be infinite, for which Python has no literal.
+        return {field.name: _plain(given) for field, given in set_fields if given != field.default}
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, dict):

@@ -1,0 +1,101 @@
+"""Lines printed after an interruption make the same callback again; a state is found wherever the artifact goes."""
+
+import copy
+import dataclasses
+import inspect
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+import lightning_quant as lq
+from lightning_quant.callbacks.recovery import recovery
+from lightning_quant.callbacks.states import state_of
+
+SHARED = {
+    "module": "net",
+    "output_dir": "somewhere",
+    "include": ["Conv2d", "head"],
+    "exclude": ("head.0",),
+    "example": "example_input_array",
+    "weights": "best",
+    "evaluate": False,
+    "limit_eval_batches": 0.5,
+    "threads": 2,
+    "dynamic_shapes": {"x": {2: "height"}},
+    "sensitivity": True,
+    "name": "mine",
+}
+KINDS: dict[type[Any], dict[str, Any]] = {
+    lq.QuantizationAwareTraining: {"schedule": lq.Schedule(fake_quantize=2, freeze_observers=3, unit="epochs")},
+    lq.PostTrainingQuantization: {"calibration": {"num_batches": 3, "data": "validation"}},
+}
+
+
+def again(callback: Any, folder: Path) -> Any:
+    """Run the line that makes the callback."""
+    checkpoint = folder / "last.ckpt"
+    checkpoint.touch()
+    saving = SimpleNamespace(last_model_path=str(checkpoint))
+    text = recovery(callback, SimpleNamespace(checkpoint_callbacks=[saving]))  # type: ignore[arg-type]
+    (line,) = (line.strip() for line in text.splitlines() if line.strip().startswith("callback = "))
+    names: dict[str, Any] = {"lq": lq}
+    exec(line, names)
+    return names["callback"]
+
+
+def settings(callback: Any) -> dict[str, Any]:
+    names = [name for name in inspect.signature(type(callback)).parameters if name not in ("include", "exclude")]
+    return {name: getattr(callback, name) for name in names} | {"selection": callback.selection}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_printed_line_makes_an_equal_callback(kind: type[Any], tmp_path: Path) -> None:
+    given = SHARED | KINDS[kind] | {"output_dir": str(tmp_path / "artifact")}
+    unsaid = set(inspect.signature(kind).parameters) - set(given) - {"recipe", "runtime", "engine"}
+    assert not unsaid
+    callback = kind("int8_reduce_range", "openvino", **given)
+    callback.path, callback.last_folder = "net", tmp_path / "artifact"
+
+    assert settings(again(callback, tmp_path)) == settings(callback)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_own_recipes_and_engines_are_in_the_line(kind: type[Any], tmp_path: Path) -> None:
+    recipe = dataclasses.replace(lq.Recipe(name="own"), batch_norm_batches=3)
+    callback = kind(recipe, "torch", engine="onednn", output_dir=str(tmp_path / "artifact"))
+    callback.last_folder = tmp_path / "artifact"
+
+    assert settings(again(callback, tmp_path)) == settings(callback)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
+def test_copies_know_their_arguments(duplicate: Any, tmp_path: Path) -> None:
+    callback = duplicate(lq.PostTrainingQuantization(threads=3, output_dir=str(tmp_path)))
+    callback.last_folder = tmp_path
+
+    assert again(callback, tmp_path).threads == 3
+
+
+def test_a_state_is_of_its_module_and_recipe_wherever_the_artifact_goes() -> None:
+    here, there = (lq.QuantizationAwareTraining(module="net", output_dir=folder) for folder in ("a", "b"))
+    assert here.state_key == there.state_key
+    others = [
+        lq.QuantizationAwareTraining(module="head"),
+        lq.QuantizationAwareTraining("int8_reduce_range", module="net"),
+        lq.QuantizationAwareTraining(module="net", runtime="openvino"),
+    ]
+    assert len({here.state_key, *(other.state_key for other in others)}) == 4
+
+
+def test_a_state_that_was_saved_with_the_folder_in_its_name_is_found() -> None:
+    callback = lq.QuantizationAwareTraining(module="net", output_dir="b")
+    identity = {"runtime": "onnxruntime", "recipe": "int8", "module": "net", "output_dir": "a"}
+    old, other = (f"QuantizationAwareTraining{identity | changed}" for changed in ({}, {"module": "head"}))
+
+    assert state_of(callback, {old: {"phase": "observe"}, other: {}, "EarlyStopping{'monitor': 'x'}": {}}) == {
+        "phase": "observe"
+    }
+    assert state_of(callback, {other: {"phase": "observe"}, "QuantizationAwareTraining{oops": {}}) is None
