@@ -20,6 +20,8 @@ _MAX_INPUT_BYTES = 4 * 2**20
 # Bytes of output above which it holds one sample of that length, where the length may vary.
 MAX_OUTPUT_BYTES = 4 * 2**20
 SHORT = 4
+# What a file of tensors that is none, or a forged one, makes its reader raise besides.
+_DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,7 @@ def check_belongs(path: Path, manifest: dict[str, Any]) -> None:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-    except (SafetensorError, OSError, ValueError) as error:
+    except (SafetensorError, *_DAMAGE) as error:
         raise ArtifactError(f"Expected {path} to hold a golden batch, but {error}.") from error
     if metadata.get(_CONTENT) != content_digest(manifest):
         raise ArtifactError(
@@ -93,7 +95,7 @@ def load(path: Path, signature: Signature) -> GoldenBatch:
 
     try:
         tensors = load_file(path)
-    except (SafetensorError, OSError, ValueError, KeyError) as error:
+    except (SafetensorError, *_DAMAGE) as error:
         raise ArtifactError(f"Expected {path} to hold a golden batch, but {error}.") from error
 
     def take(prefix: str, infos: tuple[TensorInfo, ...]) -> tuple[Tensor, ...]:

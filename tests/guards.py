@@ -279,6 +279,13 @@ GUARDS = (
         "    if False:\n",
         "test_loaded.py -k survive and onnxruntime",
     ),
+    Guard(
+        "a report is added to its own model alone",
+        "artifact.py",
+        "    return is_same_model(manifest, artifact.manifest)\n",
+        "    return True\n",
+        "test_folder.py -k report_is_not_added",
+    ),
 )
 
 
