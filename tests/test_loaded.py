@@ -151,6 +151,7 @@ KINDS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor")
 @pytest.mark.parametrize("kind", KINDS)
 def test_tensors_of_other_kinds_are_refused(kind: str, item: Made, model: LoadedModule) -> None:
     with pytest.raises(QuantizationError, match="Expected `image` to be"):
