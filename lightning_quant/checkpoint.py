@@ -59,7 +59,7 @@ def read_checkpoint(ckpt_path: str | os.PathLike[str], *, trust: bool = False) -
         raise QuantizationError(
             f"Expected {name} to be a Lightning checkpoint with a `state_dict`, but it holds "
             f"{sorted(map(str, saved))[:3] if isinstance(saved, dict) else type(saved).__name__}. "
-            "`trainer.save_checkpoint` writes one."
+            f"`trainer.save_checkpoint` writes one.{_of_state_dict(saved)}"
         )
     return saved
 
@@ -120,6 +120,13 @@ def load_module(
             f"Expected {os.fspath(ckpt_path)} to be a checkpoint of {lightning_module!r:.80}"
             f"{f' with a module {module!r}' if module else ''}, but {error}."
         ) from error
+
+
+def _of_state_dict(saved: Any) -> str:
+    """Return what to do with a state dict that was saved alone; empty where it is something else."""
+    if not isinstance(saved, dict) or not saved or not all(isinstance(value, torch.Tensor) for value in saved.values()):
+        return ""
+    return " Of a state dict: `module.load_state_dict(torch.load(...))`, and give the module in place of the path."
 
 
 def _strange_classes(name: str) -> str:

@@ -224,3 +224,11 @@ def test_an_artifact_in_ones_own_module_is_validated_and_predicts(artifact: Any)
     predictions = torch.cat(trainer.predict(lit, data))
     assert trainer.validate(lit, data, verbose=False)[0]["sum"] == pytest.approx(before, abs=0.1)
     assert torch.equal(predictions, lq.load(artifact)(data.dataset.tensors[0]))
+
+
+def test_a_state_dict_in_place_of_a_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "weights.pt"
+    torch.save(NET.state_dict(), path)
+    for lightning_module in (LightningModule, LightningModule()):
+        with pytest.raises(QuantizationError, match=r"Of a state dict: `module.load_state_dict"):
+            lq.quantize(path, calibration_data=[torch.zeros(2, 8)], lightning_module=lightning_module)
