@@ -86,7 +86,8 @@ class _Splitter:
         """Trace the module at a path; where that fails, the largest of its descendants that can be traced."""
         module = resolve(self.root, path)
         if ops.kind_of(module) in _INDIVISIBLE:
-            self._list(path, module, "it runs as a whole")
+            is_stored = ops.kind_of(module) in ops.STORED
+            self._list(path, module, ops.STORED_REASON if is_stored else "it runs as a whole")
             return
         args, kwargs = self.observed.first[path]
         try:
@@ -149,7 +150,7 @@ def analyze(
     with evaluation_mode(root):
         splitter = _Splitter(root, observe_call(clone(root, unrouted=True), args, kwargs), table, selection)
         splitter.split("")
-    splitter.claims += _never_called(root, splitter.rows)
+    splitter.claims += _never_called(root, splitter.rows, splitter.observed)
     check_patterns(selection, splitter.rows)
     rows = weigh(root, splitter.claims, settle(splitter.claims, splitter.observed))
     # What is no part of the artifact is no part of what its shares are of.
@@ -210,7 +211,8 @@ def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
     return found
 
 
-def _never_called(root: nn.Module, rows: list[Row]) -> Iterator[Claim]:
+def _never_called(root: nn.Module, rows: list[Row], observed: ObservedCall) -> Iterator[Claim]:
+    """Yield the layers without a row: those that the call never reaches, and those in modules that run as a whole."""
     listed = [row.name.partition("#")[0] for row in rows]
     modules = dict(root.named_modules(remove_duplicate=False))
     # A layer with several names has a row under the one that it is called by.
@@ -218,10 +220,20 @@ def _never_called(root: nn.Module, rows: list[Row]) -> Iterator[Claim]:
         id(child) for path, child in modules.items() if any(n == path or n.startswith(f"{path}.") for n in listed)
     }
     for path, child in modules.items():
-        if ops.kind_of(child) in ops.WEIGHTED and id(child) not in called:
+        is_layer = ops.kind_of(child) in ops.WEIGHTED or (path and path in observed.first and _has_own_weights(child))
+        if is_layer and id(child) not in called and not _is_part(modules, path, listed):
             reason = "inside a layer that runs as a whole" if any(path.startswith(f"{n}.") for n in listed) else ""
             reason = reason or _UNREACHED
             yield Claim(Row(path, type(child).__name__, "float", reason), path, "layer")
+
+
+def _has_own_weights(module: nn.Module) -> bool:
+    return any(parameter.dim() > 1 for parameter in module.parameters(recurse=False))
+
+
+def _is_part(modules: dict[str, nn.Module], path: str, listed: list[str]) -> bool:
+    """Tell whether a module is a part of a listed layer, as the output projection is of an attention."""
+    return any(path.startswith(f"{n}.") and ops.kind_of(modules[n]) == "attention" for n in listed if n in modules)
 
 
 def check_patterns(selection: Selection, rows: list[Row]) -> None:

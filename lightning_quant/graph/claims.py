@@ -71,7 +71,7 @@ def settle(claims: list[Claim], observed: ObservedCall) -> list[Row]:
         wanted = [claims[i].row.macs * max(1, observed.times.get(claims[i].graph, 1)) for i in indices]
         give(indices, wanted, place, min(sum(wanted), _total(left, place)))
     for place, indices in _by_place(claims, "layer"):
-        give(indices, [claims[i].row.macs for i in indices], place, _total(left, place))
+        give(indices, [claims[i].row.macs or 1 for i in indices], place, _total(left, place))
     wholes = dict(_by_place(claims, "whole"))
     for place in left:
         owner = next((outer for outer in _outwards(place) if outer in wholes), None)

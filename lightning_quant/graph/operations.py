@@ -76,6 +76,9 @@ LISTED = WEIGHTED | ACTIVATIONS | frozenset({
     "adaptive_max_pool", "matmul", "attention", "lstm", "gru", "rnn", "embedding", "transformer", "layer_norm",
     "group_norm", "bilinear",
 })  # fmt: skip
+# Layers of which recipes of layers store the weights, and graphs take none apart.
+STORED = frozenset({"attention", "lstm", "gru", "rnn", "embedding", "transformer"})
+STORED_REASON = "'int8' has no form of it; 'int8_dynamic', 'int8_weight_only' or an override stores its weights"
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def describe(node: fx.Node, root: nn.Module) -> Operation:
             is_inlined = bool(weight) and owner == node.meta.get("scope")
             layer = type(root.get_submodule(owner)).__name__ if is_inlined else _name(node)
             return Operation(kind, layer, weight, _parameter(argument(node, 2, "bias")))
-        return Operation(_checked(kind, node), _name(node))
+        return Operation(_checked(kind, node), _own_layer(node, root) or _name(node))
     if node.op == "call_method":
         return Operation(_checked(_METHODS.get(str(node.target), "other"), node), str(node.target))
     return Operation("other", node.op)
@@ -165,6 +168,20 @@ def shape_of(node: Any) -> tuple[int, ...]:
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the nodes of the floating-point tensors that a node reads, in order."""
     return [source for source in node.all_input_nodes if is_float(source)]
+
+
+def _own_layer(node: fx.Node, root: nn.Module) -> str:
+    """Return the type of the layer whose forward was inlined and whose weight a product reads; else an empty text."""
+    scope = node.meta.get("scope")
+    owners = {str(source.target).rpartition(".")[0] for source in node.all_input_nodes if source.op == "get_attr"}
+    if (
+        not scope
+        or scope not in owners
+        or not node.meta.get("multiply_adds")
+        or any(root.get_submodule(scope).children())
+    ):
+        return ""
+    return type(root.get_submodule(scope)).__name__
 
 
 def _describe_module(path: str, module: nn.Module) -> Operation:

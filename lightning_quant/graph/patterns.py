@@ -214,6 +214,8 @@ class Matcher(Candidates):
             return self.reasons[node]
         if node.op == "call_module" and node.target in self.opaque:
             return self.opaque[str(node.target)]
+        if node.op == "call_module" and kind in ops.STORED:
+            return ops.STORED_REASON
         if kind in self.table.reasons:
             return self.table.reasons[kind]
         if kind == "batch_norm":

@@ -160,6 +160,29 @@ def test_parts_that_run_several_times_count_as_often() -> None:
     assert plan.coverage == 0.5
 
 
+def test_layers_of_unknown_kinds_have_rows_inside_what_cannot_be_traced() -> None:
+    class Product(Weight):
+        def forward(self, x: Tensor) -> Tensor:
+            return x @ self.weight
+
+    class Untraceable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.product, self.table = Product(), nn.Embedding(7, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            if float(x.sum()) > 1e9:
+                return x
+            return self.product(x) + self.table(x.argmax(-1) % 7)
+
+    model = Calling(Untraceable(), WIDTH, lambda layer, x: layer(x)).eval()
+    plan = prepare(model, (X,)).plan
+    rows = {row.name: row for row in plan.rows}
+    assert (rows["layer.product"].kind, rows["layer.product"].macs) == ("Product", PLACES * WIDTH * WIDTH)
+    assert (rows["layer.table"].kind, rows["layer.table"].weights) == ("Embedding", 7 * WIDTH)
+    check_sums(model, plan, PLACES * WIDTH * (WIDTH + CLASSES))
+
+
 def test_a_layer_called_twice_shares_what_was_counted_in_it() -> None:
     model = Calling(nn.Linear(WIDTH, WIDTH), WIDTH, lambda layer, x: layer(layer(x)[:, :1])).eval()
     macs = {row.name: row.macs for row in prepare(model, (X,)).plan.rows}
