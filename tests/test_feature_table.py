@@ -10,7 +10,7 @@ import features
 import guards
 import pytest
 
-TESTS = Path(features.__file__).parent
+TESTS = Path(__file__).parent
 README = TESTS / "README.md"
 HEAD = """# What the tests show
 
@@ -18,9 +18,21 @@ HEAD = """# What the tests show
 
 ## Features of Lightning
 
-Every row is made of the tests that it names: `python tests/test_feature_table.py` writes this file, and a test
+Every row is made of the tests that it names:
+`PYTHONPATH=tests/support python tests/test_feature_table.py` writes this file, and a test
 compares. *Verified*: a real Trainer ran it, and the artifact agrees with the module. *Refused*: before the first
 batch, for the reason given.
+"""
+DEVICES = """## Devices
+
+`tests/devices` runs the callbacks and `quantize` on a device that the CPU emulates: `support/emulated` is a backend of
+PyTorch whose tensors lie elsewhere and raise, as CUDA's do, when they meet those of the CPU. A C++ compiler builds it
+once, in about half a minute. `pytest -m gpu` runs the same tests on a CUDA device, and skips them where there is none.
+
+| device | torch | what ran |
+|---|---|---|
+| emulated | 2.13.0, CPU | all of `tests/devices` |
+| CUDA | - | nothing of this version: no GPU was at hand |
 """
 
 
@@ -40,11 +52,11 @@ def collected(path: Path) -> list[features.Row]:
 
 
 def readme(rows: list[features.Row]) -> str:
-    return f"{HEAD}\n{features.table(rows)}\n\n{guards.table()}\n"
+    return f"{HEAD}\n{features.table(rows)}\n\n{DEVICES}\n{guards.table()}\n"
 
 
 def test_table_is_up_to_date(rows: list[features.Row]) -> None:
-    assert README.read_text() == readme(rows), "run `python tests/test_feature_table.py`"
+    assert README.read_text() == readme(rows), "run `PYTHONPATH=tests/support python tests/test_feature_table.py`"
 
 
 def test_every_row_names_its_tests(rows: list[features.Row]) -> None:

@@ -612,6 +612,23 @@ def test_every_net_gives_the_float_result_through_its_graphs() -> None:
         assert signal_to_noise(leaves(expected), leaves(actual)) == float("inf"), case.name
 
 
+def test_a_shape_that_cannot_be_told_is_unknown() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x[x.sum(1) > 0])
+
+    spec, tensors = flatten_call(inspect.signature(Net().forward), (torch.randn(2, 4),), {})
+    nodes = trace(Net(), spec, tensors).graph.nodes
+    assert all(not isinstance(node.meta.get("fake"), Exception) for node in nodes)
+    unknown = [node for node in nodes if "unknown" in node.meta]
+    assert unknown
+    assert not any("fake" in node.meta for node in unknown)
+
+
 def leaves(result: object) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]

@@ -371,6 +371,9 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("set_.source_Storage", &set_whole_storage);
   m.impl("set_.source_Tensor", &set_tensor);
   m.impl("set_", &set_nothing);
+  // Without autograd, as in inference mode.
+  m.impl("_thnn_fused_lstm_cell", &lstm_cell);
+  m.impl("_thnn_fused_gru_cell", &gru_cell);
 }
 
 TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) {
