@@ -286,6 +286,27 @@ GUARDS = (
         "    return True\n",
         "test_folder.py -k report_is_not_added",
     ),
+    Guard(
+        "an error in shape propagation is no shape",
+        "graph/trace.py",
+        'proxy.node.meta["unknown"] = str(error)',
+        'proxy.node.meta["fake"] = error',
+        "graph/test_trace.py -k shape",
+    ),
+    Guard(
+        "what calls for shapes is planned on the CPU",
+        "prepare.py",
+        "on_cpu, (args, kwargs) = on_host(model), moved_call(args, kwargs or {})",
+        "on_cpu, (args, kwargs) = model, (args, kwargs or {})",
+        "devices/test_functions.py -k learned",
+    ),
+    Guard(
+        "the trial export runs on the CPU",
+        "export.py",
+        "    trial = prepared.on_host()\n",
+        "    trial = prepared\n",
+        "devices/test_callbacks.py -k anew",
+    ),
 )
 
 
