@@ -196,7 +196,8 @@ def _convert_island(
         identity = identify(island.path, edge.key)
         scale, zero_point = prepared.ranges.parameters(identity)
         quantizer = EdgeQuantizer(identity, scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
-        layers[name := f"edge_{len(layers)}"] = quantizer
+        # A name of its own in the whole module: exporters may know no more than the last part of a path.
+        layers[name := f"edge_{list(prepared.ranges.edges).index(identity)}"] = quantizer
         pair = _insert_pair(graph, nodes[edge.key], name, quantizer.grid)
         if identity in prepared.channels:
             _scale_channels(island, edge.key, prepared.channels[identity].to(torch.device("cpu")), *pair)

@@ -1,5 +1,7 @@
 """The errors and warnings that this package raises, each with the way out in its message."""
 
+import pickle
+
 
 class QuantizationError(ValueError):
     """Base of every error that this package raises on purpose."""
@@ -35,6 +37,10 @@ class EvaluationError(QuantizationError):
 
 class FixedSizesError(QuantizationError):
     """A file takes the sizes of the captured call alone, and got others."""
+
+
+class UnpicklableError(QuantizationError, pickle.PicklingError):
+    """A loaded module cannot be loaded again elsewhere; code that tries whether something can be pickled expects it."""
 
 
 class MissingRuntimeError(QuantizationError):

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.errors import ArtifactError, QuantizationError
+from lightning_quant.errors import ArtifactError, UnpicklableError
 from lightning_quant.signature import Signature
 
 
@@ -84,7 +84,7 @@ class LoadedModule(nn.Module):
 
     def __reduce__(self) -> Any:
         if self.origin is None:
-            raise QuantizationError(
+            raise UnpicklableError(
                 "Expected a module that `load` returned, since others cannot be loaded again by another process, but "
                 f"got a {type(self).__name__} that was made otherwise."
             )

@@ -39,12 +39,12 @@ class EdgeNames:
 
     def __init__(self, root: nn.Module) -> None:
         named = root.named_modules(remove_duplicate=False)
-        self.identities = {path: child.identity for path, child in named if isinstance(child, EdgeQuantizer)}
+        self.identities = {_last(path): child.identity for path, child in named if isinstance(child, EdgeQuantizer)}
         self._seen: Counter[str] = Counter()
 
     def of(self, scopes: Iterable[Any]) -> str | None:
         """Return the edge that a node quantizes, from the paths of the modules that it was traced in."""
-        found = [self.identities[scope] for scope in scopes if scope in self.identities]
+        found = [self.identities[_last(scope)] for scope in scopes if _last(scope) in self.identities]
         return _numbered(found[-1], self._seen) if found else None
 
     def of_onnx(self, node: Any) -> str | None:
@@ -73,6 +73,11 @@ def check_common(given: Iterable[str], found: Iterable[str]) -> None:
             f"Expected quantized tensors of the plan in the exported file, {list(given)[:3]} among them, but it has "
             f"{list(found)[:3] or 'none'}."
         )
+
+
+def _last(path: Any) -> str:
+    """Return the last part of a path: of a module that has several names, exporters note only that."""
+    return str(path).rpartition(".")[2]
 
 
 def _numbered(identity: str, seen: Counter[str]) -> str:

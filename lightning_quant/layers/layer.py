@@ -11,6 +11,9 @@ from torch.nn.utils import parametrize
 from lightning_quant.layers.storage import Scheme, dequantize, quantize
 from lightning_quant.routing import clone, copied
 
+# Kinds of layers that models ask for by class. Recurrent ones keep their weights in ways of their own.
+_ASKED_FOR = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
+
 
 class StoredLayer(nn.Module):
     """Base of the quantized layers; by itself one that turns its weights into float at each call.
@@ -52,15 +55,12 @@ class StoredLayer(nn.Module):
         # Last: from here on it answers for attributes, names of buffers among them. Not registered: it has no weights.
         self.__dict__["_float_layer"] = _without_weights(float_layer)
         self.__dict__["_unreadable"] = {buffer: name for name, buffer in self.names.items()}
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """Answer to `isinstance` for the float layer's class, too: code of the model may ask what its layers are."""
-        float_layer = self.__dict__.get("_float_layer")
-        return StoredLayer if float_layer is None else type(float_layer)
+        if isinstance(float_layer, _ASKED_FOR):
+            self.__class__ = _kind_of(type(self), type(float_layer))
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return object.__new__, (type(self),), self.__getstate__()
+        kinds = type(self).__bases__ if type(self).__dict__.get("_is_made") else (type(self),)
+        return _new, kinds, self.__getstate__()
 
     def __getattr__(self, name: str) -> Any:
         if name in self.__dict__.get("_unreadable", ()):
@@ -128,6 +128,21 @@ def _buffers_of_own_forward(float_layer: nn.Module) -> list[tuple[str, Tensor]]:
     """Return the buffers that a subclass's own forward may read; PyTorch's layers read none but weights."""
     is_own = not type(float_layer).forward.__module__.startswith("torch.nn.")
     return list(float_layer.named_buffers()) if is_own else []
+
+
+_kinds: dict[tuple[Any, Any], Any] = {}
+
+
+def _kind_of(stored: Any, kind: Any) -> Any:
+    """Return a stored layer's class that is the float layer's, too, for code of the model that asks."""
+    if (stored, kind) not in _kinds:
+        _kinds[stored, kind] = type(stored.__name__, (stored, kind), {"_is_made": True})
+    return _kinds[stored, kind]
+
+
+def _new(stored: type[StoredLayer], *kind: type[nn.Module]) -> StoredLayer:
+    made = _kind_of(stored, *kind) if kind else stored
+    return made.__new__(made)
 
 
 def from_float(
