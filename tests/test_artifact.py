@@ -367,7 +367,7 @@ def test_folder_that_does_not_exist(tmp_path: Path) -> None:
 
 def test_runtime_of_another_version_of_the_package(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runtimes, "names", lambda: ["abacus"])
-    with pytest.raises(QuantizationError, match=r"`runtime` to be one of \['abacus'\] but got 'onnxruntime'"):
+    with pytest.raises(QuantizationError, match=r"`runtime` to be one of \['abacus'\], but got 'onnxruntime'"):
         load(folder)
 
 
