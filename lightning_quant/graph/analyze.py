@@ -222,8 +222,9 @@ def _never_called(root: nn.Module, rows: list[Row], observed: ObservedCall) -> I
     for path, child in modules.items():
         is_layer = ops.kind_of(child) in ops.WEIGHTED or (path and path in observed.first and _has_own_weights(child))
         if is_layer and id(child) not in called and not _is_part(modules, path, listed):
-            reason = "inside a layer that runs as a whole" if any(path.startswith(f"{n}.") for n in listed) else ""
-            reason = reason or _UNREACHED
+            reason = "inside a layer that runs as a whole"
+            if path not in observed.first and not any(path.startswith(f"{n}.") for n in listed):
+                reason = _UNREACHED
             yield Claim(Row(path, type(child).__name__, "float", reason), path, "layer")
 
 
