@@ -73,6 +73,7 @@ class _Copying(TorchFunctionMode):
             converted = self.convert(tensor.detach())
             if not tensor.is_leaf or converted.device != tensor.device or converted.dtype != tensor.dtype:
                 memo[id(tensor)] = converted if converted.data_ptr() != tensor.data_ptr() else converted.clone()
+                return memo[id(tensor)]
         return function(*args, **(kwargs or {}))
 
 

@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.convert import QuantizedLayer, check_agreement, convert
 from lightning_quant.errors import CalibrationError, ExportError
+from lightning_quant.named_edges import EdgeQuantizer
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
@@ -123,14 +124,17 @@ def test_biases_are_in_steps_of_input_scale_times_weight_scale() -> None:
 
 def test_every_edge_has_one_pair_on_its_grid() -> None:
     prepared = ready(with_statistics(ResidualNet()), IMAGE)
-    graph = convert(prepared).graph_module.graph
-    quantize = [n for n in graph.nodes if n.target == torch.ops.quantized_decomposed.quantize_per_tensor.default]
+    converted = convert(prepared).graph_module
+    graph = converted.graph
+    modules = dict(converted.named_modules())
+    quantize = [n for n in graph.nodes if n.op == "call_module" and isinstance(modules[n.target], EdgeQuantizer)]
+    grids = {node: modules[node.target].grid for node in quantize}
     dequantize = [n for n in graph.nodes if n.target == torch.ops.quantized_decomposed.dequantize_per_tensor.default]
     assert len(quantize) == len(dequantize) == len(prepared.ranges.edges)
     expected = {(float(s), int(z)) for s, z in (prepared.ranges.parameters(i) for i in prepared.ranges.edges)}
-    assert {node.args[1:3] for node in quantize} == expected
-    assert {node.args[3:6] for node in quantize} == {(0, 255, torch.uint8)}
-    assert all(node.args[0] in quantize and node.args[1:] == node.args[0].args[1:] for node in dequantize)
+    assert {grid[:2] for grid in grids.values()} == expected
+    assert {grid[2:] for grid in grids.values()} == {(0, 255, torch.uint8)}
+    assert all(node.args[1:] == grids[node.args[0]] for node in dequantize)
     assert all(set(node.users) <= set(dequantize) for node in quantize)
 
 

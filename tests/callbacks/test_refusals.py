@@ -242,6 +242,7 @@ def test_training_step_that_calls_only_parts(kind: Kind, folder: Path) -> None:
     )
 
 
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 def test_forward_that_something_else_has_replaced(folder: Path) -> None:
     module = Classifier()
     module.net.forward = lambda x: ConvNet.forward(module.net, x)

@@ -352,7 +352,8 @@ def test_decoder_layer() -> None:
     layer = nn.TransformerDecoderLayer(32, 2, 64, batch_first=True).eval()
     x, memory = torch.randn(2, 5, 32), torch.randn(2, 7, 32)
     result = quantized(Around(layer), x, memory, scheme=DYNAMIC)
-    assert len(result.plan.rows) == 4
+    # The attention that the decoder's two layers compute between their projections has rows of its own.
+    assert len([row for row in result.plan.rows if row.action != "float"]) == 4
     with torch.no_grad():
         assert 30 < decibels(layer(x, memory), result.quantized()(x, memory)) < 80
 

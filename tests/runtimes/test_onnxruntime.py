@@ -234,8 +234,9 @@ def test_a_tensor_left_in_float_is_reported(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(conversion, "_insert_pair", insert_elsewhere)
     monkeypatch.setattr(conversion, "_drop", lambda node: None)
     prepared = ready(GroupedNet(), torch.randn(4, 4, 8, 8))
+    operators = planned(prepared)
     artifact = export(prepared, tmp_path)
-    missing = runtime.still_float(planned(prepared), runtime.count_operators(artifact.model_path))
+    missing = runtime.still_float(operators, runtime.count_operators(artifact.model_path))
     assert missing == {"conv2d": 2}
 
 

@@ -492,7 +492,7 @@ def test_threads(saved: Any) -> None:
     loaded = load(saved("cnn")[2].path, threads=2)
     loaded(image=torch.randn(1, 3, 8, 8))
     assert torch.get_num_threads() == before
-    with pytest.raises(TypeError):
+    with pytest.raises(QuantizationError, match=r"out of .*'threads'.*, but got 'no_such_option'"):
         load(saved("cnn")[2].path, no_such_option=1)
 
 
