@@ -98,15 +98,15 @@ GUARDS = (
     Guard(
         "histograms of processes are added up",
         "distributed.py",
-        "            observer.counts = group.total(observer.counts)\n",
-        "            pass\n",
+        "observer.load_state(merged(observer, states))",
+        "observer.load_state(states[0])",
         "callbacks/test_distributed_training.py -k histograms_of_all",
     ),
     Guard(
         "metrics are merged over processes",
         "evaluate.py",
-        "        return merged(group.gather(shares.values))\n",
-        "        pass\n",
+        "merged(group.gather(shares.values))",
+        "merged([shares.values])",
         "callbacks/test_distributed_training.py -k metrics_are_those",
     ),
     Guard(
