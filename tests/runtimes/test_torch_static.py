@@ -110,6 +110,7 @@ def test_every_engine_computes_the_simulation_at_every_batch_size(engine: str, m
         assert signal_to_noise(simulated(prepared, x), model(x)) > 60
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths:UserWarning")
 def test_every_spelling_becomes_a_kernel(tmp_path: Path) -> None:
     torch.manual_seed(0)
     prepared = ready(Spellings().eval())
@@ -258,6 +259,7 @@ def test_what_the_kernels_of_this_machine_get_wrong_is_rejected(tmp_path: Path) 
         assert not (is_wrong and choice["name"] == engine)
 
 
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 def test_where_no_engine_is_right_the_report_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_torch_static, "engines", lambda: ENGINES[:1])
     monkeypatch.setattr(runtime, "engines", lambda: ENGINES[:1])
