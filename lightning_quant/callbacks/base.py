@@ -163,6 +163,8 @@ class QuantizationCallback(Callback):
             _refused_in_callback(self._check_strategy, trainer)
             self.group = Group(trainer.world_size, trainer.strategy.root_device)
             _refused_in_callback(self.group.together, self._check_names, trainer, pl_module)
+            # By the first process alone, as it is written: others would keep it from leaving no folder behind.
+            self.last_folder = _refused_in_callback(self.group.on_first, artifacts.check_folder, self.folder(trainer))
             if trainer.fast_dev_run:  # type: ignore[attr-defined]
                 kept, self.last_folder = self.last_folder, self.group.on_first(fleeting_folder)
                 rank_zero_info(
@@ -278,7 +280,6 @@ class QuantizationCallback(Callback):
             raise QuantizationError(
                 f"Expected every quantization callback to have an `output_dir` of its own, but two have {folder}."
             )
-        self.last_folder = artifacts.check_folder(folder)
 
     def _check_strategy(self, trainer: Trainer) -> None:
         bases = [base.__name__ for base in type(trainer.strategy).__mro__]

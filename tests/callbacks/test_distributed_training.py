@@ -211,7 +211,7 @@ def test_artifact_is_that_of_the_first_process(ddp: Runs) -> None:
     x = images(BATCH, seed=1).tensors[0]
     with torch.no_grad():
         assert decibels(module.net.eval()(x), load(ddp.folder / "qat")(x)) > 12
-    assert list((ddp.folder / "qat").glob("report-*.md"))
+    assert (ddp.folder / "qat" / "report.md").is_file()
 
 
 def test_merging_weighs_means_and_survives_values_that_one_process_does_not_log() -> None:
