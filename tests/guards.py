@@ -307,6 +307,41 @@ GUARDS = (
         "    trial = prepared\n",
         "devices/test_callbacks.py -k anew",
     ),
+    Guard(
+        "layers are tried on the CPU",
+        "layerwise.py",
+        "source, model = model, on_host(model)",
+        "source, model = model, model",
+        "devices/test_functions.py -k hessians",
+    ),
+    Guard(
+        "a call is tried where the layers are",
+        "layerwise.py",
+        "    args, kwargs = moved_call(args, kwargs or {})\n",
+        "    args, kwargs = args, kwargs or {}\n",
+        "devices/test_callbacks.py -k emulated-int8_weight_only-torch",
+    ),
+    Guard(
+        "learned steps follow the module",
+        "prepared.py",
+        "            self.learned_steps.to(device)\n",
+        "            pass\n",
+        "devices/test_functions.py -k learned",
+    ),
+    Guard(
+        "ranges follow the module",
+        "running.py",
+        "            prepared.to(device)\n",
+        "            pass\n",
+        "devices/test_functions.py -k between",
+    ),
+    Guard(
+        "integers are simulated in full float32",
+        "running.py",
+        "exact_arithmetic() if simulation",
+        "nullcontext() if simulation",
+        "devices/test_functions.py -k simulated_in_exact",
+    ),
 )
 
 

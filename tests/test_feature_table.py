@@ -31,7 +31,10 @@ once, in about half a minute. `pytest -m gpu` runs the same tests on a CUDA devi
 
 | device | torch | what ran |
 |---|---|---|
-| emulated | 2.13.0, CPU | `tests/devices`, slow tests too. Training: `int8` in every precision, `int4_weights`, islands, batch norm, best weights, averages. After training: `int8` on three runtimes, `int8_accurate`, five recipes of layers on two. Both: under `torch.compile` (its `eager` backend), `runtime="auto"`, checkpoints. Resuming from and to the CPU; two callbacks. One process; no speed is told |
+| emulated | 2.13.0, CPU | `tests/devices`, slow tests too. Training: `int8` in every precision, `int4_weights`, \
+islands, batch norm, best weights. After training: `int8` on three runtimes, `int8_accurate`, five recipes of layers \
+on two. Both: under `torch.compile` (its `eager` backend), `runtime="auto"`, averages of weights, checkpoints. \
+Resuming from and to the CPU; two callbacks. One process; no speed is told |
 | CUDA | - | nothing of this version: no GPU was at hand |
 """
 
