@@ -51,6 +51,7 @@ def export_onnx(
         program = torch.onnx.export(
             exported,
             dynamo=True,
+            dynamic_shapes=(tuple(dynamic.get(name) for name in spec.names),),
             input_names=list(spec.names),
             output_names=names,
             custom_translation_table=translations(),

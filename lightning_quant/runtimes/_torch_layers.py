@@ -56,8 +56,9 @@ class TorchLayersModule(LoadedModule):
         program = steps.read_steps(path)
         check_forms(program, signature, path)
         self.threads = threads
-        self.unread = steps.unread_inputs(program)
         self.program = _ready(program, folder / files["model"], path)
+        # Of a program whose steps have been read.
+        self.unread = steps.unread_inputs(program)
 
     @torch.no_grad()
     def run(self, tensors: list[Tensor]) -> list[Tensor]:

@@ -64,9 +64,10 @@ class TorchStaticModule(LoadedModule):
         self.engine = program["engine"] if engine is None else engine
         _check_engine(self.engine)
         self.threads = threads
-        self.unread = steps.unread_inputs(program)
         with _native(self.engine):
             self.program = Program(program, tensors_in(folder / files["model"]), path, once=True)
+        # Of a program whose steps have been read.
+        self.unread = steps.unread_inputs(program)
 
     @torch.no_grad()
     def run(self, tensors: list[Tensor]) -> list[Tensor]:

@@ -20,6 +20,9 @@ from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import Recipe
 
+# The nets here have layers that are planted to be bad.
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+
 PLAIN = Recipe(bias_correction=False, calibration_observer="min_max")
 
 

@@ -118,12 +118,14 @@ def test_folder_with_a_manifest_that_is_not_ours(kind: Kind, folder: Path) -> No
 
 def test_folder_that_is_a_file(kind: Kind, folder: Path) -> None:
     folder.write_text("a file")
-    refuse(kind(output_dir=folder), r"`output_dir` to be a folder, but .* is a file")
+    refuse(kind(output_dir=folder), r"`output_dir` .* to be a folder that can be written, but .*File exists")
 
 
 def test_folder_that_cannot_be_made(kind: Kind, folder: Path) -> None:
     folder.write_text("a file")
-    refuse(kind(output_dir=folder / "below"), r"`output_dir` .* to be writable")
+    refuse(
+        kind(output_dir=folder / "below"), r"`output_dir` .* to be a folder that can be written, but .*Not a directory"
+    )
 
 
 def test_folder_without_permission(kind: Kind, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -131,8 +133,8 @@ def test_folder_without_permission(kind: Kind, folder: Path, monkeypatch: pytest
     def deny(*_: Any, **options: Any) -> Iterator[Any]:
         raise PermissionError(f"Permission denied: {options.get('dir')}")
 
-    monkeypatch.setattr(tempfile, "NamedTemporaryFile", deny)
-    refuse(kind(output_dir=folder), r"`output_dir` .* to be writable, but Permission denied")
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", deny)
+    refuse(kind(output_dir=folder), r"`output_dir` .* to be a folder that can be written, but Permission denied")
 
 
 def test_working_directory_stays_as_it_is(kind: Kind, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,7 +42,7 @@ def check(
     # As the runtime that computes in float has it: half precision is for storage there.
     runtime = "onnxruntime" if scheme in HALVES else "torch"
     result = quantized(Around(layer), *args, scheme=scheme, runtime=runtime, **kwargs)
-    assert [row.action for row in result.plan.rows] == [SCHEMES[scheme].action]
+    assert [row.action for row in result.plan.rows if row.weights] == [SCHEMES[scheme].action]
     model = result.quantized()
     with torch.no_grad():
         expected, actual = layer(*args, **kwargs), model(*args, **kwargs)
@@ -308,7 +308,7 @@ PADDING = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
 def test_encoder(scheme: str, call: dict[str, Any], activation: str) -> None:
     model, x = Around(encoder(activation=activation)), torch.randn(2, 5, 32)
     result = quantized(model, x, scheme=scheme, **call)
-    assert len(result.plan.rows) == 6
+    assert len([row for row in result.plan.rows if row.weights]) == 6
     with torch.no_grad():
         reference, actual = model.train(False)(x, **call), result.quantized()(x, **call)
     seen = ~call["src_key_padding_mask"] if call else torch.ones(2, 5, dtype=torch.bool)

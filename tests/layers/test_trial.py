@@ -285,7 +285,7 @@ def test_excluded_attention_stays_float_as_a_whole() -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (LayerRecipe("mine", ("int3",)), r"`schemes` to be out of \['bfloat16', .*\], but got \['int3'\]"),
+        (LayerRecipe("mine", ("int3",)), r"schemes` to be one of \[.*'bfloat16'\], but got 'int3'"),
         (LayerRecipe("mine", ()), r"`schemes` to be out of .*, but got \[\]"),
         (LayerRecipe("mine", ("weight_only_4bit",), group_size=0), "`group_size` to be positive, but got 0"),
     ],

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_quant.decomposed import define_operators
-
 torch.set_num_threads(1)
 with contextlib.suppress(ImportError, AttributeError):
     # Half of the time of exporting a tiny net is spent on listing all operators anew; once will do for all tests.
     # Registers operators that would be missing from the list if a test of other recipes came first.
+    from lightning_quant.decomposed import define_operators
+
     define_operators()
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
