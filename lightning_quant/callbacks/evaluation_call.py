@@ -13,7 +13,7 @@ from lightning_quant.calls import flatten_call
 from lightning_quant.capture import Capture, capture, isolated_rng, unchanged
 from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import own_signature
-from lightning_quant.routing import evaluation_mode
+from lightning_quant.routing import evaluation_mode, resolve
 
 
 def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> Capture | None:
@@ -31,7 +31,10 @@ def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> 
         for batch in batches(trainer, pl_module, 1, "validation"):
             try:
                 with trainer.precision_plugin.val_step_context():
-                    return capture(duplicate, functools.partial(_run, duplicate, batch), path)
+                    found = capture(duplicate, functools.partial(_run, duplicate, batch), path)
+                # A call with what no file can take, keys and values of a generation say, is not the one to export.
+                flatten_call(own_signature(resolve(duplicate, found.path)), found.args, found.kwargs)
+                return found
             except CaptureError:
                 return None
             # A validation that does not run here, on a copy and before its time, tells nothing; the loop itself will.
