@@ -1,4 +1,5 @@
 import importlib
+import importlib.util
 import inspect
 import os
 import pkgutil
@@ -56,7 +57,9 @@ def test_lightning_cli_knows_the_callbacks_by_their_bare_names(first: str, tmp_p
 def test_public_names_are_what_they_say() -> None:
     # Importing a submodule binds its name in the package, which must not hide a function of that name.
     for module in pkgutil.walk_packages(lightning_quant.__path__, "lightning_quant."):
-        importlib.import_module(module.name)
+        # Its kernels are written in a language that CUDA builds of PyTorch bring.
+        if module.name != "lightning_quant.triton_kernels" or importlib.util.find_spec("triton"):
+            importlib.import_module(module.name)
 
     assert inspect.isfunction(lightning_quant.quantize)
     assert inspect.isfunction(lightning_quant.load)

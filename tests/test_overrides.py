@@ -110,6 +110,7 @@ def test_a_classifier_of_stored_weights_in_a_static_recipe(tmp_path: Path) -> No
         ("float16", "onnxruntime"),
     ],
 )
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 def test_other_recipes_of_layers(tmp_path: Path, target: str, runtime: str) -> None:
     artifact = lq.quantize(
         vision(),
