@@ -137,6 +137,7 @@ def test_stored_layers_beside_integer_ones_on_openvino(tmp_path: Path) -> None:
     assert (rows["features.0.0"], rows["classifier"]) == ("int8", "int8 weights")
 
 
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 def test_embeddings_and_recurrences_beside_integer_layers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Reader().eval()
