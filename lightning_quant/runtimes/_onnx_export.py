@@ -43,15 +43,11 @@ def export_onnx(
     with exporting(_ENGINE, spec.names) as fixed:
         args, kwargs = rebuild_call(signature, spec.arguments(examples))
         names = output_names(module(*args, **kwargs), spec.names)
-        # Given a module, the exporter would also try to read Python's bytecode, which calls a layer's class in place of
-        # what stands on the instance, and fix sizes of its own accord.
-        exported = torch.export.export(
-            flat, tuple(examples), dynamic_shapes=dynamic_shapes(spec, dynamic), strict=False
-        )
         program = torch.onnx.export(
-            exported,
+            flat,
+            tuple(examples),
             dynamo=True,
-            dynamic_shapes=(tuple(dynamic.get(name) for name in spec.names),),
+            dynamic_shapes=dynamic_shapes(spec, dynamic),
             input_names=list(spec.names),
             output_names=names,
             custom_translation_table=translations(),
