@@ -72,6 +72,8 @@ _WEIGHTED_LAYERS = {
     "linear": "FullyConnected",
 }
 _INTEGER = "_I8"
+# What its bindings make of C++'s errors, also of messages that are no text, and of sizes that do not fit the memory.
+_REFUSALS = (RuntimeError, TypeError, MemoryError, UnicodeDecodeError)
 
 
 class OpenVinoModule(LoadedModule):
@@ -93,7 +95,7 @@ class OpenVinoModule(LoadedModule):
             self.compiled = compiled(path, threads=threads, device=device)
             names = [port.get_any_name() for port in self.compiled.inputs]
             _check_fits(self.compiled, signature, path)
-        except (RuntimeError, TypeError, MemoryError) as error:
+        except _REFUSALS as error:
             raise ArtifactError(f"Expected {path} to be a model for OpenVINO, but it says: {_reason(error)}") from error
         self.unread = frozenset(info.name for info in signature.inputs) - set(names)
         position = {info.name: index for index, info in enumerate(signature.inputs)}
@@ -114,7 +116,7 @@ class OpenVinoModule(LoadedModule):
             # A list of one takes longer to bind. Shared outputs are overwritten by the next call, so they are copied.
             results = request.infer(arrays[0] if len(arrays) == 1 else arrays, share_inputs=True, share_outputs=True)
             outputs = [torch.from_numpy(output.copy()) for output in results.values()]
-        except (RuntimeError, MemoryError) as error:
+        except _REFUSALS as error:
             raise QuantizationError(
                 "Expected inputs that the model can take, such as sequences that it has positions for, but "
                 f"{_reason(error)}"

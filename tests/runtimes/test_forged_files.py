@@ -19,9 +19,12 @@ from torch import nn
 
 from lightning_quant.artifact import Artifact
 from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.errors import ArtifactError
 from lightning_quant.export import export
 from lightning_quant.layerwise import quantize_layers
 from lightning_quant.prepare import prepare
+from lightning_quant.runtimes import openvino
+from lightning_quant.signature import Signature
 
 IMAGE = torch.randn(4, 3, 8, 8)
 KINDS = ("onnxruntime", "onnxruntime-layers", "openvino", "torch", "torch-layers")
@@ -57,6 +60,17 @@ def check(kind: str, number: int, folder: Path) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_forged_files(kind: str, tmp_path: Path) -> None:
     check(kind, 20, tmp_path)
+
+
+def test_openvino_complains_in_bytes_that_are_no_text(tmp_path: Path) -> None:
+    written = artifact("openvino", tmp_path / "artifact")
+    signature = Signature.from_dict(written.manifest["signature"])
+    forged_run.prepare_folder(written, tmp_path)
+    (model,) = (tmp_path / "whole").glob("*.xml")
+    model.write_bytes(model.read_bytes().replace(b'version="opset1"', b'version="opset\xf7"'))
+
+    with pytest.raises(ArtifactError, match="to be a model for OpenVINO"):
+        openvino.load(tmp_path / "whole", json.loads((tmp_path / "about.json").read_text())["files"], signature)
 
 
 @pytest.mark.slow
