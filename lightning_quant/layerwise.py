@@ -24,7 +24,7 @@ from lightning_quant.errors import PlanError
 from lightning_quant.graph.analyze import check_patterns, own_signature
 from lightning_quant.graph.claims import Claim, settle
 from lightning_quant.graph.counting import observe_call
-from lightning_quant.graph.plan import Plan, Row
+from lightning_quant.graph.plan import Plan, Row, join
 from lightning_quant.graph.table import Selection
 from lightning_quant.host import moved_call, on_host
 from lightning_quant.layers.finite import check_output, check_weights
@@ -182,7 +182,7 @@ def quantize_layers(
     refused = next((name for name in chosen.schemes if name in refusals), None)
     if refused is not None:
         raise PlanError(f"Expected a recipe that {runtime!r} runs, but got {chosen.name!r}: {refusals[refused]}.")
-    found = trials(model, chosen, selection, half_arithmetic=where.HALF_ARITHMETIC)
+    found = trials(model, chosen, selection, (args, kwargs), half_arithmetic=where.HALF_ARITHMETIC)
     check_weights(found)
     _run(model, list(found.values()), args, kwargs)
     for trial in found.values():
@@ -193,7 +193,7 @@ def quantize_layers(
     _keep_ties(found)
     rows = _rows(model, list(found.values()), args, kwargs)
     check_patterns(selection, list(rows))
-    layers = {name: trial.layer for trial in found.values() if trial.layer is not None for name in trial.names}
+    layers = {name: trial.layer for trial in found.values() if trial.layer is not None for name in trial.places}
     plan = Plan(chosen.name, runtime, module, (), rows)
     if not layers:
         reasons = "; ".join(f"{row.name} ({row.kind}): {row.reason}" for row in rows[:3]) or "it has no such layer"
@@ -229,7 +229,7 @@ def _read_beside(model: nn.Module, found: dict[str, Trial], args: tuple[Any, ...
     """
 
     def fails(names: list[str]) -> bool:
-        layers = {place: found[name].layer for name in names for place in found[name].names}
+        layers = {place: found[name].layer for name in names for place in found[name].places}
         with placed(model, layers):  # type: ignore[arg-type]
             try:
                 output = model(*args, **kwargs)
@@ -275,5 +275,8 @@ def _rows(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: d
         row = Row(trial.label, trial.kind, action, trial.reason, excluded=trial.excluded)
         row = replace(row, weights=sum(weight.numel() for weight in weights))
         claims.append(Claim(row, trial.place, "whole", apart=trial.apart))
+        for name, weight in trial.others:
+            row = Row(join(trial.place, name), "Parameter", "float", "no product reads it", weights=weight.numel())
+            claims.append(Claim(row, row.name, "layer"))
     with evaluation_mode(model):
         return tuple(settle(claims, observe_call(model, args, kwargs)))

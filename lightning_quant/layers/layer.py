@@ -146,7 +146,12 @@ def _new(stored: type[StoredLayer], *kind: type[nn.Module]) -> StoredLayer:
 
 
 def from_float(
-    cls: type[StoredLayer], float_layer: nn.Module, scheme: Scheme, group_size: int, known: dict[Any, Any]
+    cls: type[StoredLayer],
+    float_layer: nn.Module,
+    scheme: Scheme,
+    group_size: int,
+    known: dict[Any, Any],
+    names: list[str] | None = None,
 ) -> StoredLayer:
     """Quantize the weights of a layer.
 
@@ -157,9 +162,10 @@ def from_float(
         group_size: of 4-bit weights.
         known: weights that were stored before, so that tied ones stay tied; gets those stored now, each beside its
             float form: a computed weight that was let go would leave its address to another one.
+        names: of the weights; those that the layer's class stores by default.
     """
     stored = {}
-    for name in cls.weight_names(float_layer):
+    for name in cls.weight_names(float_layer) if names is None else names:
         weight = cls.rows(float_layer, name)
         key = (weight.data_ptr(), tuple(weight.shape), weight.stride(), scheme.storage)
         if key not in known:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_quant.layers.layer import StoredLayer
+from lightning_quant.layers.parameters import CHILD, FloatParameters, StoredParameters
 from lightning_quant.routing import resolve, route, unroute
 
 # Where PyTorch's encoders say whether their fused kernels may run.
@@ -17,6 +18,9 @@ def place(root: nn.Module, layers: Mapping[str, nn.Module]) -> None:
     for name, layer in layers.items():
         owner, _, attribute = name.rpartition(".")
         parent = resolve(root, owner)
+        if isinstance(layer, StoredParameters | FloatParameters):
+            layer.put_in(parent)
+            continue
         old = parent._modules[attribute]
         for hooks in ("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"):
             setattr(layer, hooks, getattr(old, hooks))
@@ -44,7 +48,7 @@ def placed(root: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[st
     The root itself, which has no place, is routed to its layer.
     """
     inner = {name: layer for name, layer in layers.items() if name}
-    before = {name: resolve(root, name) for name in inner}
+    before = {name: standing(root, name) for name in inner}
     if "" in layers:
         route(root, layers[""].forward)
     place(root, inner)
@@ -54,3 +58,9 @@ def placed(root: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[st
         place(root, before)
         if "" in layers:
             unroute(root)
+
+
+def standing(root: nn.Module, name: str) -> nn.Module:
+    """Return what stands in a place: a layer, or a module's own parameters."""
+    owner, _, attribute = name.rpartition(".")
+    return FloatParameters(resolve(root, owner)) if attribute == CHILD else resolve(root, name)

@@ -4,11 +4,14 @@ from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import KINDS, class_for
 from lightning_quant.layers.layer import StoredLayer, computes_weight, from_float, plain
+from lightning_quant.layers.parameters import StoredParameters, child_of
+from lightning_quant.layers.products import multiplied
 from lightning_quant.layers.storage import SCHEMES, Scheme, dequantize
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.recipe import LayerRecipe
@@ -29,6 +32,7 @@ class Trial:
         excluded: whether that is because the user wants it.
         place: where the model's modules have it first.
         apart: multiply-adds of the calls seen that have nothing to do with its weights.
+        parameters: names of the weights, where it is a module of its own code whose weights alone are stored.
     """
 
     def __init__(self, name: str, float_layer: nn.Module, recipe: LayerRecipe, known: dict[Any, Any]) -> None:
@@ -38,6 +42,7 @@ class Trial:
         self.layer: StoredLayer | None = None
         self.unwanted, self.excluded = "", False
         self.place, self.apart = name, 0
+        self.parameters: list[str] | None = None
         self._recipe, self._known = recipe, known
         self._schemes: list[Scheme] = []
         self._notes: list[str] = []
@@ -53,11 +58,31 @@ class Trial:
             else:
                 self._schemes.append(scheme)
 
+    def allow_parameters(self, names: list[str], schemes: list[Scheme]) -> None:
+        """Let weights be stored that the module's own code multiplies by."""
+        self.parameters = names
+        self.allow(StoredParameters, schemes)
+
+    @property
+    def places(self) -> list[str]:
+        """Where the quantized layer goes."""
+        return self.names if self.parameters is None else [child_of(name) for name in self.names]
+
     @property
     def weights(self) -> list[Tensor]:
         """The float layer's weights; where there is no form for a module, what is inside it is not part of it."""
+        if self.parameters is not None:
+            return [self.float_layer.get_parameter(name) for name in self.parameters]
         is_whole = class_for(self.float_layer) is not None
         return [p for p in self.float_layer.parameters(recurse=is_whole) if p.dim() > 1]
+
+    @property
+    def others(self) -> list[tuple[str, Tensor]]:
+        """Weights of a module of its own code that stay as they are, by name."""
+        if self.parameters is None:
+            return []
+        own = self.float_layer.named_parameters(recurse=False)
+        return [(name, p) for name, p in own if p.dim() > 1 and name not in self.parameters]
 
     @property
     def bits(self) -> int:
@@ -71,6 +96,8 @@ class Trial:
 
     def see(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
         """Take one call of the float layer into account; a forward hook."""
+        if self.parameters is not None:
+            return
         self._num_calls += 1
         stored_class = class_for(module)
         self.apart += 0 if stored_class is None else stored_class.multiply_adds_apart(module, args, kwargs)
@@ -79,11 +106,12 @@ class Trial:
                 return
 
     def finish(self) -> None:
-        """Judge a layer that was never called by its weights."""
+        """Judge a layer that was never called, or weights alone, by the weights."""
         if self._num_calls or self.unwanted:
             return
-        self._schemes = [scheme for scheme in self._schemes if scheme.arithmetic != "integer"]
-        self._notes.append("not called on the captured call: judged by its weights")
+        if self.parameters is None:
+            self._schemes = [scheme for scheme in self._schemes if scheme.arithmetic != "integer"]
+            self._notes.append("not called on the captured call: judged by its weights")
         while (layer := self._advance()) is not None:
             rows = {name: layer.rows(plain(self.float_layer), name) for name in layer.names}
             stored = {name: dequantize(*layer.stored(name)) for name in layer.names}
@@ -105,9 +133,9 @@ class Trial:
     def _advance(self) -> StoredLayer | None:
         """Return the layer of the current scheme, made now unless it exists; None when there is no scheme left."""
         if self.layer is None and self._schemes:
-            known = dict(self._known)
+            known, group_size = dict(self._known), self._recipe.group_size
             self.layer = from_float(
-                self._stored_class, plain(self.float_layer), self._schemes[0], self._recipe.group_size, known
+                self._stored_class, plain(self.float_layer), self._schemes[0], group_size, known, self.parameters
             )
             self._added = known.keys() - self._known.keys()
             self._known.update(known)
@@ -126,13 +154,21 @@ class Trial:
         return False
 
 
-def trials(model: nn.Module, recipe: LayerRecipe, selection: Selection, *, half_arithmetic: bool) -> dict[str, Trial]:
+def trials(
+    model: nn.Module,
+    recipe: LayerRecipe,
+    selection: Selection,
+    call: tuple[tuple[Any, ...], dict[str, Any]],
+    *,
+    half_arithmetic: bool,
+) -> dict[str, Trial]:
     """Return a trial for every layer with weights, by the first name of its place.
 
     Args:
         model: the float module.
         recipe: what is tried.
         selection: what the user wants.
+        call: of the model, which tells what code of its own multiplies by.
         half_arithmetic: whether the runtime computes in half precision; otherwise only weights are stored so.
     """
     unknown = sorted(set(recipe.schemes) - set(SCHEMES))
@@ -163,7 +199,22 @@ def trials(model: nn.Module, recipe: LayerRecipe, selection: Selection, *, half_
         trial.unwanted, trial.excluded = excluded or _refusal(module, stored_class), bool(excluded)
         if not trial.unwanted and stored_class is not None:
             trial.allow(stored_class, schemes)
+    _allow_parameters(model, list(found.values()), schemes, call)
     return {trial.label: trial for trial in found.values()}
+
+
+def _allow_parameters(
+    model: nn.Module, found: list[Trial], schemes: list[Scheme], call: tuple[tuple[Any, ...], dict[str, Any]]
+) -> None:
+    """Let weights of modules without a quantized form be stored, where the modules' code multiplies by them."""
+    owners = [t for t in found if class_for(t.float_layer) is None and not t.excluded]
+    owners = [t for t in owners if not isinstance(t.float_layer, StoredLayer | parametrize.ParametrizationList)]
+    read = multiplied(model, [t.float_layer for t in owners], *call)
+    for trial in owners:
+        names = [name for name, p in trial.float_layer.named_parameters(recurse=False) if id(p) in read]
+        if names:
+            trial.unwanted = ""
+            trial.allow_parameters(names, schemes)
 
 
 def _refusal(module: nn.Module, stored_class: type[StoredLayer] | None) -> str:

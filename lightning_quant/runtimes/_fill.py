@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from lightning_quant.errors import ArtifactError
 from lightning_quant.layers import StoredLayer, class_for
 from lightning_quant.layers.layer import plain
+from lightning_quant.layers.parameters import CHILD, StoredParameters, child_of
+from lightning_quant.layers.placement import place, standing
 from lightning_quant.layers.storage import SCHEMES
-from lightning_quant.layerwise import place
 from lightning_quant.reading import parse_json
 from lightning_quant.routing import device_of, resolve
 from lightning_quant.runtimes._flat import tensors_in
@@ -44,7 +45,7 @@ def fill(model: nn.Module, path: Path) -> nn.Module:
             f"{type(model).__name__}. Load it without `into`, and put it in the layer's place."
         )
     modules = dict(model.named_modules(remove_duplicate=False))
-    missing = sorted(set(schemes) - set(modules))
+    missing = sorted(name for name in schemes if _owner(name) not in modules)
     if missing:
         raise ArtifactError(
             f"Expected `into` to have the structure of the model that was quantized, but it has no {missing[0]!r}. "
@@ -52,12 +53,11 @@ def fill(model: nn.Module, path: Path) -> nn.Module:
         )
     layers: dict[str, StoredLayer] = {}
     for name, scheme in schemes.items():
-        layers[name] = _stored(modules[name], name, scheme, tensors)
+        layers[name] = _stored(modules[_owner(name)], name, scheme, tensors)
     for name, module in modules.items():
-        first = next((n for n in layers if modules[n] is module), None)
-        if first is not None:
-            layers[name] = layers[first]
-    before = {name: modules[name] for name in layers}
+        for first in [n for n in layers if modules.get(_owner(n)) is module]:
+            layers[name if _owner(first) == first else child_of(name)] = layers[first]
+    before = {name: standing(model, name) for name in layers}
     place(model, layers)
     try:
         _set_tensors(model, tensors)
@@ -65,6 +65,12 @@ def fill(model: nn.Module, path: Path) -> nn.Module:
         place(model, before)
         raise
     return model.eval()
+
+
+def _owner(name: str) -> str:
+    """Return the name of the float module that a layer takes the place of, or whose weights it holds."""
+    owner, _, attribute = name.rpartition(".")
+    return owner if attribute == CHILD else name
 
 
 def _structure(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -84,14 +90,17 @@ def _structure(path: Path) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def _stored(float_layer: nn.Module, name: str, scheme: str, tensors: dict[str, Tensor]) -> StoredLayer:
-    stored_class = class_for(float_layer)
+    stored_class = class_for(float_layer) if _owner(name) == name else StoredParameters
     if stored_class is None or not isinstance(scheme, str) or scheme not in SCHEMES:
         raise ArtifactError(
             f"Expected {name!r} of `into` to be a layer for {scheme!r}, but got {type(float_layer).__name__}."
         )
     layer = plain(float_layer)
     stored = {}
-    for weight in stored_class.weight_names(layer):
+    names = stored_class.weight_names(layer)
+    if stored_class is StoredParameters:
+        names = [n for n, _ in layer.named_parameters(recurse=False) if f"{name}.{n}" in tensors]
+    for weight in names:
         key = f"{name}.{weight.replace('.', '_')}"
         if key not in tensors:
             raise ArtifactError(f"Expected the artifact to hold {key!r} for `into`, but it does not.")

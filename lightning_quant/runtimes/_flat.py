@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, rebuild_call
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+from lightning_quant.runtimes._custom_operators import OwnOperatorsInlined
 from lightning_quant.runtimes._reasons import first_line, reason, sizes_watched
 from lightning_quant.signature import Signature, output_names, tensor_leaves
 
@@ -120,7 +121,7 @@ def exporting(engine: str, names: tuple[str, ...] = ()) -> Iterator[list[str]]:
     refusals = (ValueError, AssertionError, NotImplementedError, LookupError, TypeError, AttributeError)
     with sizes_watched() as fixed:
         try:
-            with quiet(), torch.no_grad():
+            with quiet(), torch.no_grad(), OwnOperatorsInlined():
                 yield fixed
         except QuantizationError:
             raise

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 # onnx.TensorProto.DataType
-_FLOAT, _UINT8, _INT32 = 1, 2, 6
+_FLOAT, _UINT8, _INT32, _INT64 = 1, 2, 6, 7
 # ONNX's order of the gates by PyTorch's: LSTM i f g o to i o f g, GRU r z n to z r n.
 _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
 
@@ -29,6 +29,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         ours.linear_dynamic.default: _linear_dynamic,
         ours.linear_weight_only.default: _linear_weight_only,
         ours.recurrent.default: _recurrent,
+        ours.grouped_product.default: _grouped_product,
     }
 
 
@@ -81,6 +82,19 @@ def _linear_int4(x: Any, packed: Any, scale: Any, bias: Any) -> Any:
     size = {"K": groups * group_size, "N": out_features, "bits": 4, "block_size": group_size}
     result = _matmul_nbits()(x, blocks, op.Reshape(scale, op.Constant(value_ints=[-1])), **size)
     return result if bias is None else op.Add(result, bias)
+
+
+def _grouped_product(x: Any, weight: Any, ends: Any) -> Any:
+    """Cut the rows by group, multiply each part by its weight, and join the results."""
+    op = _opset()
+    first, after = op.Constant(value_ints=[0]), op.Cast(ends, to=_INT64)
+    start, products = first, []
+    for group in range(int(weight.shape[0])):
+        place = op.Constant(value_ints=[group])
+        end = op.Gather(after, place, axis=0)
+        products.append(op.MatMul(op.Slice(x, start, end, first), op.Squeeze(op.Gather(weight, place, axis=0), first)))
+        start = end
+    return op.Concat(*products, axis=0)
 
 
 def _integers(op: Any, value: int) -> Any:

@@ -122,7 +122,9 @@ _QUANTIZED = frozenset({
     "leaky_relu.default", "linear.default", "linear_prepack.default", "mul.default",
 })  # fmt: skip
 # Those of this package, `lightning_quant.layers`.
-_OURS = frozenset({"linear_dynamic.default", "linear_weight_only.default", "recurrent.default"})
+_OURS = frozenset({
+    "grouped_product.default", "linear_dynamic.default", "linear_weight_only.default", "recurrent.default",
+})  # fmt: skip
 # Arithmetic on sizes: Python's own functions, on numbers alone.
 _ARITHMETIC: dict[str, Callable[..., Any]] = {
     **{

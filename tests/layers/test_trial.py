@@ -180,10 +180,10 @@ class Scaled(nn.Linear):
 class Own(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.matrix = nn.Parameter(torch.randn(32, 32))
+        self.table = nn.Parameter(torch.randn(1, 32))
 
     def forward(self, x: Tensor) -> Tensor:
-        return x @ self.matrix
+        return x + self.table
 
 
 def test_layers_without_a_form_have_a_row_and_a_reason() -> None:
@@ -204,10 +204,9 @@ def test_layers_without_a_form_have_a_row_and_a_reason() -> None:
         "own": "no quantized form of Own",
         "replaced": "its forward was replaced by another one",
         "hooked": "it has forward pre-hooks",
-        "bilinear": "no quantized form of Bilinear",
     }
-    assert rows["plain"].action == "int8 weights"
-    assert rows["own"].weights == 32 * 32
+    assert rows["plain"].action == rows["bilinear"].action == "int8 weights"
+    assert rows["own"].weights == 32
 
 
 def test_pre_hook_beside_a_computed_weight_is_not_lost() -> None:

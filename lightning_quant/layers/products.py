@@ -1,0 +1,78 @@
+"""Which parameters a call multiplies by: weights of matrix products, not tables of positions or gains."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_quant.routing import evaluation_mode, without_fast_path
+
+_PRODUCTS = frozenset({
+    "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "linear", "matmul", "_grouped_mm", "_scaled_mm",
+    "grouped_mm_fallback", "convolution", "_trilinear", "_addmm_activation",
+})  # fmt: skip
+# They move the values of a weight, or some of them, into a tensor of its own.
+_MOVES = frozenset(
+    {"index", "index_select", "gather", "embedding", "clone", "_to_copy", "_unsafe_view", "cat", "stack"}
+)
+# Smaller weights are not worth a scale of their own.
+MIN_VALUES = 1024
+
+
+class _Watch(TorchDispatchMode):
+    def __init__(self, parameters: dict[int, nn.Parameter]) -> None:
+        super().__init__()
+        # Address of the memory to the parameters whose values lie there; the tensors are kept, or their addresses
+        # would be given to others.
+        self.known = {p.untyped_storage().data_ptr(): {key} for key, p in parameters.items()}
+        self.kept: list[Tensor] = []
+        self.found: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        name = func.name().rpartition("::")[2].partition(".")[0]
+        if name in _PRODUCTS or name in _MOVES:
+            read = {key for t in _tensors((args, kwargs)) for key in self.known.get(t.untyped_storage().data_ptr(), ())}
+            if name in _PRODUCTS:
+                self.found |= read
+            elif read:
+                for tensor in _tensors(result):
+                    self.known.setdefault(tensor.untyped_storage().data_ptr(), set()).update(read)
+                    self.kept.append(tensor)
+        return result
+
+
+def multiplied(model: nn.Module, owners: list[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:
+    """Return the ids of the owners' own parameters that one call of a model multiplies by.
+
+    Args:
+        model: the float module.
+        owners: modules in it that hold parameters themselves.
+        args: positional arguments of the call.
+        kwargs: keyword arguments of the call.
+    """
+    own = {
+        id(parameter): parameter
+        for owner in owners
+        for parameter in owner.parameters(recurse=False)
+        if parameter.dim() > 1 and parameter.numel() >= MIN_VALUES and parameter.is_floating_point()
+    }
+    if not own:
+        return set()
+    with (
+        torch.no_grad(),
+        torch.random.fork_rng(devices=[]),
+        evaluation_mode(model),
+        without_fast_path(),
+        _Watch(own) as watch,
+    ):
+        model(*args, **kwargs)
+    return watch.found
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
