@@ -233,8 +233,8 @@ def test_classes_that_a_checkpoint_names_are_imported_only_when_told_so(
             assert "`--model-class named_by_checkpoint.Model`, or add `--trust`" in capsys.readouterr().err
 
 
-def test_commands_of_the_readme_run_one_after_the_other(project: Path, tmp_path: Path) -> None:
-    readme = (EXAMPLE.parents[1] / "README.md").read_text()
+def test_commands_of_the_page_run_one_after_the_other(project: Path, tmp_path: Path) -> None:
+    readme = (EXAMPLE.parent / "README.md").read_text()
     (block,) = [text for text in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "lightning-quant" in text]
     commands = [shlex.split(line, comments=True) for line in block.splitlines()]
     (configuration,) = [text for text in re.findall(r"```yaml\n(.*?)```", readme, re.DOTALL) if "ckpt_path" in text]

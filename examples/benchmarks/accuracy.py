@@ -32,6 +32,7 @@ from datasets import (
 )
 from fashion_mnist import fit
 from peers import nncf_quantize, ort_quantize_static, torch_ao_fx
+from results import publish
 from timing import bootstrap_mean, table
 from torch import Tensor, nn
 
@@ -150,7 +151,7 @@ def main() -> None:
     }
     for name in arguments.cases:
         right = run(makers[name](), arguments.seeds)
-        print(f"\n{summary(right, f'{name}, {number} {split} samples')}\n", flush=True)
+        publish(f"accuracy-{name}", summary(right, f"{name}, {number} {split} samples"))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from peers import nncf_quantize, ort_quantize_static, torch_ao_fx
 from reference_models import resnet18
+from results import publish
 from timing import bootstrap_ratio, interleaved, median_ms, table
 from torch import Tensor, nn
 
@@ -114,7 +115,7 @@ def main() -> None:
         to_baseline = f"{bootstrap_ratio(times, seconds[BASELINE]):.2f}"
         rows.append((model, f"{median_ms(times):.2f}", ratio, to_baseline))
     header = ("ResNet18, 1 image", "median CPU ms", "this / the engine's own tool [95 %]", f"this / {BASELINE}")
-    print(table(rows, header))
+    publish("engines", table(rows, header))
 
 
 if __name__ == "__main__":

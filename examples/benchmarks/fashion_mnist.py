@@ -15,6 +15,7 @@ from datasets import FIT_IMAGES, VALIDATION_IMAGES, classified_right, fashion_in
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from reference_models import fashion_cnn
+from results import publish
 from timing import bootstrap_mean, table
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
@@ -114,7 +115,8 @@ def main() -> None:
         for kind, answers in right.items()
     ]
     title = f"FashionMNIST, {arguments.recipe}, {arguments.epochs} epochs, {len(labels)} test images"
-    print(table(rows, (title, "accuracy %", "per seed", "this - float, points [95 %]")))
+    header = (title, "accuracy %", "per seed", "this - float, points [95 %]")
+    publish(f"fashion_mnist-{arguments.recipe}", table(rows, header))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 from dynamic_peers import quiet, state_bytes, torch_ao_dynamic
+from results import publish
 from text_datasets import batches_by_length, pronouncer, pronunciations, spoken
 from timing import bootstrap_mean, table
 from torch import Tensor, nn
@@ -77,7 +78,8 @@ def main() -> None:
         for name, (_, num_bytes) in found.items()
     ]
     title = f"g2p-en GRU, {len(scored)} words"
-    print(table(rows, (title, "kB on disk", "words right %", f"per {arguments.words}", "this - float, points [95 %]")))
+    header = (title, "kB on disk", "words right %", f"per {arguments.words}", "this - float, points [95 %]")
+    publish("g2p", table(rows, header))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 from dynamic_peers import decibels, quiet
+from results import publish
 from timing import table
 from torch import Tensor, nn
 
@@ -212,8 +213,8 @@ def main() -> None:
         ]
         sizes = ("MB on disk", "ratio", "MB in memory", "ratio")
         header = (*sizes, "logits, dB", "tokens of the reloaded model as in memory", "peak memory / float")
-        print(table(rows, (name, *header), ("transformers", "optimum-quanto")), flush=True)
-        print()
+        packages = ("transformers", "optimum-quanto")
+        publish(f"generation-{name}", table(rows, (name, *header)), packages=packages)
 
 
 if __name__ == "__main__":

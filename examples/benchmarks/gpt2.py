@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from dynamic_peers import OnnxModel, decibels, export_onnx, ort_quantize_dynamic, quiet, state_bytes, torch_ao_dynamic
+from results import publish
 from timing import bootstrap_ratio, interleaved, median_ms, table
 from torch import Tensor, nn
 
@@ -100,7 +101,8 @@ def main() -> None:
         for contestant, c in found.items()
     ]
     header = ("MB on disk", "logits, dB", "median CPU ms", "times faster than eager [95 %]", "than torch.ao [95 %]")
-    print(table(rows, (f"GPT-2 124M, 1 x {arguments.tokens} tokens", *header), ("transformers",)))
+    result = table(rows, (f"GPT-2 124M, 1 x {arguments.tokens} tokens", *header))
+    publish("gpt2", result, packages=("transformers",))
 
 
 if __name__ == "__main__":

@@ -19,8 +19,9 @@ import torch.nn.functional as F  # noqa: N812
 from gpu_models import ResNet50, VisionTransformer
 from peers import freeze_observers, torch_ao_qat
 from reference_models import resnet18
+from results import publish
 from step_count import count_without_computing
-from timing import machine, table
+from timing import table
 from torch import Tensor, nn
 
 from lightning_quant.prepare import prepare
@@ -196,14 +197,11 @@ def main() -> None:
     if arguments.count:
         rows = [row for contest in contests for row in count_contest(contest)]
         header = ("model", "step", "operations", "/ float", "GB moved", "/ float")
-        print(table(rows, header))
+        publish("gpu_training-count", table(rows, header))
         return
     device = torch.device(arguments.device)
-    for contest in contests:
-        print(time_contest(contest, device, arguments.rounds))
-    if device.type == "cuda":
-        print(torch.cuda.get_device_name(device), "CUDA", torch.version.cuda)
-    print(machine())
+    where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else "CPU"
+    publish("gpu_training", where, *(time_contest(contest, device, arguments.rounds) for contest in contests))
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from peers import nncf_quantize, operator_counts, ort_float, ort_quantize_static, torch_ao_fx
 from reference_models import resnet18
+from results import publish
 from timing import bootstrap_ratio, interleaved, median_ms, table
 from torch import Tensor
 
@@ -69,10 +70,12 @@ def main() -> None:
         (model, f"{median_ms(times):.1f}", f"{bootstrap_ratio(seconds[OURS], times):.2f}")
         for model, times in seconds.items()
     ]
-    print(table(rows, ("ResNet18, 1 image", "median CPU ms", "lightning_quant / this [95 %]")))
     operators = sorted(set().union(*counts.values()))
-    print()
-    print(table([(kind, *(counts[model][kind] for model in files)) for kind in operators], ("operators run", *files)))
+    publish(
+        "latency",
+        table(rows, ("ResNet18, 1 image", "median CPU ms", "lightning_quant / this [95 %]")),
+        table([(kind, *(counts[model][kind] for model in files)) for kind in operators], ("operators run", *files)),
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from dynamic_peers import OnnxModel, decibels, export_onnx, ort_quantize_dynamic, quiet, state_bytes, torch_ao_dynamic
+from results import publish
 from timing import bootstrap_ratio, interleaved, median_ms, table
 from torch import Tensor, nn
 
@@ -158,8 +159,7 @@ def main() -> None:
             "median CPU ms",
             "times faster [95 %]",
         )
-        print(table(rows, (f"Two LSTMs, {kind}, {BATCH} x {STEPS} steps", *header)), flush=True)
-        print()
+        publish(f"lstm-{kind}", table(rows, (f"Two LSTMs, {kind}, {BATCH} x {STEPS} steps", *header)))
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from dynamic_peers import OnnxModel, export_onnx, quiet
 from minilm_spam import FLOAT, deltas, embed, f1, held_out
+from results import publish
 from text_datasets import minilm_folder, sms_spam
 from timing import table
 from torch import Tensor, nn
@@ -174,7 +175,7 @@ def main() -> None:
     by_length = sorted(texts[:NUM_CALIBRATION], key=len)
     calls = [tokenize(by_length[start : start + 16]) for start in range(0, NUM_CALIBRATION, 16)]
     if arguments.layers:
-        print(layer_table(model, calls))
+        publish("minilm_accuracy-layers", layer_table(model, calls), packages=("transformers",))
         return
     spam, parts = labels.numpy(), [held_out(len(texts), seed, NUM_KEPT).numpy() for seed in arguments.seeds]
     exact = embed(model, tokenize, texts).numpy()
@@ -200,7 +201,8 @@ def main() -> None:
                 score(name, embed(quantized, tokenize, texts).numpy())
                 print(" | ".join(rows[-1]), f"({seconds:.0f} s to quantize)", flush=True)
     title = f"MiniLM, SMS spam, {len(parts)} splits with {parts[0].sum()} held-out messages"
-    print(table(rows, (title, "accuracy %", "F1 %", "per split", "F1 - float [95 %]"), ("transformers",)))
+    header = (title, "accuracy %", "F1 %", "per split", "F1 - float [95 %]")
+    publish("minilm_accuracy", table(rows, header), packages=("transformers",))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from dynamic_peers import quiet, torch_ao_dynamic
+from results import publish
 from text_datasets import minilm_folder, sms_spam
 from timing import Estimate, table
 from torch import Tensor, nn
@@ -118,7 +119,8 @@ def main() -> None:
         per_split = ", ".join(f"{value:.1f}" for value in values)
         rows.append((name, f"{accuracy:.2f}", f"{np.mean(values):.2f}", per_split, f"{delta:+.2f}"))
     title = f"MiniLM, SMS spam, {len(parts)} splits with {parts[0].sum()} held-out messages"
-    print(table(rows, (title, "accuracy %", "F1 %", "per split", "F1 - float [95 %]"), ("transformers",)))
+    header = (title, "accuracy %", "F1 %", "per split", "F1 - float [95 %]")
+    publish("minilm_spam", table(rows, header), packages=("transformers",))
 
 
 if __name__ == "__main__":

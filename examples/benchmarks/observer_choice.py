@@ -22,6 +22,7 @@ from datasets import (
     pitch_network,
 )
 from fashion_mnist import fit
+from results import publish
 from timing import table
 from torch import Tensor, nn
 
@@ -100,7 +101,7 @@ def main() -> None:
             scores = [simulate(case, observer, seed) for seed in arguments.seeds]
             cells.append(f"{sum(scores) / len(scores):.2f} ({', '.join(f'{score:.2f}' for score in scores)})")
         rows.append((observer, *cells))
-    print(table(rows, ("accuracy %, mean (per draw)", *cases)))
+    publish("observer_choice", table(rows, ("accuracy %, mean (per draw)", *cases)))
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from peers import freeze_observers, torch_ao_qat
 from reference_models import resnet18
+from results import publish
 from timing import bootstrap_ratio, interleaved, median_ms, table
 from torch import Tensor, nn
 
@@ -81,7 +82,8 @@ def main() -> None:
         )
         for name, times in seconds.items()
     ]
-    print(table(rows, ("ResNet18 training step", "median CPU ms", "this / float [95 %]", "this / torch.ao [95 %]")))
+    header = ("ResNet18 training step", "median CPU ms", "this / float [95 %]", "this / torch.ao [95 %]")
+    publish("qat_overhead", table(rows, header))
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from datasets import FIT_IMAGES, classified_right, fashion_inputs, fashion_mnist
 from fashion_mnist import fit
+from results import publish
 from timing import bootstrap_mean, interleaved, median_ms, table
 
 import lightning_quant as lq
@@ -70,7 +71,8 @@ def main() -> None:
     rows = [_row(runtime, right, sizes, seconds) for runtime in calls]
     epochs = f"{arguments.epochs} epoch{'s' if arguments.epochs > 1 else ''}"
     title = f"FashionMNIST CNN, QAT of {epochs}, {len(labels)} test images"
-    print(table(rows, (title, "accuracy %", "artifact - simulated, points [95 %]", "ms, 1 image", "bytes")))
+    header = (title, "accuracy %", "artifact - simulated, points [95 %]", "ms, 1 image", "bytes")
+    publish("runtimes", table(rows, header))
 
 
 def _row(runtime: str, right: dict[str, Any], sizes: dict[str, int], seconds: dict[str, list[float]]) -> list[str]:

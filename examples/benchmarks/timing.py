@@ -100,8 +100,7 @@ def machine(*packages: str) -> str:
     )
 
 
-def table(rows: Sequence[Sequence[object]], header: Sequence[str], packages: Sequence[str] = ()) -> str:
-    """Format rows as a Markdown table, with the machine's description as its last line."""
+def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:
+    """Format rows as a Markdown table."""
     lines = [header, ["---"] * len(header), *rows]
-    text = "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
-    return f"{text}\n\n{machine(*packages)}"
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
