@@ -20,6 +20,7 @@ from lightning_quant.graph.candidates import is_left_out
 from lightning_quant.graph.code import with_any_names
 from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
+from lightning_quant.layers.parameters import read_from_children
 from lightning_quant.layers.placement import place
 from lightning_quant.named_edges import EdgeQuantizer
 from lightning_quant.noise import alike, signal_to_noise
@@ -209,6 +210,7 @@ def _convert_island(
             _drop(node)
     prefix = f"{island.path}." if island.path else ""
     place(module, {name.removeprefix(prefix): layer for name, layer in stored.items()})
+    read_from_children(graph, module)
     graph_module = fx.GraphModule(module, with_any_names(graph))
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()

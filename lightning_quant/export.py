@@ -26,7 +26,7 @@ from lightning_quant.parity import check_parity
 from lightning_quant.prepared import Prepared
 from lightning_quant.progress import shown
 from lightning_quant.ranges import Ranges
-from lightning_quant.routing import clone, evaluation_mode, without_fast_path
+from lightning_quant.routing import as_exported, clone, evaluation_mode, without_fast_path
 from lightning_quant.signature import Signature, make_signature, tensor_leaves
 from lightning_quant.sizes import ChosenShapes, attempts, chosen_shapes, dynamic_dimensions, only_batches
 
@@ -168,8 +168,8 @@ def _converted(prepared: Quantizable, dynamic: DynamicShapes) -> tuple[nn.Module
         return prepared.quantized(), prepared.outputs[1]
     args, kwargs = prepared.call(prepared.tensors)
     converted = convert(prepared, static_sizes=only_batches(dynamic))
-    check_agreement(prepared, converted, args, kwargs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
+        check_agreement(prepared, converted, args, kwargs)
         return converted, converted(*args, **kwargs)
 
 
@@ -236,7 +236,7 @@ def _attempt(
         with torch.no_grad():
             answers = loaded.run(inputs)
     args, kwargs = prepared.call(inputs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
         expected = tensor_leaves(converted(*args, **kwargs))
     return _Written(dynamic, signature, loaded, signal_to_noise(expected, answers))
 

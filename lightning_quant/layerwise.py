@@ -146,6 +146,7 @@ def quantize_layers(
     selection: Selection | None = None,
     module: str = "",
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
+    only: frozenset[str] | None = None,
 ) -> Layerwise:
     """Choose a scheme for each layer of a module from one call, and quantize it; the module is left as it was.
 
@@ -158,6 +159,7 @@ def quantize_layers(
         selection: patterns of layers to include and exclude.
         module: the module's qualified name, for the plan.
         calls: more calls of the module for recipes with GPTQ; the one call alone by default.
+        only: names of the layers to quantize, where something else takes care of the others.
 
     Raises:
         PlanError: no layer can be quantized, or a pattern names none.
@@ -183,6 +185,8 @@ def quantize_layers(
     if refused is not None:
         raise PlanError(f"Expected a recipe that {runtime!r} runs, but got {chosen.name!r}: {refusals[refused]}.")
     found = trials(model, chosen, selection, (args, kwargs), half_arithmetic=where.HALF_ARITHMETIC)
+    if only is not None:
+        found = {label: trial for label, trial in found.items() if label in only}
     check_weights(found)
     _run(model, list(found.values()), args, kwargs)
     for trial in found.values():

@@ -12,11 +12,13 @@ from lightning_quant.captured import CapturedModel
 from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.graph.analyze import Analysis
+from lightning_quant.graph.leftovers import with_stored
 from lightning_quant.graph.plan import Operator, Plan, identify
 from lightning_quant.graph.table import Selection, matches
 from lightning_quant.recipe import LayerRecipe, Recipe
 
 FLOAT = "float"
+_BY_ITSELF = "int8_weight_only"
 _WEIGHTS = re.compile(r"int([4-8])_weights")
 
 
@@ -26,8 +28,18 @@ def select(selection: Selection, recipe: Recipe) -> Selection:
     return replace(selection, exclude=(*selection.exclude, *kept), stored=tuple(_stored(recipe).items()))
 
 
-def store_layers(model: CapturedModel, recipe: Recipe, plan: Plan) -> tuple[dict[str, nn.Module], Plan]:
-    """Quantize the layers that overrides leave to recipes of layers, on the weights and the captured call as they are.
+def store_layers(
+    model: CapturedModel, recipe: Recipe, plan: Plan, left: frozenset[str]
+) -> tuple[dict[str, nn.Module], Plan]:
+    """Quantize the layers that recipes of layers store, on the weights and the captured call as they are.
+
+    These are those that overrides name, and those that graphs have no integer form of, in eight bits.
+
+    Args:
+        model: the float module and its captured call.
+        recipe: for its overrides.
+        plan: of the graphs.
+        left: labels of the layers that graphs have no integer form of.
 
     Returns:
         name of every place to the layer for it, and the plan with rows that say so.
@@ -39,21 +51,28 @@ def store_layers(model: CapturedModel, recipe: Recipe, plan: Plan) -> tuple[dict
 
     args, kwargs = model.call(model.tensors)
     layers: dict[str, nn.Module] = {}
-    rows = {row.name: row for row in plan.rows}
     stored = _stored(recipe)
-    if stored and not runtimes.get(plan.runtime).LAYERS_IN_GRAPHS:
+    in_graphs = runtimes.get(plan.runtime).LAYERS_IN_GRAPHS
+    if stored and not in_graphs:
         raise PlanError(
             f"Expected `overrides` for runtime {plan.runtime!r} to name 'float' or grids of 4 to 8 bits, but got "
-            f"{sorted(set(stored.values()))}. Use 'onnxruntime' or 'openvino', or keep those layers in float."
+            f"{sorted(set(stored.values()))}. Use 'onnxruntime', 'openvino' or 'torch', or keep those layers in float."
         )
     for pattern, name in stored.items():
         chosen = Selection(include=(pattern,))
         found = quantize_layers(model.root, args, kwargs, recipe=name, runtime=plan.runtime, selection=chosen)
-        for row in found.plan.rows:
-            if matches(pattern, row.name, row.kind) and row.name not in layers:
-                rows[row.name] = replace(row, macs=rows[row.name].macs if row.name in rows else row.macs)
+        named = {row.name: row for row in found.plan.rows if matches(pattern, row.name, row.kind)}
+        plan = with_stored(plan, {label: row for label, row in named.items() if label not in layers})
         layers = {**found.layers, **layers}
-    return layers, replace(plan, rows=tuple(rows.values()))
+    if left and in_graphs:
+        try:
+            found = quantize_layers(model.root, args, kwargs, recipe=_BY_ITSELF, runtime=plan.runtime, only=left)
+        except PlanError:
+            # Rows that say why the graph has no form of a layer stay as they are.
+            return layers, plan
+        plan = with_stored(plan, {row.name: row for row in found.plan.rows if row.name in left})
+        layers = {**found.layers, **layers}
+    return layers, plan
 
 
 def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis: Analysis) -> dict[str, int]:

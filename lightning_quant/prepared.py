@@ -23,6 +23,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.folding import Folded, fold_adjusted, fold_at
 from lightning_quant.graph.analyze import Analysis, Island
 from lightning_quant.graph.instrument import Instrumented
+from lightning_quant.graph.leftovers import left_in_float
 from lightning_quant.graph.plan import Edge, Operator, Plan, identify, path_of
 from lightning_quant.host import HOST, copied_to, on_host
 from lightning_quant.layers.placement import placed
@@ -119,6 +120,7 @@ class Prepared(CapturedModel):
         self.accuracy_steps: tuple[AccuracyStep, ...] = ()
         self.learned_steps: LearnedSteps | None = None
         self._stored: dict[str, nn.Module] | None = None
+        self._left = left_in_float(root, analysis.plan)
         # Float layers whose places stored ones have taken; graphs are traced with them.
         self.displaced: dict[str, nn.Module] = {}
         self.simulation = Simulation(self)
@@ -226,7 +228,7 @@ class Prepared(CapturedModel):
     def stored_layers(self) -> dict[str, nn.Module]:
         """Return the layers whose weights overrides leave to recipes of layers, made the first time they are needed."""
         if self._stored is None:
-            stored, self.plan = store_layers(self, self.recipe, self.plan)
+            stored, self.plan = store_layers(self, self.recipe, self.plan, self._left)
             # They are made on the CPU, and run beside the module's own layers.
             self._stored = self.beside(stored)
         return self._stored

@@ -164,6 +164,19 @@ def without_fast_path() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
+@contextmanager
+def as_exported() -> Iterator[None]:
+    """Let code that asks go the way that it goes while an exporter looks at it.
+
+    Transformers leave a mask out where a look at its values shows that it hides nothing, which an exporter cannot do:
+    parts of them are then called with other arguments.
+    """
+    from torch._export.utils import _compiling_state_context
+
+    with _compiling_state_context():
+        yield
+
+
 def resolve(root: nn.Module, path: str) -> nn.Module:
     """Return the submodule at a dotted path; the empty path is the root itself."""
     return root.get_submodule(path) if path else root

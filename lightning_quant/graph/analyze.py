@@ -12,16 +12,17 @@ from lightning_quant.errors import PlanError, UntraceableError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.claims import Claim, claim_of, settle, weigh
 from lightning_quant.graph.counting import ObservedCall, observe_call
+from lightning_quant.graph.expansions import is_expanded
 from lightning_quant.graph.patterns import Matcher
 from lightning_quant.graph.plan import UNREAD, GraphPlan, Plan, Row, join
 from lightning_quant.graph.table import OperatorTable, Selection, matches
 from lightning_quant.graph.trace import Traced, trace
 from lightning_quant.graph.unread import remove_unread
-from lightning_quant.routing import clone, evaluation_mode, resolve, training_mode
+from lightning_quant.routing import as_exported, clone, evaluation_mode, resolve, training_mode
 
-_UNREACHED = "the captured call never reaches it"
+UNREACHED = "the captured call never reaches it"
 # Their forward hands the weights to a fused kernel; no graph of ours could change them there.
-_INDIVISIBLE = frozenset({"attention", "lstm", "gru", "rnn", "embedding", "bilinear", "transformer"})
+_INDIVISIBLE = frozenset({"attention", "lstm", "gru", "rnn", "cell", "embedding", "bilinear"})
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class _Splitter:
     def split(self, path: str) -> None:
         """Trace the module at a path; where that fails, the largest of its descendants that can be traced."""
         module = resolve(self.root, path)
-        if ops.kind_of(module) in _INDIVISIBLE:
+        if ops.kind_of(module) in _INDIVISIBLE and not is_expanded(module):
             is_stored = ops.kind_of(module) in ops.STORED
             self._list(path, module, ops.STORED_REASON if is_stored else "it runs as a whole")
             return
@@ -148,13 +149,16 @@ def analyze(
     signature = own_signature(root)
     spec, tensors = flatten_call(signature, args, kwargs)
     with evaluation_mode(root):
-        splitter = _Splitter(root, observe_call(clone(root, unrouted=True), args, kwargs), table, selection)
+        with as_exported():
+            observed = observe_call(clone(root, unrouted=True), args, kwargs)
+        splitter = _Splitter(root, observed, table, selection)
         splitter.split("")
     splitter.claims += _never_called(root, splitter.rows, splitter.observed)
     check_patterns(selection, splitter.rows)
     rows = weigh(root, splitter.claims, settle(splitter.claims, splitter.observed))
     # What is no part of the artifact is no part of what its shares are of.
-    rows = [replace(row, macs=0, weights=0) if row.reason in (UNREAD, _UNREACHED) else row for row in rows]
+    rows = [replace(row, macs=0, weights=0) if row.reason in (UNREAD, UNREACHED) else row for row in rows]
+    rows = [replace(r, excluded=r.action == "float" and bool(selection.exclusion(r.name, r.kind))) for r in rows]
     plan = Plan(recipe, runtime, module, tuple(island.plan for island in splitter.islands), tuple(rows))
     if not plan.num_quantized:
         raise PlanError(_nothing(root, splitter.rows, splitter.reason))
@@ -195,8 +199,8 @@ def _outermost(path: str, module: nn.Module, called: dict[str, Any]) -> Iterator
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Tell whether a convolution or linear layer is at or under a module."""
-    return any(ops.kind_of(child) in ops.WEIGHTED for child in module.modules())
+    """Tell whether a convolution or linear layer, or what is written out as one, is at or under a module."""
+    return any(ops.kind_of(child) in ops.WEIGHTED or is_expanded(child) for child in module.modules())
 
 
 def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
@@ -206,7 +210,7 @@ def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
         if node.op != "call_module":
             continue
         kind = ops.describe(node, module).kind
-        if kind == "other" and has_weights(module.get_submodule(str(node.target))):
+        if kind in ("other", "transformer") and has_weights(module.get_submodule(str(node.target))):
             found.add(str(node.target))
     return found
 
@@ -224,7 +228,7 @@ def _never_called(root: nn.Module, rows: list[Row], observed: ObservedCall) -> I
         if is_layer and id(child) not in called and not _is_part(modules, path, listed):
             reason = "inside a layer that runs as a whole"
             if path not in observed.first and not any(path.startswith(f"{n}.") for n in listed):
-                reason = _UNREACHED
+                reason = UNREACHED
             yield Claim(Row(path, type(child).__name__, "float", reason), path, "layer")
 
 

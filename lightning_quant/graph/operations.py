@@ -10,6 +10,8 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from lightning_quant.graph.expansions import layer_read_by
+
 _MODULES: dict[type, str] = {
     nn.Conv1d: "conv1d", nn.Conv2d: "conv2d", nn.Conv3d: "conv3d",
     nn.ConvTranspose1d: "conv_transpose1d", nn.ConvTranspose2d: "conv_transpose2d",
@@ -31,6 +33,7 @@ _MODULES: dict[type, str] = {
     nn.Dropout2d: "pass", nn.Dropout3d: "pass", nn.PixelShuffle: "reshape", nn.ChannelShuffle: "reshape",
     nn.ZeroPad1d: "pad", nn.ZeroPad2d: "pad", nn.ConstantPad1d: "pad", nn.ConstantPad2d: "pad",
     nn.MultiheadAttention: "attention", nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn", nn.Embedding: "embedding",
+    nn.LSTMCell: "cell", nn.GRUCell: "cell", nn.RNNCell: "cell", nn.EmbeddingBag: "embedding",
     nn.TransformerEncoderLayer: "transformer", nn.TransformerDecoderLayer: "transformer",
     nn.TransformerEncoder: "transformer", nn.TransformerDecoder: "transformer", nn.Transformer: "transformer",
     nn.LayerNorm: "layer_norm", nn.GroupNorm: "group_norm",
@@ -73,12 +76,12 @@ ACTIVATIONS = frozenset({
 })  # fmt: skip
 LISTED = WEIGHTED | ACTIVATIONS | frozenset({
     "batch_norm", "functional_batch_norm", "add", "mul", "sub", "cat", "max_pool", "avg_pool", "global_avg_pool",
-    "adaptive_max_pool", "matmul", "attention", "lstm", "gru", "rnn", "embedding", "transformer", "layer_norm",
+    "adaptive_max_pool", "matmul", "attention", "lstm", "gru", "rnn", "cell", "embedding", "transformer", "layer_norm",
     "group_norm", "bilinear",
 })  # fmt: skip
 # Layers of which recipes of layers store the weights, and graphs take none apart.
-STORED = frozenset({"attention", "lstm", "gru", "rnn", "embedding", "transformer"})
-STORED_REASON = "'int8' has no form of it; 'int8_dynamic', 'int8_weight_only' or an override stores its weights"
+STORED = frozenset({"attention", "lstm", "gru", "rnn", "cell", "embedding", "transformer"})
+STORED_REASON = "'int8' has no form of it here; 'int8_dynamic' or 'int8_weight_only' stores its weights"
 
 
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ def describe(node: fx.Node, root: nn.Module) -> Operation:
             # A layer whose forward was inlined, a subclass say, is still known by its type.
             owner = weight.rpartition(".")[0]
             is_inlined = bool(weight) and owner == node.meta.get("scope")
-            layer = type(root.get_submodule(owner)).__name__ if is_inlined else _name(node)
+            layer = _expanded(node, root) or (type(root.get_submodule(owner)).__name__ if is_inlined else _name(node))
             return Operation(kind, layer, weight, _parameter(argument(node, 2, "bias")))
         return Operation(_checked(kind, node), _own_layer(node, root) or _name(node))
     if node.op == "call_method":
@@ -168,6 +171,11 @@ def shape_of(node: Any) -> tuple[int, ...]:
 def tensor_inputs(node: fx.Node) -> list[fx.Node]:
     """Return the nodes of the floating-point tensors that a node reads, in order."""
     return [source for source in node.all_input_nodes if is_float(source)]
+
+
+def _expanded(node: fx.Node, root: nn.Module) -> str:
+    """Return the type of the layer that was written out for a trace and whose weight a product reads, if it does."""
+    return type(root.get_submodule(str(node.meta["scope"]))).__name__ if layer_read_by(node, root) else ""
 
 
 def _own_layer(node: fx.Node, root: nn.Module) -> str:

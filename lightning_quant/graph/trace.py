@@ -23,7 +23,9 @@ from torch.utils import _pytree as pytree
 
 from lightning_quant.calls import CallSpec, ResultSpec, rebuild_call
 from lightning_quant.errors import UntraceableError
+from lightning_quant.foreign_operators import ForeignOperatorsInlined
 from lightning_quant.graph.counting import counted_by, multiply_add_counter
+from lightning_quant.graph.expansions import expansion_of, is_expanded, layer_read_by, transformers_traceable
 from lightning_quant.graph.normalize import functionalize
 from lightning_quant.graph.proxy import ShapedProxy
 from lightning_quant.routing import clone, device_of, without_fast_path
@@ -78,7 +80,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or has_hooks(m) or parametrize.is_parametrized(m):
             return True
-        return super().is_leaf_module(m, module_qualified_name)
+        return not is_expanded(m) and super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self.propagating:
@@ -86,6 +88,7 @@ class _Tracer(fx.Tracer):
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
+        forward = expansion_of(m) or forward
         number = self.calls[path]
         self.calls[path] += 1
         self.scopes.append(path if number == 0 else f"{path}({number})")
@@ -109,7 +112,9 @@ class _Tracer(fx.Tracer):
             args, kwargs = rebuild_call(
                 signature, {**_self_argument(signature, root), **self.spec.arguments(list(inputs))}
             )
-            leaves, treespec = pytree.tree_flatten(type(root).forward(*args, **kwargs))
+            expanded = expansion_of(root)
+            result = type(root).forward(*args, **kwargs) if expanded is None else expanded(*args[1:], **kwargs)
+            leaves, treespec = pytree.tree_flatten(result)
             self.output_spec = ResultSpec(treespec)
             return leaves
 
@@ -137,7 +142,7 @@ class _Tracer(fx.Tracer):
         args, kwargs = pytree.tree_map_only(fx.Proxy, lambda p: p.node.meta.get("fake"), (args, kwargs))
         self.propagating = True
         try:
-            with self.mode, torch.no_grad(), warnings.catch_warnings(), self.counter:
+            with self.mode, torch.no_grad(), warnings.catch_warnings(), self.counter, ForeignOperatorsInlined():
                 warnings.simplefilter("ignore")
                 if kind == "get_attr":
                     return operator.attrgetter(target)(self.root)
@@ -171,8 +176,8 @@ class _Tracer(fx.Tracer):
             name = base = str(node.target)
         else:
             base = operation_name(node)
-            name = f"{scope}.{base}" if scope else base
             node.meta["scope"] = scope.partition("(")[0]
+            name = layer_read_by(node, self.root) or (f"{scope}.{base}" if scope else base)
         count = self.counts[name]
         self.counts[name] += 1
         node.meta["key"] = name if count == 0 else f"{name}#{count}"
@@ -199,7 +204,13 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
             before = _attributes(copy)
             # Autocast keeps the weights that it casts; those of a trace are not real.
             without_autocast = torch.autocast(device, enabled=False)
-            with _constructors_traced(tracer), torch.enable_grad(), without_autocast, without_fast_path():
+            with (
+                _constructors_traced(tracer),
+                transformers_traceable(),
+                torch.enable_grad(),
+                without_autocast,
+                without_fast_path(),
+            ):
                 graph = tracer.trace(copy)
             _check_attributes(before, copy)
             functionalize(graph, copy)

@@ -5,8 +5,9 @@ A new kind of layer is one file with a class derived from `StoredLayer`, and a l
 
 from torch import nn
 
+from lightning_quant.layers import grouped  # noqa: F401
 from lightning_quant.layers.attention import StoredAttention
-from lightning_quant.layers.embedding import StoredEmbedding, row_factor
+from lightning_quant.layers.embedding import StoredEmbedding, StoredEmbeddingBag, row_factor
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.linear import StoredLinear
 from lightning_quant.layers.recurrent import StoredCell, StoredRecurrent
@@ -15,6 +16,7 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTra
 _CLASSES: tuple[tuple[tuple[type[nn.Module], ...], type[StoredLayer]], ...] = (
     ((nn.Linear,), StoredLinear),
     ((nn.Embedding,), StoredEmbedding),
+    ((nn.EmbeddingBag,), StoredEmbeddingBag),
     ((nn.LSTM, nn.GRU, nn.RNN), StoredRecurrent),
     ((nn.LSTMCell, nn.GRUCell, nn.RNNCell), StoredCell),
     ((nn.MultiheadAttention,), StoredAttention),
@@ -43,6 +45,8 @@ def class_for(layer: nn.Module) -> type[StoredLayer] | None:
         return StoredLinear
     if issubclass(kind, StoredLayer):
         return None
+    if isinstance(layer, nn.MultiheadAttention) and (layer.bias_k is not None or layer.add_zero_attn):
+        return StoredLayer
     for kinds, stored in _CLASSES:
         if any(isinstance(layer, base) and kind.forward is base.forward for base in kinds):
             return stored

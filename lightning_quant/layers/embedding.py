@@ -1,4 +1,4 @@
-"""Embeddings: a row of int8 and its scale for each token."""
+"""Embeddings and bags of them: a row of int8 and its scale for each token."""
 
 from typing import cast
 
@@ -33,11 +33,54 @@ class StoredEmbedding(StoredLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return `(..., embedding_dim)` for indices of any shape."""
-        weight, scale = self.stored("weight")
-        rows = F.embedding(input, weight)
-        y = dequantize(rows, None) if scale is None else rows.to(scale.dtype) * F.embedding(input, scale.unsqueeze(1))
+        y = looked_up(input, *self.stored("weight"))
         factor = self._buffers.get("factor")
         return y if factor is None else y * factor
+
+
+class StoredEmbeddingBag(StoredLayer):
+    """Sums, means or maxima of rows of a table, of which only those that are asked for become float."""
+
+    @classmethod
+    def refusal(cls, float_layer: nn.Module, scheme: Scheme, group_size: int) -> str:
+        """Return why a layer has no such form, or an empty text."""
+        return StoredEmbedding.refusal(float_layer, scheme, group_size)
+
+    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+        """Reduce bags of indices: `(bags, length)`, or `(number,)` with where each bag begins.
+
+        Args:
+            input: indices.
+            offsets: `(bags,)`, for flat indices.
+            per_sample_weights: of the shape of `input`, for sums.
+        """
+        layer = self._float_layer
+        rows = looked_up(input, *self.stored("weight"))
+        padding = layer.padding_idx
+        padded = torch.zeros_like(input, dtype=torch.bool) if padding is None else input == padding % len(layer.weight)
+        if input.dim() == 2:
+            return _reduced(rows, padded, layer.mode, per_sample_weights)
+        # The row before all others stands for what is padded.
+        places = torch.where(padded, 0, torch.arange(1, input.shape[0] + 1, device=input.device))
+        table = torch.cat([rows.new_zeros(1, rows.shape[1]), rows])
+        options = {"mode": layer.mode, "include_last_offset": layer.include_last_offset, "padding_idx": 0}
+        return F.embedding_bag(places, table, offsets, per_sample_weights=per_sample_weights, **options)
+
+
+def _reduced(rows: Tensor, padded: Tensor, mode: str, factors: Tensor | None) -> Tensor:
+    """Reduce `(bags, length, features)` over what is not padded; an empty bag gives zeros."""
+    if mode == "max":
+        lowest = rows.masked_fill(padded.unsqueeze(2), -torch.inf).amax(1)
+        return torch.where(padded.all(1, keepdim=True), 0.0, lowest)
+    counted = (~padded).to(rows.dtype)
+    total = (rows * (counted if factors is None else counted * factors).unsqueeze(2)).sum(1)
+    return total if mode == "sum" else total / counted.sum(1, keepdim=True).clamp(min=1)
+
+
+def looked_up(indices: Tensor, weight: Tensor, scale: Tensor | None) -> Tensor:
+    """Return rows of a stored table in float32."""
+    rows = F.embedding(indices, weight)
+    return dequantize(rows, None) if scale is None else rows.to(scale.dtype) * F.embedding(indices, scale.unsqueeze(1))
 
 
 @torch.no_grad()

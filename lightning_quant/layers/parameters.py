@@ -3,7 +3,7 @@
 import functools
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lightning_quant.graph.plan import join
 from lightning_quant.layers.layer import StoredLayer
@@ -48,6 +48,10 @@ class StoredParameters(StoredLayer):
         """Return a weight in float32, in its own shape."""
         return dequantize(*self.stored(name)).view(self.shapes[name])
 
+    def forward(self, name: str) -> Tensor:
+        """Return a weight, for graphs that read it."""
+        return self.value(name)
+
     def extra_repr(self) -> str:
         """Say how the weights are stored."""
         return f"{', '.join(self.names)} of {self.kind}, {self.scheme.action}"
@@ -68,6 +72,7 @@ class FloatParameters(nn.Module):
 
     def __init__(self, owner: nn.Module) -> None:
         super().__init__()
+        self._parameters.update(owner._parameters)
         self.__dict__["before"] = type(owner), dict(owner._parameters)
 
     def put_in(self, owner: nn.Module) -> None:
@@ -102,3 +107,13 @@ def _reduce(self: Any, protocol: Any) -> tuple[Any, ...]:
 def _new(kind: Any, names: tuple[str, ...]) -> Any:
     made = _reading(kind, names)
     return made.__new__(made)
+
+
+def read_from_children(graph: fx.Graph, module: nn.Module) -> None:
+    """Let a graph call the children that hold stored weights where it reads those: it would keep their float form."""
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            owner, _, name = str(node.target).rpartition(".")
+            holder = module.get_submodule(owner)._modules.get(CHILD)
+            if isinstance(holder, StoredParameters) and name in holder.names:
+                node.op, node.target, node.args = "call_module", child_of(owner), (name,)

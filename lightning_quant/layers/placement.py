@@ -63,4 +63,5 @@ def placed(root: nn.Module, layers: Mapping[str, nn.Module]) -> Iterator[dict[st
 def standing(root: nn.Module, name: str) -> nn.Module:
     """Return what stands in a place: a layer, or a module's own parameters."""
     owner, _, attribute = name.rpartition(".")
-    return FloatParameters(resolve(root, owner)) if attribute == CHILD else resolve(root, name)
+    parent = resolve(root, owner)
+    return FloatParameters(parent) if attribute == CHILD and CHILD not in parent._modules else resolve(root, name)

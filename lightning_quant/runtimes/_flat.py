@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec, rebuild_call
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
-from lightning_quant.runtimes._custom_operators import OwnOperatorsInlined
+from lightning_quant.foreign_operators import ForeignOperatorsInlined
+from lightning_quant.routing import as_exported
 from lightning_quant.runtimes._reasons import first_line, reason, sizes_watched
 from lightning_quant.signature import Signature, output_names, tensor_leaves
 
@@ -53,7 +54,7 @@ def dynamic_shapes(
 def forms_of_call(flat: Flat, examples: tuple[Tensor, ...], dynamic: dict[str, dict[int, str]]) -> Forms:
     """Return what a file should say of its inputs (name, dtype, sizes, None for any) and outputs (name, dtype)."""
     args, kwargs = rebuild_call(flat.signature, flat.spec.arguments(list(examples)))
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
         result = flat.module(*args, **kwargs)
     inputs = [
         _form(name, t) | {"shape": [None if i in dynamic.get(name, {}) else size for i, size in enumerate(t.shape)]}
@@ -121,7 +122,7 @@ def exporting(engine: str, names: tuple[str, ...] = ()) -> Iterator[list[str]]:
     refusals = (ValueError, AssertionError, NotImplementedError, LookupError, TypeError, AttributeError)
     with sizes_watched() as fixed:
         try:
-            with quiet(), torch.no_grad(), OwnOperatorsInlined():
+            with quiet(), torch.no_grad(), as_exported(), ForeignOperatorsInlined():
                 yield fixed
         except QuantizationError:
             raise

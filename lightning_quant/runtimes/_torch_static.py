@@ -136,7 +136,7 @@ def check(path: Path) -> None:
 
 
 def standalone(files: dict[str, str], signature: Signature) -> str:
-    """Return lines that run an artifact in its folder with PyTorch and safetensors alone."""
+    """Return lines that run an artifact in its folder with PyTorch and safetensors alone, but for stored layers."""
     names = [info.name for info in signature.outputs]
     return f"""import gzip
 import json
@@ -147,6 +147,9 @@ import torch
 from safetensors.torch import load_file
 
 program = json.loads(gzip.open({files[steps.FILE]!r}).read())
+if any(step["call"].startswith("lightning_quant.") for step in program["steps"]):
+    # Operators of layers whose weights are stored.
+    import lightning_quant.layers
 roots = {{"operator": operator, "math": math, "torch": torch}}
 torch.backends.quantized.engine = program["engine"]
 {torch_inputs(signature)}

@@ -36,8 +36,7 @@ MODEL_FILE = "model.safetensors"
 HALF_ARITHMETIC = True
 # The float module itself is the peer of comparisons.
 IN_PROCESS = True
-# Static programs consist of PyTorch's own operators, so that a dozen lines of plain PyTorch run them.
-LAYERS_IN_GRAPHS = False
+LAYERS_IN_GRAPHS = True
 _FLOAT = "PyTorch has no integer kernel for it that every engine runs"
 _COARSE = "PyTorch's integer kernel keeps the scale of its input, which is too coarse for means"
 TABLE = OperatorTable(

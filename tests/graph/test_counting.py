@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lightning_quant.graph.claims import Claim, settle
 from lightning_quant.graph.counting import ObservedCall
 from lightning_quant.graph.plan import Plan, Row
+from lightning_quant.graph.table import Selection
 from lightning_quant.layerwise import quantize_layers
 from lightning_quant.prepare import prepare
 
@@ -109,6 +110,15 @@ def check_sums(model: nn.Module, plan: Plan, total: int) -> None:
     assert len({row.name for row in plan.rows}) == len(plan.rows)
 
 
+# Multiply-adds of the projections, which run in integers.
+INTEGER = {
+    "attention": PLACES * 4 * WIDTH * WIDTH,
+    "encoder": 2 * (PLACES * 4 * WIDTH * WIDTH + 2 * PLACES * WIDTH * HIDDEN),
+}
+# Layers whose weights are stored in eight bits, beside graphs or as their operators.
+STORED = ("lstm", "gru", "cells", *INTEGER)
+
+
 @pytest.mark.parametrize("name", list(FLOAT))
 def test_what_stays_float_counts_as_float(name: str) -> None:
     build, expected = FLOAT[name]
@@ -116,14 +126,17 @@ def test_what_stays_float_counts_as_float(name: str) -> None:
     weights = model.label.weight.numel()
     plan = prepare(model, (X,)).plan
     check_sums(model, plan, expected + PLACES * weights)
-    assert plan.coverage == pytest.approx(PLACES * weights / (expected + PLACES * weights))
-    assert plan.weight_coverage == pytest.approx(weights / unique_weights(model))
+    integer = INTEGER.get(name, 0) + PLACES * weights
+    assert plan.coverage == pytest.approx(integer / (expected + PLACES * weights))
+    assert plan.weight_coverage == (1.0 if name in STORED else pytest.approx(weights / unique_weights(model)))
 
 
 def test_a_table_is_looked_up_without_multiply_adds() -> None:
     for table in (nn.Embedding(500, WIDTH), nn.EmbeddingBag(500, WIDTH)):
         model = nn.Sequential(table, nn.Linear(WIDTH, CLASSES)).eval()
-        plan = prepare(model, (torch.randint(0, 500, (BATCH, TIME)),)).plan
+        tokens = torch.randint(0, 500, (BATCH, TIME))
+        assert prepare(model, (tokens,)).plan.weight_coverage == 1.0
+        plan = prepare(model, (tokens,), selection=Selection(exclude=("0",))).plan
         assert plan.coverage == 1.0
         assert plan.weight_coverage == pytest.approx(CLASSES / (500 + CLASSES))
 
@@ -131,8 +144,10 @@ def test_a_table_is_looked_up_without_multiply_adds() -> None:
 def test_a_weight_tied_to_a_float_layer_is_no_stored_weight() -> None:
     model = nn.Sequential(nn.Embedding(50, WIDTH), nn.Linear(WIDTH, 50, bias=False)).eval()
     model[1].weight = model[0].weight
-    plan = prepare(model, (torch.randint(0, 50, (BATCH, TIME)),)).plan
+    tokens = torch.randint(0, 50, (BATCH, TIME))
+    plan = prepare(model, (tokens,), selection=Selection(exclude=("0",))).plan
     assert (plan.coverage, plan.weight_coverage) == (1.0, 0.0)
+    assert prepare(model, (tokens,)).plan.weight_coverage == 1.0
 
 
 class Repeating(nn.Module):

@@ -472,8 +472,8 @@ def test_rows_tell_what_happens_to_every_layer(case: Case) -> None:
         if operations._MODULES.get(type(module)) in operations.LISTED:
             assert any(name == path or name.startswith(f"{path}.") for name in names), path
     for row in rows:
-        assert row.action in ("int8", "fused", "float")
-        assert row.action == "int8" or row.reason, row
+        assert row.action in ("int8", "int8 weights", "fused", "float")
+        assert row.is_quantized or row.reason, row
         if row.action == "fused":
             assert row.reason.removeprefix("into ") in names
     operators = [f"{path}:{key}" for path, key in (i.split(":") for i in prepared.operators)]
@@ -513,12 +513,15 @@ def test_every_listed_operator_has_a_row_and_a_reason() -> None:
     kinds = collections.Counter(row.kind for row in rows.values())
     for kind in (
         *("Conv2d", "ConvTranspose2d", "Conv3d", "GroupNorm", "LayerNorm", "MaxPool2d", "AdaptiveMaxPool2d", "GELU"),
-        *("Embedding", "MultiheadAttention", "LSTM", "Bilinear", "Linear", "Tanh", "softmax", "matmul", "bmm", "sub"),
+        *("Embedding", "LSTM", "Bilinear", "Linear", "Tanh", "bmm", "sub"),
     ):
         assert kinds[kind] == 1, kind
     assert kinds["add"] == 1
+    assert kinds["MultiheadAttention"] == kinds["softmax"] == 2
     assert all(row.reason for row in rows.values() if row.action == "float")
-    assert {row.name for row in rows.values() if row.action == "int8"} == {"conv", "conv3d", "project"}
+    expected = {"conv", "conv3d", "project", "attention", "attention.out_proj"}
+    assert {row.name for row in rows.values() if row.action == "int8"} == expected
+    assert {row.name for row in rows.values() if row.action == "int8 weights"} == {"embedding", "lstm"}
 
 
 def test_a_row_says_int8_only_where_integers_are_computed() -> None:

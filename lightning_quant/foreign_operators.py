@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from lightning_quant.layers import grouped  # noqa: F401
+import lightning_quant.layers  # noqa: F401
 
 
-class OwnOperatorsInlined(TorchFunctionMode):
+class ForeignOperatorsInlined(TorchFunctionMode):
     """Lets an exporter see what operators of other libraries compute, where they are written in Python.
 
     PyTorch's exporters keep such operators whole, and no file of ours could call them. Products of groups of rows,

@@ -1,0 +1,122 @@
+"""Layers whose forward hides products with weights from a trace, written out in operators that graphs can round.
+
+PyTorch's transformer layers are traced into; `nn.MultiheadAttention` and transformers' `Conv1D` are written out here.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, fx, nn
+
+from lightning_quant.attention import as_added, attend
+
+_TRACED_INTO = (
+    nn.TransformerEncoder,
+    nn.TransformerEncoderLayer,
+    nn.TransformerDecoder,
+    nn.TransformerDecoderLayer,
+)
+
+
+def is_expanded(module: nn.Module) -> bool:
+    """Tell whether a layer of PyTorch is no leaf of a trace."""
+    return type(module) in _TRACED_INTO or expansion_of(module) is not None
+
+
+def expansion_of(module: nn.Module) -> Callable[..., Any] | None:
+    """Return what a trace runs in place of a layer's forward; None for its own."""
+    kind = type(module)
+    if kind is nn.MultiheadAttention and module.bias_k is None and not module.add_zero_attn:
+        return lambda *args, **kwargs: _attention(module, *args, **kwargs)
+    if kind is nn.Transformer:
+        return lambda *args, **kwargs: _transformer(module, *args, **kwargs)
+    if (kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils"):
+        return lambda x: F.linear(x, module.weight.t(), module.bias)  # type: ignore[operator, arg-type]
+    return None
+
+
+def layer_read_by(node: fx.Node, root: nn.Module) -> str:
+    """Return the path of the layer whose weight a product in an expansion reads, which it is named after.
+
+    Empty where it is no such product.
+    """
+    scope = node.meta.get("scope")
+    if node.target is not F.linear or not scope or expansion_of(root.get_submodule(scope)) is None:
+        return ""
+    weight = node.args[1]
+    while isinstance(weight, fx.Node) and weight.op != "get_attr" and weight.args:
+        weight = weight.args[0]
+    return str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+
+
+def _attention(
+    layer: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_padding_mask: Tensor | None = None,
+    need_weights: bool = True,
+    attn_mask: Tensor | None = None,
+    average_attn_weights: bool = True,
+    is_causal: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    def project(*sources: Tensor) -> tuple[Tensor, ...]:
+        bias = layer.in_proj_bias
+        if layer._qkv_same_embed_dim and sources[0] is sources[1] and sources[1] is sources[2]:
+            return tuple(F.linear(sources[0], layer.in_proj_weight, bias).chunk(3, -1))
+        weights = (
+            layer.in_proj_weight.chunk(3)
+            if layer._qkv_same_embed_dim
+            else (layer.q_proj_weight, layer.k_proj_weight, layer.v_proj_weight)
+        )
+        biases = (None,) * 3 if bias is None else bias.chunk(3)
+        return tuple(F.linear(x, w, b) for x, w, b in zip(sources, weights, biases, strict=True))
+
+    def finish(x: Tensor) -> Tensor:
+        return F.linear(x, layer.out_proj.weight, layer.out_proj.bias)
+
+    masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights)
+    return attend(layer, project, finish, query, key, value, *masks)
+
+
+def _transformer(
+    layer: Any,
+    src: Tensor,
+    tgt: Tensor,
+    src_mask: Tensor | None = None,
+    tgt_mask: Tensor | None = None,
+    memory_mask: Tensor | None = None,
+    src_key_padding_mask: Tensor | None = None,
+    tgt_key_padding_mask: Tensor | None = None,
+    memory_key_padding_mask: Tensor | None = None,
+    *causal: bool | None,
+    **hints: bool | None,
+) -> Tensor:
+    """Encode and decode as `nn.Transformer.forward`, without its checks of sizes."""
+    memory = layer.encoder(src, src_mask, src_key_padding_mask)
+    padding = {
+        "tgt_key_padding_mask": tgt_key_padding_mask,
+        "memory_key_padding_mask": memory_key_padding_mask,
+    }
+    return layer.decoder(tgt, memory, tgt_mask, memory_mask, **padding)
+
+
+@contextmanager
+def transformers_traceable() -> Iterator[None]:
+    """Let PyTorch's transformer layers be traced, whose checks of masks ask for types and values of tensors."""
+
+    def canonical_mask(mask: Any, *_: Any, target_type: Any = None, **__: Any) -> Any:
+        return None if mask is None else as_added(mask, target_type)
+
+    with (
+        mock.patch.object(F, "_canonical_mask", canonical_mask),
+        mock.patch.object(F, "_none_or_dtype", return_value=None),
+        mock.patch.object(torch.nn.modules.transformer, "_get_seq_len", return_value=None),
+        # A hint for kernels: what is masked, the mask says itself.
+        mock.patch.object(torch.nn.modules.transformer, "_detect_is_causal_mask", return_value=False),
+    ):
+        yield
