@@ -22,6 +22,9 @@ from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.counting import counted_by, multiply_add_counter
 from lightning_quant.routing import evaluation_mode
 
+# Share of the multiply-adds of several modules from which one is taken for the model.
+_NEARLY_ALL = 0.9
+
 
 @dataclass(frozen=True)
 class Capture:
@@ -31,11 +34,13 @@ class Capture:
         path: qualified name of the module inside the one that was searched; empty for that one itself.
         args: positional arguments, detached copies.
         kwargs: keyword arguments, likewise.
+        beside: other modules with layers to quantize that the step calls, which nobody chose and which do little.
     """
 
     path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    beside: tuple[str, ...] = ()
 
 
 class StepStoppedError(BaseException):
@@ -53,7 +58,8 @@ def capture(
     Args:
         root: the module that the step calls; a clone whose attributes may change.
         step: runs it; may raise `StepStoppedError` to end early.
-        path: qualified name of the module; by default the outermost one with layers to quantize that the step calls.
+        path: qualified name of the module; by default the outermost one with layers to quantize that the step calls,
+            or of several the one that makes nearly all of their multiply-adds.
         is_wanted: tells whether there are layers to quantize at or under a module.
 
     Raises:
@@ -75,9 +81,14 @@ def capture(
             f"Expected {type(root).__name__} to call a module with layers to quantize in its training step, "
             "but it calls none. Name it with `module=...`."
         )
-    if len(found) > 1:
-        raise CaptureError(_several(root, {name: calls[name] for name in found}))
-    return Capture(found[0], *calls[found[0]])
+    if len(found) == 1:
+        return Capture(found[0], *calls[found[0]])
+    several = {name: calls[name] for name in found}
+    work = {name: _multiply_adds(root.get_submodule(name), *call) for name, call in several.items()}
+    largest = max(found, key=lambda name: work[name])
+    if work[largest] < _NEARLY_ALL * sum(work.values()) or not work[largest]:
+        raise CaptureError(_several(root, work))
+    return Capture(largest, *calls[largest], beside=tuple(name for name in found if name != largest))
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module:
@@ -93,18 +104,17 @@ def find_module(root: nn.Module, path: str) -> nn.Module:
     raise CaptureError(f"Expected `module` to name a module of {type(root).__name__}, but got {path!r}.{hint}")
 
 
-def _several(root: nn.Module, calls: dict[str, tuple[Any, Any]]) -> str:
+def _several(root: nn.Module, work: dict[str, int]) -> str:
     """Say which independent modules a step calls, how much each is of all of them, and what to type."""
-    modules = {name: root.get_submodule(name) for name in calls}
-    work = {name: _multiply_adds(modules[name], *call) for name, call in calls.items()}
+    modules = {name: root.get_submodule(name) for name in work}
     sizes = {name: sum(p.numel() * p.element_size() for p in module.parameters()) for name, module in modules.items()}
     total = max(sum(work.values()), 1)
-    shares = {n: f"{n!r} ({work[n] / total:.1%} of their multiply-adds, {sizes[n]:,} bytes)" for n in calls}
-    largest = max(calls, key=lambda name: (work[name], sizes[name]))
+    shares = {n: f"{n!r} ({work[n] / total:.1%} of their multiply-adds, {sizes[n]:,} bytes)" for n in work}
+    largest = max(work, key=lambda name: (work[name], sizes[name]))
     has_example = getattr(root, "example_input_array", None) is not None
     of_the_whole = ', or take that of the whole with `example="example_input_array"`' if has_example else ""
     return (
-        f"Expected one module to quantize, but the training step calls {len(calls)} independent ones: "
+        f"Expected one module to quantize, but the training step calls {len(work)} independent ones: "
         f'{", ".join(shares.values())}. Choose one, `module="{largest}"` for example, with a callback and an '
         "`output_dir` for each, or call them inside one `forward`"
         f"{of_the_whole}."

@@ -3,7 +3,7 @@
 import dataclasses
 import tempfile
 import time
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from lightning_quant.convert import check_agreement, convert
 from lightning_quant.engines import AUTO, choose_engine
 from lightning_quant.errors import ArtifactError, CalibrationError, ExportError, QuantizationError
 from lightning_quant.golden import GoldenBatch
+from lightning_quant.kept_sizes import sizes_forgotten
 from lightning_quant.layerwise import Layerwise
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.noise import signal_to_noise
@@ -223,7 +224,8 @@ def _attempt(
         QuantizationError: a step failed.
     """
     runtime = runtimes.get(prepared.plan.runtime)
-    runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
+    with sizes_forgotten(converted, prepared) if dynamic else nullcontext():
+        runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
     runtime.check(staged)
     prepared.exported = dynamic
     places = prepared.batch.outputs if prepared.batch is not None and prepared.varies_in_file else ()

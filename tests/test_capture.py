@@ -135,6 +135,16 @@ def test_two_independent_modules_are_refused_and_both_named(x: Tensor) -> None:
     assert "one `forward`" in str(error.value)
 
 
+def test_of_several_modules_the_one_that_makes_nearly_all_is_taken(x: Tensor) -> None:
+    both = nn.ModuleDict({"scale": nn.Linear(5, 1), "net": Backbone(), "out": nn.Linear(3, 2)})
+    both["net"].conv = nn.Conv2d(1, 2, 3, padding=4)
+
+    found = capture(both, lambda: (both["scale"](x[0, 0]), both["out"](both["net"](x))))
+
+    assert found.path == "net"
+    assert set(found.beside) == {"scale", "out"}
+
+
 def test_named_module_ends_the_step_at_its_call(x: Tensor) -> None:
     both = nn.ModuleDict({"generator": Backbone(), "critic": Backbone()})
     reached = []

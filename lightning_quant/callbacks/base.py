@@ -298,7 +298,7 @@ class QuantizationCallback(Callback):
         is_wanted = has_layers if isinstance(self.recipe, LayerRecipe) else has_weights
         found = capture_call(trainer, pl_module, self.module, self.example, is_wanted)
         self.path = found.path
-        self.findings = self._look_beside(trainer, pl_module)
+        self.findings = self._look_beside(trainer, pl_module, found)
         found = self._as_evaluated(trainer, pl_module, found)
         if self.runtime == AUTO and not self.chosen_runtime:
             module = resolve(pl_module, found.path)
@@ -319,11 +319,18 @@ class QuantizationCallback(Callback):
             return quantize_layers(module, args, kwargs, recipe=self.recipe, **where)
         return prepare(module, found.args, found.kwargs, recipe=self.recipe, observer=self.observer(), **where)
 
-    def _look_beside(self, trainer: Trainer, pl_module: LightningModule) -> tuple[str, ...]:
+    def _look_beside(self, trainer: Trainer, pl_module: LightningModule, found: Capture) -> tuple[str, ...]:
         if self.example != "train_batch" or not self.path:
             return ()
         step = observe_step(trainer, pl_module, self.path)
         self.step_share, beside = step.share, step.beside
+        if found.beside:
+            finding = (
+                f"training_step calls {', '.join(map(repr, found.beside))} beside {self.path!r}, which makes "
+                f"{step.share:.1%} of its multiply-adds: those modules are float"
+            )
+            rank_zero_info(f"{type(self).__name__}: {finding}. Choose another one with `module=...`.")
+            return (finding,)
         if not beside:
             return ()
         finding = (

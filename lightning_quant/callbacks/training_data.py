@@ -185,7 +185,7 @@ def _combined_loader(trainer: Trainer, data: str) -> CombinedLoader:
 
 def _undisturbed(loader: Any, stack: ExitStack) -> Any:
     """Return a loader over the same data that runs in this process and whose generators are put back."""
-    if isinstance(loader, Iterator):
+    if isinstance(loader, Iterator) and not _begins_anew(loader):
         raise CaptureError(
             f"Expected a dataloader that can be read more than once, but got a {type(loader).__name__}, whose batches "
             "would be missing from training. Return a DataLoader, or an object whose `__iter__` begins anew."
@@ -202,6 +202,16 @@ def _undisturbed(loader: Any, stack: ExitStack) -> Any:
     probe.__dict__.update(num_workers=0, prefetch_factor=None, persistent_workers=False, timeout=0, _iterator=None)
     probe.__dict__["_DataLoader__multiprocessing_context"] = None
     return probe
+
+
+def _begins_anew(loader: Iterator[Any]) -> bool:
+    """Tell whether a loader that is its own iterator counts for itself, so that a copy begins anew with `__iter__`.
+
+    Loaders that cut tensors into batches are such: they know how many there are, and read from no other iterator.
+    """
+    return hasattr(loader, "__len__") and not any(
+        isinstance(value, Iterator) for value in getattr(loader, "__dict__", {}).values()
+    )
 
 
 def _owners_of_generators(loader: Any) -> list[Any]:

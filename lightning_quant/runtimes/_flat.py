@@ -16,6 +16,7 @@ from lightning_quant.calls import CallSpec, rebuild_call
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.foreign_operators import ForeignOperatorsInlined
 from lightning_quant.routing import as_exported
+from lightning_quant.runtimes._allowances import allowances
 from lightning_quant.runtimes._reasons import first_line, reason, sizes_watched
 from lightning_quant.signature import Signature, output_names, tensor_leaves
 
@@ -122,7 +123,7 @@ def exporting(engine: str, names: tuple[str, ...] = ()) -> Iterator[list[str]]:
     refusals = (ValueError, AssertionError, NotImplementedError, LookupError, TypeError, AttributeError)
     with sizes_watched() as fixed:
         try:
-            with quiet(), torch.no_grad(), as_exported(), ForeignOperatorsInlined():
+            with quiet(), torch.no_grad(), as_exported(), ForeignOperatorsInlined(), allowances():
                 yield fixed
         except QuantizationError:
             raise

@@ -39,7 +39,7 @@ def reason(error: BaseException, names: tuple[str, ...], fixed: list[str]) -> st
         said += f" (PyTorch suggests {', '.join(line.strip() for line in hints[1].splitlines() if line.strip())})"
     said = _INPUT.sub(lambda found: _named(found, names), said).rstrip(".")
     called = _CALL.search(text)
-    places = [f"{called[1]}:{called[2]} `{called[3].strip()}`"] if called else fixed or _raised_at(error)
+    places = [f"{called[1]}:{called[2]} `{called[3].strip()}`"] if called else _raised_at(error) or fixed
     return f"{said}, at {places[-1]}" if places else said
 
 
