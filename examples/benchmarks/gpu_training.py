@@ -187,12 +187,13 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--small", action="store_true", help="2 images of 64x64, to try the script")
+    parser.add_argument("--models", nargs="+", default=[""], help="parts of their names")
     arguments = parser.parse_args()
-    contests = CONTESTS
+    contests = tuple(c for c in CONTESTS if any(part in c.name for part in arguments.models))
     if arguments.small:
         contests = tuple(
             Contest(c.name, (lambda: VisionTransformer(64, 1, 96)) if "ViT" in c.name else c.build, 2, 64)
-            for c in CONTESTS
+            for c in contests
         )
     if arguments.count:
         rows = [row for contest in contests for row in count_contest(contest)]
