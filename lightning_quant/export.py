@@ -5,7 +5,9 @@ import tempfile
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,6 +20,7 @@ from lightning_quant.captured import BATCH, DynamicShapes
 from lightning_quant.convert import check_agreement, convert
 from lightning_quant.engines import AUTO, choose_engine
 from lightning_quant.errors import ArtifactError, CalibrationError, ExportError, QuantizationError
+from lightning_quant.folder import hash_file
 from lightning_quant.golden import GoldenBatch
 from lightning_quant.kept_sizes import sizes_forgotten
 from lightning_quant.layerwise import Layerwise
@@ -100,9 +103,18 @@ def export(
             **_engine(prepared, staged, signature, engine),
         }
         golden.save(folder / golden.FILE, _golden_batch(prepared, written), content)
+        _describe(runtime, staged, content)
         result = artifacts.write(output_dir, staged, content)
     seconds["export"] = time.perf_counter() - started
     return result
+
+
+def _describe(runtime: ModuleType, staged: Path, content: dict[str, Any]) -> None:
+    """Write into a model file what a user of the file alone would ask, where its format has room for that."""
+    if hasattr(runtime, "describe"):
+        facts: dict[str, Any] = {name: content[name] for name in ("recipe", "classes") if name in content}
+        facts["version"] = metadata.version("lightning_quant")
+        runtime.describe(staged, {**facts, "golden_sha256": hash_file(staged.parent / golden.FILE)})
 
 
 def _engine(prepared: Quantizable, staged: Path, signature: Signature, engine: str) -> dict[str, Any]:

@@ -4,15 +4,17 @@ import json
 import os
 import shutil
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import lightning_models  # noqa: F401  makes exporting quick
+import onnx
 import pytest
 import torch
 from torch import nn
 
-from lightning_quant import Artifact, load, quantize, runtimes, verify
+from lightning_quant import Artifact, Recipe, load, quantize, runtimes, verify
 from lightning_quant.artifact import check_folder, read
 from lightning_quant.errors import ArtifactError, MissingRuntimeError, QuantizationError
 from lightning_quant.manifest import FORMAT_VERSION, dump
@@ -140,6 +142,24 @@ def test_weights_in_a_file_of_their_own_stay_beside_the_model(tmp_path: Path, mo
     assert load(moved)(X).shape == (8, 3)
     assert verify(moved).identical
     assert read(moved).size_bytes == sum((moved / name).stat().st_size for name in artifact.model_files.values())
+
+
+def test_onnx_files_say_what_they_are(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    model.classes = ["cat", "dog"]
+    calls = [torch.linspace(-1, 3, 32).reshape(4, 8)]
+    artifact = quantize(
+        model, Recipe(name="mine", calibration_observer="min_max"), calibration_data=calls, output_dir=tmp_path
+    )
+    prefix = "lightning_quant."
+    said = {entry.key.removeprefix(prefix): entry.value for entry in onnx.load(artifact.model_path).metadata_props}
+
+    assert said["version"] == metadata.version("lightning_quant")
+    assert said["recipe"] == "mine"
+    assert json.loads(said["classes"]) == ["cat", "dog"]
+    assert said["golden_sha256"] == digest(artifact.golden_path)
+    low, high = json.loads(said["input_ranges"])[artifact.signature.inputs[0].name]
+    assert (low, high) == (pytest.approx(-1, abs=0.02), pytest.approx(3, abs=0.02))
 
 
 def test_artifact_can_be_moved(original: Artifact, folder: Path) -> None:

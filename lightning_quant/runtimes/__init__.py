@@ -2,11 +2,11 @@
 
 A runtime module offers `TABLE`, `REQUIRES`, `MODEL_FILE`, `export`, `check`, `load` (which gives a `LoadedModule` and
 takes `OPTIONS`), `standalone`, `count_operators` and `still_float`, and where its files keep the names of edges
-`quantized_edges` and `run_forced`, as in `onnxruntime.py`. One with kernels of several engines offers `engines` and
-`set_engine` as in `torch.py`. `HALF_ARITHMETIC` says whether layers compute in half precision or only store their
-weights so, None that recipes of layers do not run; `LAYER_REFUSALS` has scheme to reason for those that do not.
-`LAYERS_IN_GRAPHS` says whether a static recipe may leave layers to them. `IN_PROCESS` says that the float peer of
-comparisons is the float module itself.
+`quantized_edges` and `run_forced`, as in `onnxruntime.py`; where they have room for notes, `describe`. One with
+kernels of several engines offers `engines` and `set_engine` as in `torch.py`. `HALF_ARITHMETIC` says whether layers
+compute in half precision or only store their weights so, None that recipes of layers do not run; `LAYER_REFUSALS` has
+scheme to reason for those that do not. `LAYERS_IN_GRAPHS` says whether a static recipe may leave layers to them.
+`IN_PROCESS` says that the float peer of comparisons is the float module itself.
 """
 
 import importlib

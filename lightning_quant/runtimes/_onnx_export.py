@@ -1,9 +1,11 @@
 """A module as an ONNX file: the form that ONNX Runtime runs and that OpenVINO reads."""
 
 import inspect
+import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -62,6 +64,36 @@ def export_onnx(
     _strip(program.model)  # type: ignore[union-attr]
     _keep_names_apart(program.model)  # type: ignore[union-attr]
     program.save(path)  # type: ignore[union-attr]
+
+
+def describe(path: Path, facts: dict[str, Any]) -> None:
+    """Write facts into an ONNX file's `metadata_props`, where Netron and programs in any language find them.
+
+    Args:
+        path: the file; larger weights beside it are left alone.
+        facts: name to value, written under "lightning_quant.NAME", as JSON where it is no text. "input_ranges" is
+            added: the lowest and the highest value that the quantizer of an input tells apart, by the input's name.
+    """
+    import onnx
+
+    model = onnx.load(path, load_external_data=False)
+    facts = {**facts, "input_ranges": _input_ranges(model.graph)}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in facts.items()}
+    onnx.helper.set_model_props(model, {f"lightning_quant.{name}": text for name, text in texts.items()})
+    path.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _input_ranges(graph: Any) -> dict[str, list[float]]:
+    from onnx import numpy_helper
+
+    constants = {constant.name: constant for constant in graph.initializer}
+    ranges = {}
+    for node in graph.node:
+        if node.op_type == "QuantizeLinear" and node.input[0] in {value.name for value in graph.input}:
+            scale, zero = (numpy_helper.to_array(constants[name]) for name in node.input[1:3])
+            info = np.iinfo(zero.dtype)
+            ranges[node.input[0]] = [(bound - int(zero)) * float(scale) for bound in (info.min, info.max)]
+    return ranges
 
 
 def _check_varies(model: Any, spec: CallSpec, dynamic: dict[str, dict[int, str]], fixed: list[str]) -> None:

@@ -28,6 +28,7 @@ from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.named_edges import PREFIX, check_common
+from lightning_quant.runtimes._onnx_export import describe as describe
 from lightning_quant.runtimes._onnx_export import export_onnx as export
 from lightning_quant.runtimes._reasons import first_line
 from lightning_quant.runtimes._standalone import numpy_inputs
