@@ -21,43 +21,61 @@ from lightning_quant.layers.storage import Scheme, dequantize
 _LIBRARY = torch.library.Library("lightning_quant", "FRAGMENT")
 _LIBRARY.define(
     "recurrent(Tensor x, Tensor[] state, Tensor[] weights, Tensor[] biases, str mode, int num_layers, "
-    "bool bidirectional, bool batch_first) -> Tensor[]"
+    "bool bidirectional, bool batch_first, Tensor? lengths=None) -> Tensor[]"
 )
 
 
 class StoredRecurrent(StoredLayer):
     """An LSTM, GRU or RNN over sequences."""
 
-    @classmethod
-    def refusal(cls, float_layer: nn.Module, scheme: Scheme, group_size: int) -> str:
-        """Return why a layer has no such form, or an empty text."""
-        return (
-            "a projected state has no quantized form"
-            if float_layer.proj_size
-            else super().refusal(float_layer, scheme, group_size)
-        )
-
     def forward(self, input: Any, hx: Any = None) -> Any:
         """Run the float layer's forward, with its sequence operator replaced by one on dequantized weights."""
-        x, state, layer = input, hx, self._float_layer
+        layer = self._float_layer
         values = {name: dequantize(*self.stored(name)) for name in self.names}
         values |= {name: self.get_parameter(attribute) for name, attribute in self.shared.items()}
         flat = [values[name] for name in layer._flat_weights_names]
-        if isinstance(x, PackedSequence) or x.dim() == 2:
+        is_packed = isinstance(input, PackedSequence) and not is_padded(input)
+        if is_packed or (isinstance(input, Tensor) and input.dim() == 2):
             layer._flat_weights = flat
             try:
-                return layer(x, state)
+                return layer(input, hx)
             finally:
                 layer._flat_weights = []
-        states = _initial_state(layer, x) if state is None else [state] if isinstance(state, Tensor) else list(state)
-        weights, biases = (
-            [value for name, value in zip(layer._flat_weights_names, flat, strict=True) if name.startswith(kind)]
-            for kind in ("weight", "bias")
-        )
-        output, *after = torch.ops.lightning_quant.recurrent(
-            x, states, weights, biases, layer.mode, layer.num_layers, layer.bidirectional, layer.batch_first
-        )
-        return output, tuple(after) if layer.mode == "LSTM" else after[0]
+        return run(layer, flat, input, hx)
+
+
+def is_padded(sequence: PackedSequence) -> bool:
+    """Tell whether a sequence is packed in name only, as `layers.packed` has it: `data` `(batch, time, features)`."""
+    return sequence.data.dim() == 3
+
+
+def run(layer: nn.RNNBase, flat: list[Tensor], x: Any, state: Any) -> Any:
+    """Run a recurrence by one operator.
+
+    Args:
+        layer: for its settings.
+        flat: float32 weights and biases in the layer's order.
+        x: `(batch, time, features)`, or time first, as the layer has it; or such a sequence, packed in name only.
+        state: hidden state, with the cell state of an LSTM; None for zeros.
+    """
+    packed = x if isinstance(x, PackedSequence) else None
+    values, batch_first = (x, layer.batch_first) if packed is None else (packed.data, True)
+    states = [] if state is None else list(state) if layer.mode == "LSTM" else [state]
+    if packed is not None and packed.sorted_indices is not None:
+        states = [tensor.index_select(1, packed.sorted_indices) for tensor in states]
+    weights, biases = (
+        [value for name, value in zip(layer._flat_weights_names, flat, strict=True) if name.startswith(kind)]
+        for kind in ("weight", "bias")
+    )
+    output, *after = torch.ops.lightning_quant.recurrent(
+        *(values, states, weights, biases, layer.mode, layer.num_layers, layer.bidirectional, batch_first),
+        None if packed is None else packed.batch_sizes.sum(0),
+    )
+    if packed is not None:
+        if packed.unsorted_indices is not None:
+            after = [tensor.index_select(1, packed.unsorted_indices) for tensor in after]
+        output = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
+    return output, tuple(after) if layer.mode == "LSTM" else after[0]
 
 
 class StoredCell(StoredLayer):
@@ -99,35 +117,51 @@ def recurrent(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    lengths: Tensor | None = None,
 ) -> list[Tensor]:
     """Run PyTorch's own recurrence; one operator, since an exported program would hold every time step otherwise.
 
     Args:
         x: `(time, batch, features)`, or batch first.
-        state: hidden state, and cell state of an LSTM, each `(layers * directions, batch, hidden)`.
-        weights: float32, of input and hidden state for each layer and direction in PyTorch's order.
+        state: hidden state, and cell state of an LSTM, each `(layers * directions, batch, hidden)`; empty for zeros.
+        weights: float32, of input and hidden state, and of the projection if there is one, for each layer and direction
+            in PyTorch's order.
         biases: in the same order, or empty.
         mode: "LSTM", "GRU", "RNN_TANH" or "RNN_RELU".
         num_layers: how many are stacked.
         bidirectional: whether each layer runs both ways.
         batch_first: whether the batch is the first dimension of `x`.
+        lengths: `(batch,)`, at least 1: what lies behind gives zeros and does not count for the states.
     """
-    flat = [t for i in range(0, len(weights), 2) for t in (*weights[i : i + 2], *biases[i : i + 2])]
+    number = num_layers * (2 if bidirectional else 1)
+    each = len(weights) // number
+    parts = [(weights[i * each : (i + 1) * each], biases[2 * i : 2 * i + 2]) for i in range(number)]
+    flat = [tensor for own, bias in parts for tensor in (*own[:2], *bias, *own[2:])]
     functions: dict[str, Any] = {
         "LSTM": torch.lstm,
         "GRU": torch.gru,
         "RNN_TANH": torch.rnn_tanh,
         "RNN_RELU": torch.rnn_relu,
     }
-    options = (flat, bool(biases), num_layers, 0.0, False, bidirectional, batch_first)
-    state = [tensor.to(x.dtype) for tensor in state]
-    return list(functions[mode](x, state if mode == "LSTM" else state[0], *options))
+    options = (flat, bool(biases), num_layers, 0.0, False, bidirectional)
+    state = [tensor.to(x.dtype) for tensor in state] or _zeros(x, weights, number, mode, batch_first)
+    if lengths is None:
+        return list(functions[mode](x, state if mode == "LSTM" else state[0], *options, batch_first))
+    axis, length = (0, x.shape[1]) if batch_first else (1, x.shape[0])
+    lengths, order = lengths.cpu().sort(descending=True)
+    data, sizes = torch._VF._pack_padded_sequence(x.index_select(axis, order), lengths, batch_first)
+    state = [tensor.index_select(1, order) for tensor in state]
+    result, *after = functions[mode](data, sizes, state if mode == "LSTM" else state[0], *options)
+    padded, _ = torch._VF._pad_packed_sequence(result, sizes, batch_first, 0.0, length)
+    back = order.argsort()
+    return [padded.index_select(axis, back), *(tensor.index_select(1, back) for tensor in after)]
 
 
-def _initial_state(layer: nn.RNNBase, x: Tensor) -> list[Tensor]:
-    batch = x.shape[0] if layer.batch_first else x.shape[1]
-    zeros = x.new_zeros(layer.num_layers * (2 if layer.bidirectional else 1), batch, layer.hidden_size)
-    return [zeros, zeros] if layer.mode == "LSTM" else [zeros]
+def _zeros(x: Tensor, weights: list[Tensor], number: int, mode: str, batch_first: bool) -> list[Tensor]:
+    """Return the states before the first step, where none are given."""
+    batch = x.shape[0] if batch_first else x.shape[1]
+    hidden = x.new_zeros(number, batch, weights[1].shape[1])
+    return [hidden, x.new_zeros(number, batch, weights[1].shape[0] // 4)] if mode == "LSTM" else [hidden]
 
 
 def _shapes(
@@ -139,8 +173,11 @@ def _shapes(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    lengths: Tensor | None = None,
 ) -> list[Tensor]:
-    features = state[0].shape[-1] * (2 if bidirectional else 1)
+    directions = 2 if bidirectional else 1
+    features = weights[1].shape[1] * directions
+    state = state or _zeros(x, weights, num_layers * directions, mode, batch_first)
     return [x.new_empty(*x.shape[:-1], features), *(tensor.new_empty(tensor.shape) for tensor in state)]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lightning_quant.calls import CallSpec, rebuild_call
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.foreign_operators import ForeignOperatorsInlined
+from lightning_quant.layers.packed import kept_padded
 from lightning_quant.routing import as_exported
 from lightning_quant.runtimes._allowances import allowances
 from lightning_quant.runtimes._reasons import first_line, reason, sizes_watched
@@ -123,7 +124,7 @@ def exporting(engine: str, names: tuple[str, ...] = ()) -> Iterator[list[str]]:
     refusals = (ValueError, AssertionError, NotImplementedError, LookupError, TypeError, AttributeError)
     with sizes_watched() as fixed:
         try:
-            with quiet(), torch.no_grad(), as_exported(), ForeignOperatorsInlined(), allowances():
+            with quiet(), torch.no_grad(), as_exported(), kept_padded(), ForeignOperatorsInlined(), allowances():
                 yield fixed
         except QuantizationError:
             raise

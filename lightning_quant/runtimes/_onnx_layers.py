@@ -131,21 +131,33 @@ def _recurrent(
     num_layers: int,
     bidirectional: bool,
     batch_first: bool,
+    lengths: Any = None,
 ) -> Any:
     op = _opset()
     directions = 2 if bidirectional else 1
-    hidden = int(weights[1].shape[1])
+    each = len(weights) // (num_layers * directions)
+    if each == 3 and state:
+        raise NotImplementedError("ONNX has no form of a projected state that is passed in")
+    hidden = int(weights[0].shape[0]) // len(_GATES[mode])
     rows = [gate * hidden + row for gate in _GATES[mode] for row in range(hidden)]
     order = op.Constant(value_ints=rows)
     sequence = op.Transpose(x, perm=[1, 0, 2]) if batch_first else x
     initial = [op.Split(tensor, axis=0, num_outputs=num_layers) for tensor in state]
-    after: list[list[Any]] = [[] for _ in state]
+    after: list[list[Any]] = [[] for _ in range(2 if mode == "LSTM" else 1)]
+    ends = None if lengths is None else op.Cast(lengths, to=_INT32)
     for layer in range(num_layers):
-        places = [(layer * directions + direction) * 2 for direction in range(directions)]
-        stacked = [_stack(op, [op.Gather(weights[p + side], order, axis=0) for p in places]) for side in (0, 1)]
-        bias = [_both_biases(op, biases[p : p + 2], order) for p in places] if biases else []
+        places = range(layer * directions, (layer + 1) * directions)
+        own = [weights[place * each : (place + 1) * each] for place in places]
+        # The state before its projection is what the gates see of it: both products by constants are one.
+        seen = [w[1] if each == 2 else op.MatMul(w[1], w[2]) for w in own]
+        stacked = [_stack(op, [op.Gather(w, order, axis=0) for w in side]) for side in ([w[0] for w in own], seen)]
+        bias = [_both_biases(op, biases[2 * place : 2 * place + 2], order) for place in places] if biases else []
         begin = [tensor if num_layers == 1 else parts[layer] for tensor, parts in zip(state, initial, strict=True)]
-        output, *end = _node(op, mode, sequence, stacked, _stack(op, bias) if bias else None, begin, hidden, directions)
+        inputs = (sequence, *stacked, _stack(op, bias) if bias else None, ends, *begin)
+        output, *end = _node(op, mode, inputs, hidden, directions)
+        if each == 3:
+            projection = _stack(op, [op.Transpose(w[2], perm=[1, 0]) for w in own])
+            output, end[0] = op.MatMul(output, projection), op.MatMul(end[0], projection)
         sequence = op.Reshape(op.Transpose(output, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
         for kept, tensor in zip(after, end, strict=True):
             kept.append(tensor)
@@ -162,11 +174,8 @@ def _stack(op: Any, tensors: list[Any]) -> Any:
     return op.Concat(*expanded, axis=0) if len(expanded) > 1 else expanded[0]
 
 
-def _node(
-    op: Any, mode: str, x: Any, weights: list[Any], bias: Any, state: list[Any], hidden: int, directions: int
-) -> Any:
+def _node(op: Any, mode: str, inputs: tuple[Any, ...], hidden: int, directions: int) -> Any:
     options = {"hidden_size": hidden, "direction": "bidirectional" if directions == 2 else "forward"}
-    inputs = (x, *weights, bias, None, *state)
     if mode == "LSTM":
         return op.LSTM(*inputs, **options)
     if mode == "GRU":

@@ -175,9 +175,9 @@ def test_recurrence_keeps_no_float_weights() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-def test_projected_state_stays_float() -> None:
-    with pytest.raises(PlanError, match="a projected state has no quantized form"):
-        quantized(Around(nn.LSTM(16, 8, proj_size=4)), torch.randn(4, 3, 16))
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+def test_projected_state() -> None:
+    check(nn.LSTM(16, 8, 2, proj_size=4, bidirectional=True), torch.randn(4, 3, 16), scheme=WEIGHT_ONLY)
 
 
 class Loop(nn.Module):
@@ -258,10 +258,9 @@ def test_attention_without_a_batch(need_weights: bool) -> None:
     check(layer, query=x, key=torch.randn(7, 32), value=torch.randn(7, 32), scheme=WEIGHT_ONLY)
 
 
-def test_attention_with_tokens_of_its_own_stays_float() -> None:
+def test_attention_with_tokens_of_its_own() -> None:
     for options in ({"add_bias_kv": True}, {"add_zero_attn": True}):
-        with pytest.raises(PlanError, match="`add_bias_kv` and `add_zero_attn` have no quantized form"):
-            quantized(Around(nn.MultiheadAttention(32, 2, **options)), *[torch.randn(5, 2, 32)] * 3)
+        check(nn.MultiheadAttention(32, 2, **options), *[torch.randn(5, 2, 32)] * 3, scheme=WEIGHT_ONLY)
 
 
 # --- convolutions
