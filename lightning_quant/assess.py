@@ -20,6 +20,7 @@ from lightning_quant.host import moved_call
 from lightning_quant.latency import Timing, measure
 from lightning_quant.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.layerwise import Layerwise
+from lightning_quant.limits import Limits
 from lightning_quant.machine import cpu_name
 from lightning_quant.metric_rows import MetricRow
 from lightning_quant.output_noise import HeldOut, Noise, measure_noise
@@ -43,6 +44,7 @@ def assess(
     step_share: float = 1.0,
     trained: bool = False,
     held: HeldOut | None = None,
+    limits: Limits | None = None,
 ) -> Report:
     """Measure an artifact against the float module it came from.
 
@@ -58,6 +60,7 @@ def assess(
         step_share: share of the multiply-adds of the LightningModule's step that the module makes.
         trained: whether the weights were trained through rounding.
         held: calls to compare float and artifact on; the captured one where there are none.
+        limits: what the artifact is to keep to.
     """
     seconds = dict(seconds or {})
     runtime = runtimes.get(prepared.plan.runtime)
@@ -95,6 +98,7 @@ def assess(
         trained=trained,
         noise=noise,
         way_out=_way_out(prepared),
+        limits=limits or Limits(),
     )
 
 

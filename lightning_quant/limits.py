@@ -1,17 +1,20 @@
 """What an artifact must keep to, and what its report says in one line."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, fields
 from typing import Any
 
+from lightning_quant.arguments import check_fields
 from lightning_quant.artifact import Artifact
-from lightning_quant.choice import did_you_mean
+from lightning_quant.choice import closest
 from lightning_quant.errors import QuantizationError
 
 SCHEMA_VERSION = 1
 """Of the JSON that the command line prints; a key that goes or changes its meaning makes another."""
 _SPEEDUP = "quant/speedup/batch_"
+# What a limit looks like, for those who write another thing.
+_EXAMPLE: dict[str, Any] = {"max_drop": {"val_f1": 0.01}, "max_size_ratio": 0.3}
 
 
 @dataclass(frozen=True)
@@ -20,7 +23,8 @@ class Limits:
 
     Attributes:
         max_drop: metric to by how much it may get worse than float, in its own unit: fall where higher is better, rise
-            where lower is.
+            where lower is. After training through rounding: than the trained weights without rounding, and than the
+            last validation before rounding began.
         max_accuracy_drop: by how much every metric with "acc" in its name may fall.
         max_size_ratio: of artifact to float, in bytes.
         min_speedup: against the faster float peer, at every measured batch size.
@@ -36,37 +40,112 @@ class Limits:
     lower_is_better: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        for name in ("higher_is_better", "lower_is_better"):
+            _check_names(name, getattr(self, name))
+        if not isinstance(self.max_drop, Mapping) or not all(isinstance(name, str) for name in self.max_drop):
+            raise QuantizationError(
+                f"Expected `limits.max_drop` to be a dict such as {_EXAMPLE['max_drop']}, but got {self.max_drop!r:.60}."
+            )
         ratios = {"max_accuracy_drop": self.max_accuracy_drop, "max_size_ratio": self.max_size_ratio}
         values = {**ratios, "min_speedup": self.min_speedup, **{f"max_drop.{k}": v for k, v in self.max_drop.items()}}
         for name, value in values.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
-            if value is not None and not is_number:
+            is_number |= value is None and "." not in name
+            if not is_number:
                 raise QuantizationError(f"Expected `limits.{name}` to be a number, but got {value!r:.60}.")
         both = sorted({*self.higher_is_better} & {*self.lower_is_better})
         if both:
-            raise QuantizationError(f"Expected metrics to be better when higher or when lower, but {both} is both.")
+            raise QuantizationError(f"Expected `limits` to be on metrics better when higher or when lower, but {both} is both.")
+
+    @property
+    def on_metrics(self) -> bool:
+        """Whether validation has to run to know whether they are kept."""
+        return bool(self.max_drop) or self.max_accuracy_drop is not None
+
+
+def limits_from(given: "Limits | Mapping[str, Any] | None") -> Limits:
+    """Return the limits that an argument means: none, some, or a dict of the fields of `Limits`.
+
+    Raises:
+        QuantizationError: it is something else, or one of the fields is no limit.
+    """
+    if given is None or isinstance(given, Limits):
+        return given or Limits()
+    names = {field.name for field in fields(Limits)}
+    if not isinstance(given, Mapping):
+        raise QuantizationError(f"Expected `limits` to be a dict such as {_EXAMPLE}, but got {given!r:.60}.")
+    if given and not names & set(given) and not any(closest(name, names) for name in given):
+        raise QuantizationError(f"Expected `limits` to be a dict such as {_EXAMPLE}, but got {dict(given)!r:.60}.")
+    check_fields("limits", given, names)
+    return Limits(**given)
+
+
+def check_measured(limits: Limits, why_not: str) -> None:
+    """Refuse limits on metrics where no validation runs.
+
+    Args:
+        limits: what the artifact is to keep to.
+        why_not: why none runs, and the way out.
+
+    Raises:
+        QuantizationError: there are such limits.
+    """
+    if limits.on_metrics:
+        raise QuantizationError(f"Expected `limits` on metrics only where validation runs, but {why_not}.")
+
+
+def unlogged(limits: Limits, logged: Iterable[str]) -> str:
+    """Say which limits are on metrics that validation has not logged; empty where there are none."""
+    names = list(logged)
+    absent = [name for name in limits.max_drop if name not in names]
+    if not absent:
+        return ""
+    return f"`limits` are on {', '.join(absent)}, which validation has not logged{_but(absent[0], names)}"
+
+
+def _but(name: str, names: Iterable[str]) -> str:
+    """Say in words which metrics there are, and which one was probably meant."""
+    meant = "".join(f"; {close!r} was probably meant" for close in closest(name, names)[:1])
+    return f", but {', '.join(names)}{meant}" if names else ""
+
+
+def _check_names(argument: str, value: Any) -> None:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise QuantizationError(
+            f"Expected `limits.{argument}` to be a list of metrics such as ['val_f1'], but got {value!r:.60}."
+        )
 
 
 def missed_limits(artifact: Artifact, limits: Limits) -> list[str]:
     """Return what an artifact's report says FAILED, and every limit that it misses or says nothing about."""
     report = artifact.report or {}
-    missed = [*failures_in(report), *_metrics_missed(report, limits)]
+    return [f"{artifact.path}: {text}" for text in (*failures_in(report), *missed(report, limits))]
+
+
+def missed(report: Mapping[str, Any], limits: Limits) -> list[str]:
+    """Return in words every limit that a report misses or says nothing about.
+
+    Args:
+        report: with the "metrics", "size_ratio" and "scalars" of `Report.to_dict`.
+        limits: what it is held against.
+    """
+    found = list(_metrics_missed(report, limits))
     if limits.max_size_ratio is not None:
         ratio = report.get("size_ratio")
         if ratio is None:
-            missed.append("no size ratio was measured")
+            found.append("no size ratio was measured")
         elif not ratio <= limits.max_size_ratio:
-            missed.append(f"its size ratio is {cell(ratio)}, more than {limits.max_size_ratio}")
+            found.append(f"its size ratio is {cell(ratio)}, more than {limits.max_size_ratio}")
     if limits.min_speedup is not None:
         speedups = _speedups(report)
         for batch, value in speedups.items():
             if not value >= limits.min_speedup:
-                missed.append(
+                found.append(
                     f"at batch {batch} it is {value:.2f} times as fast as float, less than {limits.min_speedup}"
                 )
         if not speedups:
-            missed.append("no speed-up was measured")
-    return [f"{artifact.path}: {text}" for text in missed]
+            found.append("no speed-up was measured")
+    return found
 
 
 def failures_in(report: dict[str, Any]) -> list[str]:
@@ -119,12 +198,11 @@ def cell(value: Any) -> str:
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def _metrics_missed(report: dict[str, Any], limits: Limits) -> Iterator[str]:
+def _metrics_missed(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
     rows = {row["name"]: row for row in report.get("metrics", [])}
     for name, allowed in limits.max_drop.items():
         if name not in rows:
-            there = f": there are {', '.join(rows)}" if rows else ""
-            yield f"no metric {name!r} was measured{there}.{did_you_mean(name, rows)}"
+            yield f"no metric {name!r} was measured{_but(name, rows)}"
         else:
             yield from _worse(rows[name], allowed, _direction(rows[name], limits))
     if limits.max_accuracy_drop is not None:
@@ -135,31 +213,41 @@ def _metrics_missed(report: dict[str, Any], limits: Limits) -> Iterator[str]:
             yield "no metric with `acc` in its name was measured, so none is known to keep within the limit"
 
 
-def _worse(row: dict[str, Any], allowed: float, higher_is_better: bool | None) -> Iterator[str]:
+def _worse(row: Mapping[str, Any], allowed: float, higher_is_better: bool | None) -> Iterator[str]:
+    yield from _worse_than_float(row, allowed, higher_is_better)
+    before = row.get("before")
+    if before is not None and higher_is_better is not None and isinstance(row["artifact"], int | float):
+        delta = row["artifact"] - before
+        if not (-delta if higher_is_better else delta) <= allowed:
+            how = "fell" if higher_is_better else "rose"
+            yield f"{row['name']} {how} by {abs(delta):.4f} since rounding began, more than {allowed}"
+
+
+def _worse_than_float(row: Mapping[str, Any], allowed: float, higher_is_better: bool | None) -> Iterator[str]:
     name, delta = row["name"], _delta(row)
     if delta is None:
         yield f"{name} was not measured of float and artifact, so it is not known to keep within the limit"
     elif higher_is_better is None:
         yield (
-            f"it is not known whether {name} is better when it is higher: say `--higher-is-better {name}` or "
-            f"`--lower-is-better {name}`"
+            f"it is not known whether {name} is better when it is higher: say so in `higher_is_better` or "
+            f"`lower_is_better` of the limits (`--higher-is-better {name}`)"
         )
     elif not (-delta if higher_is_better else delta) <= allowed:
         how = f"fell by {-delta:.4f}" if higher_is_better else f"rose by {delta:.4f}"
         yield f"{name} {how}, more than {allowed}"
 
 
-def _direction(row: dict[str, Any], limits: Limits) -> bool | None:
+def _direction(row: Mapping[str, Any], limits: Limits) -> bool | None:
     if row["name"] in limits.higher_is_better or row["name"] in limits.lower_is_better:
         return row["name"] in limits.higher_is_better
     return row.get("higher_is_better")
 
 
-def _delta(row: dict[str, Any]) -> float | None:
+def _delta(row: Mapping[str, Any]) -> float | None:
     values = (row["artifact"], row["float_value"])
     return values[0] - values[1] if all(isinstance(value, int | float) for value in values) else None
 
 
-def _speedups(report: dict[str, Any]) -> dict[str, float]:
+def _speedups(report: Mapping[str, Any]) -> dict[str, float]:
     scalars = report.get("scalars", {})
     return {key.removeprefix(_SPEEDUP): value for key, value in scalars.items() if key.startswith(_SPEEDUP)}

@@ -31,6 +31,7 @@ from lightning_quant.graph.table import Selection
 from lightning_quant.host import device_for_search, on_host
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import quantize_layers
+from lightning_quant.limits import Limits, check_measured, limits_from
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.names import Engine, Recipes, Runtime
 from lightning_quant.output_noise import HeldOut, held_back
@@ -57,6 +58,7 @@ def quantize(
     lightning_module: nn.Module | type[nn.Module] | None = None,
     module: str | None = None,
     trust_checkpoint: bool = False,
+    limits: Limits | dict[str, Any] | None = None,
 ) -> Artifact:
     """Quantize a trained float module and write the artifact; the module itself stays as it is.
 
@@ -86,16 +88,20 @@ def quantize(
             LightningModule's own forward by default.
         trust_checkpoint: whether to load more of it than tensors and plain values, such as hyperparameters of any
             class, which runs code of whoever wrote the file.
+        limits: on size and speed, such as `{"max_size_ratio": 0.3, "min_speedup": 1.5}`; one that is missed is a
+            warning, and exit code 1 of every command.
 
     Raises:
         QuantizationError: an argument is wrong or a stage failed; nothing is half written.
 
     Warns:
-        NoEffectWarning: for each warning in the report: failed parity, a failed recipe, a larger or slower file.
+        NoEffectWarning: for each warning in the report: failed parity, a failed recipe, a missed limit, a larger or slower file.
     """
     recipe, selection = recipes.get(recipe), Selection(patterns("include", include), patterns("exclude", exclude))
     _check_arguments(runtime, engine, output_dir, threads)
     chosen_shapes(dynamic_shapes)
+    limits = limits_from(limits)
+    check_measured(limits, "`quantize` runs none: use PostTrainingQuantization and its `quantize_checkpoint`")
     check_flag("sensitivity", sensitivity)
     check_rankable(recipe, sensitivity=sensitivity)
     model = _float_module(model_or_checkpoint, lightning_module, module, trust=trust_checkpoint)
@@ -154,6 +160,7 @@ def quantize(
             notes=notes,
             sensitivity=found,
             held=HeldOut(tuple(held), "the last call, which took no part in calibration"),
+            limits=limits,
         )
         artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
     for text in report.warnings:

@@ -84,6 +84,7 @@ class Quantizing:
             threads=threads,
             sensitivity=sensitivity,
             engine=engine,
+            limits=limits,
         )
         options = {"trust_checkpoint": trust or weights_only is False, **_options(self)}
         return callback.quantize_checkpoint(ckpt_path, model, datamodule, **options)
@@ -196,9 +197,8 @@ class QuantizationCLI(LightningCLI):
 
     def quantize(self, **arguments: Any) -> None:
         """Run the subcommand, and keep its artifact and the limits that this misses."""
-        limits = arguments.get("limits") or Limits()
         self.result = self.trainer.quantize(**arguments)  # type: ignore[attr-defined]
-        self.missed = tuple(missed_limits(self.result, limits))
+        self.missed = tuple(missed_limits(self.result, Limits()))
 
     def inspect(self, **arguments: Any) -> None:
         """Run the subcommand, and keep its plan and what it was made from."""

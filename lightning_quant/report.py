@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_quant.latency import Timing
 from lightning_quant.layer_parity import LayerParity
+from lightning_quant.limits import Limits, missed
 from lightning_quant.metric_rows import MetricRow, metric_failures
 from lightning_quant.output_noise import Noise
 from lightning_quant.parity import Parity
@@ -75,6 +76,7 @@ class Report:
         trained: whether the weights were trained through rounding, so that without it they are no float model's.
         noise: float against artifact, for every output; None when it was not measured.
         way_out: what helps against noise, in words.
+        limits: what the artifact was to keep to.
     """
 
     recipe: str
@@ -99,6 +101,7 @@ class Report:
     trained: bool = False
     noise: Noise | None = None
     way_out: str = ""
+    limits: Limits = Limits()
 
     @property
     def size_ratio(self) -> float:
@@ -116,7 +119,7 @@ class Report:
                 f"{self.recipe} FAILED: only {self.plan['stored_share']:.1%} of the weights' values are stored with "
                 f"fewer bits, less than {self.min_stored_share:.0%}"
             )
-        return found
+        return found + [f"limits FAILED: {text}" for text in missed(self._measured(), self.limits)]
 
     @property
     def warnings(self) -> list[str]:
@@ -135,6 +138,12 @@ class Report:
         ]
         found += [f"{count} planned int8 {kind} still run in float" for kind, count in self.still_float.items()]
         return found
+
+    def _measured(self) -> dict[str, Any]:
+        """Return what limits are held against, by the keys of `to_dict`."""
+        speedups = {f"quant/speedup/batch_{row.batch}": row.speedup for row in self.latency}
+        metrics = [dataclasses.asdict(row) for row in self.metrics]
+        return {"metrics": metrics, "size_ratio": self.size_ratio, "scalars": speedups}
 
     def scalars(self, prefix: str = "quant") -> dict[str, float]:
         """Return the numbers for a logger: `<prefix>/<quantity>`."""
@@ -160,6 +169,8 @@ class Report:
             if isinstance(self.parity, Parity) and self.parity.worst_share is not None:
                 values["quant/parity_worst_share"] = self.parity.worst_share
             values["quant/parity_failed"] = float(any(text.startswith("parity ") for text in self.failures))
+        if self.limits != Limits():
+            values["quant/limits_missed"] = float(len([text for text in self.failures if text.startswith("limits ")]))
         if self.noise is not None:
             values |= {f"quant/{name}": value for name, value in self.noise.scalars().items()}
         values |= {f"quant/seconds/{stage}": value for stage, value in self.seconds.items()}

@@ -2,20 +2,23 @@
 
 import dataclasses
 import re
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_models import NUM_CLASSES, Classifier, fit
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassF1Score
 
+from lightning_quant import PostTrainingQuantization, cli, quantize
 from lightning_quant.callbacks.directions import watched
-from lightning_quant.errors import QuantizationError
+from lightning_quant.errors import NoEffectWarning, QuantizationError
 from lightning_quant.evaluate import evaluate
-from lightning_quant.limits import Limits, columns, missed_limits, summary
+from lightning_quant.limits import Limits, columns, limits_from, missed_limits, summary
 from lightning_quant.metric_rows import MetricRow
 
 
@@ -46,7 +49,7 @@ def row(name: str, before: float | None, after: float | None, higher_is_better: 
             r"perplexity rose by 2\.0000, more than 1",
         ),
         (row("perplexity", 57.0, 50.0, False), {"max_drop": {"perplexity": 1}}, None),
-        (row("mAP", 0.5, 0.4), {"max_drop": {"mAP": 0.05}}, r"not known whether mAP .* `--higher-is-better mAP`"),
+        (row("mAP", 0.5, 0.4), {"max_drop": {"mAP": 0.05}}, r"not known whether mAP .* `higher_is_better`"),
         (row("mAP", 0.5, 0.4), {"max_drop": {"mAP": 0.05}, "higher_is_better": ["mAP"]}, r"mAP fell by 0\.1000"),
         (row("mAP", 0.5, 0.4), {"max_drop": {"mAP": 0.05}, "lower_is_better": ["mAP"]}, None),
         # What the user says counts more than what was known.
@@ -54,7 +57,7 @@ def row(name: str, before: float | None, after: float | None, higher_is_better: 
         (
             row("val_f1", 0.9, 0.9, True),
             {"max_drop": {"val_f2": 0.1}},
-            r"no metric 'val_f2' .* val_f1\. Did you mean 'val_f1'",
+            r"no metric 'val_f2' was measured, but val_f1; 'val_f1' was probably meant",
         ),
         (
             row("val_f1", 0.9, None, True),
@@ -81,12 +84,71 @@ def test_metrics_are_held_to_their_limit_by_name_and_direction(
         {"max_size_ratio": "0.3"},
         {"min_speedup": float("nan")},
         {"max_drop": {"val_f1": True}},
+        {"max_drop": {"val_f1": None}},
+        {"max_drop": 0.01},
         {"higher_is_better": ["a"], "lower_is_better": ["a"]},
+        {"higher_is_better": "val_f1"},
+        {"val_f1": 0.01},
+        0.01,
+        ["val_f1"],
     ],
 )
 def test_limits_that_mean_nothing_are_refused(limits: Any) -> None:
-    with pytest.raises(QuantizationError, match="Expected"):
-        Limits(**limits)
+    with pytest.raises(QuantizationError, match=r"Expected `limits"):
+        limits_from(limits)
+
+
+def test_a_misspelt_limit_is_answered_with_the_right_name() -> None:
+    with pytest.raises(QuantizationError, match="Did you mean 'max_size_ratio'"):
+        limits_from({"max_size_ration": 0.3})
+
+
+def test_metrics_are_held_against_float_before_training_began_to_round() -> None:
+    # Trained through rounding, the weights do worse without it: against them nothing seems lost.
+    trained = MetricRow("val_f1", 0.7, 0.8, 0.8, before=0.9, higher_is_better=True)
+    assert "since rounding began" in missed_limits(artifact(trained), Limits({"val_f1": 0.05}))[0]
+    assert missed_limits(artifact(trained), Limits({"val_f1": 0.11})) == []
+
+
+# --- where they are given
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_limits_of_a_callback_are_held_by_its_report_and_by_every_command(
+    kind: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = {"max_drop": {"val_accuracy": 2.0, "score": 0.0}, "higher_is_better": ["score"], "max_size_ratio": 0.001}
+    callback = kind(output_dir=tmp_path, limits=limits)
+    with pytest.warns(NoEffectWarning, match=r"limits FAILED: its size ratio is") as warned:
+        trainer = fit(Classifier(), callback)
+
+    assert not [w for w in warned if "score" in str(w.message) or "accuracy" in str(w.message)]
+    assert callback.artifact.report["limits"]["max_drop"] == limits["max_drop"]
+    assert trainer.callback_metrics["quant/limits_missed"] == 1
+    for command in ("report", "compare", "verify"):
+        assert cli.main([command, str(tmp_path)]) == 1
+        assert "limits FAILED: its size ratio" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_limits_on_what_no_validation_logs_are_known_before_training(tmp_path: Path) -> None:
+    callback = PostTrainingQuantization(output_dir=tmp_path, limits={"max_drop": {"val_los": 0.1}})
+    seen: list[int] = []
+    callback.on_train_start = lambda trainer, _: seen.append(len(warned))  # type: ignore[method-assign]
+    with pytest.warns(NoEffectWarning, match=r"val_los.*, but val_loss, .* 'val_loss' was probably meant") as warned:
+        fit(Classifier(), callback, num_sanity_val_steps=1)
+    assert "val_los, which validation has not logged" in str(warned[seen[0] - 1].message)
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_limits_of_a_function_without_validation_are_on_size_and_speed(tmp_path: Path) -> None:
+    arguments: dict[str, Any] = {"calibration_data": torch.randn(4, 3), "output_dir": tmp_path}
+    with pytest.raises(QuantizationError, match="`quantize` runs none: use PostTrainingQuantization"):
+        quantize(torch.nn.Linear(3, 2), limits={"max_drop": {"val_f1": 0.1}}, **arguments)
+    with pytest.warns(NoEffectWarning, match="limits FAILED: its size ratio"):
+        quantize(torch.nn.Linear(3, 2), limits={"max_size_ratio": 0.001}, **arguments)
+    with pytest.raises(MisconfigurationException, match="evaluate=False"):
+        PostTrainingQuantization(evaluate=False, limits={"max_accuracy_drop": 0.1})
 
 
 def test_users_metrics_cannot_hide_what_the_summary_says() -> None:

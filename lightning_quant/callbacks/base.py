@@ -46,6 +46,7 @@ from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import has_layers
 from lightning_quant.layerwise import Layerwise, quantize_layers
+from lightning_quant.limits import Limits, check_measured, limits_from, unlogged
 from lightning_quant.loss_inputs import LossInputs, leave_out_labels
 from lightning_quant.names import Engine, Example, ExampleName, Recipes, Runtime, Weights, WeightsName
 from lightning_quant.namespaces import is_overridden, trainer_class
@@ -91,6 +92,7 @@ class QuantizationCallback(Callback):
         dynamic_shapes: ChosenShapes,
         sensitivity: bool,
         name: str | None,
+        limits: Limits | dict[str, Any] | None,
     ) -> None:
         super().__init__()
         self.recipe = _refused_in_callback(recipes.get, recipe)
@@ -111,6 +113,7 @@ class QuantizationCallback(Callback):
         self.dynamic_shapes = dynamic_shapes
         self.sensitivity = sensitivity
         self.name = name
+        self.limits = _refused_in_callback(limits_from, limits)
         _refused_in_callback(self._check_arguments)
         # Known from fit start on, when the module exists on its device and its data can be read.
         self.prepared: Quantizable | None = None
@@ -133,6 +136,8 @@ class QuantizationCallback(Callback):
         # The call that validation makes, and whether it is another one than training's.
         self._evaluated: Capture | None = None
         self._evaluated_otherwise = False
+        # Whether a validation was looked at.
+        self._validated = False
         # The checkpoint that `quantize_checkpoint` is at work on.
         self._checkpoint: dict[str, Any] | None = None
 
@@ -184,6 +189,14 @@ class QuantizationCallback(Callback):
         _refused_in_callback(self._take_sizes, prepared, sizes)
         self.seconds = {"capture": time.perf_counter() - started}
         self._begun = True
+
+    @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when validation ends: warn once, before training if it is checked, of limits on what it does not log."""
+        unknown = "" if self._validated else unlogged(self.limits, trainer.callback_metrics)
+        self._validated = True
+        if unknown:
+            warn(f"{type(self).__name__}: {unknown}.")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -268,6 +281,8 @@ class QuantizationCallback(Callback):
         check_threads(self.threads)
         chosen_shapes(self.dynamic_shapes)
         check_rankable(self.recipe, sensitivity=self.sensitivity)
+        if not self.evaluate:
+            check_measured(self.limits, "got `evaluate=False`")
 
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.runtime != AUTO:

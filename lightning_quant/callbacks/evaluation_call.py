@@ -31,7 +31,7 @@ def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> 
         for batch in batches(trainer, pl_module, 1, "validation"):
             try:
                 with trainer.precision_plugin.val_step_context():
-                    found = capture(duplicate, functools.partial(_run, duplicate, batch), path)
+                    found = capture(duplicate, functools.partial(run_validation, duplicate, batch), path)
                 # A call with what no file can take, keys and values of a generation say, is not the one to export.
                 flatten_call(own_signature(resolve(duplicate, found.path)), found.args, found.kwargs)
                 return found
@@ -61,7 +61,8 @@ def difference(module: nn.Module, training: Capture, evaluation: Capture) -> str
     )
 
 
-def _run(duplicate: LightningModule, batch: Any) -> None:
+def run_validation(duplicate: LightningModule, batch: Any) -> None:
+    """Run `validation_step` of a copy on a batch, as the first of an epoch."""
     duplicate.on_validation_start()
     duplicate.on_validation_epoch_start()
     duplicate.on_validation_batch_start(batch, 0, 0)

@@ -23,6 +23,7 @@ from lightning_quant.calibrate import observe_unreached
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.directions import watched
+from lightning_quant.callbacks.held_out import held_out
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.states import state_of
@@ -50,7 +51,7 @@ class Deployment:
         checkpoint: the checkpoint file that the weights come from or that training wrote last, if any.
         notes: what the report should say of the choice.
         sensitivity: which operator costs what, where that was asked for.
-        held: a call of validation, where there was one.
+        held: a call that took no part in the choice of ranges, where there is one.
     """
 
     pl_module: LightningModule
@@ -102,11 +103,10 @@ def _measure(
     """Evaluate and measure a private copy of an artifact, and add the report to the artifact."""
     metrics: tuple[MetricRow, ...] = ()
     notes = (*callback.findings, *deployment.notes, *notes_of_sizes(deployment.prepared))
+    calls: list[Call] = []
     if callback.evaluate:
         started = time.perf_counter()
-        calls: list[Call] = []
         metrics = _metrics(callback, trainer, deployment, own, calls)
-        deployment = replace(deployment, held=_held(callback, calls))
         if metrics and deployment.sensitivity is not None:
             found = deployment.sensitivity.with_gains(_gains(callback, trainer, deployment, deployment.sensitivity))
             deployment = replace(deployment, sensitivity=found)
@@ -115,7 +115,8 @@ def _measure(
             notes = (*notes, "metrics that use the model's own loss are missing: the artifact takes no labels")
         if not metrics:
             notes = (*notes, f"no validation metrics: {why_no_metrics(trainer)}")
-    deployment = replace(deployment, notes=notes)
+    held = held_out(callback, trainer, deployment.pl_module, calls)
+    deployment = replace(deployment, notes=notes, held=held)
     return callback.group.on_first(_report, callback, trainer, deployment, artifact, own, metrics)
 
 
@@ -153,6 +154,7 @@ def _report(
         step_share=callback.step_share,
         trained=callback.trains_rounded,
         held=deployment.held,
+        limits=callback.limits,
     )
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
     publish(callback, trainer, report, artifact)
@@ -182,18 +184,6 @@ def _metrics(
         MetricRow(name, value, simulated.get(name), exported.get(name), before.get(name), number, directions.get(name))
         for name, value in float_values.items()
     )
-
-
-def _held(callback: QuantizationCallback, calls: list[Call]) -> HeldOut | None:
-    """Say what a recorded call of validation is, without the labels that the artifact does not take."""
-    if not calls:
-        return None
-    chose = getattr(getattr(callback, "calibration", None), "data", "train") == "validation"
-    base = "the first call of validation, " + ("which took part in calibration" if chose else "which chose no range")
-    if callback.loss_inputs is None:
-        return HeldOut(tuple(calls), base)
-    bound = [callback.loss_inputs.split(*call)[0] for call in calls]
-    return HeldOut(tuple((one.args, one.kwargs) for one in bound), base)
 
 
 def _gains(

@@ -21,6 +21,7 @@ from lightning_quant.callbacks.training_data import calibration_steps, check_dat
 from lightning_quant.choice import check_choice
 from lightning_quant.distributed import calibrate_together
 from lightning_quant.errors import QuantizationError
+from lightning_quant.limits import Limits
 from lightning_quant.names import Data, DataName, Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.observer_merge import check_mergeable
 from lightning_quant.prepared import Prepared
@@ -78,6 +79,8 @@ class PostTrainingQuantization(QuantizationCallback):
             are calibrated, in one process.
         name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
             of these callbacks "quant/<recipe>-<runtime>/".
+        limits: what the artifact must keep to, such as `{"max_drop": {"val_f1": 0.01}, "max_size_ratio": 0.3}`, see
+            `lightning_quant.limits.Limits`; one that is missed is a warning, and exit code 1 of every command.
 
     Raises:
         MisconfigurationException: before the first batch, when anything is known to fail, with the way out.
@@ -106,6 +109,7 @@ class PostTrainingQuantization(QuantizationCallback):
         dynamic_shapes: ChosenShapes = None,
         sensitivity: bool = False,
         name: str | None = None,
+        limits: Limits | dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             recipe,
@@ -123,6 +127,7 @@ class PostTrainingQuantization(QuantizationCallback):
             dynamic_shapes=dynamic_shapes,
             sensitivity=sensitivity,
             name=name,
+            limits=limits,
         )
         self.calibration = _refused_in_callback(_calibration, calibration)
 

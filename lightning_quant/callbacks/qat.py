@@ -26,6 +26,7 @@ from lightning_quant.distributed import merge_batch
 from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
 from lightning_quant.learned_steps import LearnedSteps
+from lightning_quant.limits import Limits
 from lightning_quant.names import Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.observer_merge import check_mergeable
 from lightning_quant.prepared import Prepared
@@ -65,6 +66,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             `PostTrainingQuantization`. In one process.
         name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
             of these callbacks "quant/<recipe>-<runtime>/".
+        limits: what the artifact must keep to, such as `{"max_drop": {"val_f1": 0.01}, "max_size_ratio": 0.3}`, see
+            `lightning_quant.limits.Limits`; one that is missed is a warning, and exit code 1 of every command.
 
     Raises:
         MisconfigurationException: before the first batch, when anything is known to fail, with the way out.
@@ -93,6 +96,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         dynamic_shapes: ChosenShapes = None,
         sensitivity: bool = False,
         name: str | None = None,
+        limits: Limits | dict[str, Any] | None = None,
     ) -> None:
         super().__init__(
             recipe,
@@ -110,6 +114,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             dynamic_shapes=dynamic_shapes,
             sensitivity=sensitivity,
             name=name,
+            limits=limits,
         )
         if isinstance(self.recipe, LayerRecipe):
             raise MisconfigurationException(

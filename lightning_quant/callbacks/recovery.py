@@ -69,12 +69,17 @@ def written(callback: "QuantizationCallback", runtime: str, known: dict[str, Any
     return ", ".join([*values, *(f"{name}={_plain(value)!r}" for name, value in named.items())])
 
 
+def _defaults(field: "dataclasses.Field[Any]") -> tuple[Any, ...]:
+    made = () if field.default_factory is dataclasses.MISSING else (field.default_factory(),)
+    return (field.default, *made)
+
+
 def _plain(value: Any) -> Any:
     """Return a value whose `repr` needs no import: the constructors take it as well."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         set_fields = ((field, getattr(value, field.name)) for field in dataclasses.fields(value))
         # Defaults may be infinite, for which Python has no literal.
-        return {field.name: _plain(given) for field, given in set_fields if given != field.default}
+        return {field.name: _plain(given) for field, given in set_fields if given not in _defaults(field)}
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, dict):
