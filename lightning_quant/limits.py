@@ -55,7 +55,9 @@ class Limits:
                 raise QuantizationError(f"Expected `limits.{name}` to be a number, but got {value!r:.60}.")
         both = sorted({*self.higher_is_better} & {*self.lower_is_better})
         if both:
-            raise QuantizationError(f"Expected `limits` to be on metrics better when higher or when lower, but {both} is both.")
+            raise QuantizationError(
+                f"Expected `limits` to be on metrics better when higher or when lower, but {both} is both."
+            )
 
     @property
     def on_metrics(self) -> bool:

@@ -127,6 +127,26 @@ def _optimize(model: Any) -> None:
     for node in quantizers:
         node.overload = ""
     fuse(model)
+    _pool_globally(model)
+
+
+def _pool_globally(model: Any) -> None:
+    """Write means over all places of what is quantized as global pools, which have an integer kernel for any size."""
+    import onnx_ir as ir
+
+    for node in list(model.graph):
+        source = node.inputs[0] if node.op_type == "ReduceMean" else None
+        producer = None if source is None else source.producer()
+        if producer is None or producer.op_type != "DequantizeLinear" or source.shape is None or len(node.inputs) < 2:
+            continue
+        axes, rank = ir.convenience.get_const_tensor(node.inputs[1]), len(source.shape)
+        if axes is None or rank < 3 or sorted(axis % rank for axis in axes.numpy().tolist()) != list(range(2, rank)):
+            continue
+        made = [ir.node("GlobalAveragePool", [source])]
+        if not node.attributes.get_int("keepdims", 1):
+            made.append(ir.node("Squeeze", [made[0].outputs[0], node.inputs[1]]))
+        made[-1].outputs[0].shape, made[-1].outputs[0].dtype = node.outputs[0].shape, node.outputs[0].dtype
+        ir.convenience.replace_nodes_and_values(model.graph, node, [node], made, node.outputs, made[-1].outputs)
 
 
 def _name(model: Any, inputs: tuple[str, ...], outputs: list[str]) -> None:

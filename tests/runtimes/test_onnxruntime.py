@@ -31,6 +31,7 @@ from lightning_quant.noise import signal_to_noise
 from lightning_quant.parity import check_parity
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
+from lightning_quant.runtimes import _onnx_export
 from lightning_quant.runtimes import onnxruntime as runtime
 
 EXPORTED = [case for case in CASES if case.exports]
@@ -242,6 +243,7 @@ def test_a_tensor_left_in_float_is_reported(tmp_path: Path, monkeypatch: pytest.
 
 def test_a_mean_left_as_it_is_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "_pool_with_static_window", lambda node: None)
+    monkeypatch.setattr(_onnx_export, "_pool_globally", lambda model: None)
     prepared = ready(with_statistics(DropPathNet()), IMAGE)
     artifact = export(prepared, tmp_path)
     missing = runtime.still_float(planned(prepared), runtime.count_operators(artifact.model_path))
@@ -387,6 +389,37 @@ def test_dimensions_that_varied_while_calibrating_are_dynamic(tmp_path: Path) ->
         actual = loaded(x)
         assert actual.shape == floating.shape
         assert signal_to_noise(simulated, actual) > 30
+
+
+class Pooled(nn.Module):
+    """A convolution and its mean over all places, spelled in some way."""
+
+    def __init__(self, pool: Any) -> None:
+        super().__init__()
+        self.conv, self.head, self.pool = nn.Conv2d(3, 4, 3), nn.Linear(4, 2), pool
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.pool(self.conv(x)).flatten(1))
+
+
+@pytest.mark.parametrize(
+    "pool",
+    [
+        lambda x: x.mean((2, 3)),
+        lambda x: torch.mean(x, dim=[-1, -2], keepdim=True),
+        lambda x: F.adaptive_avg_pool2d(x, 1),
+        lambda x: x.flatten(2).mean(-1),
+    ],
+)
+def test_a_mean_over_all_places_is_an_integer_operator_for_any_size(pool: Any, tmp_path: Path) -> None:
+    prepared = ready(Pooled(pool), IMAGE)
+    artifact = export(prepared, tmp_path, dynamic_shapes={"x": {2: "height", 3: "width"}})
+    counts = runtime.count_operators(artifact.model_path)
+    assert counts["QLinearGlobalAveragePool"] == 1
+    assert runtime.still_float(planned(prepared), counts) == {}
+    x = torch.randn(3, 3, 11, 7)
+    with torch.no_grad(), prepared.attached("frozen"):
+        assert signal_to_noise(prepared.root(x), load(tmp_path, threads=1)(x)) > 50
 
 
 def test_dimensions_may_be_chosen_as_dynamic(tmp_path: Path) -> None:
