@@ -20,7 +20,7 @@ from lightning_quant.host import moved_call
 from lightning_quant.latency import Timing, measure
 from lightning_quant.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.layerwise import Layerwise
-from lightning_quant.limits import Limits
+from lightning_quant.limits import NO_LIMITS, Limits
 from lightning_quant.machine import cpu_name
 from lightning_quant.metric_rows import MetricRow
 from lightning_quant.output_noise import HeldOut, Noise, measure_noise
@@ -98,7 +98,7 @@ def assess(
         trained=trained,
         noise=noise,
         way_out=_way_out(prepared),
-        limits=limits or Limits(),
+        limits=limits or NO_LIMITS,
     )
 
 

@@ -64,6 +64,11 @@ def read_checkpoint(ckpt_path: str | os.PathLike[str], *, trust: bool = False) -
     return saved
 
 
+def needs_trust(ckpt_path: str | os.PathLike[str]) -> bool:
+    """Tell whether a checkpoint names classes or functions that are loaded with trust alone."""
+    return bool(_strange_classes(os.fspath(ckpt_path)))
+
+
 def load_weights(model: nn.Module, ckpt_path: str | os.PathLike[str], *, trust: bool = False) -> None:
     """Give a LightningModule the weights of a checkpoint; `trust` as for `read_checkpoint`.
 

@@ -130,7 +130,9 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     if options.json:
         _print_json(artifact.report)
     else:
-        print(artifact.report_path.read_text(encoding="utf-8"))
+        text = artifact.report_path.read_text(encoding="utf-8")
+        # Whoever wrote the artifact wrote this: what moves the cursor or the colours of a terminal is left out.
+        print("".join(character for character in text if character.isprintable() or character == "\n"))
     return _fail(missed_limits(artifact, limits_of(options)))
 
 

@@ -17,6 +17,13 @@ _SPEEDUP = "quant/speedup/batch_"
 _EXAMPLE: dict[str, Any] = {"max_drop": {"val_f1": 0.01}, "max_size_ratio": 0.3}
 
 
+def _check_names(argument: str, value: Any) -> None:
+    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
+        raise QuantizationError(
+            f"Expected `limits.{argument}` to be a list of metrics such as ['val_f1'], but got {value!r:.60}."
+        )
+
+
 @dataclass(frozen=True)
 class Limits:
     """What the report of an artifact is held against; a limit on what was not measured is missed.
@@ -43,9 +50,8 @@ class Limits:
         for name in ("higher_is_better", "lower_is_better"):
             _check_names(name, getattr(self, name))
         if not isinstance(self.max_drop, Mapping) or not all(isinstance(name, str) for name in self.max_drop):
-            raise QuantizationError(
-                f"Expected `limits.max_drop` to be a dict such as {_EXAMPLE['max_drop']}, but got {self.max_drop!r:.60}."
-            )
+            example, got = _EXAMPLE["max_drop"], self.max_drop
+            raise QuantizationError(f"Expected `limits.max_drop` to be a dict such as {example}, but got {got!r:.60}.")
         ratios = {"max_accuracy_drop": self.max_accuracy_drop, "max_size_ratio": self.max_size_ratio}
         values = {**ratios, "min_speedup": self.min_speedup, **{f"max_drop.{k}": v for k, v in self.max_drop.items()}}
         for name, value in values.items():
@@ -65,6 +71,9 @@ class Limits:
         return bool(self.max_drop) or self.max_accuracy_drop is not None
 
 
+NO_LIMITS = Limits()
+
+
 def limits_from(given: "Limits | Mapping[str, Any] | None") -> Limits:
     """Return the limits that an argument means: none, some, or a dict of the fields of `Limits`.
 
@@ -72,7 +81,7 @@ def limits_from(given: "Limits | Mapping[str, Any] | None") -> Limits:
         QuantizationError: it is something else, or one of the fields is no limit.
     """
     if given is None or isinstance(given, Limits):
-        return given or Limits()
+        return given or NO_LIMITS
     names = {field.name for field in fields(Limits)}
     if not isinstance(given, Mapping):
         raise QuantizationError(f"Expected `limits` to be a dict such as {_EXAMPLE}, but got {given!r:.60}.")
@@ -109,13 +118,6 @@ def _but(name: str, names: Iterable[str]) -> str:
     """Say in words which metrics there are, and which one was probably meant."""
     meant = "".join(f"; {close!r} was probably meant" for close in closest(name, names)[:1])
     return f", but {', '.join(names)}{meant}" if names else ""
-
-
-def _check_names(argument: str, value: Any) -> None:
-    if not isinstance(value, list | tuple) or not all(isinstance(name, str) for name in value):
-        raise QuantizationError(
-            f"Expected `limits.{argument}` to be a list of metrics such as ['val_f1'], but got {value!r:.60}."
-        )
 
 
 def missed_limits(artifact: Artifact, limits: Limits) -> list[str]:

@@ -95,7 +95,8 @@ def quantize(
         QuantizationError: an argument is wrong or a stage failed; nothing is half written.
 
     Warns:
-        NoEffectWarning: for each warning in the report: failed parity, a failed recipe, a missed limit, a larger or slower file.
+        NoEffectWarning: for each warning in the report: failed parity, a failed recipe, a missed limit, a larger or
+            slower file.
     """
     recipe, selection = recipes.get(recipe), Selection(patterns("include", include), patterns("exclude", exclude))
     _check_arguments(runtime, engine, output_dir, threads)

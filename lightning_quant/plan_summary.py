@@ -3,7 +3,7 @@
 import collections
 from typing import Any
 
-from lightning_quant.tables import text_table
+from lightning_quant.tables import one_line, text_table
 
 # Shares of the multiply-adds and of the weights' bytes below which little is gained.
 _LOW = 0.5
@@ -36,7 +36,7 @@ def summarize(plan: dict[str, Any], operators: dict[str, int], step_share: float
     if operators:
         by_number = sorted(operators.items(), key=lambda item: (-item[1], item[0]))
         counted = ", ".join(f"{count} {name}" for name, count in by_number)
-        parts.append(f"The runtime's optimized session: {counted}.")
+        parts.append(one_line(f"The runtime's optimized session: {counted}."))
     total = sum(row["macs"] for row in rows)
     left = [
         (row["name"], row["kind"], f"{row['macs'] / total:.1%}" if row["macs"] else "", row["reason"])

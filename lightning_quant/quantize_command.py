@@ -19,7 +19,7 @@ from lightning_quant.callbacks import PostTrainingQuantization
 from lightning_quant.checkpoint import load_weights, read_checkpoint
 from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import QuantizationError
-from lightning_quant.limits import Limits, missed_limits
+from lightning_quant.limits import NO_LIMITS, Limits, missed_limits
 from lightning_quant.names import Engine, Recipes, Runtime
 
 OWN_SUBCOMMANDS = ("quantize", "inspect")
@@ -198,7 +198,7 @@ class QuantizationCLI(LightningCLI):
     def quantize(self, **arguments: Any) -> None:
         """Run the subcommand, and keep its artifact and the limits that this misses."""
         self.result = self.trainer.quantize(**arguments)  # type: ignore[attr-defined]
-        self.missed = tuple(missed_limits(self.result, Limits()))
+        self.missed = tuple(missed_limits(self.result, NO_LIMITS))
 
     def inspect(self, **arguments: Any) -> None:
         """Run the subcommand, and keep its plan and what it was made from."""

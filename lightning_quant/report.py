@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from lightning_quant.latency import Timing
 from lightning_quant.layer_parity import LayerParity
-from lightning_quant.limits import Limits, missed
+from lightning_quant.limits import NO_LIMITS, Limits, missed
 from lightning_quant.metric_rows import MetricRow, metric_failures
 from lightning_quant.output_noise import Noise
 from lightning_quant.parity import Parity
@@ -101,7 +101,7 @@ class Report:
     trained: bool = False
     noise: Noise | None = None
     way_out: str = ""
-    limits: Limits = Limits()
+    limits: Limits = NO_LIMITS
 
     @property
     def size_ratio(self) -> float:
@@ -169,7 +169,7 @@ class Report:
             if isinstance(self.parity, Parity) and self.parity.worst_share is not None:
                 values["quant/parity_worst_share"] = self.parity.worst_share
             values["quant/parity_failed"] = float(any(text.startswith("parity ") for text in self.failures))
-        if self.limits != Limits():
+        if self.limits != NO_LIMITS:
             values["quant/limits_missed"] = float(len([text for text in self.failures if text.startswith("limits ")]))
         if self.noise is not None:
             values |= {f"quant/{name}": value for name, value in self.noise.scalars().items()}
@@ -184,7 +184,7 @@ class Report:
 
     def to_markdown(self) -> str:
         """Return the report as it stands in report.md and in the terminal."""
-        parts = [f"# {self.recipe} on {self.runtime}"]
+        parts = [f"# {one_line(self.recipe)} on {self.runtime}"]
         parts += [f"**Warning:** {one_line(warning)}." for warning in self.warnings]
         parts += [self._summary(), self._metric_table(), self._noise_text(), self._latency_table(), self._parity_text()]
         parts += [f"Note: {one_line(note)}." for note in self.notes]
@@ -248,7 +248,7 @@ class Report:
         return "" if self.noise is None else str(self.noise)
 
     def _parity_text(self) -> str:
-        return "" if self.parity is None else str(self.parity)
+        return "" if self.parity is None else one_line(str(self.parity))
 
     def _sensitivity_text(self) -> str:
         if self.sensitivity is None:

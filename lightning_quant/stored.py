@@ -22,6 +22,7 @@ from lightning_quant.manifest import BESIDE_MODEL, GOLDEN, MANIFEST, MAX_BYTES, 
 from lightning_quant.reading import copy_hashed, read_bytes
 from lightning_quant.signature import Signature
 from lightning_quant.signing import Key, check_signature
+from lightning_quant.tables import one_line
 
 # How often a reader begins anew when another version came between.
 _TRIES = 20
@@ -52,7 +53,9 @@ class Artifact:
 
     def _repr_markdown_(self) -> str:
         written = self.report_path
-        return written.read_text(encoding="utf-8") if written is not None and written.is_file() else repr(self)
+        return (
+            written.read_text(encoding="utf-8") if written is not None and written.is_file() else one_line(repr(self))
+        )
 
     @property
     def model_path(self) -> Path:

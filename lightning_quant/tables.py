@@ -3,8 +3,8 @@
 import re
 from collections.abc import Sequence
 
-# What begins an element of HTML, or ends the text of a link.
-_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|(?<=\])(?=[(\[])")
+# What begins an element of HTML, ends the text of a link, or would take the meaning of what follows away.
+_MARKUP = re.compile(r"<(?=[A-Za-z/!?])|(?<=\])(?=[(\[])|\\(?=[!-/:-@\[-`{-~])")
 
 
 def one_line(text: str) -> str:

@@ -1,5 +1,6 @@
 """Names that somebody else chose, where they become Markdown, HTML or code."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant import load, quantize
-from lightning_quant.report import MetricRow
+from lightning_quant.limits import Limits
+from lightning_quant.report import MetricRow, Report
 from lightning_quant.tables import one_line, text_table
 
 pytestmark = [
@@ -29,6 +31,10 @@ ODD += ["class", "back\\slash\\", "a|b", "<script>", "ü in", "0"]
         ("<script>alert(1)</script>", "\\<script>alert(1)\\</script>"),
         ("[click](http://evil)", "[click]\\(http://evil)"),
         ("<!-- hidden", "\\<!-- hidden"),
+        # A backslash in front would take the one in front of the markup away.
+        ("\\<script>", "\\\\\\<script>"),
+        ("\\[click](http://evil)", "\\\\[click]\\(http://evil)"),
+        ("C:\\folder", "C:\\folder"),
     ],
 )
 def test_text_becomes_one_line_without_markup(text: str, expected: str) -> None:
@@ -41,6 +47,15 @@ def test_a_cell_stays_a_cell() -> None:
     assert table == (
         "| name\\|of     | value |\n|--------------|------:|\n| a \\| b \\|    |     1 |\n| \\<img src=x> |     2 |"
     )
+
+
+def test_a_cell_stays_a_cell_behind_a_backslash() -> None:
+    assert text_table(("name",), [("a\\|b",)]).splitlines()[-1] == "| a\\\\\\|b |"
+
+
+def unescaped(markdown: str) -> list[str]:
+    """Return the elements of HTML that a text has for a reader of Markdown: an even number of backslashes is none."""
+    return re.findall(r"(?<!\\)(?:\\\\)*<[A-Za-z/!?]", markdown)
 
 
 class Named(nn.Module):
@@ -75,3 +90,37 @@ def test_metrics_may_be_called_anything() -> None:
     cells = text_table(("validation", "float"), [(MetricRow("<b>acc</b>\n|", 1.0, None, None).name, "1.0000")])
 
     assert cells.splitlines()[-1] == "| \\<b>acc\\</b> \\| | 1.0000 |"
+
+
+class Answers(nn.Module):
+    """A layer, an input and an output with the name of an element."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({NAME: nn.Linear(6, 6), f"{NAME}2": nn.Linear(6, 6)})
+
+    def forward(self, x: dict[str, Tensor]) -> dict[str, Tensor]:
+        for layer in self.layers.values():
+            y = torch.relu(layer(x[NAME]))
+        return {NAME: y}
+
+
+NAME = "\\<img src=q onerror=alert(1)>`](http:"
+
+
+def test_no_part_of_a_report_lets_a_name_become_markup(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    recipe = {"name": NAME, "weight": {}, "activation": {}}
+    call = ({NAME: torch.randn(8, 6)},)
+    artifact = quantize(Answers().eval(), recipe, calibration_data=[call, call], output_dir=tmp_path, sensitivity=True)
+    written = (tmp_path / "report.md").read_text().partition("## Run it")[0]
+    assert written.count("onerror") > 5
+    assert unescaped(written) == []
+    assert unescaped(artifact._repr_markdown_().partition("## Run it")[0]) == []
+    rows = (MetricRow(NAME, 1.0, 1.0, 0.5),)
+    report = Report(
+        NAME, NAME, "", 1, {}, 1, None, 2, rows, (), None, {NAME: 1}, {NAME: 1}, {}, artifact.plan,
+        (NAME,), limits=Limits({NAME: 0.1, f"{NAME}3": 0.1}),
+    )  # fmt: skip
+    assert len(report.warnings) > 3
+    assert unescaped(report.to_markdown()) == []

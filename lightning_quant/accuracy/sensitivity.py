@@ -24,7 +24,7 @@ from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, Recipe
 from lightning_quant.routing import device_of, evaluation_mode
-from lightning_quant.tables import text_table
+from lightning_quant.tables import one_line, text_table
 
 Score = Callable[[list[Any]], float]
 # Calls on which reports rank operators.
@@ -139,7 +139,7 @@ class Sensitivity:
             )
             for layer in self.layers
         ]
-        return f"{self.explanation()}\n\n{text_table(header, rows)}"
+        return f"{one_line(self.explanation())}\n\n{text_table(header, rows)}"
 
 
 @torch.no_grad()

@@ -192,7 +192,7 @@ class QuantizationCallback(Callback):
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when validation ends: warn once, before training if it is checked, of limits on what it does not log."""
+        """Called when validation ends: warn, the first time, of limits on what it does not log."""
         unknown = "" if self._validated else unlogged(self.limits, trainer.callback_metrics)
         self._validated = True
         if unknown:

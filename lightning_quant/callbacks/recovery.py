@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lightning_quant import recipe as recipes
+from lightning_quant.checkpoint import needs_trust
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -18,14 +19,34 @@ def recovery(callback: "QuantizationCallback", trainer: "Trainer") -> str:
     checkpoint = newest_checkpoint(trainer)
     if checkpoint is None:
         return "This run has saved no checkpoint to make one from; ModelCheckpoint(save_last=True) does."
+    data = _data(trainer)
+    arguments = ", ".join([repr(str(checkpoint)), *data, *_options(trainer, checkpoint)])
     lines = [
         f"To make one from {checkpoint.name} without training on, with the LightningModule and the data of this run:",
         "    import lightning_quant as lq",
         f"    callback = lq.{type(callback).__name__}({_arguments(callback)})",
-        f"    callback.quantize_checkpoint({str(checkpoint)!r}, model, datamodule)",
-        "To go on training instead: trainer.fit(model, datamodule, ckpt_path=...) with the same callback.",
+        f"    callback.quantize_checkpoint({arguments})",
+        f"To go on training instead, with the same callback: trainer.fit({', '.join([*data, 'ckpt_path=...'])})",
     ]
     return "\n".join(lines)
+
+
+def _options(trainer: "Trainer", checkpoint: Path) -> list[str]:
+    """Return what else the call takes: whether the checkpoint needs trust, and what evaluation depends on."""
+    trust = ["trust_checkpoint=True"] if needs_trust(checkpoint) else []
+    defaults = {"limit_val_batches": 1.0, "precision": "32-true"}
+    # One batch is another limit than all of them.
+    given = {name: getattr(trainer, name, default) for name, default in defaults.items()}
+    return trust + [f"{name}={value!r}" for name, value in given.items() if repr(value) != repr(defaults[name])]
+
+
+def _data(trainer: "Trainer") -> list[str]:
+    if getattr(trainer, "datamodule", None) is not None:
+        return ["model", "datamodule"]
+    loop = getattr(trainer, "fit_loop", None)
+    if loop is None or loop._data_source.is_module():
+        return ["model"]
+    return ["model", "train_dataloaders=train_dataloaders", "val_dataloaders=val_dataloaders"]
 
 
 def newest_checkpoint(trainer: "Trainer") -> Path | None:

@@ -135,9 +135,9 @@ def _pool_globally(model: Any) -> None:
     import onnx_ir as ir
 
     for node in list(model.graph):
-        source = node.inputs[0] if node.op_type == "ReduceMean" else None
+        source = node.inputs[0] if node.op_type == "ReduceMean" and len(node.inputs) > 1 else None
         producer = None if source is None else source.producer()
-        if producer is None or producer.op_type != "DequantizeLinear" or source.shape is None or len(node.inputs) < 2:
+        if source is None or producer is None or producer.op_type != "DequantizeLinear" or source.shape is None:
             continue
         axes, rank = ir.convenience.get_const_tensor(node.inputs[1]), len(source.shape)
         if axes is None or rank < 3 or sorted(axis % rank for axis in axes.numpy().tolist()) != list(range(2, rank)):

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import enum
 import inspect
 import pickle
 from pathlib import Path
@@ -9,6 +10,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from lightning.pytorch import Trainer
+from lightning_models import Classifier
 
 import lightning_quant as lq
 from lightning_quant.callbacks.recovery import recovery
@@ -27,6 +30,7 @@ SHARED = {
     "dynamic_shapes": {"x": {2: "height"}},
     "sensitivity": True,
     "name": "mine",
+    "limits": {"max_size_ratio": 0.3},
 }
 KINDS: dict[type[Any], dict[str, Any]] = {
     lq.QuantizationAwareTraining: {"schedule": lq.Schedule(fake_quantize=2, freeze_observers=3, unit="epochs")},
@@ -44,6 +48,44 @@ def again(callback: Any, folder: Path) -> Any:
     names: dict[str, Any] = {"lq": lq}
     exec(line, names)
     return names["callback"]
+
+
+class Choice(enum.Enum):
+    """A hyperparameter of a class of the project's own."""
+
+    LARGE = "large"
+
+
+class Configured(Classifier):
+    """Saves hyperparameters of any class, as projects do."""
+
+    def __init__(self, size: Choice = Choice.LARGE) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+
+
+@pytest.mark.parametrize(
+    ("module", "expected"), [(Classifier, ()), (Configured, ("trust_checkpoint=True",))], ids=["plain", "any class"]
+)
+def test_the_printed_lines_make_the_artifact(
+    module: type[Any], expected: tuple[str, ...], tmp_path: Path, unmeasured: None
+) -> None:
+    callback = lq.PostTrainingQuantization(output_dir=tmp_path / "artifact", calibration={"num_batches": 1})
+    model = module()
+    train_dataloaders, val_dataloaders = model.train_dataloader(), model.val_dataloader()
+    trainer = Trainer(
+        max_steps=1, limit_val_batches=1, logger=False, enable_progress_bar=False, default_root_dir=tmp_path
+    )
+    trainer.fit(model, train_dataloaders, val_dataloaders)
+    callback.path, callback.last_folder = "net", tmp_path / "artifact"
+    lines = recovery(callback, trainer)
+
+    said = ("train_dataloaders=train_dataloaders", "val_dataloaders=val_dataloaders", "limit_val_batches=1", *expected)
+    assert [part for part in said if part not in lines] == []
+    assert ("trust_checkpoint" in lines) == bool(expected)
+    names = {"model": module(), "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
+    exec("\n".join(line.strip() for line in lines.splitlines() if line.startswith("    ")), names)
+    assert (tmp_path / "artifact" / "manifest.json").exists()
 
 
 def settings(callback: Any) -> dict[str, Any]:
