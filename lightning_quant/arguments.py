@@ -1,5 +1,6 @@
 """Arguments that all doors of the package share, checked where they are written and not where they are used."""
 
+import math
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import fields
@@ -67,6 +68,20 @@ def check_positive(argument: str, value: Any, otherwise: str = "") -> None:
     """Make sure that a value is a whole number above zero."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise QuantizationError(f"Expected `{argument}` to be a positive integer{otherwise}, but got {value!r:.60}.")
+
+
+def check_number(argument: str, value: Any, least: float = 0, most: float = math.inf) -> None:
+    """Make sure that a value is a number in a closed interval."""
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not least <= value <= most:
+        span = f"{least:g} or more" if most == math.inf else f"in [{least:g}, {most:g}]"
+        raise QuantizationError(f"Expected `{argument}` to be {span}, but got {value!r:.60}.")
+
+
+def check_texts(argument: str, value: Any, example: str) -> None:
+    """Make sure that a value is a list or tuple of names, and not a single one, which would be its letters."""
+    if not isinstance(value, tuple | list) or not all(isinstance(item, str) for item in value):
+        raise QuantizationError(f"Expected `{argument}` to be a list of names as {example}, but got {value!r:.60}.")
 
 
 def check_threads(value: Any) -> None:

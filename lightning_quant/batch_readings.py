@@ -2,15 +2,16 @@
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from lightning_quant.errors import CalibrationError, CaptureError
+from lightning_quant.errors import CalibrationError, CaptureError, QuantizationError
 from lightning_quant.host import HOST, copied_to, moved_call
-from lightning_quant.routing import evaluation_mode
+from lightning_quant.routing import device_of, evaluation_mode
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -26,10 +27,12 @@ class Reading:
     Attributes:
         call: from the batch, or another of the same form.
         left_out: what of it is no part of the call, in words; empty when all of it is.
+        cast: what its floating-point numbers become, where a module in that precision does not run with others.
     """
 
     call: Callable[[Any], Call]
     left_out: str = ""
+    cast: torch.dtype | None = None
 
 
 def way_out(item: Any = None) -> str:
@@ -64,7 +67,8 @@ def choose_reading(module: nn.Module, signature: inspect.Signature, item: Any, *
         said = next(iter(str(error).splitlines()), "")
         raise CalibrationError(
             f"Expected `calibration_data` to hold calls of `forward{signature}`, but the float module fails at the "
-            f"first: {type(error).__name__}{said and f': {said}'}. {way_out(item)}"
+            f"first: {type(error).__name__}{said and f': {said}'}.{_hint(module, error)} "
+            f"{way_out(item)}"
         ) from error
     # A forward that takes one argument is rather called with a part of a batch than with all of it.
     cut = [reading for reading in running if reading.call is not _whole]
@@ -74,7 +78,8 @@ def choose_reading(module: nn.Module, signature: inspect.Signature, item: Any, *
             f"Expected it to be clear which items of a batch `forward{signature}` takes, but it runs with {ways} of "
             f"the {len(item)}. {way_out(item)}"
         )
-    return (cut or running)[0]
+    found = (cut or running)[0]
+    return replace(found, cast=_cast(module, found.call(item)))
 
 
 def _readings(signature: inspect.Signature, item: Any, *, is_batch: bool) -> list[Reading]:
@@ -144,17 +149,57 @@ def _may_take(signature: inspect.Signature, args: Any) -> bool:
     )
 
 
+@torch.no_grad()
+def run_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> None:
+    """Run one of several calls.
+
+    Raises:
+        CalibrationError: the forward does not take it; the message says which call that is.
+    """
+    try:
+        module(*args, **kwargs)
+    except _REFUSALS as error:
+        if isinstance(error, QuantizationError):
+            raise
+        sizes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        said = next(iter(str(error).splitlines()), "")
+        raise CalibrationError(
+            f"Expected every item of `calibration_data` to be a call of the module, but item {number}, of {sizes}, "
+            f"fails: {type(error).__name__}{said and f': {said}'}."
+        ) from error
+
+
 def _error(module: nn.Module, call: Call) -> Exception | None:
     """Return what a forward raises at a call; None when it runs."""
     # Where it will be planned.
-    copy = copied_to(module, HOST, unrouted=True)
-    args, kwargs = moved_call(*call)
+    return _raised(copied_to(module, HOST, unrouted=True), moved_call(*call))
+
+
+def _cast(module: nn.Module, call: Call) -> torch.dtype | None:
+    """Return a module's precision where a call is in another one and, without a cast, fails for that."""
+    own = next((p.dtype for p in module.parameters() if p.is_floating_point()), None)
+    tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if own is None or all(tensor.dtype == own for tensor in tensors):
+        return None
+    copy = copied_to(module, device_of(module), in_float32=False, unrouted=True)
+    return None if _raised(copy, call) is None else own
+
+
+def _raised(copy: nn.Module, call: Call) -> Exception | None:
+    args, kwargs = call
     with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(copy):
         try:
             copy(*args, **kwargs)
         except _REFUSALS as error:
             return error
     return None
+
+
+def _hint(module: nn.Module, error: Exception | None) -> str:
+    """Return, as a sentence, what to quantize where the module has no forward of its own."""
+    children = [name for name, child in module.named_children() if any(True for _ in child.parameters())]
+    known = isinstance(error, NotImplementedError) and children
+    return f" Quantize a part that has a forward: `model.{children[0]}`." if known else ""
 
 
 def _refuse(signature: inspect.Signature, item: Any) -> None:

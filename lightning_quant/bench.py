@@ -77,8 +77,10 @@ def bench(
     """
     names = [str(path) for path in paths]
     reports = [report for name in names if (report := read(name).report) is not None]
-    batches = batches or list(dict.fromkeys(r["batch"] for report in reports for r in report["latency"])) or [1, 8]
-    threads = threads or list(dict.fromkeys(report["threads"] for report in reports)) or [1]
+    batches = (
+        batches or list(dict.fromkeys(r["batch"] for report in reports for r in report.get("latency", []))) or [1, 8]
+    )
+    threads = threads or list(dict.fromkeys(report["threads"] for report in reports if "threads" in report)) or [1]
     rows = []
     for number in threads:
         peaks = {name: _in_process([name], batches, number)["peak_bytes"] for name in names}

@@ -55,7 +55,12 @@ class CalibrationCalls:
                 note = f"of each item of `calibration_data` left out {reading.left_out}"
                 self.notes += (note,)
                 warnings.warn(f"quantize: {note}.", NoEffectWarning, stacklevel=4)
-        return self._readings[form].call(item)
+            if reading.cast is not None:
+                self.notes += (
+                    f"floating-point numbers of `calibration_data` were cast to {reading.cast}, as the module is",
+                )
+        reading = self._readings[form]
+        return reading.call(item) if reading.cast is None else _cast(reading.call(item), reading.cast)
 
     def _as_tensors(self, item: Any) -> Any:
         """Return an item with tensors in place of NumPy's arrays, which are float64 whether one wants it or not."""
@@ -72,9 +77,14 @@ class CalibrationCalls:
         return map_tensors(lambda t: t.to(device), item)
 
 
+def _cast(call: Call, dtype: torch.dtype) -> Call:
+    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, call)
+
+
 def _has_loader(data: Any) -> bool:
     """Tell whether data is a LightningDataModule, without an import of Lightning."""
-    return callable(getattr(data, "train_dataloader", None)) and callable(getattr(data, "setup", None))
+    has_hooks = callable(getattr(data, "train_dataloader", None)) and callable(getattr(data, "setup", None))
+    return has_hooks and not isinstance(data, type)
 
 
 def _batches_of(datamodule: Any) -> Iterator[Any]:
@@ -96,6 +106,8 @@ def _batches_of(datamodule: Any) -> Iterator[Any]:
 
 def _items_of(data: Any) -> Iterable[Any]:
     """Return an iterable of calls or batches, whatever holds them."""
+    if isinstance(data, type):
+        raise CalibrationError(f"Expected `calibration_data` to be an object, but got the class {data.__name__}.")
     if isinstance(data, Tensor | np.ndarray | Mapping):
         return [data]
     if isinstance(data, Dataset):
@@ -103,7 +115,7 @@ def _items_of(data: Any) -> Iterable[Any]:
             "Expected `calibration_data` to yield batches, but got a dataset, which yields single samples: "
             "`calibration_data=DataLoader(dataset, batch_size=32)`."
         )
-    if isinstance(data, str | bytes | type) or not isinstance(data, Iterable):
+    if isinstance(data, str | bytes) or not isinstance(data, Iterable):
         raise CalibrationError(
             f"Expected `calibration_data` to hold at least one call, but got {data!r:.60}. Give a DataLoader, a "
             f"LightningDataModule, or an iterable. {way_out()}"

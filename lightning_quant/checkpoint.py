@@ -4,6 +4,7 @@ import os
 import pickle
 import struct
 import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,10 @@ def read_checkpoint(ckpt_path: str | os.PathLike[str], *, trust: bool = False) -
     Raises:
         QuantizationError: there is no such file, it is something else, or it needs trust.
     """
+    if not isinstance(ckpt_path, str | os.PathLike):
+        raise QuantizationError(
+            f"Expected `ckpt_path` to be the path of a Lightning checkpoint, but got a {type(ckpt_path).__name__}."
+        )
     name = os.fspath(ckpt_path)
     if not Path(ckpt_path).is_file():
         hint = ": only the Trainer that wrote it knows its name" if name in _ALIASES else ""
@@ -45,15 +50,17 @@ def read_checkpoint(ckpt_path: str | os.PathLike[str], *, trust: bool = False) -
             warnings.simplefilter("ignore")
             saved = torch.load(ckpt_path, map_location="cpu", weights_only=not trust)
     except _DAMAGE as error:
-        if isinstance(error, pickle.UnpicklingError) and not trust:
+        if isinstance(error, pickle.UnpicklingError) and not trust and _is_pickled(ckpt_path):
             raise QuantizationError(
                 f"Expected {name} to hold tensors and plain values alone, but it cannot be read as such"
                 f"{_strange_classes(name)}. Loading more runs code of whoever wrote the file: say "
                 "`trust_checkpoint=True` (`--trust` on the command line) if that was you or somebody you trust."
             ) from error
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if isinstance(error, pickle.UnpicklingError) and not _is_pickled(ckpt_path):
+            said = "`torch.save` has not written it."
         raise QuantizationError(
-            f"Expected {name} to be a Lightning checkpoint, but it cannot be read: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}"
+            f"Expected {name} to be a Lightning checkpoint, but it cannot be read: {said}"
         ) from error
     if not isinstance(saved, dict) or "state_dict" not in saved:
         raise QuantizationError(
@@ -62,6 +69,22 @@ def read_checkpoint(ckpt_path: str | os.PathLike[str], *, trust: bool = False) -
             f"`trainer.save_checkpoint` writes one.{_of_state_dict(saved)}"
         )
     return saved
+
+
+def check_model_and_data(model: Any, datamodule: Any) -> None:
+    """Make sure that a LightningModule and a LightningDataModule are what they are called.
+
+    Raises:
+        QuantizationError: one is something else; the message has the way out.
+    """
+    if not isinstance(model, nn.Module):
+        got = f"the class {model.__name__}" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise QuantizationError(f"Expected `model` to be a LightningModule, with whatever weights, but got {got}.")
+    if datamodule is not None and not hasattr(datamodule, "train_dataloader"):
+        raise QuantizationError(
+            f"Expected `datamodule` to be a LightningDataModule, but got a {type(datamodule).__name__}: loaders are "
+            "`train_dataloaders=` and `val_dataloaders=`."
+        )
 
 
 def needs_trust(ckpt_path: str | os.PathLike[str]) -> bool:
@@ -104,10 +127,15 @@ def load_module(
     Raises:
         QuantizationError: there is no such file, class or module, or the weights are those of another one.
     """
-    if lightning_module is None:
+    kind = lightning_module if isinstance(lightning_module, type) else type(lightning_module)
+    if (
+        lightning_module is None
+        or not issubclass(kind, nn.Module)
+        or (kind is lightning_module and not hasattr(kind, "load_from_checkpoint"))
+    ):
         raise QuantizationError(
             "Expected `lightning_module` to be the LightningModule of the checkpoint, its class or an instance, but "
-            "got None."
+            f"got {lightning_module!r:.60}."
         )
     try:
         if isinstance(lightning_module, type):
@@ -132,6 +160,12 @@ def _of_state_dict(saved: Any) -> str:
     if not isinstance(saved, dict) or not saved or not all(isinstance(value, torch.Tensor) for value in saved.values()):
         return ""
     return " Of a state dict: `module.load_state_dict(torch.load(...))`, and give the module in place of the path."
+
+
+def _is_pickled(ckpt_path: str | os.PathLike[str]) -> bool:
+    """Tell whether a file is what `torch.save` writes, now or in early versions; trust makes nothing else one."""
+    with open(ckpt_path, "rb") as file:
+        return zipfile.is_zipfile(ckpt_path) or file.read(1) == pickle.PROTO
 
 
 def _strange_classes(name: str) -> str:

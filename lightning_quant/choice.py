@@ -8,6 +8,8 @@ from lightning_quant.errors import QuantizationError
 
 # Share of equal letters from which on a name is taken for a slip of the pen.
 _CUTOFF = 0.6
+# What names are called elsewhere.
+_CALLED = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "ort": "onnxruntime", "ov": "openvino"}
 
 
 def check_choice(argument: str, value: Any, choices: Iterable[str], otherwise: str = "") -> None:
@@ -49,7 +51,7 @@ def closest(value: Any, names: Iterable[str], cutoff: float = _CUTOFF) -> list[s
     by_spelling: dict[str, list[str]] = {}
     for name in names:
         by_spelling.setdefault(_plain(name), []).append(name)
-    wanted = _plain(value)
+    wanted = _CALLED.get(_plain(value), _plain(value))
     found = difflib.get_close_matches(wanted, by_spelling, n=3, cutoff=cutoff)
     if cutoff <= _CUTOFF:
         # "val" for "validation" and "onnx" for "onnxruntime": short for what it begins.

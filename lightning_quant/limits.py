@@ -138,7 +138,7 @@ def missed(report: Mapping[str, Any], limits: Limits) -> list[str]:
         ratio = report.get("size_ratio")
         if ratio is None:
             found.append("no size ratio was measured")
-        elif not ratio <= limits.max_size_ratio:
+        elif not float(ratio) <= limits.max_size_ratio:
             found.append(f"its size ratio is {cell(ratio)}, more than {limits.max_size_ratio}")
     if limits.min_speedup is not None:
         speedups = _speedups(report)
@@ -174,8 +174,8 @@ def summary(artifact: Artifact) -> dict[str, Any]:
         "coverage": artifact.plan["coverage"],
         "metrics": {
             row["name"]: {
-                "float": row["float_value"],
-                "artifact": row["artifact"],
+                "float": row.get("float_value"),
+                "artifact": row.get("artifact"),
                 "delta": _delta(row),
                 "higher_is_better": row.get("higher_is_better"),
             }
@@ -220,7 +220,11 @@ def _metrics_missed(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
 def _worse(row: Mapping[str, Any], allowed: float, higher_is_better: bool | None) -> Iterator[str]:
     yield from _worse_than_float(row, allowed, higher_is_better)
     before = row.get("before")
-    if before is not None and higher_is_better is not None and isinstance(row["artifact"], int | float):
+    if (
+        isinstance(before, int | float)
+        and higher_is_better is not None
+        and isinstance(row.get("artifact"), int | float)
+    ):
         delta = row["artifact"] - before
         if not (-delta if higher_is_better else delta) <= allowed:
             how = "fell" if higher_is_better else "rose"
@@ -248,10 +252,10 @@ def _direction(row: Mapping[str, Any], limits: Limits) -> bool | None:
 
 
 def _delta(row: Mapping[str, Any]) -> float | None:
-    values = (row["artifact"], row["float_value"])
+    values = (row.get("artifact"), row.get("float_value"))
     return values[0] - values[1] if all(isinstance(value, int | float) for value in values) else None
 
 
 def _speedups(report: Mapping[str, Any]) -> dict[str, float]:
     scalars = report.get("scalars", {})
-    return {key.removeprefix(_SPEEDUP): value for key, value in scalars.items() if key.startswith(_SPEEDUP)}
+    return {key.removeprefix(_SPEEDUP): float(value) for key, value in scalars.items() if key.startswith(_SPEEDUP)}

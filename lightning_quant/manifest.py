@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_quant.errors import ArtifactError
 from lightning_quant.reading import parse_json
+from lightning_quant.recorded_report import is_report
 from lightning_quant.signature import Signature
 
 MANIFEST, SIGNATURE_FILE = "manifest.json", "manifest.sig"
@@ -172,5 +173,5 @@ _FIELDS: dict[str, Field] = {
 _OPTIONAL: dict[str, Field] = {
     "engine": (_is_engine, "the name of an engine, and what was measured"),
     "classes": (_are_classes, "a list of labels"),
-    "report": (lambda value: isinstance(value, dict), "what was measured"),
+    "report": (is_report, "what was measured"),
 }

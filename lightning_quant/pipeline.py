@@ -20,10 +20,11 @@ from lightning_quant.arguments import check_flag, check_name, check_on_device, c
 from lightning_quant.artifact import Artifact
 from lightning_quant.assess import assess
 from lightning_quant.auto import choose_runtime
-from lightning_quant.batch_readings import Call
+from lightning_quant.batch_readings import Call, run_call
 from lightning_quant.calibrate import calibrate
 from lightning_quant.calibration_data import CalibrationCalls
 from lightning_quant.checkpoint import load_module
+from lightning_quant.compilation import is_compiled
 from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CalibrationError, NoEffectWarning, QuantizationError
 from lightning_quant.export import Quantizable, export
@@ -194,6 +195,13 @@ def _float_module(
         raise QuantizationError(_no_module(model_or_checkpoint))
     if isinstance(model_or_checkpoint, LoadedModule):
         raise QuantizationError("Expected a float module, but got a loaded artifact, which is quantized already.")
+    if isinstance(model_or_checkpoint, torch.jit.ScriptModule) or _is_exported(model_or_checkpoint):
+        raise QuantizationError(
+            f"Expected a module with Python code of its own, but got a {type(model_or_checkpoint).__name__}: give the "
+            "module that it was made from."
+        )
+    while is_compiled(model_or_checkpoint):
+        model_or_checkpoint = model_or_checkpoint.get_submodule("_orig_mod")
     check_on_device(model_or_checkpoint)
     if lightning_module is not None or module is not None:
         raise QuantizationError(
@@ -201,6 +209,12 @@ def _float_module(
             "give the module to quantize itself."
         )
     return model_or_checkpoint
+
+
+def _is_exported(module: nn.Module) -> bool:
+    """Tell whether a module is what `torch.export` made, which has operators in place of layers."""
+    graph = module.graph if isinstance(module, torch.fx.GraphModule) else None
+    return graph is not None and any(isinstance(node.target, torch._ops.OpOverload) for node in graph.nodes)
 
 
 def _no_module(given: Any) -> str:
@@ -213,8 +227,8 @@ def _no_module(given: Any) -> str:
             "a dict",
             " Of a state dict: build the module, `module.load_state_dict(...)`, and give the module.",
         )
-    elif callable(given):
-        got = f"a {type(given).__name__}"
+    elif callable(given) or isinstance(given, torch.export.ExportedProgram):
+        got, way_out = f"{type(given).__name__}", " Give the module that it was made from."
     return f"Expected a float `nn.Module` or the path of a Lightning checkpoint, but got {got}.{way_out}"
 
 
@@ -232,7 +246,7 @@ def _calibrated(
     seconds["capture"] = time.perf_counter() - started
     started = time.perf_counter()
     calls = itertools.chain([first], calls)
-    calibrate(prepared, (torch.no_grad()(functools.partial(model, *args, **kwargs)) for args, kwargs in calls))
+    calibrate(prepared, (functools.partial(run_call, model, *call, number) for number, call in enumerate(calls)))
     seconds["calibrate"] = time.perf_counter() - started
     return prepared
 

@@ -3,10 +3,12 @@
 A new named recipe is one constant in `RECIPES`.
 """
 
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
-from lightning_quant.arguments import check_fields
+from lightning_quant.arguments import check_fields, check_flag, check_number, check_positive, check_texts
 from lightning_quant.choice import check_choice, closest
 from lightning_quant.errors import QuantizationError
 from lightning_quant.names import Observers, Recipes
@@ -33,10 +35,12 @@ class IntegerSpec:
     per_channel: bool = False
 
     def __post_init__(self) -> None:
-        if not 2 <= self.bits <= 8:
+        for name in ("symmetric", "per_channel"):
+            check_flag(name, getattr(self, name))
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
             raise QuantizationError(
-                f"Expected `bits` to be in [2, 8], but got {self.bits}: no runtime here has integer kernels for wider "
-                "grids, so that all between them would be float. Keep layers float with `overrides` or `exclude`."
+                f"Expected `bits` to be in [2, 8], but got {self.bits!r}: no runtime here has integer kernels for "
+                "wider grids, so that all between them would be float. Keep layers float with `overrides` or `exclude`."
             )
 
     @property
@@ -95,6 +99,10 @@ class Recipe:
     def __post_init__(self) -> None:
         for role, symmetric in (("weight", True), ("activation", False)):
             spec = getattr(self, role)
+            if not isinstance(spec, IntegerSpec):
+                raise QuantizationError(
+                    f"Expected `{role}` to be a dict such as {{'bits': 4}} or an `IntegerSpec`, but got {spec!r:.60}."
+                )
             if (spec.symmetric, spec.per_channel) != (symmetric, symmetric):
                 what = (
                     "symmetric with one scale for each output channel: integer kernels take weights without zero points"
@@ -106,10 +114,16 @@ class Recipe:
                     f"with nothing but `bits` leaves the rest as it is: {{'{role}': {{'bits': {spec.bits}}}}}."
                 )
         for name in ("time_budget_s", "learned_step_rate", "batch_norm_batches"):
-            if not getattr(self, name) >= 0:
-                raise QuantizationError(f"Expected `{name}` to be 0 or more, but got {getattr(self, name)}.")
+            check_number(name, getattr(self, name))
+        check_number("percentile", self.percentile)
         if not 50 < self.percentile <= 100:
             raise QuantizationError(f"Expected `percentile` to be in (50, 100], but got {self.percentile}.")
+        check_flag("bias_correction", self.bias_correction)
+        check_texts("accuracy_steps", self.accuracy_steps, "['adaround']")
+        if not isinstance(self.overrides, Mapping):
+            raise QuantizationError(
+                f"Expected `overrides` to be a dict such as {{'head': 'float'}}, but got {self.overrides!r:.60}."
+            )
 
     def check_percentile(self, observer: str) -> None:
         """Refuse a percentile that no observer of a run takes.
@@ -152,8 +166,11 @@ class LayerRecipe:
     min_stored_share: float = 0.75
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_stored_share <= 1:
-            raise QuantizationError(f"Expected `min_stored_share` to be in [0, 1], but got {self.min_stored_share}.")
+        check_texts("schemes", self.schemes, "['weight_only']")
+        check_number("floor_db", self.floor_db, -math.inf)
+        check_number("min_stored_share", self.min_stored_share, 0, 1)
+        check_positive("group_size", self.group_size)
+        check_flag("gptq", self.gptq)
 
 
 AnyRecipe = Recipe | LayerRecipe
@@ -211,7 +228,10 @@ def get(recipe: "Recipes | dict[str, Any] | AnyRecipe") -> AnyRecipe:
 
             check_names(recipe)
         return recipe
-    check_choice("recipe", recipe, RECIPES, " or a `Recipe`, a `LayerRecipe` or a dict of fields")
+    others = " or a `Recipe`, a `LayerRecipe` or a dict of fields"
+    if not isinstance(recipe, str | int | float | type | None) and isinstance(recipe, Iterable):
+        others += " (data is `calibration_data=`)"
+    check_choice("recipe", recipe, RECIPES, others)
     return RECIPES[recipe]
 
 

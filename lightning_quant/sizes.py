@@ -1,6 +1,7 @@
 """Which sizes may vary in a file: what is tried, in which order, and what a reader should know of the outcome."""
 
 from collections.abc import Callable
+from keyword import iskeyword
 from typing import Literal
 
 from lightning_quant.captured import BATCH, CapturedModel, DynamicShapes
@@ -19,11 +20,21 @@ def chosen_shapes(given: ChosenShapes) -> DynamicShapes | None:
     """
     if given == STATIC:
         return {}
-    if given is None or (isinstance(given, dict) and all(isinstance(names, dict) for names in given.values())):
+    if given is None:
+        return None
+    if isinstance(given, dict) and all(_are_names(names) for names in given.values()):
         return given
     raise QuantizationError(
         f"Expected `dynamic_shapes` to be {STATIC!r}, which keeps the captured sizes, or input name to dimension to "
         f"its name, such as {{'image': {{2: 'height'}}}}, but got {given!r}."
+    )
+
+
+def _are_names(names: object) -> bool:
+    """Tell whether something maps numbers of dimensions, which YAML may hold as texts, to names."""
+    return isinstance(names, dict) and all(
+        str(dimension).isdecimal() and isinstance(name, str) and name.isidentifier() and not iskeyword(name)
+        for dimension, name in names.items()
     )
 
 

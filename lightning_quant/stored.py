@@ -204,8 +204,9 @@ def _read_manifest(folder: Path, where: Path, key: Key | None) -> Artifact:
     try:
         text = read_bytes(where / MANIFEST, MAX_BYTES)
     except ArtifactError as error:
+        hint = f" Give the folder that it is in, {folder.parent}." if folder.is_file() else ""
         raise ArtifactError(
-            f"Expected {folder} to hold an artifact, but its {MANIFEST} cannot be read: {error}"
+            f"Expected {folder} to hold an artifact, but its {MANIFEST} cannot be read: {error}{hint}"
         ) from error
     if key is not None:
         check_signature(where, text, key)

@@ -36,6 +36,18 @@ OF_EVERY_DOOR = [
     ({"recipe": {"overrides": {"head": "flaot"}}}, r"`overrides` to map 'head' .* got 'flaot'\. Did you mean 'float'"),
     ({"recipe": {"overrides": {"head": 4}}}, r"`overrides` to map 'head' .* got 4"),
     ({"recipe": {"name": "int8_dynamic", "schemes": ["dynamik"]}}, r"`recipe.schemes` .* Did you mean 'dynamic'"),
+    ({"recipe": {"accuracy_steps": "equalize"}}, r"`accuracy_steps` to be a list of names .* got 'equalize'"),
+    ({"recipe": {"time_budget_s": "10"}}, r"`time_budget_s` to be 0 or more, but got '10'"),
+    ({"recipe": {"weight": "int4"}}, r"`weight` to be a dict such as \{'bits': 4\} .* got 'int4'"),
+    ({"recipe": {"weight": {"bits": "4"}}}, r"`bits` to be in \[2, 8\], but got '4'"),
+    ({"recipe": {"overrides": ["head"]}}, r"`overrides` to be a dict such as .* got"),
+    ({"recipe": {"name": "int8_dynamic", "group_size": 0}}, r"`group_size` to be a positive integer"),
+    ({"recipe": "fp16"}, r"Did you mean 'float16'"),
+    ({"recipe": [torch.zeros(2, 8)]}, r"`recipe` .* \(data is `calibration_data=`\), but got a list"),
+    ({"runtime": "ort"}, r"Did you mean 'onnxruntime'"),
+    ({"dynamic_shapes": {"input": {0: torch.export.Dim("n")}}}, r"dimension to its name, such as .* got"),
+    ({"dynamic_shapes": {"input": {"first": "n"}}}, r"dimension to its name, such as .* got"),
+    ({"limits": {"val_f1": 0.01}}, r"`limits` to be a dict such as \{'max_drop': \{'val_f1': 0.01\}"),
     ({"runtime": "onxruntime"}, r"`runtime` to be one of \['auto', .* got 'onxruntime'\. Did you mean 'onnxruntime'"),
     ({"runtime": "onnx"}, r"Did you mean 'onnxruntime'"),
     ({"runtime": ["openvino"]}, r"`runtime` .* got a list"),
@@ -78,6 +90,7 @@ OF_SCHEDULE = [
     ({"fake_quant": 2}, r"`schedule` to have fields .* got \['fake_quant'\]\. Did you mean 'fake_quantize'"),
     (2, r"`schedule` to be a dict such as \{'fake_quantize': 2, .* got 2"),
     ({"fake_quantize": 2}, r"fraction below 1, or say what it counts, as unit='epochs'|in order"),
+    ({"fake_quantize": 2, "unit": "epochs"}, r"fake_quantize 2, freeze_observers 0\.8, .* Say in epochs when"),
     ({"fake_quantize": "2"}, r"points of `schedule` to be numbers"),
     ({"unit": "epoch"}, r"`schedule.unit` .* got 'epoch'\. Did you mean 'epochs'"),
 ]
@@ -115,6 +128,8 @@ def test_schedule_of_a_callback(schedule: Any, message: str) -> None:
     [
         (nn.Linear, r"but got the class Linear\. Give an instance: `Linear\(\.\.\.\)`"),
         (NET.state_dict(), r"got a dict\. Of a state dict: build the module"),
+        (torch.export.export(NET, (torch.zeros(2, 8),)), r"got ExportedProgram\. Give the module"),
+        (torch.export.export(NET, (torch.zeros(2, 8),)).module(), r"got a GraphModule: give the module"),
         (None, r"`nn.Module` or the path of a Lightning checkpoint, but got None"),
         (nn.Linear(8, 4, device="meta"), r"'weight' is on the meta device.* `module.to_empty\(device='cpu'\)`"),
     ],
@@ -122,6 +137,13 @@ def test_schedule_of_a_callback(schedule: Any, message: str) -> None:
 def test_what_is_no_float_module(model: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(QuantizationError, match=message):
         lq.quantize(model, calibration_data=[torch.zeros(2, 8)], output_dir=tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning")
+def test_a_scripted_module_has_no_code_to_trace(tmp_path: Path) -> None:
+    scripted = torch.jit.trace(NET, torch.zeros(2, 8))
+    with pytest.raises(QuantizationError, match="got a TopLevelTracedModule: give the module that it was made from"):
+        lq.quantize(scripted, calibration_data=[torch.zeros(2, 8)], output_dir=tmp_path)
 
 
 @pytest.mark.parametrize("exclude", ["head", ["head"], ("head",), iter(["head"])])

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch import LightningDataModule
+from lightning.pytorch import LightningDataModule, LightningModule
 from lightning_models import decibels
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -32,6 +32,14 @@ class Net(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         return self.net(input)
+
+
+class Bare(LightningModule):
+    """Has no forward of its own: its steps call the net."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
 
 
 class TakesTargets(Net):
@@ -184,6 +192,27 @@ def test_module_of_another_precision_is_tried_as_it_will_be_quantized() -> None:
     assert len(found) == 4
 
 
+@pytest.mark.parametrize(("module", "given"), [(Net(), X.double()), (Net().bfloat16(), X)])
+def test_data_of_another_precision_is_cast_where_the_module_needs_that(module: nn.Module, given: Tensor) -> None:
+    own = next(module.parameters()).dtype
+    data = CalibrationCalls(module, [given, given])
+    assert [args[0].dtype for args, _ in data] == [own, own]
+    assert data.notes == (f"floating-point numbers of `calibration_data` were cast to {own}, as the module is",)
+
+
+class Casts(Net):
+    """Takes any precision: nothing is to be taken away from it."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return super().forward((input - 1e9).float())
+
+
+def test_data_of_a_precision_that_the_module_takes_stays_as_it_is() -> None:
+    data = CalibrationCalls(Casts(), [X.double()])
+    assert next(iter(data))[0][0].dtype == torch.float64
+    assert data.notes == ()
+
+
 def test_loader_end_to_end_says_in_the_report_what_was_left_out(tmp_path: Path) -> None:
     module = Net()
     with pytest.warns(NoEffectWarning, match="left out a tensor"):
@@ -197,13 +226,20 @@ def test_loader_end_to_end_says_in_the_report_what_was_left_out(tmp_path: Path) 
 # --- refused, with what to write
 
 
+def test_a_later_call_that_fails_is_named(tmp_path: Path) -> None:
+    with pytest.raises(CalibrationError, match=r"but item 2, of \[\(4, 3\)\], fails: RuntimeError"):
+        quantize(Net(), calibration_data=[X, X, torch.zeros(4, 3), X], output_dir=tmp_path)
+
+
 @pytest.mark.parametrize(
     ("module", "data", "message"),
     [
         (Net, None, "at least one call, but got None. Give a DataLoader"),
         (Net, 64, "at least one call, but got 64. Give a DataLoader, a LightningDataModule, or an iterable"),
         (Net, "train", "but got 'train'. Give a DataLoader"),
-        (Net, DataLoader, "but got <class"),
+        (Net, DataLoader, "but got the class DataLoader"),
+        (Net, Data, "but got the class Data"),
+        (Bare, X, r"Quantize a part that has a forward: `model\.net`"),
         (Net, TensorDataset(X, Y), r"a dataset, .*: `calibration_data=DataLoader\(dataset, batch_size=32\)`"),
         (Net, [loader()], "a DataLoader is given alone, without a list"),
         (Net, {"a": loader()}, "a DataLoader is given alone, without a list"),

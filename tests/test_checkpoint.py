@@ -83,6 +83,13 @@ def test_code_of_a_checkpoint_runs_only_when_told_so(
     assert loaded.state_dict().keys() == saved[0].state_dict().keys()
 
 
+def test_trust_is_not_offered_for_what_is_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"\x08\x0a\x12\x07pytorch")
+    with pytest.raises(QuantizationError, match=r"model\.onnx .*`torch\.save` has not written it") as caught:
+        load_module(tmp_path / "model.onnx", Lit)
+    assert "trust_checkpoint" not in str(caught.value)
+
+
 @pytest.mark.parametrize("content", [b"", b"hello world", b"PK\x03\x04", b"\x80\x02]q\x00.", b"\xff" * 100])
 @pytest.mark.parametrize("trust", [False, True])
 def test_files_that_are_no_checkpoint_are_refused(content: bytes, trust: bool, tmp_path: Path) -> None:
@@ -101,5 +108,10 @@ def test_what_does_not_belong_together_is_refused(saved: tuple[Lit, Path], tmp_p
         load_module(path, Lit, "head")
     with pytest.raises(QuantizationError, match=r"nowhere\.ckpt"):
         load_module(tmp_path / "nowhere.ckpt", Lit)
+    for wrong in ("Lit", object(), list):
+        with pytest.raises(QuantizationError, match="its class or an instance, but got"):
+            load_module(path, wrong)  # type: ignore[arg-type]
+    with pytest.raises(QuantizationError, match="`ckpt_path` to be the path of a Lightning checkpoint, but got a Lit"):
+        load_module(Lit(), Lit)  # type: ignore[arg-type]
     with pytest.raises(QuantizationError, match="with the path of a checkpoint only"):
         quantize(nn.Linear(6, 3), calibration_data=[X], output_dir=tmp_path, module="net")

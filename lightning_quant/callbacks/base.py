@@ -35,7 +35,7 @@ from lightning_quant.callbacks.runtime_choice import choose_at_start
 from lightning_quant.callbacks.states import identity_of
 from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call
 from lightning_quant.capture import Capture, find_module
-from lightning_quant.checkpoint import read_checkpoint
+from lightning_quant.checkpoint import check_model_and_data, read_checkpoint
 from lightning_quant.choice import check_choice
 from lightning_quant.distributed import Group
 from lightning_quant.engines import AUTO, check_engine
@@ -244,6 +244,7 @@ class QuantizationCallback(Callback):
         """
         options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False} | trainer_options
         options |= {"devices": 1, "max_epochs": 0, "enable_checkpointing": False, "callbacks": [self]}
+        _refused_in_callback(check_model_and_data, model, datamodule)
         self._checkpoint = _refused_in_callback(functools.partial(read_checkpoint, trust=trust_checkpoint), ckpt_path)
         self.notes = (f"weights are those of {Path(ckpt_path).name}",)
         try:

@@ -38,12 +38,17 @@ class Schedule:
         check_choice("schedule.unit", self.unit, get_args(UnitName))
         if any(isinstance(point, bool) or not isinstance(point, int | float) for point in points):
             raise QuantizationError(f"Expected the points of `schedule` to be numbers, but got {points}.")
-        if min(points) < 0 or list(points) != sorted(points):
-            raise QuantizationError(f"Expected the points of `schedule` to be positive and in order, but got {points}.")
         if self.unit == "fraction" and self.fake_quantize >= 1:
             raise QuantizationError(
                 f"Expected `schedule` to reach fake quantization in this run, but `fake_quantize` is "
                 f"{self.fake_quantize} of it. Choose a fraction below 1, or say what it counts, as unit='epochs'."
+            )
+        if min(points) < 0 or list(points) != sorted(points):
+            names = ("observe", "fake_quantize", "freeze_observers", "freeze_batch_norm")
+            got = ", ".join(f"{name} {point:g}" for name, point in zip(names, points, strict=True))
+            default = f" Say in {self.unit} when `freeze_observers` is due." if self.freeze_observers == 0.8 else ""
+            raise QuantizationError(
+                f"Expected the points of `schedule` to be positive and in order, but got {got}.{default}"
             )
 
 

@@ -310,7 +310,9 @@ def _user_line() -> tuple[str, int] | None:
     frame = sys._getframe(3)
     while frame is not None and (frame.f_code.co_filename, frame.f_code.co_name) != (__file__, "run"):
         if not frame.f_code.co_filename.startswith((_TORCH, __file__)):
-            return frame.f_code.co_filename, frame.f_lineno
+            # The code of a `torch.fx.GraphModule`, which is generated anew for every copy of it.
+            is_generated = frame.f_code.co_filename.startswith("<eval_with_key>")
+            return "" if is_generated else frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return None
 

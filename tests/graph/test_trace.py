@@ -200,6 +200,16 @@ def test_a_block_with_drop_path_inside_a_net_is_quantized_in_training_too() -> N
     assert len(in_evaluation) > 8
 
 
+def test_a_generated_module_trains_and_calibrates_on_the_edges_of_its_plan() -> None:
+    # Every copy of a GraphModule runs code of its own.
+    model = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))).eval()
+    x = torch.randn(4, 6)
+    prepared = ready(model, x)
+    assert recorded_edges(prepared, x) == [":input", ":1"]
+    model.train()
+    assert recorded_edges(prepared, x) == [":input", ":1"]
+
+
 def test_drop_path_drops_in_training_only() -> None:
     model = with_statistics(DropPathNet(drop_probability=0.999)).eval()
     prepared = ready(model, IMAGE)

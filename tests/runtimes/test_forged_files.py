@@ -17,7 +17,7 @@ from layer_models import TokenClassifier, tokens
 from models import with_statistics
 from torch import nn
 
-from lightning_quant.artifact import Artifact
+from lightning_quant.artifact import Artifact, add_report
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.errors import ArtifactError
 from lightning_quant.export import export
@@ -44,9 +44,21 @@ def artifact(kind: str, folder: Path) -> Artifact:
     return export(quantized, folder)
 
 
-def check(kind: str, number: int, folder: Path) -> None:
-    forged_run.prepare_folder(artifact(kind, folder / "artifact"), folder)
-    command = [sys.executable, forged_run.__file__, str(folder), str(number)]
+REPORT: dict[str, Any] = {
+    "warnings": ["parity FAILED: for a reason"],
+    "size_ratio": 0.3,
+    "threads": 1,
+    "cpu": "one",
+    "metrics": [{"name": "x", "float_value": 0.5, "artifact": 0.4, "before": 0.6, "higher_is_better": True}],
+    "scalars": {"quant/speedup/batch_1": 2.0, "quant/parity_failed": 1.0},
+    "latency": [{"batch": 1, "torch_float": {"median_ms": 1.0}, "runtime_float": None}],
+}
+
+
+def check(kind: str, number: int, folder: Path, what: str = "files") -> None:
+    made = artifact(kind, folder / "artifact")
+    forged_run.prepare_folder(add_report(made, REPORT, "# A report"), folder)
+    command = [sys.executable, forged_run.__file__, str(folder), str(number), what]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder, check=False)
     lines = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
@@ -71,6 +83,18 @@ def test_openvino_complains_in_bytes_that_are_no_text(tmp_path: Path) -> None:
 
     with pytest.raises(ArtifactError, match="to be a model for OpenVINO"):
         openvino.load(tmp_path / "whole", json.loads((tmp_path / "about.json").read_text())["files"], signature)
+
+
+@pytest.mark.parametrize("kind", ["onnxruntime", "torch-layers"])
+def test_some_forged_manifests_and_golden_batches(kind: str, tmp_path: Path) -> None:
+    check(kind, 40, tmp_path, "folder")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_forged_manifests_and_golden_batches(kind: str, tmp_path: Path) -> None:
+    check(kind, 500, tmp_path, "folder")
 
 
 @pytest.mark.slow

@@ -1,7 +1,9 @@
 """Model files changed at random, as somebody who makes artifacts can change them with all hashes right."""
 
+import contextlib
 import functools
 import gzip
+import hashlib
 import json
 import pickle
 import random
@@ -9,6 +11,8 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from lightning_quant.manifest import GOLDEN, MANIFEST, content_digest, dump
 
 _NASTY: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2, 7, 2**31, 2**40, 2**63 - 1, 2**63, -(2**63), 10**300, 0.5, -0.0, 1e308, "", "x", "cpu",
@@ -196,6 +200,45 @@ _CHANGES: dict[str, Callable[[bytes, random.Random], bytes]] = {
     ".onnx": change_onnx,
     ".xml": change_openvino,
 }
+
+
+def forge_folder(folder: Path, chance: random.Random) -> None:
+    """Change an artifact's manifest or golden batch, and make all hashes right again."""
+    manifest = json.loads((folder / MANIFEST).read_text())
+    batch = folder / manifest["files"][GOLDEN]
+    kind = chance.randrange(6)
+    if kind == 0:
+        (folder / MANIFEST).write_bytes(change_bytes((folder / MANIFEST).read_bytes(), chance))
+        return
+    if kind == 1:
+        batch.write_bytes((change_tensors if chance.random() < 0.8 else change_bytes)(batch.read_bytes(), chance))
+    else:
+        parts = [
+            manifest,
+            *(manifest[name] for name in ("signature", "report", "plan", "files", "signature", "report")),
+        ]
+        part = chance.choice(parts)
+        for _ in range(chance.choice((1, 1, 3))):
+            if part:
+                change_tree(part, chance)
+    # What is left of the form takes them.
+    with contextlib.suppress(AttributeError, KeyError, TypeError, ValueError, OSError):
+        _seal(folder, manifest, batch)
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+
+
+def _seal(folder: Path, manifest: dict[str, Any], batch: Path) -> None:
+    content = batch.read_bytes()
+    with contextlib.suppress(struct.error, ValueError, KeyError, TypeError, AttributeError):
+        (length,) = struct.unpack("<Q", content[:8])
+        header = json.loads(content[8 : 8 + length])
+        header["__metadata__"] = {"content": content_digest(manifest)}
+        text = json.dumps(header).encode()
+        batch.write_bytes(struct.pack("<Q", len(text)) + text + content[8 + length :])
+    for name in manifest["files"].values():
+        if (folder / name).is_file():
+            manifest["sha256"][name] = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    manifest["manifest_sha256"] = dump(manifest)[1]["manifest_sha256"]
 
 
 def forge(folder: Path, files: dict[str, str], chance: random.Random) -> None:
