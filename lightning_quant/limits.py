@@ -252,8 +252,8 @@ def _direction(row: Mapping[str, Any], limits: Limits) -> bool | None:
 
 
 def _delta(row: Mapping[str, Any]) -> float | None:
-    values = (row.get("artifact"), row.get("float_value"))
-    return values[0] - values[1] if all(isinstance(value, int | float) for value in values) else None
+    artifact, floating = row.get("artifact"), row.get("float_value")
+    return artifact - floating if isinstance(artifact, int | float) and isinstance(floating, int | float) else None
 
 
 def _speedups(report: Mapping[str, Any]) -> dict[str, float]:
