@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_quant.bias_correction import InputMeans
 from lightning_quant.calls import map_tensors
 from lightning_quant.errors import CalibrationError
+from lightning_quant.padding import hidden_left_out
 from lightning_quant.prepared import Prepared
 from lightning_quant.progress import tracked
 from lightning_quant.routing import device_of, evaluation_mode
@@ -51,6 +52,7 @@ def observe(prepared: Prepared, steps: Iterable[Callable[[], Any]], means: Input
         prepared.simulation.measuring(means),
         evaluation_mode(prepared.root),
         prepared.attached("observe", observing=True),
+        hidden_left_out(prepared),
     ):
         for step in tracked(steps, "Calibrating", "batch"):
             step()

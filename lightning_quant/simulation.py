@@ -15,6 +15,7 @@ from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
 from lightning_quant.folding import Folded
 from lightning_quant.learned_steps import quantize_with_learned_step
 from lightning_quant.routing import fetch, shadowed, unparametrized
+from lightning_quant.visible import visible
 
 if TYPE_CHECKING:
     from lightning_quant.prepared import Prepared
@@ -34,6 +35,7 @@ class Simulation:
         only: when set, the weighted operators and edges that are rounded; all others compute in float.
         watcher: when set, gets every edge's identity and float values while nothing is rounded.
         recorded: when a list, every tensor that is rounded is appended to it as `(edge, integers)`.
+        hidden: when set, `(batch, time)`, true at places that do not count for ranges.
         jitter: when set, draws by how much of itself a value is moved before it is rounded.
     """
 
@@ -44,6 +46,7 @@ class Simulation:
         self.only: frozenset[str] | None = None
         self.watcher: Callable[[str, Tensor], None] | None = None
         self.recorded: list[tuple[str, Tensor]] | None = None
+        self.hidden: Tensor | None = None
         self.jitter: torch.Generator | None = None
         # Which way all values of a tensor move, 0 for either; None where each moves on its own.
         self._together: int | None = None
@@ -108,7 +111,7 @@ class Simulation:
     @property
     def is_plain(self) -> bool:
         """Whether a run does what training does: nothing looks on, all is rounded, and nothing is adjusted."""
-        looks_on = (self.only, self.watcher, self.recorded, self.jitter, self.input_means)
+        looks_on = (self.only, self.watcher, self.recorded, self.jitter, self.input_means, self.hidden)
         changed = self.prepared.channels or self.prepared.layers or self.prepared.ranges.chosen
         return all(value is None for value in looks_on) and not changed and not self.computes_integers
 
@@ -121,7 +124,8 @@ class Simulation:
     def quantize_edge(self, identity: str, x: Tensor) -> Tensor:
         """Observe and round one tensor, as the phase says."""
         if self.prepared.observing and self.prepared.phase in ("observe", "fake_quantize"):
-            self.prepared.ranges.observe(identity, self.prepared.on_grid(identity, x, clipped=True))
+            seen = self.prepared.on_grid(identity, x, clipped=True)
+            self.prepared.ranges.observe(identity, visible(seen, self.hidden))
         if self.watcher is not None:
             self.watcher(identity, x)
         if not self.rounds(identity):
@@ -254,4 +258,5 @@ class Simulation:
         if self.prepared.observing and self.input_means is not None:
             operator = self.prepared.operators[identity]
             x = self.prepared.on_grid(self.prepared.reads[identity][0], x)
-            self.input_means.update(identity, operator.kind, x)
+            seen = visible(x, self.hidden) if operator.kind == "linear" else x
+            self.input_means.update(identity, operator.kind, seen)
