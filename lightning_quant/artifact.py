@@ -9,9 +9,12 @@ import itertools
 import json
 import platform
 import warnings
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from jinja2 import TemplateError
 
 from lightning_quant import golden, runtimes
 from lightning_quant.commit import commit, current, link, locked
@@ -24,6 +27,7 @@ from lightning_quant.manifest import (
     MANIFEST,
     MAX_BYTES,
     MODEL,
+    REPORT_HTML,
     REPORT_JSON,
     REPORT_MD,
     REPORTS,
@@ -36,6 +40,8 @@ from lightning_quant.stored import Artifact, load, open_model, private_copy, rea
 from lightning_quant.tables import one_line
 
 __all__ = ["Artifact", "add_report", "check_folder", "load", "open_model", "private_copy", "read", "staging", "write"]
+_NO_PAGE = (LookupError, TypeError, ValueError, AttributeError, TemplateError)
+ToPage = Callable[[dict[str, Any], str], str]
 _PACKAGES = ("lightning_quant", "torch", "lightning", "safetensors")
 
 
@@ -64,8 +70,15 @@ def write(path: Path, staged: Path, content: dict[str, Any]) -> Artifact:
         return _commit(path, staged.parent, manifest)
 
 
-def add_report(artifact: Artifact, report: dict[str, Any], markdown: str, *, own: Artifact | None = None) -> Artifact:
-    """Add what was measured to an artifact: to its manifest and as report.md and report.json beside the model.
+def add_report(
+    artifact: Artifact,
+    report: dict[str, Any],
+    markdown: str,
+    *,
+    to_page: ToPage | None = None,
+    own: Artifact | None = None,
+) -> Artifact:
+    """Add what was measured to an artifact: to its manifest and as report.md, .json and .html beside the model.
 
     report.md ends with the lines that run the model without this package.
 
@@ -73,6 +86,7 @@ def add_report(artifact: Artifact, report: dict[str, Any], markdown: str, *, own
         artifact: as written; the one in its folder must still be of the same model.
         report: what was measured.
         markdown: the same as text.
+        to_page: makes report.html of the manifest and of lines that run the model; no page when None.
         own: private copy of the artifact. Where another run has replaced it meanwhile, the copy is written to a folder
             beside, with a warning, so that both are kept.
 
@@ -89,7 +103,7 @@ def add_report(artifact: Artifact, report: dict[str, Any], markdown: str, *, own
             else:
                 source = None
             if source is not None:
-                content = _with_report(artifact, source, folder, report, markdown)
+                content = _with_report(artifact, source, folder, report, markdown, to_page)
                 result = _commit(path, folder, content)
                 break
         if own is None:
@@ -106,24 +120,57 @@ def model_files(staged: Path) -> dict[str, str]:
 
 
 def _with_report(
-    artifact: Artifact, source: Path, folder: Path, report: dict[str, Any], markdown: str
+    artifact: Artifact,
+    source: Path,
+    folder: Path,
+    report: dict[str, Any],
+    markdown: str,
+    to_page: ToPage | None,
 ) -> dict[str, Any]:
     """Stage the files of an artifact anew with a report beside them; return what the manifest is to say."""
-    runtime = runtimes.get(artifact.manifest["runtime"])
     names = {role: name for role, name in artifact.manifest["files"].items() if role not in REPORTS}
     hashes = {Path(name).name: artifact.manifest["sha256"][name] for name in names.values()}
     for name in names.values():
         link(source / name, folder / Path(name).name)
     files = {role: Path(name).name for role, name in names.items()}
-    standalone = runtime.standalone({role: files[role] for role in artifact.model_files}, artifact.signature)
+    standalone = _standalone(artifact, files)
     markdown = (
         f"{markdown.rstrip()}\n\n## What stays outside\n\n{one_line(artifact.manifest['outside'])}\n\n"
         f"## Run it without lightning_quant, in this folder\n\n```python\n{standalone.strip()}\n```\n"
     )
-    for role, text in ((REPORT_MD, markdown), (REPORT_JSON, json.dumps(report, indent=2, allow_nan=False))):
+    content = {**artifact.manifest, "files": files, "sha256": hashes, "report": report}
+    texts = {REPORT_MD: markdown, REPORT_JSON: json.dumps(report, indent=2, allow_nan=False)}
+    try:
+        texts |= {} if to_page is None else {REPORT_HTML: to_page(content, standalone)}
+    except _NO_PAGE as error:
+        # What was trained and measured is not lost for the sake of its looks.
+        warnings.warn(f"{REPORT_HTML} could not be made: {error!r}. Please report this.", NoEffectWarning, stacklevel=2)
+    for role, text in texts.items():
         (folder / role).write_text(text, encoding="utf-8")
         files[role], hashes[role] = role, hash_file(folder / role)
-    return {**artifact.manifest, "files": files, "sha256": hashes, "report": report}
+    return content
+
+
+def page_of(artifact: Artifact, to_page: ToPage) -> str:
+    """Return the report as HTML, made of what the manifest says: the page in the folder of a stranger may be another.
+
+    Raises:
+        ArtifactError: nothing was measured, or by another version that measured something else.
+    """
+    if artifact.report is None:
+        raise ArtifactError(f"Expected {artifact.path} to hold a report, but nothing was measured of it.")
+    try:
+        return to_page(artifact.manifest, _standalone(artifact, artifact.manifest["files"]))
+    except _NO_PAGE as error:
+        raise ArtifactError(
+            f"Expected the report in {artifact.path} to be one of this version, but {type(error).__name__}: {error}."
+        ) from error
+
+
+def _standalone(artifact: Artifact, files: dict[str, str]) -> str:
+    runtime = runtimes.get(artifact.manifest["runtime"])
+    own = {role: Path(files[role]).name for role in artifact.model_files}
+    return cast(str, runtime.standalone(own, artifact.signature))
 
 
 def _commit(path: Path, folder: Path, content: dict[str, Any]) -> Artifact:

@@ -8,14 +8,17 @@ import argparse
 import dataclasses
 import json
 import sys
+import tempfile
+import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lightning_quant.artifact import Artifact, read
+from lightning_quant.artifact import Artifact, page_of, read
 from lightning_quant.cli_options import NAME, limits_of, make_parser, require_cli_packages
 from lightning_quant.errors import QuantizationError
 from lightning_quant.limits import SCHEMA_VERSION, columns, failures_in, missed_limits, summary
+from lightning_quant.report_html import to_html
 from lightning_quant.tables import text_table
 
 if TYPE_CHECKING:
@@ -133,6 +136,15 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
         text = artifact.report_path.read_text(encoding="utf-8")
         # Whoever wrote the artifact wrote this: what moves the cursor or the colours of a terminal is left out.
         print("".join(character for character in text if character.isprintable() or character == "\n"))
+    if options.html or options.open:
+        # Made anew: the page in the folder is a file like others, which may come from anywhere.
+        where = Path(options.html or Path(tempfile.mkdtemp()) / "report.html").absolute()
+        try:
+            where.write_text(page_of(artifact, to_html), encoding="utf-8")
+        except OSError as error:
+            raise QuantizationError(f"Expected `--html` to name a file that can be written, but {error}.") from error
+        if options.open:
+            webbrowser.open(where.as_uri())
     return _fail(missed_limits(artifact, limits_of(options)))
 
 

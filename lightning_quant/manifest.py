@@ -17,8 +17,9 @@ FORMAT_VERSION = 1
 MAX_BYTES = 16 * 2**20
 """Of a manifest; one of a thousand layers with its report has one."""
 MODEL, GOLDEN, REPORT_MD, REPORT_JSON = "model", "golden", "report.md", "report.json"
+REPORT_HTML = "report.html"
 """Roles of files; every other role is a further file of the model."""
-REPORTS = (REPORT_MD, REPORT_JSON)
+REPORTS = (REPORT_MD, REPORT_JSON, REPORT_HTML)
 BESIDE_MODEL = (GOLDEN, *REPORTS)
 _CONTENT = ("recipe", "runtime", "signature", "plan", "outside", "classes")
 _OWN_HASH = "manifest_sha256"

@@ -39,6 +39,7 @@ from lightning_quant.output_noise import HeldOut, held_back
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
+from lightning_quant.report_html import to_html
 from lightning_quant.routing import device_of
 from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
 
@@ -164,7 +165,7 @@ def quantize(
             held=HeldOut(tuple(held), "the last call, which took no part in calibration"),
             limits=limits,
         )
-        artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
+        artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
     for text in report.warnings:
         warnings.warn(f"{artifact.path}: {text}.", NoEffectWarning, stacklevel=2)
     return artifact

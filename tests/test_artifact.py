@@ -63,13 +63,13 @@ def test_folder_holds_model_manifest_and_report_and_nothing_else(original: Artif
     names = {path.name for path in original.path.iterdir()}
 
     assert names == {"manifest.json", *original.manifest["files"].values()}
-    assert set(original.manifest["files"]) == {"model", "golden", "report.md", "report.json"}
+    assert set(original.manifest["files"]) == {"model", "golden", "report.md", "report.json", "report.html"}
 
 
 def test_files_have_plain_names_and_the_manifest_their_hashes(original: Artifact) -> None:
     files = {name: digest(original.path / name) for name in original.manifest["files"].values()}
 
-    assert set(files) == {"model.onnx", "golden.safetensors", "report.md", "report.json"}
+    assert set(files) == {"model.onnx", "golden.safetensors", "report.md", "report.json", "report.html"}
     assert original.manifest["sha256"] == files
 
 

@@ -37,6 +37,7 @@ from lightning_quant.metric_rows import MetricRow
 from lightning_quant.output_noise import HeldOut
 from lightning_quant.parts import in_parts
 from lightning_quant.prepared import Prepared
+from lightning_quant.report_html import to_html
 from lightning_quant.routing import clone, resolve
 from lightning_quant.sizes import notes_of_sizes
 
@@ -156,7 +157,7 @@ def _report(
         held=deployment.held,
         limits=callback.limits,
     )
-    artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), own=own)
+    artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
     publish(callback, trainer, report, artifact)
     return artifact
 
