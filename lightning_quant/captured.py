@@ -32,6 +32,7 @@ class CapturedModel:
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
         exported: input name to dimension to its name, of what may vary in the file that was written last.
         refused: what was tried to let vary and did not export, with the reason.
+        decided: what Python reads out of tensors in the captured call, where the file answers such calls alone.
     """
 
     root: nn.Module
@@ -44,6 +45,7 @@ class CapturedModel:
     _batch: Batch | EllipsisType | None = ...
     exported: DynamicShapes | None = None
     refused: tuple[tuple[DynamicShapes, str], ...] = ()
+    decided: tuple[tuple[str, Any], ...] = ()
 
     @property
     def batch(self) -> Batch | None:
@@ -93,11 +95,11 @@ class CapturedModel:
 
     def found_sizes(self) -> tuple[Any, ...]:
         """Return what was found out of the sizes, plain data."""
-        return self._batch, self.exported, self.refused
+        return self._batch, self.exported, self.refused, self.decided
 
     def take_sizes(self, found: tuple[Any, ...]) -> None:
         """Take over what another binding, or process, found out."""
-        self._batch, self.exported, self.refused = found
+        self._batch, self.exported, self.refused, self.decided = found
 
     def call(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return args and kwargs of the captured call with these tensors in place of its own."""

@@ -17,7 +17,7 @@ from lightning_quant.errors import ExportError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.candidates import is_left_out
-from lightning_quant.graph.code import with_any_names
+from lightning_quant.graph.code import clear_of_own_names, with_any_names
 from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
 from lightning_quant.layers.parameters import read_from_children
@@ -211,11 +211,12 @@ def _convert_island(
     prefix = f"{island.path}." if island.path else ""
     place(module, {name.removeprefix(prefix): layer for name, layer in stored.items()})
     read_from_children(graph, module)
+    renamed = clear_of_own_names(graph, module)
     graph_module = fx.GraphModule(module, with_any_names(graph))
     graph_module.graph.eliminate_dead_code()
     graph_module.delete_all_unused_submodules()
     graph_module.recompile()
-    for name in layers:
+    for name in (*layers, *renamed):
         del module._modules[name]
     return BoundGraph(graph_module, island, traced.output_spec)
 

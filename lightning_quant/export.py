@@ -18,6 +18,7 @@ from lightning_quant import golden, runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.captured import BATCH, DynamicShapes
 from lightning_quant.convert import check_agreement, convert
+from lightning_quant.decisions import decided_as_captured, decisions, in_words
 from lightning_quant.engines import AUTO, choose_engine
 from lightning_quant.errors import ArtifactError, CalibrationError, ExportError, QuantizationError
 from lightning_quant.folder import hash_file
@@ -236,15 +237,15 @@ def _attempt(
         QuantizationError: a step failed.
     """
     runtime = runtimes.get(prepared.plan.runtime)
-    with sizes_forgotten(converted, prepared) if dynamic else nullcontext():
-        runtime.export(converted, prepared.signature, prepared.spec, prepared.tensors, staged, dynamic=dynamic)
+    _export_module(prepared, converted, staged, dynamic)
     runtime.check(staged)
     prepared.exported = dynamic
     places = prepared.batch.outputs if prepared.batch is not None and prepared.varies_in_file else ()
     signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic, places)
     loaded = runtime.load(staged.parent, artifacts.model_files(staged), signature)
     optional = tuple(name for name in prepared.spec.names if name in loaded.unread)
-    loaded.signature = signature = dataclasses.replace(signature, optional=optional)
+    decided = in_words(prepared.decided)
+    loaded.signature = signature = dataclasses.replace(signature, optional=optional, decisions=decided)
     for number in (1, PARITY_SAMPLES):
         inputs = prepared.samples(number)
         with torch.no_grad():
@@ -253,6 +254,28 @@ def _attempt(
     with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
         expected = tensor_leaves(converted(*args, **kwargs))
     return _Written(dynamic, signature, loaded, signal_to_noise(expected, answers))
+
+
+def _export_module(prepared: Quantizable, converted: nn.Module, staged: Path, dynamic: DynamicShapes) -> None:
+    """Write a model file; one that decides as the captured call does where an exporter has no values to look at.
+
+    Raises:
+        ExportError: the runtime's exporter refuses the module.
+    """
+    runtime = runtimes.get(prepared.plan.runtime)
+    call = (prepared.signature, prepared.spec, prepared.tensors, staged)
+    with sizes_forgotten(converted, prepared) if dynamic else nullcontext():
+        prepared.decided = ()
+        try:
+            runtime.export(converted, *call, dynamic=dynamic)
+        except ExportError:
+            args, kwargs = prepared.call(prepared.tensors)
+            decided = decisions(converted, args, kwargs)
+            if not decided:
+                raise
+            with decided_as_captured(converted, decided):
+                runtime.export(converted, *call, dynamic=dynamic)
+            prepared.decided = decided
 
 
 def _is_faithful(prepared: Quantizable, written: _Written) -> bool:
@@ -318,5 +341,6 @@ def export_float(prepared: Quantizable, folder: Path) -> Path:
     runtime = runtimes.get(prepared.plan.runtime)
     root = clone(prepared.root).eval()
     path = folder / f"float_{runtime.MODEL_FILE}"
-    runtime.export(root, prepared.signature, prepared.spec, prepared.tensors, path, dynamic=prepared.exported or {})
+    with decided_as_captured(root, prepared.decided):
+        runtime.export(root, prepared.signature, prepared.spec, prepared.tensors, path, dynamic=prepared.exported or {})
     return path

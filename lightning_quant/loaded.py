@@ -69,7 +69,9 @@ class LoadedModule(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run a call of the captured structure."""
-        return self.signature.unflatten(self.run(self.signature.flatten(args, kwargs)))
+        outputs = self.run(self.signature.flatten(args, kwargs))
+        self.signature.check_decided(outputs)
+        return self.signature.unflatten(outputs)
 
     def __copy__(self) -> "LoadedModule":
         duplicate = type(self).__new__(type(self))

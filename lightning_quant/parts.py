@@ -7,8 +7,10 @@ from torch import Tensor
 
 from lightning_quant.calls import flatten_call
 from lightning_quant.captured import CapturedModel
+from lightning_quant.decisions import decisions, in_words
 from lightning_quant.errors import FixedSizesError
 from lightning_quant.loaded import LoadedModule
+from lightning_quant.routing import evaluation_mode
 from lightning_quant.signature import tensor_leaves
 
 
@@ -77,8 +79,15 @@ def check_takes(captured: CapturedModel, args: tuple[Any, ...], kwargs: dict[str
     """Make sure that evaluation can call the file as it does the module.
 
     Raises:
-        FixedSizesError: the file takes other sizes alone.
+        FixedSizesError: the file takes other sizes alone, or calls alone that decide otherwise.
     """
+    with evaluation_mode(captured.root):
+        otherwise = captured.decided and decisions(captured.root, args, kwargs) != captured.decided
+    if otherwise:
+        raise FixedSizesError(
+            f"Expected validation to call so that {' and '.join(in_words(captured.decided))}, as in the call that was "
+            "exported, but it does not. Train and validate with calls that decide alike, or pass `evaluate=False`."
+        )
     exported, batch = captured.exported or {}, captured.batch
     spec, tensors = flatten_call(captured.signature, args, kwargs)
     if spec.names != captured.spec.names:

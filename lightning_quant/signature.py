@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_quant.call_checks import DTYPES, TensorInfo, as_captured, check_named_sizes, difference
 from lightning_quant.calls import CallSpec, constant_names, context_of, flatten_call, unique_names
-from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+from lightning_quant.errors import ArtifactError, ExportError, FixedSizesError, QuantizationError
 
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
 
@@ -43,6 +43,8 @@ class Signature:
         structure: nested description of the result, with `{"tensor": i}` for the i-th output.
         context: what classes of the user's carry beside tensors, a stage say, as text; later calls must repeat it.
         optional: names of inputs that the file does not read, such as labels: a call may leave them out.
+        decisions: in words, what Python read out of tensors in the captured call; the file answers NaN to a call in
+            which that does not hold.
     """
 
     parameters: tuple[tuple[str, str, Any], ...]
@@ -52,6 +54,7 @@ class Signature:
     structure: Any = field(default_factory=dict)
     context: str = ""
     optional: tuple[str, ...] = ()
+    decisions: tuple[str, ...] = ()
 
     def flatten(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         """Return the tensors of a call in order.
@@ -119,6 +122,19 @@ class Signature:
         """Return the result that these output tensors make up."""
         return _build(self.structure, tensors)
 
+    def check_decided(self, outputs: list[Tensor]) -> None:
+        """Refuse the NaN of a file that answers calls alone which decide as the captured one.
+
+        Raises:
+            FixedSizesError: the call decides otherwise.
+        """
+        numbers = [output for output in outputs if output.is_floating_point() and output.numel()]
+        if self.decisions and numbers and all(bool(output.isnan().all()) for output in numbers):
+            raise FixedSizesError(
+                f"Expected a call in which {' and '.join(self.decisions)}, as in the captured one, but got another: "
+                "what follows from that is part of the exported model. Export again from such a call."
+            )
+
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists that JSON can hold."""
         return {**dataclasses.asdict(self), "constants": [_plain(value) for value in self.constants]}
@@ -140,6 +156,7 @@ class Signature:
                 # Manifests of earlier versions have neither.
                 context=str(values.get("context", "")),
                 optional=tuple(_text(name) for name in values.get("optional", ())),
+                decisions=tuple(_text(line) for line in values.get("decisions", ())),
             )
             signature._inspect()
             if _indices(signature.structure) != list(range(len(signature.outputs))):
@@ -250,7 +267,8 @@ def _structure(value: Any, leaves: list[Tensor], names: list[str] | None = None,
         # Keys and values for a next call: code that generates has its own, and an artifact is called once at a time.
         return {"constant": None}
     raise ExportError(
-        f"Expected forward to return tensors in lists, dicts or dataclasses, but got {type(value).__name__}."
+        f"Expected forward to return tensors in lists, dicts or dataclasses, but got {type(value).__name__}. "
+        "Quantize a child module that returns tensors; callbacks take its name as `module=...`."
     )
 
 

@@ -5,6 +5,7 @@ from keyword import iskeyword
 from typing import Literal
 
 from lightning_quant.captured import BATCH, CapturedModel, DynamicShapes
+from lightning_quant.decisions import in_words
 from lightning_quant.errors import QuantizationError
 from lightning_quant.layerwise import Layerwise
 
@@ -86,21 +87,33 @@ def attempts(prepared: CapturedModel, chosen: DynamicShapes | None) -> list[Dyna
 
 
 def notes_of_sizes(prepared: CapturedModel) -> tuple[str, ...]:
-    """Return in words which sizes the file keeps that might have varied, and why, if there are any."""
+    """Return in words which sizes, or what else of a call, the file keeps that might have varied, and why, if any."""
     if prepared.exported is None:
         return ()
+    return (*_decided(prepared), *_kept_sizes(prepared))
+
+
+def _decided(prepared: CapturedModel) -> tuple[str, ...]:
+    words = in_words(prepared.decided)
+    if not words:
+        return ()
+    return (f"the file answers calls alone in which {' and '.join(words)}, and NaN to others",)
+
+
+def _kept_sizes(prepared: CapturedModel) -> tuple[str, ...]:
+    exported = prepared.exported or {}
     reasons = {
         (name, dimension): why
         for dynamic, why in prepared.refused
         for name, dimensions in dynamic.items()
         for dimension, label in dimensions.items()
-        if dimension not in prepared.exported.get(name, {}) and not label.startswith("sequence")
+        if dimension not in exported.get(name, {}) and not label.startswith("sequence")
     }
     sizes = dict(zip(prepared.spec.names, (tuple(t.shape) for t in prepared.tensors), strict=True))
     if reasons:
         kept = " and ".join(f"dimension {d} of `{name}` is {sizes[name][d]}" for name, d in reasons)
         return (f"the file takes calls alone where {kept}: {next(iter(reasons.values()))}",)
-    if prepared.batch is None and sizes and not prepared.exported:
+    if prepared.batch is None and sizes and not exported:
         listed = ", ".join(f"`{name}` {shape}" for name, shape in sizes.items())
         return (f"the file takes the captured sizes alone ({listed}): the module itself runs on no part of that call",)
     return ()

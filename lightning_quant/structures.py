@@ -4,6 +4,7 @@ Dataclasses, batches of graphs, dicts with methods: whatever holds tensors as at
 """
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -77,7 +78,10 @@ def _part(key: Any) -> str:
 
 def _is_structure(value: Any) -> bool:
     """Tell whether a leaf is an object with tensors inside."""
-    if isinstance(value, (*CONSTANTS, Tensor, nn.Module, type)) or callable(value):
+    # Batches of graphs can be called, too.
+    if isinstance(value, (*CONSTANTS, Tensor, nn.Module, type, functools.partial, fx.Proxy)) or inspect.isroutine(
+        value
+    ):
         return False
     if any((base.__name__, base.__module__) == ("Cache", "transformers.cache_utils") for base in type(value).__mro__):
         return False

@@ -3,8 +3,11 @@
 import keyword
 from typing import Any
 
-from torch import fx
+from torch import fx, nn
 from torch.fx.graph import CodeGen
+
+# Has what every GraphModule has as an attribute.
+_EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
 
 
 class CodeOfAnyNames(CodeGen):
@@ -25,6 +28,20 @@ def with_any_names(graph: fx.Graph) -> fx.Graph:
     """Let a graph's code be right whatever its modules are called; returns the graph."""
     graph.set_codegen(CodeOfAnyNames())
     return graph
+
+
+def clear_of_own_names(graph: fx.Graph, module: nn.Module) -> list[str]:
+    """Call children by other names where a GraphModule has an attribute of that name, `graph`; return the new names."""
+    renamed = []
+    for node in graph.nodes:
+        first, *rest = str(node.target).split(".")
+        if node.op in ("call_module", "get_attr") and first in module._modules and hasattr(_EMPTY, first):
+            name = f"child_{first}"
+            if name not in renamed:
+                module.add_module(name, module.get_submodule(first))
+                renamed.append(name)
+            node.target = ".".join((name, *rest))
+    return renamed
 
 
 def _escaped(name: str) -> str:

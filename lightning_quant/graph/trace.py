@@ -12,7 +12,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from lightning_quant.graph.expansions import expansion_of, is_expanded, layer_re
 from lightning_quant.graph.normalize import functionalize
 from lightning_quant.graph.proxy import ShapedProxy
 from lightning_quant.routing import clone, device_of, without_fast_path
+from lightning_quant.structures import register_structures
 
 _CONSTRUCTORS = ("rand", "randn", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -81,6 +82,14 @@ class _Tracer(fx.Tracer):
         if module_qualified_name in self.opaque or has_hooks(m) or parametrize.is_parametrized(m):
             return True
         return not is_expanded(m) and super().is_leaf_module(m, module_qualified_name)
+
+    def create_arg(self, a: Any) -> Any:
+        if not is_dataclass(a) or isinstance(a, type):
+            return super().create_arg(a)
+        # Calling the class with its fields, as fx does, is not what makes every dataclass.
+        register_structures(a)
+        leaves, treespec = pytree.tree_flatten(a)
+        return self.create_node("call_function", _rebuilding(type(a), treespec), (self.create_arg(leaves),), {})
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
         if self.propagating:
@@ -266,6 +275,14 @@ def _constant(value: Tensor) -> Any:
         return value
 
     return constant
+
+
+def _rebuilding(kind: type, treespec: Any) -> Any:
+    def rebuild(leaves: list[Any]) -> Any:
+        return pytree.tree_unflatten(leaves, treespec)
+
+    rebuild.__name__ = kind.__name__
+    return rebuild
 
 
 @contextmanager

@@ -33,6 +33,9 @@ MODELS = {
     "TCN": _model("TCNModel", num_filters=4, **_CHUNKS),
     "TiDE": _model("TiDEModel", hidden_size=8, **_CHUNKS),
     "TSMixer": _model("TSMixerModel", hidden_size=8, ff_size=8, **_CHUNKS),
+    "DLinear": _model("DLinearModel", **_CHUNKS),
+    "NLinear": _model("NLinearModel", **_CHUNKS),
+    "BlockRNN": _model("BlockRNNModel", model="GRU", hidden_dim=8, **_CHUNKS),
     "RNN": _model("RNNModel", input_chunk_length=12, training_length=16, model="LSTM", hidden_dim=8),
     "Transformer": _model(
         "TransformerModel",

@@ -31,10 +31,10 @@ class Recorder(Callback):
     """Counts training batches, and keeps Trainer and module, which projects hide."""
 
     def __init__(self) -> None:
-        self.num_batches, self.trainer, self.module, self.metrics = 0, None, None, {}
+        self.num_batches, self.trainer, self.module, self.loaders = 0, None, None, None
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "trainer": None, "module": None}
+        return {**self.__dict__, "trainer": None, "module": None, "loaders": None}
 
     def __deepcopy__(self, memo: Any) -> "Recorder":
         return self
@@ -43,7 +43,8 @@ class Recorder(Callback):
         self.num_batches, self.trainer, self.module = self.num_batches + 1, trainer, pl_module
 
     def on_validation_end(self, trainer: Any, pl_module: Any) -> None:
-        self.metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        # Projects predict with the same Trainer afterwards.
+        self.loaders = trainer.val_dataloaders
 
 
 def fitted(model: Any, recipe: str, folder: Path) -> dict[str, Any]:
@@ -93,7 +94,7 @@ def validated(recorder: Recorder, callback: Any) -> dict[str, float]:
     place.__dict__["forward"] = lq.load(callback.artifact.path)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
     trainer = type(recorder.trainer)(accelerator="cpu", limit_val_batches=4, **options)
-    (values,) = trainer.validate(module, dataloaders=recorder.trainer.val_dataloaders, verbose=False)
+    (values,) = trainer.validate(module, dataloaders=recorder.loaders, verbose=False)
     return values
 
 
