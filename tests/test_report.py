@@ -75,8 +75,16 @@ LAYER = LayerSensitivity(
 def test_no_layer_is_advised_that_moves_no_metric() -> None:
     found = Sensitivity((LAYER,), 0.02, Advice(("stem.0",), 0.01, 3000))
     assert found.with_gains({"acc": 0.00004, "loss": -0.00002}).advice is None
-    assert "keeping it float moves no metric (acc, loss)" in found.with_gains({"acc": 0.0, "loss": 0.0}).explanation()
-    assert "acc +0.0000, loss -0.0030" in found.with_gains({"acc": 0.0, "loss": -0.003}).explanation()
+    nothing = found.with_gains({"acc": 0.0, "loss": -0.003})
+    assert nothing.advice is None
+    assert "keeping it float makes no metric better (acc +0.0000, loss -0.0030)" in nothing.explanation()
+    # A gain is one in the metric's own direction, and losses count where there is nothing else.
+    assert found.with_gains({"acc": -0.1}).advice is None
+    assert found.with_gains({"acc": 0.1, "loss": 0.2}).advice is found.advice
+    assert found.with_gains({"val_loss": -0.1}).advice is found.advice
+    assert found.with_gains({"val_loss": 0.1}).advice is None
+    assert found.with_gains({"perplexity": 0.1}, {"perplexity": False}).advice is None
+    assert found.with_gains({"perplexity": 0.1}).advice is found.advice
 
 
 def test_sensitivity_stands_in_the_report_where_it_was_asked_for() -> None:

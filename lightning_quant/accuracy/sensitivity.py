@@ -1,7 +1,7 @@
 """Which layer costs what: quantize one operator at a time, and all but one, and measure the module's output."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -92,10 +92,21 @@ class Sensitivity:
     advice: Advice | None = None
     gains: dict[str, float] = field(default_factory=dict)
 
-    def with_gains(self, gains: dict[str, float]) -> "Sensitivity":
-        """Return the same with what the advice does to validation metrics; without it where it moves none of them."""
-        moves = not gains or any(abs(value) >= _SMALLEST_GAIN for value in gains.values())
-        return replace(self, gains=gains, advice=self.advice if moves else None)
+    def with_gains(
+        self, gains: dict[str, float], higher_is_better: Mapping[str, bool | None] | None = None
+    ) -> "Sensitivity":
+        """Return the same with what the advice does to validation metrics; without it where it makes none better.
+
+        Args:
+            gains: metric to how it changes.
+            higher_is_better: of metrics of which that is known. Losses count where there is nothing else.
+        """
+        known = {"acc": True, "loss": False} | dict(higher_is_better or {})
+        signs = {name: _sign(name, known) for name in gains}
+        judged = [name for name in gains if "loss" not in name.lower()] or list(gains)
+        better = [gains[name] * signs[name] if signs[name] else abs(gains[name]) for name in judged]
+        helps = not gains or max(better) >= _SMALLEST_GAIN
+        return replace(self, gains=gains, advice=self.advice if helps else None)
 
     def explanation(self) -> str:
         """Say in one line where the loss comes from, and what to do about it."""
@@ -109,7 +120,8 @@ class Sensitivity:
 
     def _way_out(self) -> str:
         if self.advice is None and self.gains:
-            return f"keeping it float moves no metric ({', '.join(self.gains)})"
+            moved = ", ".join(f"{name} {value:+.4f}" for name, value in self.gains.items())
+            return f"keeping it float makes no metric better ({moved})"
         if self.advice is None:
             return "no part of the net gains by being kept float for its sake"
         names = ", ".join(f'"{name}": "float"' for name in self.advice.names)
@@ -189,6 +201,14 @@ def sensitivity(prepared: Prepared, calls: list[Call], *, score: Score | None = 
         layers.sort(key=lambda layer: layer.without_error)
         sizes = {layer.name: layer.float_bytes for layer in layers}
         return Sensitivity(tuple(layers), error, advise(prepared, layers[0].name, measure, sizes))
+
+
+def _sign(name: str, known: Mapping[str, bool | None]) -> int:
+    """Return 1 for metrics that are better when higher, -1 for others, 0 where that is not known."""
+    found = known.get(name)
+    if found is None:
+        found = next((known[part] for part in ("loss", "acc") if part in name.lower()), None)
+    return 0 if found is None else 1 if found else -1
 
 
 def check_rankable(recipe: AnyRecipe, *, sensitivity: bool) -> None:

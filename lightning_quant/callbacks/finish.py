@@ -109,7 +109,8 @@ def _measure(
         started = time.perf_counter()
         metrics = _metrics(callback, trainer, deployment, own, calls)
         if metrics and deployment.sensitivity is not None:
-            found = deployment.sensitivity.with_gains(_gains(callback, trainer, deployment, deployment.sensitivity))
+            gains = _gains(callback, trainer, deployment, deployment.sensitivity)
+            found = deployment.sensitivity.with_gains(gains, {row.name: row.higher_is_better for row in metrics})
             deployment = replace(deployment, sensitivity=found)
         callback.seconds["evaluate"] = time.perf_counter() - started
         if callback.loss_inputs is not None and callback.loss_inputs.formula is None:
