@@ -284,14 +284,14 @@ def test_excluded_attention_stays_float_as_a_whole() -> None:
 @pytest.mark.parametrize(
     ("recipe", "message"),
     [
-        (LayerRecipe("mine", ("int3",)), r"schemes` to be one of \[.*'bfloat16'\], but got 'int3'"),
-        (LayerRecipe("mine", ()), r"`schemes` to be out of .*, but got \[\]"),
-        (LayerRecipe("mine", ("weight_only_4bit",), group_size=0), "`group_size` to be positive, but got 0"),
+        ({"schemes": ("int3",)}, r"schemes` to be one of \[.*'bfloat16'\], but got 'int3'"),
+        ({"schemes": ()}, r"`schemes` to be out of .*, but got \[\]"),
+        ({"schemes": ("weight_only_4bit",), "group_size": 0}, "`group_size` to be a positive integer, but got 0"),
     ],
 )
-def test_wrong_recipe(recipe: LayerRecipe, message: str) -> None:
+def test_wrong_recipe(recipe: dict[str, Any], message: str) -> None:
     with pytest.raises(QuantizationError, match=message):
-        rows_of(Around(nn.Linear(4, 4)), torch.randn(2, 4), recipe=recipe)
+        rows_of(Around(nn.Linear(4, 4)), torch.randn(2, 4), recipe=LayerRecipe("mine", **recipe))
 
 
 def test_recipe_that_needs_a_graph() -> None:
