@@ -48,8 +48,17 @@ def bias_correction(weight: Tensor, folded: Folded, integers: Tensor, mean: Tens
     """
     shape = (-1, *[1] * (weight.dim() - 1))
     exact = weight.double() if folded.gain is None else weight.double() * folded.gain.double().view(shape)
-    error = integers.double() * folded.scale.double().view(shape) - exact
-    error = error.flatten(2).sum(2) if weight.dim() > 2 else error
-    groups = len(mean) // weight.shape[1]
+    return mean_shift(integers.double() * folded.scale.double().view(shape) - exact, mean)
+
+
+def mean_shift(error: Tensor, mean: Tensor) -> Tensor:
+    """Return what takes a weight's error out of the mean of the output, `(out_channels,)`.
+
+    Args:
+        error: `(out_channels, in_channels // groups, ...)`, of the weight.
+        mean: `(in_channels,)`, of the input.
+    """
+    groups = len(mean) // error.shape[1]
+    error = error.flatten(2).sum(2) if error.dim() > 2 else error
     by_group = mean.view(groups, 1, -1).expand(-1, len(error) // groups, -1).reshape(len(error), -1)
     return -(error * by_group.to(error)).sum(1).float()

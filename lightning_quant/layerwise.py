@@ -27,6 +27,7 @@ from lightning_quant.graph.counting import observe_call
 from lightning_quant.graph.plan import Plan, Row, join
 from lightning_quant.graph.table import Selection
 from lightning_quant.host import moved_call, on_host
+from lightning_quant.layers.correction import correct_biases
 from lightning_quant.layers.finite import check_output, check_weights
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.placement import place, placed
@@ -207,6 +208,8 @@ def quantize_layers(
         )
     if chosen.gptq:
         refine(source, layers, more)
+    if chosen.bias_correction:
+        correct_biases(model, found, args, kwargs)
     quantized = Layerwise(model, signature, spec, tensors, chosen, plan, layers, selection)
     quantized.compare()
     return quantized

@@ -154,6 +154,8 @@ class LayerRecipe:
         group_size: values of a row that share a scale, for 4-bit weights.
         gptq: whether the integers of linear layers' weights are chosen by the layers' outputs instead of rounding to
             nearest; see `lightning_quant.accuracy.gptq`.
+        bias_correction: whether the mean of what a layer reads on the captured call, times the error of its weights, is
+            taken out of its bias.
         min_stored_share: share of the weights' values that must be stored with fewer bits, in [0, 1]; below it the
             report says that the recipe failed.
     """
@@ -163,6 +165,7 @@ class LayerRecipe:
     floor_db: float = 20.0
     group_size: int = 32
     gptq: bool = False
+    bias_correction: bool = True
     min_stored_share: float = 0.75
 
     def __post_init__(self) -> None:

@@ -11,6 +11,8 @@ from torch.nn.utils import parametrize
 from lightning_quant.layers.storage import Scheme, dequantize, quantize
 from lightning_quant.routing import clone, copied
 
+ADDED = "added_bias"
+"""Name of the buffer with what takes the error of the weights out of the mean, where a layer has no bias."""
 # Kinds of layers that models ask for by class. Recurrent ones keep their weights in ways of their own.
 _ASKED_FOR = (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)
 
@@ -108,7 +110,19 @@ class StoredLayer(nn.Module):
         """Call the float layer with its weights in float."""
         values = {name: dequantize(*self.stored(name)) for name in self.names}
         others = {name: getattr(self, attribute) for name, attribute in self.shared.items()}
-        return functional_call(self._float_layer, {**values, **others}, args, kwargs)
+        result = functional_call(self._float_layer, {**values, **others}, args, kwargs)
+        added = self._buffers.get(ADDED)
+        # Of convolutions, whose channels come before the places.
+        return result if added is None else result + added.view(-1, *[1] * (values["weight"].dim() - 2))
+
+    def add_to_bias(self, shift: Tensor) -> None:
+        """Let a shift of the layer's output, `(out_channels,)`, be part of its bias, or stand for it."""
+        attribute = self.shared.get("bias")
+        if attribute is None:
+            self.register_buffer(ADDED, shift)
+        else:
+            bias = self.get_parameter(attribute).detach()
+            self.register_parameter(attribute, nn.Parameter(bias + shift.to(bias), requires_grad=False))
 
     def _poison(self, name: str) -> Tensor:
         """Return what code outside gets for a weight: its shape and type, to be asked for, and NaN for its values.

@@ -5,7 +5,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_quant.layers import kernels  # noqa: F401
-from lightning_quant.layers.layer import StoredLayer
+from lightning_quant.layers.layer import ADDED, StoredLayer
 from lightning_quant.layers.storage import Scheme
 
 
@@ -29,7 +29,9 @@ class StoredLinear(StoredLayer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Multiply as the scheme says."""
-        return linear(input, *self.stored("weight"), self._parameters.get("bias"), self.scheme.arithmetic)
+        bias: Tensor | None = self._parameters.get("bias")
+        bias = self._buffers.get(ADDED) if bias is None else bias
+        return linear(input, *self.stored("weight"), bias, self.scheme.arithmetic)
 
 
 def linear(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, arithmetic: str) -> Tensor:

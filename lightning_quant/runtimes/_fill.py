@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import ArtifactError
 from lightning_quant.layers import StoredLayer, class_for
-from lightning_quant.layers.layer import plain
+from lightning_quant.layers.layer import ADDED, plain
 from lightning_quant.layers.parameters import CHILD, StoredParameters, child_of
 from lightning_quant.layers.placement import place, standing
 from lightning_quant.layers.storage import SCHEMES
@@ -111,7 +111,13 @@ def _stored(float_layer: nn.Module, name: str, scheme: str, tensors: dict[str, T
                 f"Expected {key!r} of the artifact to have the shape that `into` has, {tuple(expected)}, but got "
                 f"{tuple(found)}."
             )
-    return stored_class(layer, SCHEMES[scheme], stored)
+    made = stored_class(layer, SCHEMES[scheme], stored)
+    added = tensors.get(f"{name}.{ADDED}")
+    if added is not None:
+        if added.shape != stored[names[0]][0].shape[:1]:
+            raise ArtifactError(f"Expected {name}.{ADDED} to have a value for each row, but got {tuple(added.shape)}.")
+        made.register_buffer(ADDED, added)
+    return made
 
 
 def _shape(stored: Tensor, scale: Tensor | None) -> torch.Size:

@@ -31,7 +31,7 @@ FLOORS_DB = {"weight_only": 30.0, "dynamic": 28.0, "weight_only_4bit": 12.0, "fl
 def quantized(
     model: nn.Module, *args: Any, scheme: str = WEIGHT_ONLY, runtime: str = "torch", **kwargs: Any
 ) -> Layerwise:
-    recipe = LayerRecipe("one", (scheme,), floor_db=0.0)
+    recipe = LayerRecipe("one", (scheme,), floor_db=0.0, bias_correction=False)
     return quantize_layers(model.eval(), args, kwargs, recipe=recipe, runtime=runtime)
 
 

@@ -158,7 +158,7 @@ class Foreign(nn.Module):
 
 
 # As operators in other languages are: nothing tells what it computes.
-_LIBRARY = torch.library.Library("lightning_quant_tests", "DEF")
+_LIBRARY = torch.library.Library("lightning_quant_tests", "FRAGMENT")
 _LIBRARY.define("triple(Tensor x) -> Tensor")
 _LIBRARY.impl("triple", lambda x: 3 * x, "CPU")
 torch.library.register_fake("lightning_quant_tests::triple", torch.empty_like, lib=_LIBRARY)
