@@ -18,6 +18,7 @@ from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.candidates import is_left_out
 from lightning_quant.graph.code import clear_of_own_names, with_any_names
+from lightning_quant.graph.moves import border_of
 from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
 from lightning_quant.layers.parameters import read_from_children
@@ -185,7 +186,11 @@ def _convert_island(
     for operator in island.plan.operators:
         if operator.weight:
             name = f"quantized_{len(layers)}"
-            layers[name] = _convert_layer(prepared, identify(island.path, operator.key), operator, nodes, module)
+            identity, node = identify(island.path, operator.key), nodes[operator.key]
+            layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            layers[name] = _convert_layer(prepared, identity, operator, node, layer)
+            if (border := border_of(layer)) is not None:
+                _pad_before(graph, node, border, _quantizer(prepared, prepared.reads[identity][0]).grid)
             _replace_layer(graph, operator, nodes, name)
         elif operator.kind == "global_avg_pool" and static_sizes:
             _pool_with_static_window(nodes[operator.key])
@@ -195,8 +200,7 @@ def _convert_island(
         if edge.passed:
             continue
         identity = identify(island.path, edge.key)
-        scale, zero_point = prepared.ranges.parameters(identity)
-        quantizer = EdgeQuantizer(identity, scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
+        quantizer = _quantizer(prepared, identity)
         # A name of its own in the whole module: exporters may know no more than the last part of a path.
         layers[name := f"edge_{list(prepared.ranges.edges).index(identity)}"] = quantizer
         pair = _insert_pair(graph, nodes[edge.key], name, quantizer.grid)
@@ -221,30 +225,49 @@ def _convert_island(
     return BoundGraph(graph_module, island, traced.output_spec)
 
 
+def _quantizer(prepared: Prepared, identity: str) -> EdgeQuantizer:
+    scale, zero_point = prepared.ranges.parameters(identity)
+    return EdgeQuantizer(identity, scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
+
+
 @torch.no_grad()
 def _convert_layer(
-    prepared: Prepared, identity: str, operator: Operator, nodes: dict[str, fx.Node], module: nn.Module
+    prepared: Prepared, identity: str, operator: Operator, node: fx.Node, layer: nn.Module | None
 ) -> QuantizedLayer:
-    """Fold BatchNorm into a layer and quantize it; `module` has its strides and padding, the prepared its weights."""
+    """Fold BatchNorm into a layer and quantize it; node and layer have its strides, the prepared has its weights."""
     folded = prepared.folded(identity)
     integers = prepared.weight_integers(identity, folded).to(torch.int8)
     bias = folded.bias_integers.to(torch.int32)
-    node = nodes[operator.key]
-    layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
     options = layer_options(node, operator, layer)
     tensors = (integers, folded.scale, bias, folded.bias_step)
     return QuantizedLayer(operator.kind, options, *(tensor.detach().cpu() for tensor in tensors))
 
 
 def layer_options(node: fx.Node, operator: Operator, layer: nn.Module | None) -> dict[str, Any]:
-    """Return stride, padding, dilation and groups of a convolution, from its layer or from the call's arguments."""
+    """Return stride, padding, dilation and groups of a convolution, from its layer or from the call's arguments.
+
+    Its padding is of zeros: there is none where `border_of` has one of values.
+    """
     if operator.kind == "linear":
         return {}
     defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
     if layer is not None:
-        return {name: getattr(layer, name) for name in defaults}
+        options = {name: getattr(layer, name) for name in defaults}
+        return options if border_of(layer) is None else {**options, "padding": 0}
     first = 5 if node.target == "run_function" else 3
-    return {name: ops.argument(node, first + i, name, defaults[name]) for i, name in enumerate(defaults)}
+    given = {name: ops.argument(node, first + i, name, defaults[name]) for i, name in enumerate(defaults)}
+    # Numbers of channels, say, that forward reads from shapes.
+    return fx.node.map_arg(given, lambda size: size.meta["fake"])
+
+
+def _pad_before(graph: fx.Graph, node: fx.Node, border: tuple[list[int], str], grid: tuple[Any, ...]) -> None:
+    """Write the padding that a convolution carries out as one of its own, of a quantized tensor like its input."""
+    qdq = torch.ops.quantized_decomposed
+    with graph.inserting_before(node):
+        padded = graph.call_function(F.pad, (ops.argument(node, 0, "input"), *border))
+        padded.meta["key"] = node.meta["key"]
+        quantized = graph.call_function(qdq.quantize_per_tensor.default, (padded, *grid))
+        node.args, node.kwargs = (graph.call_function(qdq.dequantize_per_tensor.default, (quantized, *grid)),), {}
 
 
 def _replace_layer(graph: fx.Graph, operator: Operator, nodes: dict[str, fx.Node], name: str) -> None:
@@ -252,6 +275,7 @@ def _replace_layer(graph: fx.Graph, operator: Operator, nodes: dict[str, fx.Node
     node.args, node.op, node.target, node.kwargs = (ops.argument(node, 0, "input"),), "call_module", name, {}
     if operator.batch_norm:
         _drop(nodes[operator.batch_norm])
+    if operator.batch_norm and not operator.moved:
         nodes[operator.batch_norm] = node
         if operator.output == operator.batch_norm:
             nodes[operator.output] = node
@@ -259,8 +283,9 @@ def _replace_layer(graph: fx.Graph, operator: Operator, nodes: dict[str, fx.Node
 
 def _drop(node: fx.Node) -> None:
     """Let readers of a node read its input: a clipping activation, say, that the range of its output takes over."""
-    node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
-    node.meta["dropped"] = node.args[0]
+    source = ops.argument(node, 0, "input")
+    node.replace_all_uses_with(source)
+    node.meta["dropped"] = source
 
 
 def _pool_with_static_window(node: fx.Node) -> None:

@@ -12,7 +12,15 @@ class CaptureError(QuantizationError):
 
 
 class UntraceableError(QuantizationError):
-    """A forward does something that a graph cannot hold, such as branching on a tensor's values."""
+    """A forward does something that a graph cannot hold, such as branching on a tensor's values.
+
+    Attributes:
+        places: path of each module whose own forward does so, with what it does; empty where that is not known.
+    """
+
+    def __init__(self, message: str, places: dict[str, str] | None = None) -> None:
+        super().__init__(message)
+        self.places = places or {}
 
 
 class PlanError(QuantizationError):

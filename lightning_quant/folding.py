@@ -11,7 +11,27 @@ from torch import Tensor, nn
 
 from lightning_quant.adjustments import Layer
 from lightning_quant.fake_quantize import BIAS_LIMIT, SMALLEST_SCALE, channel_maximum, weight_scale
+from lightning_quant.graph.plan import Norm
 from lightning_quant.routing import fetch, resolve
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """What a BatchNorm normalizes with, `(channels,)` each.
+
+    Attributes:
+        mean: running mean.
+        variance: running variance.
+        weight: gamma; None without.
+        bias: beta; None without.
+        eps: what is added to the variance.
+    """
+
+    mean: Tensor
+    variance: Tensor
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
 
 
 @dataclass(frozen=True)
@@ -50,7 +70,7 @@ class Folded:
 def fold(
     weight: Tensor,
     bias: Tensor | None,
-    norm: nn.Module | None,
+    norm: Statistics | None,
     input_scale: Tensor,
     quant_max: int,
     step: Tensor | None = None,
@@ -63,7 +83,7 @@ def fold(
     Args:
         weight: `(out_channels, ...)`, before folding.
         bias: `(out_channels,)` or None.
-        norm: with running statistics.
+        norm: what the BatchNorm normalizes with.
         input_scale: 0-dim, scale of the tensor that the layer reads.
         quant_max: 127 for 8-bit weights, 63 for 7-bit weights.
         step: `(out_channels,)`, learned scale of the unfolded weight, in place of that by the largest magnitudes.
@@ -78,23 +98,13 @@ def fold(
     return Folded(gain, shift, scale, unfolded, scale * input_scale)
 
 
-def fold_at(
-    module: nn.Module,
-    names: tuple[str, str, str],
-    input_scale: Tensor,
-    quant_max: int,
-    step: Tensor | None = None,
-) -> Folded:
-    """Fold the layer and BatchNorm of these names (weight, bias, norm; empty when there is none) in a module."""
-    weight, bias, norm = names
-    return fold(
-        fetch(module, weight),
-        fetch(module, bias) if bias else None,
-        resolve(module, norm) if norm else None,
-        input_scale,
-        quant_max,
-        step,
-    )
+def statistics(module: nn.Module, norm: Norm | None) -> Statistics | None:
+    """Return what the BatchNorm of these names normalizes with, in a module."""
+    if norm is None:
+        return None
+    owner = resolve(module, norm.owner)
+    weight, bias = (fetch(owner, name) if name else None for name in (norm.weight, norm.bias))
+    return Statistics(fetch(owner, norm.mean), fetch(owner, norm.variance), weight, bias, norm.eps)
 
 
 def fold_adjusted(layer: Layer, input_scale: Tensor, quant_max: int) -> Folded:
@@ -104,15 +114,9 @@ def fold_adjusted(layer: Layer, input_scale: Tensor, quant_max: int) -> Folded:
     return Folded(None, layer.bias, layer.scale, layer.scale, layer.scale * input_scale)
 
 
-def _gain_and_bias(bias: Tensor | None, norm: nn.Module) -> tuple[Tensor, Tensor]:
-    gain, shift = gain_and_shift(
-        fetch(norm, "running_mean"),
-        fetch(norm, "running_var"),
-        float(norm.eps),  # type: ignore[arg-type]
-        None if norm.weight is None else fetch(norm, "weight"),
-        bias,
-    )
-    return gain, shift if norm.bias is None else shift + fetch(norm, "bias").float()
+def _gain_and_bias(bias: Tensor | None, norm: Statistics) -> tuple[Tensor, Tensor]:
+    gain, shift = gain_and_shift(norm.mean, norm.variance, norm.eps, norm.weight, bias)
+    return gain, shift if norm.bias is None else shift + norm.bias.float()
 
 
 def gain_and_shift(

@@ -243,7 +243,9 @@ def _calibrated(
 ) -> Prepared:
     started = time.perf_counter()
     first, observer = next(calls), recipe.calibration_observer
-    prepared = prepare(model, *first, recipe=recipe, runtime=runtime, selection=selection, observer=observer)
+    prepared = prepare(
+        model, *first, recipe=recipe, runtime=runtime, selection=selection, observer=observer, trains=False
+    )
     seconds["capture"] = time.perf_counter() - started
     started = time.perf_counter()
     calls = itertools.chain([first], calls)

@@ -26,6 +26,7 @@ def prepare(
     selection: Selection | None = None,
     observer: str | None = None,
     module: str = "",
+    trains: bool = True,
 ) -> Prepared:
     """Plan a module from one call and return it ready to be attached; the module is left as it was.
 
@@ -38,6 +39,7 @@ def prepare(
         selection: patterns of operators to include and exclude.
         observer: name of the observer; the recipe's training observer by default.
         module: the module's qualified name, for the plan.
+        trains: whether it is to be trained through rounding, for which its forward must be traceable in training, too.
 
     Raises:
         PlanError: nothing can be quantized.
@@ -60,6 +62,7 @@ def prepare(
         recipe=chosen.name,
         runtime=runtime,
         module=module,
+        trains=trains,
     )
     prepared = Prepared(model, analysis, chosen, observer or chosen.training_observer)
     # What can be refused is refused now; the layers themselves are made of the weights that will be exported.

@@ -20,7 +20,7 @@ from lightning_quant.calls import CallSpec
 from lightning_quant.captured import CapturedModel
 from lightning_quant.compilation import kept_from_compilers
 from lightning_quant.errors import QuantizationError
-from lightning_quant.folding import Folded, fold_adjusted, fold_at
+from lightning_quant.folding import Folded, fold, fold_adjusted, statistics
 from lightning_quant.graph.analyze import Analysis, Island
 from lightning_quant.graph.instrument import Instrumented
 from lightning_quant.graph.leftovers import left_in_float
@@ -31,7 +31,7 @@ from lightning_quant.learned_steps import LearnedSteps
 from lightning_quant.overrides import override_weights, store_layers
 from lightning_quant.ranges import Ranges
 from lightning_quant.recipe import Recipe
-from lightning_quant.routing import Route, copied, device_of, fetch, resolve, route, unroute
+from lightning_quant.routing import Route, copied, device_of, evaluation_mode, fetch, resolve, route, unroute
 from lightning_quant.running import Runner
 from lightning_quant.simulation import Simulation
 
@@ -310,19 +310,27 @@ class Prepared(CapturedModel):
             return x
         return channels.to_grid(x).clamp(max=channels.clip) if clipped else channels.to_grid(x)
 
-    def folded(self, identity: str, *, corrected: bool = True) -> Folded:
-        """Return bias and scales of a weighted operator as they are exported; the same in training and in convert."""
+    def folded(self, identity: str, *, corrected: bool = True, weight: Tensor | None = None) -> Folded:
+        """Return bias and scales of a weighted operator as they are exported; the same in training and in convert.
+
+        Args:
+            identity: of the operator.
+            corrected: whether with the correction of its bias.
+            weight: what its forward has just computed as its weight, where it does.
+        """
         operator, path = self.operators[identity], path_of(identity)
         input_scale, _ = self.ranges.parameters(self.reads[identity][0])
         quant_max = self.weight_quant_max(identity)
         if identity in self.layers:
             folded = fold_adjusted(self.layers[identity], input_scale, quant_max)
         else:
-            names = (operator.weight, operator.bias, operator.batch_norm.partition("#")[0])
+            weight = self.weight(identity) if weight is None else weight
             step = None
             if self.learned_steps is not None:
-                step = self.learned_steps.step_of(identity, self.weight(identity), quant_max).detach()
-            folded = fold_at(resolve(self.root, path), names, input_scale, quant_max, step)
+                step = self.learned_steps.step_of(identity, weight, quant_max).detach()
+            bias = self._tensor(path, operator.bias) if operator.bias else None
+            norm = statistics(resolve(self.root, path), operator.norm)
+            folded = fold(weight, bias, norm, input_scale, quant_max, step)
         correction = self.bias_corrections.get(identity) if corrected else None
         return folded if correction is None else replace(folded, bias=folded.bias + correction.to(folded.bias))
 
@@ -330,7 +338,20 @@ class Prepared(CapturedModel):
         """Return the weight that `folded` belongs to: the module's own, or that of the layer in its place."""
         if identity in self.layers:
             return self.layers[identity].weight
-        return fetch(resolve(self.root, path_of(identity)), self.operators[identity].weight)
+        return self._tensor(path_of(identity), self.operators[identity].weight)
+
+    def computes_weight(self, identity: str) -> bool:
+        """Tell whether forward computes an operator's weight from parameters."""
+        return self.operators[identity].weight in self.islands[path_of(identity)].constants
+
+    def _tensor(self, path: str, name: str) -> Tensor:
+        """Return a weight or bias of a graph's module, or what its forward computes as that."""
+        module = resolve(self.root, path)
+        computed = self.islands[path].constants.get(name)
+        if computed is None:
+            return fetch(module, name)
+        with torch.no_grad(), evaluation_mode(module):
+            return computed(module)
 
     def weight_integers(self, identity: str, folded: Folded) -> Tensor:
         """Return a weight in whole steps of its scale, float32."""

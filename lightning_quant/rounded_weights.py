@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from lightning_quant import kernels
 from lightning_quant.fake_quantize import channel_extremes, fake_quantize_weight, pass_gradient, weight_scale
-from lightning_quant.folding import fold, gain_and_shift
+from lightning_quant.folding import Statistics, fold, gain_and_shift, statistics
+from lightning_quant.graph.plan import Norm, path_of
 from lightning_quant.graph.trace import has_hooks
 from lightning_quant.learned_steps import LearnedSteps, quantize_with_learned_step
 from lightning_quant.ranges import Grids
@@ -29,7 +30,7 @@ class Place:
         identity: of the operator.
         owner: names on the way to the module that has the weight, and its name there.
         bias: the same for the bias; empty when there is none.
-        norm: names on the way to the fused BatchNorm; empty when there is none.
+        norm: names of the statistics of the fused BatchNorm.
         quant_max: highest integer of the weight's grid.
         row: of the edge that the operator reads, in `Grids`.
     """
@@ -37,7 +38,7 @@ class Place:
     identity: str
     weight: tuple[str, ...]
     bias: tuple[str, ...]
-    norm: tuple[str, ...]
+    norm: Norm | None
     quant_max: int
     row: int
 
@@ -49,7 +50,7 @@ class _Site:
     place: Place
     weight: Tensor
     bias: Tensor | None
-    norm: nn.Module | None
+    norm: Statistics | None
 
 
 class RoundedWeights:
@@ -60,11 +61,12 @@ class RoundedWeights:
         self._num_operators = len(operators)
         for identity in operators:
             operator = prepared.operators[identity]
-            names = (operator.weight, operator.bias, operator.batch_norm.partition("#")[0])
-            weight, bias, norm = (tuple(name.split(".")) if name else () for name in names)
+            weight, bias = (tuple(name.split(".")) if name else () for name in (operator.weight, operator.bias))
             row = prepared.ranges.rows.get(prepared.reads[identity][0])
-            if row is not None:
-                self.places.append(Place(identity, weight, bias, norm, prepared.weight_quant_max(identity), row))
+            constants = prepared.islands[path_of(identity)].constants
+            if row is not None and not {operator.weight, operator.bias} & constants.keys():
+                quant_max = prepared.weight_quant_max(identity)
+                self.places.append(Place(identity, weight, bias, operator.norm, quant_max, row))
         self._constants: dict[object, Tensor] = {}
         self._rows: tuple[object, Any] | None = None
 
@@ -142,9 +144,9 @@ class RoundedWeights:
             return None, bias
         mean, variance, gamma, beta = (
             joined([None if norm is None else getattr(norm, name) for norm in norms], absent)
-            for name, absent in (("running_mean", 0.0), ("running_var", 1.0), ("weight", 1.0), ("bias", 0.0))
+            for name, absent in (("mean", 0.0), ("variance", 1.0), ("weight", 1.0), ("bias", 0.0))
         )
-        eps = self._spread([0.0 if norm is None else float(norm.eps) for norm in norms], sizes, device)  # type: ignore
+        eps = self._spread([0.0 if norm is None else norm.eps for norm in norms], sizes, device)
         gain, shift = gain_and_shift(mean, variance, eps, gamma, bias)
         return gain, shift + beta
 
@@ -180,10 +182,7 @@ def _site(module: nn.Module, place: Place, device: torch.device | None) -> _Site
     if device is not None and weight.device != device:
         return None
     bias = getattr(_module_at(module, place.bias[:-1]), place.bias[-1]) if place.bias else None
-    norm = _module_at(module, place.norm) if place.norm else None
-    if norm is not None and norm.running_mean is None:
-        return None
-    return _Site(place, weight, None if bias is None else bias.detach(), norm)
+    return _Site(place, weight, None if bias is None else bias.detach(), statistics(module, place.norm))
 
 
 def _module_at(module: nn.Module, names: tuple[str, ...]) -> nn.Module:

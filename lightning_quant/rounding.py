@@ -114,9 +114,13 @@ class Rounding:
         """Add two quantized tensors."""
         return first + second
 
-    def run_batch_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """Call a BatchNorm that is fused into the layer before it."""
-        return self._simulation.run_batch_norm(norm, x)
+    def run_batch_norm(self, identity: str, norm: nn.Module, x: Tensor) -> Tensor:
+        """Call a BatchNorm that is fused into an operator before it."""
+        return self._simulation.run_batch_norm(identity, norm, x)
+
+    def run_functional_batch_norm(self, identity: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """Call a BatchNorm that is no layer of PyTorch's and is fused into an operator before it."""
+        return self._simulation.run_functional_batch_norm(identity, x, *args, **kwargs)
 
     def _round(
         self, grids: Grids, identity: str, x: Tensor, *, relu: bool = False, extremes: Tensor | None = None

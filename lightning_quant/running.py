@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_quant.calls import CallSpec, flatten_call
 from lightning_quant.exact import exact_arithmetic
 from lightning_quant.graph.instrument import Instrumented, instrument
+from lightning_quant.graph.size_conditions import decides
 from lightning_quant.layers.placement import placed
 from lightning_quant.rounded_weights import RoundedWeights
 from lightning_quant.rounding import Rounding, is_traceable, rounds_plainly
@@ -35,6 +36,8 @@ class Runner:
     def __init__(self, prepared: "Prepared") -> None:
         self._prepared = prepared
         self._graphs: dict[Any, Entry] = {}
+        # Calls whose forward branches on sizes have a graph for each.
+        self._of_sizes: set[Any] = set()
         # By what can be told of a call without binding it to the signature: a graph, and where its inputs stand among
         # positional and then keyword arguments.
         self._calls: dict[Any, tuple[Entry, tuple[int, ...]]] = {}
@@ -73,10 +76,15 @@ class Runner:
 
     def _entry(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Entry:
         prepared, module = self._prepared, resolve(self._prepared.root, path)
-        key = (path, spec.key(), _flags(module))
+        key: Any = (path, spec.key(), _flags(module))
+        sizes = tuple(tensor.shape for tensor in tensors)
+        key = (key, sizes) if key in self._of_sizes else key
         if key not in self._graphs:
             with placed(prepared.root, prepared.beside(prepared.displaced)):
                 graph = instrument(module, prepared.islands[path], spec, tensors)
+            if decides(graph.graph) and key[-1] is not sizes:
+                self._of_sizes.add(key)
+                key = (key, sizes)
             self._graphs[key] = Entry(graph, RoundedWeights(prepared, graph.operators), spec.names)
         return self._graphs[key]
 
@@ -92,7 +100,8 @@ class Runner:
         entry = self._entry(path, spec, tensors)
         places = {id(value): place for place, value in enumerate(given) if isinstance(value, Tensor)}
         # A tensor that was passed twice may come as two the next time.
-        if kinds is not None and len(places) == sum(isinstance(value, Tensor) for value in given):
+        known = kinds is not None and not decides(entry.graph.graph)
+        if known and len(places) == sum(isinstance(value, Tensor) for value in given):
             self._calls[key] = entry, tuple(places[id(tensor)] for tensor in tensors)
         return entry, tensors
 

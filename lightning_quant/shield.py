@@ -9,9 +9,6 @@ from lightning_quant.graph.analyze import Island, has_weights
 from lightning_quant.graph.plan import identify
 from lightning_quant.prepared import Prepared
 
-# Kinds that move values of a quantized tensor without changing them.
-_MOVING = ("reshape", "max_pool", "pad", "pass")
-
 
 def shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.Node], module: nn.Module) -> None:
     """Put a clip to the tensor's own range, which changes nothing, between a quantized tensor and float layers.
@@ -29,8 +26,8 @@ def shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.
             continue
         for source in ops.tensor_inputs(node):
             origin = source
-            while origin.meta["key"] not in edges and ops.describe(origin, module).kind in _MOVING:
-                origin = origin.args[0]  # type: ignore[assignment]
+            while origin.meta["key"] not in edges and ops.describe(origin, module).kind in ops.MOVING:
+                origin = ops.moved_from(origin)
             identity = identify(island.path, origin.meta["key"])
             if origin.meta["key"] not in edges or identity in prepared.channels:
                 continue

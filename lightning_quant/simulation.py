@@ -13,6 +13,7 @@ from lightning_quant import integer
 from lightning_quant.bias_correction import InputMeans
 from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
 from lightning_quant.folding import Folded
+from lightning_quant.graph.moves import border_of
 from lightning_quant.learned_steps import quantize_with_learned_step
 from lightning_quant.routing import fetch, shadowed, unparametrized
 from lightning_quant.visible import visible
@@ -50,8 +51,8 @@ class Simulation:
         self.jitter: torch.Generator | None = None
         # Which way all values of a tensor move, 0 for either; None where each moves on its own.
         self._together: int | None = None
-        # Results that have their BatchNorm folded in already, until it is its turn.
-        self._normalized: list[Tensor] = []
+        # Operators that have computed their BatchNorm already, until it is its turn.
+        self._normalized: set[str] = set()
 
     @contextmanager
     def recording(self) -> Iterator[list[tuple[str, Tensor]]]:
@@ -149,7 +150,7 @@ class Simulation:
     def run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
         """Call a layer, hooks and all, with a rounded weight in place of its own."""
         if not self.rounds(identity):
-            self._note_input(identity, x)
+            self._note_input(identity, x, border_of(layer))
             return layer(x)
 
         def forward(x: Tensor) -> Tensor:
@@ -190,14 +191,38 @@ class Simulation:
             self.integers[output] = integer.add(*operands, (one, other), grid, self._round)
         return first + second
 
-    def run_batch_norm(self, norm: nn.Module, x: Tensor) -> Tensor:
-        """Call a BatchNorm that is fused into the layer before it, unless that one computed it in integers already."""
-        if self.computes_integers or any(x is normalized for normalized in self._normalized):
+    def run_batch_norm(self, identity: str, norm: nn.Module, x: Tensor) -> Tensor:
+        """Call a BatchNorm that is fused into an operator, unless that one computed it in integers already."""
+        if self._is_normalized(identity):
             return x
         if self.prepared.phase != "frozen_batch_norm":
             return norm(x)
         mean, variance = fetch(norm, "running_mean"), fetch(norm, "running_var")
         return F.batch_norm(x, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)  # type: ignore[arg-type]
+
+    def run_functional_batch_norm(
+        self,
+        identity: str,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """The same for a BatchNorm that is no layer of PyTorch's, with the arguments of `F.batch_norm`."""
+        if self._is_normalized(identity):
+            return x
+        training = training and self.prepared.phase != "frozen_batch_norm"
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    def _is_normalized(self, identity: str) -> bool:
+        if identity not in self._normalized:
+            return self.computes_integers
+        self._normalized.remove(identity)
+        return True
 
     def _round(self, x: Tensor) -> Tensor:
         return torch.round(self._moved(x))
@@ -213,7 +238,8 @@ class Simulation:
     def _run_weighted(
         self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor]
     ) -> Tensor:
-        folded = self.prepared.folded(identity)
+        computed = self.prepared.computes_weight(identity)
+        folded = self.prepared.folded(identity, weight=weight.detach() if computed else None)
         if self.only is not None:
             return self._run_alone(identity, folded, x, call)
         if not self.computes_integers:
@@ -226,7 +252,7 @@ class Simulation:
             sums = call(torch.round(on_grid / input_scale), integers, None)
         shape = (-1,) if operator.kind == "linear" else (-1, *[1] * (sums.dim() - 2))
         sums, step = sums + folded.bias_integers.view(shape), folded.bias_step.view(shape)
-        if operator.quantized_output:
+        if operator.quantized_output and not operator.moved:
             output = self.prepared.writes[identity]
             scale, _ = self.prepared.ranges.parameters(output)
             self.integers[output] = integer.requantize(sums, step, scale, self._round)
@@ -251,11 +277,12 @@ class Simulation:
         channels = self.prepared.channels.get(self.prepared.writes[identity])
         y = (y if channels is None else channels.from_grid(y)).to(x.dtype)
         if operator.batch_norm:
-            self._normalized.append(y)
+            self._normalized.add(identity)
         return y
 
-    def _note_input(self, identity: str, x: Tensor) -> None:
+    def _note_input(self, identity: str, x: Tensor, border: tuple[list[int], str] | None = None) -> None:
         if self.prepared.observing and self.input_means is not None:
+            x = x if border is None else F.pad(x, *border)
             operator = self.prepared.operators[identity]
             x = self.prepared.on_grid(self.prepared.reads[identity][0], x)
             seen = visible(x, self.hidden) if operator.kind == "linear" else x

@@ -18,7 +18,7 @@ from lightning_quant.fake_quantize import (
     fake_quantize_weight,
     weight_scale,
 )
-from lightning_quant.folding import fold
+from lightning_quant.folding import Statistics, fold
 from lightning_quant.prepare import prepare
 
 FINITE = st.floats(-1e6, 1e6, width=32)
@@ -319,7 +319,10 @@ def test_training_rounds_to_the_stretched_scale_too(gamma: float | None) -> None
         norm = nn.BatchNorm1d(4).eval()
         nn.init.constant_(norm.weight, gamma)
         nn.init.constant_(norm.bias, 1.0)
-    folded = fold(weight, bias, norm, torch.tensor(0.01), 127)
+    statistics = None
+    if norm is not None:
+        statistics = Statistics(norm.running_mean, norm.running_var, norm.weight, norm.bias, norm.eps)
+    folded = fold(weight, bias, statistics, torch.tensor(0.01), 127)
     gain = 1.0 if folded.gain is None else folded.gain.view(-1, 1)
     trained = fake_quantize_weight(weight, folded.unfolded_scale) * gain
     exported = folded.integers(weight, 127) * folded.scale.view(-1, 1)

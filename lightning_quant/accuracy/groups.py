@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
+from lightning_quant.graph.moves import KEEPS_CHANNELS
 from lightning_quant.graph.plan import Operator, identify
 from lightning_quant.graph.trace import trace
 from lightning_quant.prepared import Prepared
@@ -81,6 +82,8 @@ class _Finder:
         for operator in self.island.plan.operators:
             if operator.quantized_output:
                 self.written.add(operator.output)
+            if operator.moved:
+                self.blocked.add(operator.output)
             if not operator.weight:
                 self._link(operator)
         for edge in self.island.plan.edges:
@@ -100,9 +103,11 @@ class _Finder:
     def _share(self, key: str) -> None:
         """Connect a max-pool or reshape with what it reads."""
         node = self.nodes[key]
-        source = node.args[0].meta["key"] if node.args and isinstance(node.args[0], fx.Node) else ""
+        source = ops.moved_from(node).meta["key"]
         self.written.add(key)
-        same = self._kind(key) != "reshape" or self._shape(key)[:2] == _without_places(self._shape(source))
+        # Any other kind may have put a channel elsewhere, but what only adds or drops dimensions of one has not.
+        only_places = self._kind(key) == "reshape" and self._shape(key)[:2] == _without_places(self._shape(source))
+        same = self._kind(key) in KEEPS_CHANNELS or only_places
         passed = self._kind(key) == "pass" and any(not self._reads_grid(user) for user in node.users)
         if source in self.parent and same and not passed:
             self._union(source, key)

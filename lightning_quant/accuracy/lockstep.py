@@ -15,7 +15,9 @@ from torch import Tensor, fx, nn
 from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.calls import flatten_call
 from lightning_quant.convert import layer_options
+from lightning_quant.graph.moves import border_of
 from lightning_quant.graph.plan import Operator, identify, path_of
+from lightning_quant.graph.size_conditions import decides
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode, resolve
 
@@ -30,7 +32,8 @@ class Site:
         identity: of the operator.
         operator: its row of the plan.
         options: stride, padding, dilation and groups of a convolution.
-        float_inputs: what it reads in the float model, one tensor per call, on the grid's scale but not rounded.
+        float_inputs: what it reads in the float model, one tensor per call, on the grid's scale but not rounded; with
+            the padding of a convolution that pads with values of its input.
         quantized_inputs: what it reads in the quantized model; empty when that does not run.
     """
 
@@ -105,6 +108,8 @@ def _run_island(
     spec = flat[0][0]
     same = [tensors for other, tensors in flat if other.key() == spec.key()]
     graph = prepared.graph(path, spec, same[0]).graph
+    if decides(graph):
+        same = [tensors for tensors in same if [t.shape for t in tensors] == [t.shape for t in same[0]]]
     runs = [_Run(phase, tensors) for phase in (("off", "frozen") if quantized else ("off",)) for tensors in same]
     last_readers = _last_readers(graph)
     before = prepared.phase, prepared.simulation.integers
@@ -129,8 +134,10 @@ def _site(prepared: Prepared, module: nn.Module, node: fx.Node, runs: list[_Run]
     source = node.args[3 if in_layer else 2] if "x" not in node.kwargs else node.kwargs["x"]
     edge = identify(path_of(identity), operator.inputs[0])
     inputs: dict[str, list[Tensor]] = {"off": [], "frozen": []}
+    border = border_of(layer)
     for run in runs:
-        inputs[run.phase].append(prepared.on_grid(edge, run.values[source].float()))  # type: ignore[index]
+        x = prepared.on_grid(edge, run.values[source].float())  # type: ignore[index]
+        inputs[run.phase].append(x if border is None else F.pad(x, *border))
     return Site(identity, operator, layer_options(node, operator, layer), inputs["off"], inputs["frozen"])
 
 

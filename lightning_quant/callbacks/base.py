@@ -3,7 +3,7 @@
 import functools
 import time
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, ClassVar, Self, get_args
 
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -65,6 +65,8 @@ _OTHER_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy")
 class QuantizationCallback(Callback):
     """Base of the callbacks; see `QuantizationAwareTraining` and `PostTrainingQuantization`."""
 
+    # Whether the module is prepared for being trained through rounding.
+    prepares_training: ClassVar[bool] = False
     # Arguments by name that are no defaults, for lines that make another such callback.
     given: dict[str, Any]
 
@@ -333,7 +335,8 @@ class QuantizationCallback(Callback):
         if isinstance(self.recipe, LayerRecipe):
             args, kwargs, self.loss_inputs = leave_out_labels(module, found.args, found.kwargs)
             return quantize_layers(module, args, kwargs, recipe=self.recipe, **where)
-        return prepare(module, found.args, found.kwargs, recipe=self.recipe, observer=self.observer(), **where)
+        observed: dict[str, Any] = {"observer": self.observer(), "trains": self.prepares_training}
+        return prepare(module, found.args, found.kwargs, recipe=self.recipe, **observed, **where)
 
     def _look_beside(self, trainer: Trainer, pl_module: LightningModule, found: Capture) -> tuple[str, ...]:
         if self.example != "train_batch" or not self.path:

@@ -77,6 +77,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         >>> trainer = Trainer(callbacks=[QuantizationAwareTraining(output_dir="quantized")], logger=False)
     """
 
+    prepares_training = True
+
     def __init__(
         self,
         recipe: Recipes | dict[str, Any] | Recipe = "int8",

@@ -1,7 +1,7 @@
 """`runtime="auto"` at fit start: which runtime the artifact will run on, measured on the weights that are there."""
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -34,9 +34,8 @@ def choose_at_start(callback: "QuantizationCallback", module: nn.Module, found: 
     def plan(runtime: str) -> Quantizable:
         if isinstance(recipe, LayerRecipe):
             return quantize_layers(duplicate, args, kwargs, recipe=recipe, runtime=runtime, selection=selection)
-        prepared = prepare(
-            duplicate, args, kwargs, recipe=recipe, runtime=runtime, selection=selection, observer="min_max"
-        )
+        where: dict[str, Any] = {"runtime": runtime, "selection": selection, "trains": callback.prepares_training}
+        prepared = prepare(duplicate, args, kwargs, recipe=recipe, observer="min_max", **where)
         settle(prepared, observe(prepared, [functools.partial(duplicate, *args, **kwargs)], None), None)
         return prepared
 

@@ -1,7 +1,7 @@
 """Split a module into traceable graphs and make the plan of all of them."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,13 +14,15 @@ from lightning_quant.graph.claims import Claim, claim_of, settle, weigh
 from lightning_quant.graph.counting import ObservedCall, observe_call
 from lightning_quant.graph.expansions import is_expanded
 from lightning_quant.graph.patterns import Matcher
-from lightning_quant.graph.plan import UNREAD, GraphPlan, Plan, Row, join
+from lightning_quant.graph.plan import COMPUTED_ONCE, UNREAD, GraphPlan, Plan, Row, join
 from lightning_quant.graph.table import OperatorTable, Selection, matches
 from lightning_quant.graph.trace import Traced, trace
 from lightning_quant.graph.unread import remove_unread
 from lightning_quant.routing import as_exported, clone, evaluation_mode, resolve, training_mode
 
 UNREACHED = "the captured call never reaches it"
+# Of what is no part of an artifact.
+_APART = (UNREAD, UNREACHED, COMPUTED_ONCE)
 # Their forward hands the weights to a fused kernel; no graph of ours could change them there.
 _INDIVISIBLE = frozenset({"attention", "lstm", "gru", "rnn", "cell", "embedding", "bilinear"})
 
@@ -35,6 +37,7 @@ class Island:
         spec: its captured call.
         tensors: the tensors of that call.
         plan: its operators and edges.
+        constants: key of a weight or bias that forward computes to a function that computes it from the module.
         keys: site in the user's code to key, to find the same operators in a graph traced in training mode.
         opaque: paths, relative to the island, that are called as they are.
     """
@@ -44,6 +47,7 @@ class Island:
     spec: CallSpec
     tensors: list[Tensor]
     plan: GraphPlan
+    constants: dict[str, Callable[[nn.Module], Tensor]]
     keys: dict[Any, str]
     opaque: frozenset[str]
 
@@ -71,9 +75,11 @@ class Analysis:
 
 
 class _Splitter:
-    def __init__(self, root: nn.Module, observed: ObservedCall, table: OperatorTable, selection: Selection) -> None:
+    def __init__(
+        self, root: nn.Module, observed: ObservedCall, table: OperatorTable, selection: Selection, *, trains: bool
+    ) -> None:
         self.root, self.table, self.selection = root, table, selection
-        self.observed = observed
+        self.observed, self.trains = observed, trains
         self.islands: list[Island] = []
         self.claims: list[Claim] = []
         self.reason = ""
@@ -94,7 +100,7 @@ class _Splitter:
         try:
             signature = own_signature(module)
             spec, tensors = flatten_call(signature, args, kwargs)
-            traced = _trace_for_both_modes(module, spec, tensors)
+            traced = (_trace_for_both_modes if self.trains else trace)(module, spec, tensors)
         except (UntraceableError, ValueError) as error:
             self.reason = self.reason or str(error)
             self._refuse(path, module, str(error))
@@ -109,7 +115,7 @@ class _Splitter:
         if matcher.plan.operators:
             keys = {node.meta["site"]: node.meta["key"] for node in traced.graph.nodes if "site" in node.meta}
             opaque = frozenset(traced.opaque) | frozenset(inner)
-            self.islands.append(Island(path, signature, spec, tensors, matcher.plan, keys, opaque))
+            self.islands.append(Island(path, signature, spec, tensors, matcher.plan, matcher.constants, keys, opaque))
         for name in inner:
             full = join(path, name)
             if name in traced.opaque:
@@ -140,8 +146,11 @@ def analyze(
     recipe: str,
     runtime: str,
     module: str = "",
+    trains: bool = True,
 ) -> Analysis:
     """Make the plan of one module from one call, in eval mode; the module is left as it was.
+
+    What cannot be traced in training mode is left out where the module is to be trained through rounding.
 
     Raises:
         PlanError: nothing can be quantized, or a pattern matches no operator.
@@ -151,13 +160,13 @@ def analyze(
     with evaluation_mode(root):
         with as_exported():
             observed = observe_call(clone(root, unrouted=True), args, kwargs)
-        splitter = _Splitter(root, observed, table, selection)
+        splitter = _Splitter(root, observed, table, selection, trains=trains)
         splitter.split("")
     splitter.claims += _never_called(root, splitter.rows, splitter.observed)
     check_patterns(selection, splitter.rows)
     rows = weigh(root, splitter.claims, settle(splitter.claims, splitter.observed))
     # What is no part of the artifact is no part of what its shares are of.
-    rows = [replace(row, macs=0, weights=0) if row.reason in (UNREAD, UNREACHED) else row for row in rows]
+    rows = [replace(row, macs=0, weights=0) if row.reason in _APART else row for row in rows]
     rows = [replace(r, excluded=r.action == "float" and bool(selection.exclusion(r.name, r.kind))) for r in rows]
     plan = Plan(recipe, runtime, module, tuple(island.plan for island in splitter.islands), tuple(rows))
     if not plan.num_quantized:

@@ -1,10 +1,15 @@
 """Which operators of a graph could run in integers, and what is fused around each; data for `patterns.py`."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, fx, nn
 
 from lightning_quant.graph import operations as ops
+from lightning_quant.graph.constants import constant
+from lightning_quant.graph.norms import norm_of, normalizes_channels
+from lightning_quant.graph.plan import Norm
 from lightning_quant.graph.table import OperatorTable, Selection
 from lightning_quant.graph.trace import has_hooks
 
@@ -19,6 +24,8 @@ class Unit:
     tail: fx.Node
     pad: fx.Node | None = None
     batch_norm: fx.Node | None = None
+    norm: Norm | None = None
+    moved: bool = False
     activation: fx.Node | None = None
 
 
@@ -30,6 +37,8 @@ class Candidates:
         units: main node to its unit, for all that could run in integers.
         fused: node to the unit that takes it up.
         reasons: why other nodes cannot.
+        constants: key of a node to a function that computes its value from a module's parameters, of weights and biases
+            that forward computes.
     """
 
     def __init__(
@@ -38,6 +47,7 @@ class Candidates:
         self.graph, self.root, self.table, self.selection, self.path = graph, root, table, selection, path
         self.operations = {node: ops.describe(node, root) for node in graph.nodes}
         self.reasons: dict[fx.Node, str] = {}
+        self.constants: dict[str, Callable[[nn.Module], Tensor]] = {}
         self.units: dict[fx.Node, Unit] = {}
         self.fused: dict[fx.Node, Unit] = {}
         self._match_weighted()
@@ -69,20 +79,25 @@ class Candidates:
             return unwanted
         if operation.kind not in self.table.weighted:
             return self.table.reasons.get(operation.kind, f"the runtime has no integer {operation.kind}")
-        if not operation.weight:
-            return "its weight is computed in forward"
+        if not operation.weight and not self._is_constant(ops.argument(node, 1, "weight")):
+            return "its weight is computed from an input in forward"
         if not ops.is_float(node):
             return "its shapes are unknown"
         if self.table.one_channel and operation.kind.startswith("conv") and _channels(node) == 1:
             return self.table.one_channel
-        if (
-            node.op == "call_module"
-            and getattr(self.root.get_submodule(str(node.target)), "padding_mode", "zeros") != "zeros"
-        ):
-            return "padding other than zeros"
-        if node.op == "call_function" and not operation.bias and ops.argument(node, 2, "bias") is not None:
-            return "its bias is computed in forward"
+        bias = ops.argument(node, 2, "bias")
+        if node.op == "call_function" and not operation.bias and bias is not None and not self._is_constant(bias):
+            return "its bias is computed from an input in forward"
         return ""
+
+    def _is_constant(self, node: Any) -> bool:
+        """Tell whether a value is computed from parameters alone; if so, keep how."""
+        if not isinstance(node, fx.Node):
+            return False
+        found = constant(node, self.root)
+        if found is not None:
+            self.constants[node.meta["key"]] = found
+        return found is not None
 
     def _fuse_pad(self, unit: Unit) -> None:
         pad = unit.source[0]
@@ -103,28 +118,40 @@ class Candidates:
             unit.pad, unit.source = pad, [pad.args[0]]  # type: ignore[list-item]
 
     def _fuse_batch_norm(self, unit: Unit) -> None:
-        user = self._reader_of(unit.tail)
+        user = self._next(unit)
         if user is None or self.operations[user].kind != "batch_norm":
             return
-        module = self.root.get_submodule(str(user.target))
-        if module.running_mean is None:
-            self.reasons[user] = "it keeps no running statistics to fold"
-        elif has_hooks(module):
-            self.reasons[user] = "hooks on it see its own input and output"
-        elif unit.operation.kind == "linear" and len(ops.shape_of(unit.tail)) != 2:
-            self.reasons[user] = "it normalizes another dimension than the linear layer's features"
+        norm, reason = norm_of(user, self.root)
+        axis = -1 if unit.operation.kind == "linear" else 1
+        moved = user is not self._reader_of(unit.tail)
+        if norm is None:
+            self.reasons[user] = reason
+        elif not normalizes_channels(unit.tail, axis, user, self.root):
+            self.reasons[user] = "it normalizes another dimension than the layer's channels"
         else:
             unit.batch_norm = unit.tail = user
+            unit.norm, unit.moved = norm, moved
 
     def _fuse_activation(self, unit: Unit) -> None:
-        user = self._reader_of(unit.tail)
+        user = self._next(unit)
         if user is None or self.operations[user].kind not in self.table.fused_activations:
             return
         limits = ops.bounds(user, self.root, self.operations[user].kind)
         if limits is None or not limits[0] <= 0 <= limits[1]:
             self.reasons[user] = "its bounds are not constant or leave out zero"
         elif not (user.op == "call_module" and has_hooks(self.root.get_submodule(str(user.target)))):
+            unit.moved = unit.moved or user is not self._reader_of(unit.tail)
             unit.activation = unit.tail = user
+
+    def _next(self, unit: Unit) -> fx.Node | None:
+        """Return what alone reads what a unit makes so far, of a linear layer also behind a reshape.
+
+        Its integer kernels may answer in float, which is moved and then rounded; those of convolutions round at once.
+        """
+        user = self._reader_of(unit.tail)
+        while user is not None and unit.operation.kind == "linear" and self.operations[user].kind == "reshape":
+            user = self._reader_of(user)
+        return user
 
     def _reader_of(self, node: fx.Node) -> fx.Node | None:
         """Return what alone reads a node, behind identities and dropouts that evaluation leaves out."""
@@ -138,7 +165,7 @@ class Candidates:
         near |= {source for unit in self.units.values() for source in unit.source}
         for node in self.graph.nodes:
             kind = self.operations[node].kind
-            sources = ops.tensor_inputs(node)
+            sources = [ops.moved_from(node)] if kind in ops.MOVING else ops.tensor_inputs(node)
             if node in self.units or node in self.fused or not sources or not ops.is_float(node):
                 continue
             all_near = all(source in near for source in sources)
@@ -186,7 +213,15 @@ def is_left_out(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
+    readers = [user for user in node.users if not _reads_shape(user, node)]
+    return readers[0] if len(readers) == 1 else None
+
+
+def _reads_shape(user: fx.Node, node: fx.Node) -> bool:
+    """Tell whether a node reads nothing but another's shape, `y.reshape_as(node)` say."""
+    if user.target in ("reshape_as", "view_as", "expand_as"):
+        return user.args[0] is not node
+    return user.target in ("size", "dim", "numel") or (user.target is getattr and user.args[1] in ("shape", "ndim"))
 
 
 def _channels(convolution: fx.Node) -> int:

@@ -26,7 +26,7 @@ class Claim:
             what modules inside it compute that no other row answers for.
         graph: path of the graph that an operator belongs to, which the call may run several times.
         apart: multiply-adds of a whole module that have nothing to do with its weights.
-        weight: qualified name of the weight that an operator reads.
+        weights: qualified names of the weights that an operator reads, or that what it reads is computed from.
     """
 
     row: Row
@@ -34,23 +34,23 @@ class Claim:
     extent: Literal["operator", "layer", "whole"]
     graph: str = ""
     apart: int = 0
-    weight: str = ""
+    weights: tuple[str, ...] = ()
 
 
-def claim_of(node: fx.Node, row: Row, path: str, weight: str = "") -> Claim:
+def claim_of(node: fx.Node, row: Row, path: str, weights: tuple[str, ...] = ()) -> Claim:
     """Return what a node of a graph answers for.
 
     Args:
         node: with its place in the user's code.
         row: the plan's row for it.
         path: of the graph.
-        weight: qualified name of the weight that it reads, in the graph.
+        weights: qualified names of the weights that it reads, in the graph.
     """
     row = replace(row, macs=node.meta.get("multiply_adds", 0))
     if node.op == "call_module":
         return Claim(row, join(path, str(node.target)), "layer" if row.is_quantized else "whole", path)
     return Claim(
-        row, join(path, node.meta.get("scope", "")), "operator", path, weight=join(path, weight) if weight else ""
+        row, join(path, node.meta.get("scope", "")), "operator", path, weights=tuple(join(path, w) for w in weights)
     )
 
 
@@ -91,7 +91,7 @@ def weigh(root: nn.Module, claims: list[Claim], rows: list[Row]) -> list[Row]:
         claims: what rows answer for.
         rows: those of the claims, in their order, and others.
     """
-    readers = {claim.weight: index for index, claim in _float_last(claims) if claim.weight}
+    readers = {name: index for index, claim in _float_last(claims) for name in claim.weights}
     modules = {claim.place: index for index, claim in _float_last(claims) if claim.extent != "operator"}
     names: dict[int, list[str]] = {}
     parameters = dict(root.named_parameters(remove_duplicate=False))

@@ -55,9 +55,7 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
             node = keys[operator.key]
             _call(graph, simulation, node, "run_add", (identify(island.path, operator.key), *node.args[:2]))
         if operator.batch_norm in keys:
-            norm = keys[operator.batch_norm]
-            called = _module_reference(graph, norm), argument(norm, 0, "input")
-            _call(graph, simulation, norm, "run_batch_norm", called)
+            _run_batch_norm(graph, simulation, keys[operator.batch_norm], identify(island.path, operator.key))
     places = {node: place for place, node in enumerate(nodes)}
     edges = {edge.key: keys[edge.key] for edge in island.plan.edges if edge.key in keys and not edge.passed}
     rounded = sorted(edges, key=lambda key: places[edges[key]])
@@ -73,6 +71,20 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
     )
 
 
+def _run_batch_norm(graph: fx.Graph, simulation: fx.Node, node: fx.Node, identity: str) -> None:
+    if node.op == "call_module":
+        called = identity, _module_reference(graph, node), argument(node, 0, "input")
+        _call(graph, simulation, node, "run_batch_norm", called)
+        return
+    node.op, node.target = "call_method", "run_functional_batch_norm"
+    node.args, node.kwargs = (simulation, identity, *node.args), _renamed(node.kwargs)
+
+
+def _renamed(kwargs: Any) -> dict[str, Any]:
+    """Return a function's arguments by keyword as the simulation calls them."""
+    return {"x" if name == "input" else name: value for name, value in kwargs.items()}
+
+
 def _module_reference(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """Insert a reference to the module that a node calls, looked up in the user's tree at each call."""
     with graph.inserting_before(node):
@@ -86,10 +98,7 @@ def _quantize_weight(graph: fx.Graph, simulation: fx.Node, node: fx.Node, identi
         )
         return
     node.op, node.target = "call_method", "run_function"
-    node.args, node.kwargs = (
-        (simulation, identity, *node.args),
-        {"x" if k == "input" else k: v for k, v in node.kwargs.items()},
-    )
+    node.args, node.kwargs = (simulation, identity, *node.args), _renamed(node.kwargs)
 
 
 def _call(graph: fx.Graph, simulation: fx.Node, node: fx.Node, method: str, args: tuple[Any, ...]) -> None:

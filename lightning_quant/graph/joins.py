@@ -11,8 +11,6 @@ from lightning_quant.routing import clone
 _NEEDED_DB = 20.0
 _MARGIN_DB = 6.0
 _STEPS = 255
-# Kinds that hand values on as they are: behind them lie the parts of a join.
-_MOVING = frozenset({"reshape", "pass", "pad"})
 
 
 class _Watch(fx.Interpreter):
@@ -60,8 +58,9 @@ def _parts(node: fx.Node, operations: dict[fx.Node, ops.Operation]) -> list[fx.N
     if kind == "cat":
         operands = ops.argument(node, 0, "tensors")
         return [part for operand in operands if isinstance(operand, fx.Node) for part in _parts(operand, operations)]
-    if kind in _MOVING and node.args and isinstance(node.args[0], fx.Node):
-        return _parts(node.args[0], operations)
+    # Behind what hands values on as they are lie the parts of a join.
+    if kind in ops.MOVING - {"max_pool"} and ops.is_float(ops.moved_from(node)):
+        return _parts(ops.moved_from(node), operations)
     return [node]
 
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 
 from lightning_quant.errors import UntraceableError
+from lightning_quant.graph.side_effects import writes_own_buffer
 
 _FUNCTIONS = {
     operator.iadd: operator.add,
@@ -52,25 +53,27 @@ def functionalize(graph: fx.Graph, root: nn.Module) -> None:
 
     Raises:
         UntraceableError: a write whose other readers cannot be followed: into a view of a tensor that is read again, or
-            by index. Its `scope` names the module that does it.
+            by index. Its `places` name the modules that do so.
     """
+    places: dict[str, str] = {}
     for node in list(graph.nodes):
         if node.target in _JOINS and _joins_one(node):
             node.replace_all_uses_with(node.args[0][0])
             graph.erase_node(node)
             continue
-        if node.target is operator.setitem or node.target in ("__setitem__", "copy_"):
-            raise _refusal(node, "it writes into a tensor by index or with copy_")
-        if not _writes(node, root):
+        by_index = node.target is operator.setitem or node.target in ("__setitem__", "copy_")
+        if not (by_index or _writes(node, root)) or writes_own_buffer(node.args[0], root):
             continue
-        written = node.args[0]
-        if written.op == "get_attr":
-            raise _refusal(node, f"it writes into its attribute {written.target} in place")
-        _check_view(node, written)
-        for user in list(written.users):
+        reason = "it writes into a tensor by index or with copy_" if by_index else _refusal(node)
+        if reason:
+            places.setdefault(node.meta["site"][0].partition("(")[0], reason)
+            continue
+        for user in list(node.args[0].users):
             if user is not node and _comes_after(user, node):
-                user.replace_input_with(written, node)
+                user.replace_input_with(node.args[0], node)
         _replace(node, root)
+    if places:
+        raise UntraceableError(next(iter(places.values())), places)
 
 
 def _joins_one(node: fx.Node) -> bool:
@@ -105,20 +108,19 @@ def _hooked(module: nn.Module) -> bool:
     return bool(module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
 
 
-def _check_view(node: fx.Node, written: fx.Node) -> None:
+def _refusal(node: fx.Node) -> str:
+    """Return why an in-place operation cannot be an ordinary one, or an empty text."""
+    written: Any = node.args[0]
+    if written.op == "get_attr":
+        return f"it writes into its attribute {written.target} in place"
     name = getattr(written.target, "__name__", str(written.target))
     if written.op not in ("call_function", "call_method") or name not in _VIEWS:
-        return
+        return ""
     source = written.args[0]
     if isinstance(source, fx.Node) and any(_comes_after(user, node) for user in source.users if user is not written):
-        raise _refusal(node, "it writes in place into a view of a tensor that is read again")
+        return "it writes in place into a view of a tensor that is read again"
+    return ""
 
 
 def _comes_after(node: fx.Node, other: fx.Node) -> bool:
     return other < node
-
-
-def _refusal(node: fx.Node, reason: str) -> UntraceableError:
-    error = UntraceableError(reason)
-    error.scope = node.meta["site"][0].partition("(")[0]  # type: ignore[attr-defined]
-    return error

@@ -2,7 +2,7 @@
 
 import math
 import operator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
+from lightning_quant.graph import moves
 from lightning_quant.graph.expansions import layer_read_by
 
 _MODULES: dict[type, str] = {
@@ -28,20 +29,17 @@ _MODULES: dict[type, str] = {
     nn.AdaptiveMaxPool2d: "adaptive_max_pool",
     nn.AvgPool1d: "avg_pool", nn.AvgPool2d: "avg_pool", nn.AvgPool3d: "avg_pool",
     nn.AdaptiveAvgPool1d: "global_avg_pool", nn.AdaptiveAvgPool2d: "global_avg_pool",
-    nn.Flatten: "reshape", nn.Unflatten: "reshape", nn.Identity: "pass", nn.Dropout: "pass",
-    nn.Dropout1d: "pass",
-    nn.Dropout2d: "pass", nn.Dropout3d: "pass", nn.PixelShuffle: "reshape", nn.ChannelShuffle: "reshape",
-    nn.ZeroPad1d: "pad", nn.ZeroPad2d: "pad", nn.ConstantPad1d: "pad", nn.ConstantPad2d: "pad",
     nn.MultiheadAttention: "attention", nn.LSTM: "lstm", nn.GRU: "gru", nn.RNN: "rnn", nn.Embedding: "embedding",
     nn.LSTMCell: "cell", nn.GRUCell: "cell", nn.RNNCell: "cell", nn.EmbeddingBag: "embedding",
     nn.TransformerEncoderLayer: "transformer", nn.TransformerDecoderLayer: "transformer",
     nn.TransformerEncoder: "transformer", nn.TransformerDecoder: "transformer", nn.Transformer: "transformer",
     nn.LayerNorm: "layer_norm", nn.GroupNorm: "group_norm",
+    **moves.MODULES,
 }  # fmt: skip
 _FUNCTIONS: dict[Any, str] = {
     F.conv1d: "conv1d", F.conv2d: "conv2d", F.conv3d: "conv3d", torch.conv1d: "conv1d", torch.conv2d: "conv2d",
     F.conv_transpose1d: "conv_transpose1d", F.conv_transpose2d: "conv_transpose2d", F.linear: "linear",
-    F.batch_norm: "functional_batch_norm",
+    F.batch_norm: "batch_norm",
     F.relu: "relu", torch.relu: "relu", F.relu6: "relu6", F.hardtanh: "hardtanh", torch.clamp: "clamp",
     torch.clip: "clamp",
     F.leaky_relu: "leaky_relu", F.prelu: "prelu", F.elu: "elu", F.selu: "selu", F.gelu: "gelu", F.silu: "silu",
@@ -56,15 +54,12 @@ _FUNCTIONS: dict[Any, str] = {
     F.max_pool1d: "max_pool", F.max_pool2d: "max_pool", F.max_pool3d: "max_pool", torch.max_pool2d: "max_pool",
     F.avg_pool1d: "avg_pool", F.avg_pool2d: "avg_pool", F.adaptive_avg_pool1d: "global_avg_pool",
     F.adaptive_avg_pool2d: "global_avg_pool", torch.mean: "global_avg_pool", F.adaptive_max_pool2d: "adaptive_max_pool",
-    torch.flatten: "reshape", torch.reshape: "reshape", torch.permute: "reshape", torch.transpose: "reshape",
-    torch.squeeze: "reshape", torch.unsqueeze: "reshape", F.dropout: "pass", F.dropout2d: "pass",
-    F.pixel_shuffle: "reshape", F.pad: "pad",
+    **moves.FUNCTIONS,
 }  # fmt: skip
 _METHODS = {
     "relu": "relu", "clamp": "clamp", "clip": "clamp", "sigmoid": "sigmoid", "tanh": "tanh", "softmax": "softmax",
     "log_softmax": "log_softmax", "add": "add", "mul": "mul", "sub": "sub", "matmul": "matmul", "bmm": "matmul",
-    "mean": "global_avg_pool", "flatten": "reshape", "view": "reshape", "reshape": "reshape", "permute": "reshape",
-    "transpose": "reshape", "squeeze": "reshape", "unsqueeze": "reshape", "contiguous": "reshape",
+    "mean": "global_avg_pool", **moves.METHODS,
 }  # fmt: skip
 
 WEIGHTED = frozenset(
@@ -74,10 +69,12 @@ ACTIVATIONS = frozenset({
     "relu", "relu6", "hardtanh", "clamp", "leaky_relu", "prelu", "elu", "selu", "gelu", "silu", "mish", "sigmoid",
     "tanh", "hardswish", "hardsigmoid", "softmax", "log_softmax", "softplus",
 })  # fmt: skip
+# Kinds whose result has values of what they read alone.
+MOVING, moved_from = moves.MOVING, moves.moved_from
 LISTED = WEIGHTED | ACTIVATIONS | frozenset({
-    "batch_norm", "functional_batch_norm", "add", "mul", "sub", "cat", "max_pool", "avg_pool", "global_avg_pool",
+    "batch_norm", "add", "mul", "sub", "cat", "max_pool", "avg_pool", "global_avg_pool",
     "adaptive_max_pool", "matmul", "attention", "lstm", "gru", "rnn", "cell", "embedding", "transformer", "layer_norm",
-    "group_norm", "bilinear",
+    "group_norm", "bilinear", "upsample", "interpolate",
 })  # fmt: skip
 # Layers of which recipes of layers store the weights, and graphs take none apart.
 STORED = frozenset({"attention", "lstm", "gru", "rnn", "cell", "embedding", "transformer"})
@@ -104,17 +101,19 @@ class Operation:
 def describe(node: fx.Node, root: nn.Module) -> Operation:
     """Describe one node of a graph traced from `root`."""
     if node.op == "call_module":
-        return _describe_module(str(node.target), root.get_submodule(str(node.target)))
+        operation = _describe_module(str(node.target), root.get_submodule(str(node.target)))
+        return replace(operation, kind=moves.moving_kind(operation.kind, node, root))
     if node.op == "call_function":
         kind = _FUNCTIONS.get(node.target, "other")
         if kind in WEIGHTED:
-            weight = _parameter(argument(node, 1, "weight"))
+            weight = parameter(argument(node, 1, "weight"))
             # A layer whose forward was inlined, a subclass say, is still known by its type.
             owner = weight.rpartition(".")[0]
             is_inlined = bool(weight) and owner == node.meta.get("scope")
             layer = _expanded(node, root) or (type(root.get_submodule(owner)).__name__ if is_inlined else _name(node))
-            return Operation(kind, layer, weight, _parameter(argument(node, 2, "bias")))
-        return Operation(_checked(kind, node), _own_layer(node, root) or _name(node))
+            return Operation(kind, layer, weight, parameter(argument(node, 2, "bias")))
+        kind = _checked(moves.moving_kind(kind, node, root), node)
+        return Operation(kind, _own_layer(node, root) or _name(node))
     if node.op == "call_method":
         return Operation(_checked(_METHODS.get(str(node.target), "other"), node), str(node.target))
     return Operation("other", node.op)
@@ -129,6 +128,11 @@ def kind_of(module: nn.Module) -> str:
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
     """Return an argument of a call by position or keyword."""
     return node.args[position] if len(node.args) > position else node.kwargs.get(name, default)
+
+
+def parameter(node: Any) -> str:
+    """Return the name of the parameter or buffer that a node reads, or an empty text."""
+    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else ""
 
 
 def averages_padding(node: fx.Node, root: nn.Module) -> bool:
@@ -199,18 +203,13 @@ def _describe_module(path: str, module: nn.Module) -> Operation:
         return Operation(kind, name, f"{path}.weight", f"{path}.bias" if module.bias is not None else "")
     if kind == "global_avg_pool" and module.output_size not in (1, (1, 1)):
         return Operation("adaptive_avg_pool", name)
-    if kind == "pad" and isinstance(module, nn.ConstantPad1d | nn.ConstantPad2d) and module.value != 0:
-        return Operation("other", name)
     if kind == "max_pool" and module.return_indices:
         return Operation("other", name)
     return Operation(kind, name)
 
 
 def _checked(kind: str, node: fx.Node) -> str:
-    """Narrow a kind by its arguments: a pad with zeros, a mean over all places, an addition without a factor."""
-    if kind == "pad":
-        zeros = argument(node, 2, "mode", "constant") == "constant" and not argument(node, 3, "value", 0)
-        return "pad" if zeros else "other"
+    """Narrow a kind by its arguments: a mean over all places, an addition without a factor."""
     if kind == "global_avg_pool" and not _is_global(node):
         return "other"
     if kind in ("add", "sub") and node.kwargs.get("alpha", 1) != 1:
@@ -229,10 +228,6 @@ def _is_global(node: fx.Node) -> bool:
     dim = argument(node, 1, "dim")
     dims = [dim] if isinstance(dim, int) else list(dim) if isinstance(dim, tuple | list) else []
     return sorted(d % fake.dim() for d in dims) == list(range(2, fake.dim()))
-
-
-def _parameter(node: Any) -> str:
-    return str(node.target) if isinstance(node, fx.Node) and node.op == "get_attr" else ""
 
 
 def _name(node: fx.Node) -> str:

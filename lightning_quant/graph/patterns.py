@@ -12,8 +12,9 @@ from torch import Size, Tensor, fx, nn
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.candidates import Candidates, Unit
 from lightning_quant.graph.claims import Claim, claim_of
+from lightning_quant.graph.constants import ancestors, sources
 from lightning_quant.graph.joins import unlike_parts
-from lightning_quant.graph.plan import Edge, GraphPlan, Operator, Row
+from lightning_quant.graph.plan import COMPUTED_ONCE, Edge, GraphPlan, Operator, Row
 from lightning_quant.graph.table import OperatorTable, Selection
 from lightning_quant.graph.trace import Traced
 
@@ -54,12 +55,20 @@ class Matcher(Candidates):
                 row = replace(row, action="int8", reason="")
             elif node in self.fused:
                 row = replace(row, action="fused", reason=f"into {self.name(self.fused[node].main)}")
+            elif node in self._computed_once:
+                row = replace(row, action="fused", reason=COMPUTED_ONCE)
             elif node in self.edges and not self.edges[node].observed:
                 row = replace(row, action="int8", reason="same scale as its input")
             else:
                 row = replace(row, excluded=bool(self.selection.exclusion(row.name, row.kind)))
-            found.append(claim_of(node, row, self.path, self.operations[node].weight))
+            found.append(claim_of(node, row, self.path, self._weights(node)))
         return found
+
+    @functools.cached_property
+    def _computed_once(self) -> set[fx.Node]:
+        """What weights and biases of integer operators are computed with."""
+        read = [node for unit in self.units.values() for node in unit.main.all_input_nodes if node not in unit.source]
+        return {node for found in read if found.meta["key"] in self.constants for node in ancestors(found)}
 
     def _is_listed(self, node: fx.Node) -> bool:
         """Tell whether the plan has a row for a node: not for index arithmetic, nor for what constants give."""
@@ -83,8 +92,8 @@ class Matcher(Candidates):
                 else:
                     self._drop(unit, self._unlike.get(unit.main, "nothing reads its result in integers"))
             elif node in wanted and self.operations[node].kind in self.table.shared_scale and ops.is_float(node):
-                source = node.args[0]
-                if isinstance(source, fx.Node) and self._ends_near(source):
+                source = ops.moved_from(node)
+                if isinstance(source, fx.Node) and self._ends_near(source, takes_part=self._takes_part(node)):
                     wanted.add(source)
                     shared.append(node)
         units = [unit for node in self.graph.nodes if (unit := self.units.get(node)) is not None]
@@ -98,7 +107,7 @@ class Matcher(Candidates):
                 wanted.add(unit.tail)
         groups: dict[fx.Node, str] = {}
         for node in reversed(shared):
-            source = ops.argument(node, 0, "input")
+            source = ops.moved_from(node)
             groups[node] = groups.get(source, source.meta["key"])
         for node in self.graph.nodes:
             if node in wanted:
@@ -140,7 +149,7 @@ class Matcher(Candidates):
         return found
 
     def _is_worth(self, unit: Unit, wanted: set[fx.Node]) -> bool:
-        if unit.operation.weight or unit.tail in wanted:
+        if unit.operation.kind in ops.WEIGHTED or unit.tail in wanted:
             return True
         if unit.operation.kind == "add" and self._is_normalized(unit.tail):
             return False
@@ -180,13 +189,22 @@ class Matcher(Candidates):
         for node in [node for node, owner in self.fused.items() if owner is unit]:
             del self.fused[node]
 
-    def _ends_near(self, node: fx.Node) -> bool:
-        """Tell whether moving values back through shared-scale nodes ends at something that is quantized anyway."""
-        while self.operations[node].kind in self.table.shared_scale and isinstance(node.args[0], fx.Node):
-            node = node.args[0]
-        tails = {unit.tail for unit in self.units.values()}
+    def _ends_near(self, node: fx.Node, *, takes_part: bool = False) -> bool:
+        """Tell whether moving values back through shared-scale nodes ends at something that is quantized anyway.
+
+        Parts of what may be float have grids of their own: those of queries, keys and values, say, are unlike.
+        """
+        while self.operations[node].kind in self.table.shared_scale and ops.is_float(ops.moved_from(node)):
+            takes_part = takes_part or self._takes_part(node)
+            node = ops.moved_from(node)
+        tails = {unit.tail: unit for unit in self.units.values()}
         sources = {source for unit in self.units.values() for source in unit.source}
+        if takes_part and node in tails and tails[node].operation.kind in self.table.float_output:
+            return False
         return ops.is_float(node) and (node in tails or (node in sources and node.op != "placeholder"))
+
+    def _takes_part(self, node: fx.Node) -> bool:
+        return self.operations[node].kind == "slice"
 
     def _operator(self, unit: Unit) -> Operator:
         def key(node: fx.Node | None) -> str:
@@ -199,12 +217,19 @@ class Matcher(Candidates):
             inputs=tuple(key(source) for source in operands),  # type: ignore[union-attr, arg-type]
             output=key(unit.tail),
             quantized_output=unit.tail in self.edges,
-            weight=unit.operation.weight,
-            bias=unit.operation.bias,
+            weight=unit.operation.weight or self._computed(unit, 1, "weight"),
+            bias=unit.operation.bias or self._computed(unit, 2, "bias"),
             pad=key(unit.pad),
             batch_norm=key(unit.batch_norm),
+            norm=unit.norm,
+            moved=unit.moved,
             activation=key(unit.activation),
         )
+
+    def _computed(self, unit: Unit, position: int, name: str) -> str:
+        """Return the key of a weight or bias that forward computes from parameters."""
+        value = ops.argument(unit.main, position, name) if unit.operation.kind in ops.WEIGHTED else None
+        return value.meta["key"] if isinstance(value, fx.Node) and unit.main.op != "call_module" else ""
 
     # --- words
 
@@ -218,12 +243,16 @@ class Matcher(Candidates):
             return ops.STORED_REASON
         if kind in self.table.reasons:
             return self.table.reasons[kind]
+        if kind == "interpolate":
+            return "it computes values between those that it reads, in float"
         if kind == "batch_norm":
             return "no convolution or linear layer directly before it to fold into"
         if kind in self.table.fused_activations:
             return "no operator directly before it to fuse into"
         if kind in self.table.shared_scale:
             return "its input or its readers are float"
+        if kind in self.table.own_scale:
+            return "not everything it reads comes from integer operators"
         return (
             f"the runtime has no integer {kind}"
             if kind != "other"
@@ -231,6 +260,14 @@ class Matcher(Candidates):
             if node.op == "call_module"
             else f"no integer form of {self.operations[node].layer} is known here"
         )
+
+    def _weights(self, node: fx.Node) -> tuple[str, ...]:
+        """Return the name of the weight that a node reads, or of those that it is computed from."""
+        operation = self.operations[node]
+        weight = ops.argument(node, 1, "weight") if operation.kind in ops.WEIGHTED and not operation.weight else None
+        if not isinstance(weight, fx.Node) or weight.meta["key"] not in self.constants:
+            return (operation.weight,) if operation.weight else ()
+        return tuple(sources(weight))
 
     def _holds_weights(self, node: fx.Node) -> bool:
         return node.op == "call_module" and any(True for _ in self.root.get_submodule(str(node.target)).parameters())

@@ -3,6 +3,7 @@
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+COMPUTED_ONCE = "computed from parameters alone, so once and for all when the model is converted"
 UNREAD = "nothing reads its result in evaluation, so it is no part of what is exported"
 
 
@@ -25,6 +26,27 @@ class Edge:
 
 
 @dataclass(frozen=True)
+class Norm:
+    """Where the statistics of a BatchNorm that is folded are found in the graph's module.
+
+    Attributes:
+        owner: path of a module that has all of them, or has modules that have them.
+        mean: name of the running mean, from the owner on.
+        variance: name of the running variance.
+        weight: name of gamma; empty when there is none.
+        bias: name of beta; empty when there is none.
+        eps: what is added to the variance.
+    """
+
+    owner: str
+    mean: str
+    variance: str
+    weight: str
+    bias: str
+    eps: float
+
+
+@dataclass(frozen=True)
 class Operator:
     """One operator that runs in integers, with what is fused into it.
 
@@ -34,10 +56,13 @@ class Operator:
         inputs: keys of the edges it reads, in order.
         output: key of the node whose result it produces, after all fused nodes.
         quantized_output: whether that result is an edge; a linear layer may answer in float.
-        weight: qualified name of the weight parameter, empty when there is none.
-        bias: qualified name of the bias parameter, empty when there is none.
+        weight: qualified name of the weight parameter, or key of the node that computes it from parameters; empty when
+            there is none.
+        bias: the same of the bias.
         pad: key of a fused zero padding.
         batch_norm: key of a fused batch normalization.
+        norm: names of the statistics of that.
+        moved: whether values are moved between the layer and that, so that the output has another shape.
         activation: key of a fused activation.
     """
 
@@ -50,6 +75,8 @@ class Operator:
     bias: str = ""
     pad: str = ""
     batch_norm: str = ""
+    norm: Norm | None = None
+    moved: bool = False
     activation: str = ""
 
 

@@ -1,5 +1,6 @@
 """Proxies that answer what no input of a deployed model changes, and that record in-place arithmetic."""
 
+import math
 import operator
 from typing import Any
 
@@ -52,6 +53,16 @@ class ShapedProxy(fx.Proxy):
 
     def __itruediv__(self, other: Any) -> Any:
         return self._in_place(operator.itruediv, other)
+
+    # Python's functions of one number, which sizes are.
+    def __ceil__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.ceil, (self,), {})
+
+    def __floor__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.floor, (self,), {})
+
+    def __trunc__(self) -> Any:
+        return self.tracer.create_proxy("call_function", math.trunc, (self,), {})
 
     def _in_place(self, function: Any, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})

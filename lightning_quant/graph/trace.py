@@ -10,8 +10,6 @@ import os
 import sys
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass
 from typing import Any
 
@@ -28,10 +26,12 @@ from lightning_quant.graph.counting import counted_by, multiply_add_counter
 from lightning_quant.graph.expansions import expansion_of, is_expanded, layer_read_by, transformers_traceable
 from lightning_quant.graph.normalize import functionalize
 from lightning_quant.graph.proxy import ShapedProxy
+from lightning_quant.graph.recorded import functions_recorded
+from lightning_quant.graph.side_effects import attributes, check_attributes
+from lightning_quant.graph.size_conditions import decided, is_of_sizes
 from lightning_quant.routing import clone, device_of, without_fast_path
 from lightning_quant.structures import register_structures
 
-_CONSTRUCTORS = ("rand", "randn", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
 
@@ -50,6 +50,10 @@ class Traced:
     opaque: dict[str, str]
 
 
+class _StopError(Exception):
+    """What comes after a module that cannot be traced cannot be, either: what that returns is not known."""
+
+
 class _UnknownError(Exception):
     """The value of a node cannot be told from those that it reads; the message says why."""
 
@@ -66,7 +70,8 @@ class _Tracer(fx.Tracer):
         self.counts: dict[Any, int] = defaultdict(int)
         self.sites: dict[Any, int] = defaultdict(int)
         self.output_spec: ResultSpec | None = None
-        self.failure: tuple[str, Exception] | None = None
+        # Path of each module that turned out not to be traceable, with the reason.
+        self.failures: dict[str, str] = {}
         self.propagating = False
 
     def result_spec(self) -> ResultSpec:
@@ -103,12 +108,20 @@ class _Tracer(fx.Tracer):
         self.scopes.append(path if number == 0 else f"{path}({number})")
         try:
             return super().call_module(m, forward, args, kwargs)
+        except _StopError:
+            raise
         except Exception as error:
             # The innermost forward that raised is at fault; fx itself raises another error on the way out.
-            self.failure = self.failure or (path, error)
-            raise
+            self.failures[path] = _reason(error)
+            self.opaque.add(path)
+            failed = error
         finally:
             self.scopes.pop()
+        # This graph is of no use, but what else cannot be traced is found on the same pass.
+        result = super().call_module(m, forward, args, kwargs)
+        if "unknown" in result.node.meta:
+            raise _StopError from failed
+        return result
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, fx.Proxy]) -> Any:
         return attr_val if self.propagating else super().getattr(attr, attr_val, parameter_proxy_cache)
@@ -140,6 +153,14 @@ class _Tracer(fx.Tracer):
             proxy.node.meta["unknown"] = str(error)
         self._label(proxy.node)
         return proxy
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        value = obj.node.meta.get("fake")
+        if not isinstance(value, bool | int | float) or not is_of_sizes(obj.node):
+            return super().to_bool(obj)
+        # What follows is right for calls of these sizes, as the graph says itself.
+        self.create_proxy("call_function", decided, (obj, bool(value)), {})
+        return bool(value)
 
     def _propagate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "placeholder":
@@ -204,59 +225,35 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
         UntraceableError: the root's own forward cannot be traced; the message says why.
     """
     reasons: dict[str, str] = {}
-    opaque = set(opaque or ())
     device = device_of(root).type
     while True:
         copy = clone(root, unrouted=True)
-        tracer = _Tracer(spec, tensors, opaque)
+        tracer = _Tracer(spec, tensors, {*(opaque or ()), *reasons})
         try:
-            before = _attributes(copy)
+            before = attributes(copy)
             # Autocast keeps the weights that it casts; those of a trace are not real.
             without_autocast = torch.autocast(device, enabled=False)
-            with (
-                _constructors_traced(tracer),
-                transformers_traceable(),
-                torch.enable_grad(),
-                without_autocast,
-                without_fast_path(),
-            ):
-                graph = tracer.trace(copy)
-            _check_attributes(before, copy)
-            functionalize(graph, copy)
+            with functions_recorded(tracer), transformers_traceable(), torch.enable_grad(), without_fast_path():
+                with without_autocast:
+                    graph = tracer.trace(copy)
+            if not tracer.failures:
+                check_attributes(before, copy)
+                functionalize(graph, copy)
         except Exception as error:  # whatever a user's forward raises when run on proxies
-            culprit, cause = tracer.failure or (getattr(error, "scope", ""), error)
-            reason = str(cause.__context__ or cause).split("\n")[0]
-            if not culprit or culprit in opaque:
+            found = tracer.failures or getattr(error, "places", None) or {"": _reason(error)}
+            if "" in found or found.keys() & reasons.keys():
+                reason = found.get("") or next(iter(found.values()))
                 raise UntraceableError(f"{type(root).__name__}.forward cannot be traced: {reason}") from error
-            opaque.add(culprit)
-            reasons[culprit] = reason
+            reasons |= found
             continue
-        _keep_constants(graph, copy, root)
-        return Traced(graph, tracer.result_spec(), reasons)
+        reasons |= tracer.failures
+        if not tracer.failures:
+            _keep_constants(graph, copy, root)
+            return Traced(graph, tracer.result_spec(), reasons)
 
 
-def _attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
-    """Return everything but submodules that hangs on each module of a tree."""
-    ignored = ("_modules", "_buffers", "_parameters")
-    return {
-        path: {**{k: v for k, v in vars(child).items() if k not in ignored}, **child._buffers}
-        for path, child in module.named_modules()
-    }
-
-
-def _check_attributes(before: dict[str, dict[str, Any]], module: nn.Module) -> None:
-    """Refuse a forward that sets attributes: a graph would not do so again.
-
-    Raises:
-        UntraceableError: its `scope` names the module.
-    """
-    for path, after in _attributes(module).items():
-        old = before.get(path, {})
-        changed = [k for k, v in after.items() if not k.startswith("_tensor_constant") and old.get(k, module) is not v]
-        if changed:
-            error = UntraceableError(f"its forward sets {', '.join(changed)}")
-            error.scope = path  # type: ignore[attr-defined]
-            raise error
+def _reason(error: Exception) -> str:
+    return str(error.__context__ or error).split("\n")[0]
 
 
 def _keep_constants(graph: fx.Graph, traced: nn.Module, root: nn.Module) -> None:
@@ -283,28 +280,6 @@ def _rebuilding(kind: type, treespec: Any) -> Any:
 
     rebuild.__name__ = kind.__name__
     return rebuild
-
-
-@contextmanager
-def _constructors_traced(tracer: _Tracer) -> Iterator[None]:
-    """Let `torch.rand(x.shape[0], 1)` and its kind, which no proxy overrides, become nodes when a size is a proxy."""
-
-    def traced(original: Any) -> Any:
-        def construct(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", original, args, kwargs)
-            return original(*args, **kwargs)
-
-        return construct
-
-    originals = {name: getattr(torch, name) for name in _CONSTRUCTORS}
-    for name, original in originals.items():
-        setattr(torch, name, traced(original))
-    try:
-        yield
-    finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
 
 
 def has_hooks(module: nn.Module) -> bool:

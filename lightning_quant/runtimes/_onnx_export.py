@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -14,6 +15,7 @@ from lightning_quant.calls import CallSpec, rebuild_call
 from lightning_quant.named_edges import PREFIX, EdgeNames
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, refused
 from lightning_quant.runtimes._onnx_layers import translations
+from lightning_quant.runtimes._onnx_moves import move_in_integers
 from lightning_quant.signature import output_names
 
 _ENGINE = "PyTorch's exporter to ONNX"
@@ -27,6 +29,7 @@ def export_onnx(
     path: Path,
     *,
     dynamic: dict[str, dict[int, str]],
+    rewrite: Callable[[Any], None] = move_in_integers,
 ) -> None:
     """Write a module as an ONNX file.
 
@@ -37,6 +40,7 @@ def export_onnx(
         tensors: of that call; sizes of dynamic dimensions are only examples.
         path: file to write; weights of more than 2 GB go into a second file beside it.
         dynamic: input name to dimension to its name, for dimensions that may vary.
+        rewrite: changes the graph for the runtime that is to read it.
 
     Raises:
         ExportError: PyTorch's exporter refuses the module, with its reason.
@@ -59,6 +63,7 @@ def export_onnx(
         )
         _name_edges(program.model, EdgeNames(flat))  # type: ignore[union-attr]
         _optimize(program.model)  # type: ignore[union-attr]
+        rewrite(program.model)  # type: ignore[union-attr]
         _name(program.model, spec.names, names)  # type: ignore[union-attr]
         _check_varies(program.model, spec, dynamic, fixed)  # type: ignore[union-attr]
     _leave_out_unread(program.model)  # type: ignore[union-attr]

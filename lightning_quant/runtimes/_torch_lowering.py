@@ -5,6 +5,7 @@ matches no pattern stays as it was: dequantize, float arithmetic, quantize. The 
 namespaces `aten` and `quantized` alone, and in each node's `meta["edge"]` the name of the plan's edge that it computes.
 """
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -37,7 +38,15 @@ _MOVES = frozenset({
     _ATEN.squeeze.default, _ATEN.squeeze.dim, _ATEN.squeeze.dims, _ATEN.unsqueeze.default, _ATEN.contiguous.default,
     _ATEN.clone.default, _ATEN.pixel_shuffle.default, _ATEN.channel_shuffle.default, _ATEN.slice.Tensor,
     _ATEN.select.int, _ATEN.max_pool1d.default, _ATEN.max_pool2d.default, _ATEN.constant_pad_nd.default,
-    _ATEN.pad.default,
+    _ATEN.pad.default, _ATEN.flip.default, _ATEN.repeat.default, _ATEN.expand.default, _ATEN.tile.default,
+    _ATEN.repeat_interleave.self_int, _ATEN.pixel_unshuffle.default, _ATEN.index_select.default, _ATEN.narrow.default,
+    _ATEN.movedim.int, _ATEN.movedim.intlist, _ATEN.upsample_nearest2d.vec, _ATEN.upsample_nearest3d.vec,
+    _ATEN._upsample_nearest_exact2d.vec,
+})  # fmt: skip
+# The same, with several results.
+_SPLITS = frozenset({
+    _ATEN.split.Tensor, _ATEN.split_with_sizes.default, _ATEN.chunk.default, _ATEN.unbind.int,
+    _ATEN.tensor_split.sections, _ATEN.tensor_split.indices,
 })  # fmt: skip
 # Kernels keep what they compute in an order of dimensions of their own, which `view` would refuse.
 _RESHAPES = (_ATEN.view.default, _ATEN._unsafe_view.default)
@@ -60,7 +69,7 @@ def lower(graph_module: fx.GraphModule, names: EdgeNames) -> fx.GraphModule:
             node.target = _ATEN.reshape.default
     _name_native_tensors(graph, names)
     for node in list(graph.nodes):
-        if node.target in _MOVES and _is(node.args[0], _DEQUANTIZE) and _moves_zero(node):
+        if node.target in _MOVES | _SPLITS and _is(node.args[0], _DEQUANTIZE) and _pads_integers(node):
             _move_in_integers(node)
     for node in list(graph.nodes):
         if node.target is _QUANTIZE:
@@ -96,11 +105,16 @@ def _name_native_tensors(graph: fx.Graph, names: EdgeNames) -> None:
 def _move_in_integers(node: fx.Node) -> None:
     """Write `move(dequantize(x))` as `dequantize(move(x))`, and a `quantize` of that on the same grid as `move(x)`."""
     dequantize: Any = node.args[0]
+    node.replace_input_with(dequantize, dequantize.args[0])
+    for part in list(node.users) if node.target in _SPLITS else [node]:
+        _dequantize_behind(part)
+
+
+def _dequantize_behind(node: fx.Node) -> None:
     with node.graph.inserting_after(node):
         moved = node.graph.call_function(_DEQUANTIZE, (node,))
     moved.meta["val"] = node.meta.get("val")
     node.replace_all_uses_with(moved, delete_user_cb=lambda user: user is not moved)
-    node.replace_input_with(dequantize, dequantize.args[0])
     for reader in list(moved.users):
         if reader.target is _QUANTIZE and _grid(node) == reader.args[1:3] and "edge" not in node.meta:
             node.meta["edge"] = reader.meta["edge"]
@@ -112,7 +126,7 @@ def _quantize_before_moves(node: fx.Node) -> None:
     """Write `quantize(move(y))` as `move(quantize(y))` where a kernel that answers in integers may stand before it."""
     moves = []
     source: Any = node.args[0]
-    while source.target in _MOVES and len(source.users) == 1 and _moves_zero(source):
+    while source.target in _MOVES and len(source.users) == 1 and _pads_integers(source):
         moves.append(source)
         source = source.args[0]
     if not moves or source.target is not _ATEN.linear.default:
@@ -247,17 +261,18 @@ def _stored_weight(root: fx.GraphModule, node: Any) -> Tensor | None:
 
 def _grid(node: Any) -> tuple[Any, ...]:
     """Return scale and zero point of what a node computes; empty when that is not known."""
-    while node.target in _MOVES:
+    while node.target in _MOVES | _SPLITS or node.target is operator.getitem:
         node = node.args[0]
     return tuple(node.args[1:3]) if node.target is _QUANTIZE else ()
 
 
-def _moves_zero(node: fx.Node) -> bool:
-    """Tell whether a padding, if it is one, pads with zeros, which every grid has."""
+def _pads_integers(node: fx.Node) -> bool:
+    """Tell whether a padding, if it is one, pads with zeros, which every grid has, or has a kernel for integers."""
     if node.target is _ATEN.constant_pad_nd.default:
         return bool(argument(node, 2, "value", 0) == 0)
     if node.target is _ATEN.pad.default:
-        return argument(node, 2, "mode", "constant") == "constant" and argument(node, 3, "value") in (None, 0)
+        mode = argument(node, 2, "mode", "constant")
+        return mode == "reflect" or (mode == "constant" and argument(node, 3, "value") in (None, 0))
     return True
 
 

@@ -3,7 +3,7 @@
 What the table says was tried on ExecuTorch 1.5 with torch 2.13, with the operators of the lowered graphs counted:
 - XNNPACK knows int8 activations, not uint8: the same values with another zero point. It quantizes biases itself.
 - A linear layer runs in integers only when its output is quantized, too.
-- Average pools run in float; a padding is no part of a convolution.
+- Average pools run in float; a padding is no part of a convolution, and has a grid of its own.
 - Memory is planned for the largest sizes, so dimensions that vary have an upper bound.
 
 Loading a program runs native code of the wheel on what the file says: load only what you trust.
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_quant.call_checks import DTYPES
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
@@ -47,7 +48,7 @@ TABLE = OperatorTable(
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset(),
     own_scale=frozenset({"add", "mul"}),
-    shared_scale=frozenset({"reshape", "max_pool", "pass"}),
+    shared_scale=MOVING - {"pad"},
     reasons={
         **dict.fromkeys(("sub", "matmul", "avg_pool", "global_avg_pool", "attention", "tanh", "sigmoid"), _FLOAT),
         **dict.fromkeys(("leaky_relu", "hardswish", "hardsigmoid", "gelu", "silu", "mish", "elu", "prelu"), _FLOAT),

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from lightning_quant.call_checks import DTYPES
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, MissingRuntimeError
+from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
@@ -55,7 +56,7 @@ TABLE = OperatorTable(
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset({"linear"}),
     own_scale=frozenset({"add"}),
-    shared_scale=frozenset({"reshape", "max_pool", "pass"}),
+    shared_scale=MOVING,
     reasons={
         **dict.fromkeys(("mul", "sub", "matmul", "cat", "avg_pool", "global_avg_pool", "attention", "tanh"), _FLOAT),
         **dict.fromkeys(("leaky_relu", "sigmoid", "hardswish", "hardsigmoid", "gelu", "silu", "mish", "elu"), _FLOAT),

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from lightning_quant.call_checks import DTYPES
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
@@ -63,7 +64,7 @@ TABLE = OperatorTable(
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset({"linear", "matmul"}),
     own_scale=frozenset({"add", "mul", "matmul", "cat", "avg_pool", "global_avg_pool", "leaky_relu", "sigmoid"}),
-    shared_scale=frozenset({"reshape", "max_pool", "pass"}),
+    shared_scale=MOVING,
     reasons=_REASONS,
 )
 # Integer operators of an optimized session that carry out each kind.

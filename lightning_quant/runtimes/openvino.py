@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from lightning_quant.call_checks import DTYPES
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.named_edges import PREFIX, check_common
 from lightning_quant.reading import opened
 from lightning_quant.runtimes._onnx_export import export_onnx
+from lightning_quant.runtimes._onnx_moves import pad_by_joining
 from lightning_quant.runtimes._openvino_weights import compress_weights
 from lightning_quant.runtimes._standalone import numpy_inputs
 from lightning_quant.signature import Signature, TensorInfo
@@ -49,7 +51,7 @@ TABLE = OperatorTable(
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset({"linear"}),
     own_scale=frozenset({"add", "cat", "avg_pool", "global_avg_pool"}),
-    shared_scale=frozenset({"reshape", "max_pool", "pass"}),
+    shared_scale=MOVING,
     reasons={
         **dict.fromkeys(("mul", "sub", "matmul", "attention", "layer_norm", "group_norm", "tanh", "softplus"), _FLOAT),
         **dict.fromkeys(("leaky_relu", "sigmoid", "hardswish", "hardsigmoid", "gelu", "silu", "mish", "elu"), _FLOAT),
@@ -145,7 +147,7 @@ def export(
 
     with tempfile.TemporaryDirectory() as folder:
         onnx_path = Path(folder) / "model.onnx"
-        export_onnx(module, signature, spec, tensors, onnx_path, dynamic=dynamic)
+        export_onnx(module, signature, spec, tensors, onnx_path, dynamic=dynamic, rewrite=pad_by_joining)
         try:
             model = _with_names_of_its_own(compress_weights(openvino.Core().read_model(onnx_path)))
             openvino.save_model(model, path, compress_to_fp16=False)

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import QuantizationError
+from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.runtimes import _torch_layers, _torch_static, _torch_steps
@@ -44,7 +45,7 @@ TABLE = OperatorTable(
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset(),
     own_scale=frozenset({"add", "mul", "cat", "leaky_relu"}),
-    shared_scale=frozenset({"reshape", "max_pool", "pass"}),
+    shared_scale=MOVING,
     reasons={
         **dict.fromkeys(("avg_pool", "global_avg_pool"), _COARSE),
         **dict.fromkeys(("sub", "matmul", "attention", "tanh", "sigmoid", "layer_norm", "group_norm"), _FLOAT),

@@ -328,15 +328,6 @@ def test_a_batch_norm_shared_by_two_layers_is_right() -> None:
     assert noise(model, IMAGE) > 25
 
 
-@pytest.mark.parametrize("mode", ["circular", "reflect", "replicate"])
-def test_padding_other_than_zeros_stays_float(mode: str) -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1, padding_mode=mode), nn.ReLU(), nn.Conv2d(6, 2, 1))
-    rows = rows_of(model, IMAGE)
-    assert rows["0"].action == "float"
-    assert "padding" in rows["0"].reason
-    assert noise(model, IMAGE) > 25
-
-
 @pytest.mark.parametrize(
     "pad",
     [
@@ -418,18 +409,6 @@ def test_same_padding_computed_from_the_size_is_right() -> None:
             expected = model(image)
             with prepared.attached("observe"):
                 torch.testing.assert_close(model(image), expected, atol=0, rtol=0)
-
-
-def test_weights_computed_in_forward_stay_float() -> None:
-    class Standardized(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return F.conv2d(x, self.weight - self.weight.mean((1, 2, 3), keepdim=True), self.bias)
-
-    model = nn.Sequential(Standardized(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
-    (row,) = [row for name, row in rows_of(model, IMAGE).items() if row.macs and name != "2"]
-    assert row.action == "float"
-    assert "computed in forward" in row.reason
-    assert noise(model, IMAGE) > 25
 
 
 def test_an_addition_with_a_factor_or_a_constant_is_no_integer_addition() -> None:

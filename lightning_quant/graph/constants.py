@@ -1,0 +1,59 @@
+"""Values that forward computes from parameters and buffers alone, as weight standardization does with its weights.
+
+In evaluation they are constants, so they are folded and quantized like weights.
+"""
+
+from collections.abc import Callable
+
+from torch import Tensor, fx, nn
+
+from lightning_quant.graph.code import with_any_names
+
+# What is drawn anew at each call.
+_RANDOM = frozenset({"rand", "randn", "randint", "randperm", "rand_like", "randn_like", "randint_like", "bernoulli"})
+_RANDOM |= {"normal", "multinomial", "poisson"}
+
+
+def constant(node: fx.Node, root: nn.Module) -> Callable[[nn.Module], Tensor] | None:
+    """Return a function of a module that computes a node's value, which no input of the graph has a part in.
+
+    Args:
+        node: of a graph that was traced in evaluation.
+        root: module that it was traced from; the function takes that, or another of its structure.
+    """
+    needed = ancestors(node)
+    if any(read.op == "placeholder" or _is_random(read, root) for read in needed):
+        return None
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for read in node.graph.nodes:
+        if read in needed:
+            copies[read] = graph.node_copy(read, copies.__getitem__)
+    graph.output(copies[node])
+    code = with_any_names(graph).python_code("self")
+    namespace = dict(code.globals)
+    exec(compile(code.src, "<lightning_quant constant>", "exec"), namespace)
+    return namespace["forward"]
+
+
+def sources(node: fx.Node) -> list[str]:
+    """Return the names of the parameters and buffers that a node's value is computed from."""
+    return [str(read.target) for read in node.graph.nodes if read.op == "get_attr" and read in ancestors(node)]
+
+
+def ancestors(node: fx.Node) -> set[fx.Node]:
+    """Return a node with all that it depends on."""
+    found, left = {node}, [node]
+    while left:
+        for read in left.pop().all_input_nodes:
+            if read not in found:
+                found.add(read)
+                left.append(read)
+    return found
+
+
+def _is_random(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_module":
+        return any(child.training for child in root.get_submodule(str(node.target)).modules())
+    name = getattr(node.target, "__name__", str(node.target))
+    return node.op.startswith("call_") and name.rstrip("_") in _RANDOM
