@@ -38,6 +38,8 @@ from lightning_quant.sizes import ChosenShapes, attempts, chosen_shapes, dynamic
 Quantizable = Prepared | Layerwise
 # Samples that the parity check looks at; every operator of the model is compared on them.
 PARITY_SAMPLES = 16
+# Decibels by which a runtime may be farther from what was exported than that is from float: it tips ties of rounding.
+_DOUBT_DB = 10.0
 # Decibels that a file of the captured sizes must gain for sizes that vary to be given up.
 _GAIN_DB = 6.0
 
@@ -213,7 +215,7 @@ def _write(
             )
             prepared.refused += ((doubted.dynamic, why),)
             return written
-        if doubted is None and (dynamic is wanted[-1] or _is_faithful(prepared, written)):
+        if doubted is None and (dynamic is wanted[-1] or _is_faithful(prepared, converted, written)):
             return written
         doubted = doubted or written
     if doubted is None:
@@ -278,12 +280,13 @@ def _export_module(prepared: Quantizable, converted: nn.Module, staged: Path, dy
             prepared.decided = decided
 
 
-def _is_faithful(prepared: Quantizable, written: _Written) -> bool:
-    """Tell whether a runtime is nearer to what was exported than that is to float."""
+def _is_faithful(prepared: Quantizable, converted: nn.Module, written: _Written) -> bool:
+    """Tell whether a runtime is about as near to what was exported as that is to float."""
     inputs = prepared.samples(PARITY_SAMPLES)
-    floating = _float_outputs(prepared, inputs)
-    with torch.no_grad():
-        return written.agreement_db >= signal_to_noise(floating, written.loaded.run(inputs))
+    args, kwargs = prepared.call(inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        exported = tensor_leaves(converted(*args, **kwargs))
+    return written.agreement_db >= signal_to_noise(_float_outputs(prepared, inputs), exported) - _DOUBT_DB
 
 
 def samples_of(prepared: Quantizable, number: int) -> list[Tensor]:

@@ -141,6 +141,26 @@ def test_static_sizes_are_the_captured_ones(chosen: Any, tmp_path: Path) -> None
     assert notes_of_sizes(prepared) == ()
 
 
+@pytest.mark.parametrize(("error", "is_given_up"), [(0.3, True), (1e-3, False)])
+def test_a_runtime_that_computes_another_thing_for_any_batch_gets_the_captured_one(
+    error: float, is_given_up: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As OpenVINO does for a recurrence behind convolutions. It must not be taken for noise of quantization."""
+    from lightning_quant.runtimes.onnxruntime import OnnxRuntimeModule
+
+    right = OnnxRuntimeModule.run
+
+    def wrong(loaded: OnnxRuntimeModule, tensors: list[Tensor]) -> list[Tensor]:
+        varies = isinstance(loaded.signature.inputs[0].shape[0], str)
+        noise = torch.Generator().manual_seed(0)
+        return [y + varies * error * torch.randn(y.shape, generator=noise) for y in right(loaded, tensors)]
+
+    monkeypatch.setattr(OnnxRuntimeModule, "run", wrong)
+    prepared, loaded = exported(Counting("len"), tmp_path, torch.randn(4, 8), runtime="onnxruntime")
+    assert (loaded.signature.inputs[0].shape == (4, 8)) is is_given_up
+    assert any("dB" in note for note in notes_of_sizes(prepared)) is is_given_up
+
+
 def test_what_no_choice_of_shapes_is_is_refused() -> None:
     with pytest.raises(QuantizationError, match=r"`dynamic_shapes` to be 'static'.*but got 'dynamic'"):
         chosen_shapes("dynamic")  # type: ignore[arg-type]
