@@ -252,9 +252,7 @@ def _attempt(
         inputs = prepared.samples(number)
         with torch.no_grad():
             answers = loaded.run(inputs)
-    args, kwargs = prepared.call(inputs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
-        expected = tensor_leaves(converted(*args, **kwargs))
+    expected = _exported_outputs(prepared, converted, inputs)
     return _Written(dynamic, signature, loaded, signal_to_noise(expected, answers))
 
 
@@ -283,10 +281,14 @@ def _export_module(prepared: Quantizable, converted: nn.Module, staged: Path, dy
 def _is_faithful(prepared: Quantizable, converted: nn.Module, written: _Written) -> bool:
     """Tell whether a runtime is about as near to what was exported as that is to float."""
     inputs = prepared.samples(PARITY_SAMPLES)
-    args, kwargs = prepared.call(inputs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        exported = tensor_leaves(converted(*args, **kwargs))
+    exported = _exported_outputs(prepared, converted, inputs)
     return written.agreement_db >= signal_to_noise(_float_outputs(prepared, inputs), exported) - _DOUBT_DB
+
+
+def _exported_outputs(prepared: Quantizable, converted: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    args, kwargs = prepared.call(inputs)
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
+        return tensor_leaves(converted(*args, **kwargs))
 
 
 def samples_of(prepared: Quantizable, number: int) -> list[Tensor]:

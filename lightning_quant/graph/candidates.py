@@ -179,8 +179,25 @@ class Candidates:
                     self._fuse_activation(unit)
                 self._accept(unit)
                 near.add(unit.tail)
-            elif all_near and (kind in self.table.shared_scale or kind in ops.ACTIVATIONS or kind == "pad"):
+            elif all_near and self._passes_on(node, kind):
                 near.add(node)
+
+    def _passes_on(self, node: fx.Node, kind: str) -> bool:
+        """Tell whether what reads a node may compute in integers as if it read what that reads."""
+        passes = kind in self.table.shared_scale or kind in ops.ACTIVATIONS or kind == "pad"
+        return passes and not self.is_part_of_float(node)
+
+    def is_part_of_float(self, node: fx.Node) -> bool:
+        """Tell whether a node is a part of what an operator may answer in float, moved or not.
+
+        Such parts, queries, keys and values say, are too unlike for one grid.
+        """
+        takes_part = False
+        while self.operations[node].kind in ops.MOVING and ops.is_float(ops.moved_from(node)):
+            takes_part = takes_part or self.operations[node].kind == "slice"
+            node = ops.moved_from(node)
+        unit = next((unit for unit in self.units.values() if unit.tail is node), None) if takes_part else None
+        return unit is not None and unit.operation.kind in self.table.float_output
 
     def _elementwise_refusal(self, node: fx.Node, sources: list[fx.Node], all_near: bool) -> str:
         kind = self.operations[node].kind

@@ -93,7 +93,7 @@ class Matcher(Candidates):
                     self._drop(unit, self._unlike.get(unit.main, "nothing reads its result in integers"))
             elif node in wanted and self.operations[node].kind in self.table.shared_scale and ops.is_float(node):
                 source = ops.moved_from(node)
-                if isinstance(source, fx.Node) and self._ends_near(source, takes_part=self._takes_part(node)):
+                if isinstance(source, fx.Node) and not self.is_part_of_float(node) and self._ends_near(source):
                     wanted.add(source)
                     shared.append(node)
         units = [unit for node in self.graph.nodes if (unit := self.units.get(node)) is not None]
@@ -189,22 +189,13 @@ class Matcher(Candidates):
         for node in [node for node, owner in self.fused.items() if owner is unit]:
             del self.fused[node]
 
-    def _ends_near(self, node: fx.Node, *, takes_part: bool = False) -> bool:
-        """Tell whether moving values back through shared-scale nodes ends at something that is quantized anyway.
-
-        Parts of what may be float have grids of their own: those of queries, keys and values, say, are unlike.
-        """
+    def _ends_near(self, node: fx.Node) -> bool:
+        """Tell whether moving values back through shared-scale nodes ends at something that is quantized anyway."""
         while self.operations[node].kind in self.table.shared_scale and ops.is_float(ops.moved_from(node)):
-            takes_part = takes_part or self._takes_part(node)
             node = ops.moved_from(node)
-        tails = {unit.tail: unit for unit in self.units.values()}
+        tails = {unit.tail for unit in self.units.values()}
         sources = {source for unit in self.units.values() for source in unit.source}
-        if takes_part and node in tails and tails[node].operation.kind in self.table.float_output:
-            return False
         return ops.is_float(node) and (node in tails or (node in sources and node.op != "placeholder"))
-
-    def _takes_part(self, node: fx.Node) -> bool:
-        return self.operations[node].kind == "slice"
 
     def _operator(self, unit: Unit) -> Operator:
         def key(node: fx.Node | None) -> str:

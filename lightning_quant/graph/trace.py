@@ -232,10 +232,9 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
         try:
             before = attributes(copy)
             # Autocast keeps the weights that it casts; those of a trace are not real.
-            without_autocast = torch.autocast(device, enabled=False)
-            with functions_recorded(tracer), transformers_traceable(), torch.enable_grad(), without_fast_path():
-                with without_autocast:
-                    graph = tracer.trace(copy)
+            uncast = torch.autocast(device, enabled=False)
+            with functions_recorded(tracer), transformers_traceable(), torch.enable_grad(), uncast, without_fast_path():
+                graph = tracer.trace(copy)
             if not tracer.failures:
                 check_attributes(before, copy)
                 functionalize(graph, copy)
