@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant import load, quantize
+from lightning_quant import cli, load, quantize
+from lightning_quant.artifact import add_report
 from lightning_quant.limits import Limits
 from lightning_quant.report import MetricRow, Report
 from lightning_quant.tables import one_line, text_table
@@ -124,3 +125,11 @@ def test_no_part_of_a_report_lets_a_name_become_markup(tmp_path: Path) -> None:
     )  # fmt: skip
     assert len(report.warnings) > 3
     assert unescaped(report.to_markdown()) == []
+
+
+def test_a_strangers_report_moves_no_cursor(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    artifact = quantize(nn.Linear(6, 3), calibration_data=torch.randn(8, 6), output_dir=tmp_path)
+    add_report(artifact, {"warnings": []}, "# A report\n\n\x1b[2J\x1b]0;title\x07done\u202e\n")
+
+    assert cli.main(["report", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.startswith("# A report\n\n[2J]0;titledone\n")
