@@ -54,7 +54,7 @@ class CalibrationCalls:
             if reading.left_out:
                 note = f"of each item of `calibration_data` left out {reading.left_out}"
                 self.notes += (note,)
-                warnings.warn(f"quantize: {note}.", NoEffectWarning, stacklevel=4)
+                warnings.warn(f"quantize: {note}.", NoEffectWarning, stacklevel=5)
             if reading.cast is not None:
                 self.notes += (
                     f"floating-point numbers of `calibration_data` were cast to {reading.cast}, as the module is",

@@ -38,12 +38,14 @@ from lightning_quant.names import Engine, Recipes, Runtime
 from lightning_quant.output_noise import HeldOut, held_back
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
+from lightning_quant.process import alone
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
 from lightning_quant.report_html import to_html
 from lightning_quant.routing import device_of
 from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
 
 
+@alone()
 def quantize(
     model_or_checkpoint: nn.Module | str | os.PathLike[str],
     recipe: Recipes | dict[str, Any] | AnyRecipe = "int8",
@@ -167,7 +169,7 @@ def quantize(
         )
         artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
     for text in report.warnings:
-        warnings.warn(f"{artifact.path}: {text}.", NoEffectWarning, stacklevel=2)
+        warnings.warn(f"{artifact.path}: {text}.", NoEffectWarning, stacklevel=3)
     return artifact
 
 

@@ -12,8 +12,16 @@ from typing import Any
 import torch
 
 _LOCK = threading.RLock()
+_PATCHED = threading.RLock()
 # Setting to how many blocks hold it, and what it was before the first.
 _HELD: dict[str, tuple[int, Any]] = {}
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let one thread at a time trace and export: PyTorch patches the process for that, its modules and its output."""
+    with _PATCHED:
+        yield
 
 
 @contextmanager

@@ -1,13 +1,17 @@
 """Settings of the whole process are as they were when the last of several threads is done with them."""
 
+import sys
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
+from lightning_quant import load, quantize
 from lightning_quant.process import quantized_engine, resizable_results, torch_threads
 
 
@@ -85,3 +89,29 @@ def test_engine_is_given_back_on_error() -> None:
     with pytest.raises(ValueError, match="mine"), quantized_engine(other):
         raise ValueError("mine")
     assert settings() == before
+
+
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+def test_threads_that_quantize_do_so_one_after_the_other(tmp_path: Path, unmeasured: None) -> None:
+    # Exporters send the process's own output elsewhere meanwhile, and tracers patch every module in it.
+    models = [nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)).eval() for _ in range(3)]
+    x, output = torch.randn(8, 6), (sys.stdout, sys.stderr)
+    failed: list[BaseException] = []
+
+    def work(index: int) -> None:
+        try:
+            quantize(models[index], "int8_weight_only", "torch", calibration_data=[x], output_dir=tmp_path / str(index))
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(models))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+    assert failed == []
+    assert (sys.stdout, sys.stderr) == output
+    for index, model in enumerate(models):
+        with torch.no_grad():
+            torch.testing.assert_close(load(tmp_path / str(index))(x), model(x), atol=0.05, rtol=0.05)

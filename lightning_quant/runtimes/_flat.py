@@ -16,6 +16,7 @@ from lightning_quant.calls import CallSpec, rebuild_call
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.foreign_operators import ForeignOperatorsInlined
 from lightning_quant.layers.packed import kept_padded
+from lightning_quant.process import alone
 from lightning_quant.routing import as_exported
 from lightning_quant.runtimes._allowances import allowances
 from lightning_quant.runtimes._reasons import first_line, reason, sizes_watched
@@ -147,6 +148,7 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.CRITICAL)
     try:
         with (
+            alone(),
             warnings.catch_warnings(),
             contextlib.redirect_stdout(io.StringIO()),
             contextlib.redirect_stderr(io.StringIO()),
