@@ -44,13 +44,15 @@ def test_a_child_says_its_own_share_and_that_of_the_step(tmp_path: Path, caplog:
     assert scalars["quant/step_coverage"] == pytest.approx(share)
 
 
-class Recurrent(nn.Module):
+class Volume(nn.Module):
+    """Most of it is a layer that has neither an integer nor a stored form."""
+
     def __init__(self) -> None:
         super().__init__()
-        self.rnn, self.head = nn.GRU(8, 32, batch_first=True), nn.Linear(32, NUM_CLASSES)
+        self.conv, self.up, self.head = nn.Conv2d(1, 8, 3), nn.ConvTranspose3d(8, 8, 3), nn.Linear(8, NUM_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.rnn(x.squeeze(1))[0][:, -1])
+        return self.head(self.up(self.conv(x).unsqueeze(2)).mean((2, 3, 4)))
 
 
 class StopBeforeTraining(Callback):
@@ -60,7 +62,7 @@ class StopBeforeTraining(Callback):
 
 def test_little_coverage_is_said_before_training(tmp_path: Path) -> None:
     with pytest.warns(NoEffectWarning) as said, pytest.raises(EnoughError):
-        fit(seeded(net=Recurrent()), PostTrainingQuantization(output_dir=tmp_path), StopBeforeTraining())
+        fit(seeded(net=Volume()), PostTrainingQuantization(output_dir=tmp_path), StopBeforeTraining())
     texts = [str(warning.message) for warning in said]
     assert any("of the multiply-adds run as 'int8' asks" in text and "int8_weight_only" in text for text in texts)
     assert any("of the weights' bytes are stored with fewer bits" in text for text in texts)
