@@ -59,6 +59,8 @@ def read_checkpoint(ckpt_path: str | os.PathLike[str], *, trust: bool = False) -
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError) and not _is_pickled(ckpt_path):
             said = "`torch.save` has not written it."
+        if isinstance(error, ModuleNotFoundError) and error.name:
+            said += f". Install the project that the checkpoint is of: it has objects of {error.name.split('.')[0]!r}."
         raise QuantizationError(
             f"Expected {name} to be a Lightning checkpoint, but it cannot be read: {said}"
         ) from error

@@ -1,4 +1,4 @@
-"""What Python decides by looking into tensors: `if lengths.min() == 0`, `int(lengths.max())`, packed sequences.
+"""What Python decides by looking into tensors: `if lengths.min() == 0`, `int(lengths.max())`.
 
 An exporter has no values to look at. Where it refuses for that, the module is exported as it decides in the captured
 call, and the file answers NaN to every call that would decide otherwise, so that no other computation passes for it.
@@ -16,110 +16,59 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lightning_quant.calls import map_tensors
+from lightning_quant.layers.packed import kept_padded
 from lightning_quant.signature import tensor_leaves
 
 # What Python calls to make a truth value or a whole number of a tensor.
 _READS = ("__bool__", "__int__", "__index__", "item")
-_WHOLE, _PADDED = "whole", "padded"
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 _HERE, _TORCH = os.path.dirname(os.path.abspath(__file__)) + os.sep, os.path.dirname(torch.__file__) + os.sep
 
 
-class _Whole(TorchFunctionMode):
-    """Runs recurrences on packed sequences of which none is padded as on others, so that no size is read of them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        # Sizes of the steps of a packed sequence, with the numbers of steps and of samples.
-        self.packed: dict[int, tuple[Tensor, Any, Any]] = {}
+class _Reading(TorchFunctionMode):
+    """Meets what the user's code reads out of tensors."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        name, kwargs = getattr(function, "__name__", ""), kwargs or {}
-        if name in _READS and len(args) == 1 and isinstance(args[0], Tensor):
-            return self.read(function, args[0])
-        if name == "_pack_padded_sequence" and self.packs_whole(args[1], args[0].shape[int(args[2])]):
-            return self._pack(args[0], args[2])
-        if name == "__getitem__" and id(args[0]) in self.packed and args[1] == 0:
-            return self.packed[id(args[0])][2]
-        if len(args) > 1 and id(args[1]) in self.packed:
-            _, steps, samples = self.packed[id(args[1])]
-            if name == "_pad_packed_sequence":
-                return self._pad(args[0], steps, samples, args[2])
-            if name in _RECURRENT:
-                return self._run(function, args, kwargs, steps, samples)
-        return function(*args, **kwargs)
+        is_read = getattr(function, "__name__", "") in _READS and len(args) == 1 and isinstance(args[0], Tensor)
+        line = _line() if is_read else None
+        return function(*args, **(kwargs or {})) if line is None else self.read(function, args[0], line)
 
-    def read(self, function: Any, tensor: Tensor) -> Any:
+    def read(self, function: Any, tensor: Tensor, line: str) -> Any:
         """Return the truth value or number of a tensor."""
         raise NotImplementedError
 
-    def packs_whole(self, lengths: Tensor, steps: Any) -> bool:
-        """Tell whether sequences of these lengths, `(samples,)`, are all of that many steps."""
-        raise NotImplementedError
 
-    def _pack(self, x: Tensor, batch_first: bool) -> tuple[Tensor, Tensor]:
-        x = x.transpose(0, 1) if batch_first else x
-        steps, samples = x.shape[:2]
-        sizes = torch.full((steps,), samples, dtype=torch.int64)
-        self.packed[id(sizes)] = sizes, steps, samples
-        return x.reshape(-1, *x.shape[2:]), sizes
-
-    def _pad(self, data: Tensor, steps: Any, samples: Any, batch_first: bool) -> tuple[Tensor, Tensor]:
-        padded = data.reshape(steps, samples, *data.shape[1:])
-        lengths = torch.full((samples,), steps, dtype=torch.int64)
-        return (padded.transpose(0, 1) if batch_first else padded), lengths
-
-    def _run(self, function: Any, args: tuple[Any, ...], kwargs: dict[str, Any], steps: Any, samples: Any) -> Any:
-        data, _, *rest = args
-        output, *states = function(data.reshape(steps, samples, data.shape[-1]), *rest, batch_first=False, **kwargs)
-        return output.reshape(-1, output.shape[-1]), *states
-
-
-class _Looking(_Whole):
-    """Notes, in order, what is read out of tensors and which line of the user's code reads it."""
+class _Looking(_Reading):
+    """Notes, in order, which line reads what."""
 
     def __init__(self) -> None:
         super().__init__()
         self.decided: list[tuple[str, Any]] = []
 
-    def read(self, function: Any, tensor: Tensor) -> Any:
+    def read(self, function: Any, tensor: Tensor, line: str) -> Any:
         """Note what is read."""
         value = function(tensor)
-        self.decided.append((_line(), value))
+        self.decided.append((line, value))
         return value
 
-    def packs_whole(self, lengths: Tensor, steps: Any) -> bool:
-        """Note whether they are."""
-        is_whole = bool((lengths == steps).all())
-        self.decided.append((_line(), _WHOLE if is_whole else _PADDED))
-        return is_whole
 
-
-class _Answering(_Whole):
+class _Answering(_Reading):
     """Answers what is read as it was decided, and collects what must hold for that."""
 
     def __init__(self, decided: tuple[tuple[str, Any], ...]) -> None:
         super().__init__()
-        self.left = [value for _, value in decided]
+        self.left = list(decided)
         self.conditions: list[Tensor] = []
 
-    def read(self, function: Any, tensor: Tensor) -> Any:
-        """Answer what was read."""
-        if not self.left:
+    def read(self, function: Any, tensor: Tensor, line: str) -> Any:
+        """Answer what was read there."""
+        if not self.left or self.left[0][0] != line:
             return function(tensor)
-        value = self.left.pop(0)
+        _, value = self.left.pop(0)
         held = (tensor != 0) == value if isinstance(value, bool) else tensor == value
         self.conditions.append(held.reshape(()))
         return value
-
-    def packs_whole(self, lengths: Tensor, steps: Any) -> bool:
-        """Answer that they are, which must hold."""
-        if not self.left or self.left.pop(0) != _WHOLE:
-            return False
-        self.conditions.append((lengths == steps).all())
-        return True
 
 
 class _Decided:
@@ -140,22 +89,19 @@ class _Decided:
 def decisions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
     """Return what a module reads out of tensors in a call: the line of its code, and the truth value or whole number.
 
-    Packing sequences of which none is padded counts as such.
-
-    Empty where nothing is read, or where no file can answer for it: it reads other numbers, packs padded sequences, or
-    returns no numbers that could be NaN.
+    Empty where nothing is read, or where no file can answer for it: it reads other numbers, or returns no numbers that
+    could be NaN.
     """
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), _Looking() as looking:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), kept_padded(), _Looking() as looking:
         result = module(*args, **kwargs)
-    if not all(isinstance(value, bool | int) or value == _WHOLE for _, value in looking.decided):
+    if not all(isinstance(value, bool | int) for _, value in looking.decided):
         return ()
     return tuple(looking.decided) if any(t.is_floating_point() for t in tensor_leaves(result)) else ()
 
 
 def in_words(decided: tuple[tuple[str, Any], ...]) -> tuple[str, ...]:
     """Return what must hold in a call, without repetitions."""
-    words = (f"`{line}` {'packs whole sequences' if value == _WHOLE else f'reads {value}'}" for line, value in decided)
-    return tuple(dict.fromkeys(words))
+    return tuple(dict.fromkeys(f"`{line}` reads {value}" for line, value in decided))
 
 
 @contextmanager
@@ -175,9 +121,11 @@ def decided_as_captured(module: nn.Module, decided: tuple[tuple[str, Any], ...])
             module.__dict__["forward"] = before
 
 
-def _line() -> str:
-    """Return the line of the user's code that is running."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code.co_filename.startswith((_HERE, _TORCH)):
+def _line() -> str | None:
+    """Return the line of the user's code that is reading; None where this package does."""
+    frame = sys._getframe(2)
+    while frame is not None and frame.f_code.co_filename.startswith(_TORCH):
         frame = frame.f_back  # type: ignore[assignment]
-    return "" if frame is None else linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()
+    if frame is None or frame.f_code.co_filename.startswith(_HERE):
+        return None
+    return linecache.getline(frame.f_code.co_filename, frame.f_lineno).strip()

@@ -1,5 +1,7 @@
 """`quantize` from the path of a Lightning checkpoint."""
 
+import sys
+import types
 from pathlib import Path
 from typing import Any
 
@@ -115,3 +117,16 @@ def test_what_does_not_belong_together_is_refused(saved: tuple[Lit, Path], tmp_p
         load_module(Lit(), Lit)  # type: ignore[arg-type]
     with pytest.raises(QuantizationError, match="with the path of a checkpoint only"):
         quantize(nn.Linear(6, 3), calibration_data=[X], output_dir=tmp_path, module="net")
+
+
+def test_a_checkpoint_of_a_project_that_is_missing_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    project = types.ModuleType("some_project.layers")
+    project.Config = type("Config", (), {"__module__": "some_project.layers"})  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "some_project", types.ModuleType("some_project"))
+    monkeypatch.setitem(sys.modules, "some_project.layers", project)
+    torch.save({"state_dict": {}, "hyper_parameters": project.Config()}, tmp_path / "best.ckpt")
+    monkeypatch.delitem(sys.modules, "some_project.layers")
+    monkeypatch.delitem(sys.modules, "some_project")
+
+    with pytest.raises(QuantizationError, match=r"Install the project .* it has objects of 'some_project'"):
+        load_module(tmp_path / "best.ckpt", Lit(), trust=True)

@@ -4,7 +4,6 @@ Runs in the client's environment: `.clients/darts/bin/python tests/clients/run_c
 """
 
 import contextlib
-import copy
 import importlib
 import io
 import json
@@ -23,6 +22,7 @@ from lightning.pytorch import Callback
 
 import lightning_quant as lq
 from lightning_quant.errors import QuantizationError
+from lightning_quant.routing import clone
 
 RECIPES = ("qat", "int8", "int8_dynamic", "int8_weight_only")
 
@@ -89,7 +89,8 @@ def fitted(model: Any, recipe: str, folder: Path) -> dict[str, Any]:
 
 def validated(recorder: Recorder, callback: Any) -> dict[str, float]:
     """Return the project's own validation with the loaded artifact in place of its module."""
-    module = copy.deepcopy(recorder.module)
+    # Projects keep attention weights and losses on their modules, which `copy.deepcopy` refuses.
+    module = clone(recorder.module)
     place = module.get_submodule(callback.path)
     place.__dict__["forward"] = lq.load(callback.artifact.path)
     options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
