@@ -18,6 +18,7 @@ from lightning_quant.artifact import Artifact
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import export
 from lightning_quant.layerwise import Layerwise, quantize_layers
+from lightning_quant.recipe import LayerRecipe
 from lightning_quant.runtimes import onnxruntime as runtime
 
 
@@ -74,7 +75,8 @@ def test_dynamic_rows_of_one_value(value: float, tmp_path: Path) -> None:
 
 def test_weight_only_is_the_product_with_the_rounded_weight(tmp_path: Path) -> None:
     model, x = Pair(), torch.randn(2, 5, 64)
-    artifact = save(model, {"x": x}, tmp_path, "int8_weight_only")[1]
+    recipe = LayerRecipe("int8_weight_only", ("weight_only",), bias_correction=False)
+    artifact = save(model, {"x": x}, tmp_path, recipe)[1]
     with torch.no_grad():
         model.first.weight.copy_(rounded(model.first.weight, "int8"))
         model.second.weight.copy_(rounded(model.second.weight, "int8"))
@@ -87,7 +89,9 @@ def test_weight_only_is_the_product_with_the_rounded_weight(tmp_path: Path) -> N
 
 def test_four_bits_are_matmul_nbits(tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(64, 200), nn.ReLU(), nn.Linear(200, 96)), torch.randn(5, 64)
-    artifact = save(model, {"input": x}, tmp_path, "int4_weight_only")[1]
+    schemes = ("weight_only_4bit", "weight_only")
+    recipe = LayerRecipe("int4_weight_only", schemes, floor_db=12.0, bias_correction=False)
+    artifact = save(model, {"input": x}, tmp_path, recipe)[1]
     assert [row["action"] for row in artifact.plan["rows"]] == ["int4 weights", "int8 weights"]
     nodes = [node for node in onnx.load(artifact.model_path).graph.node if node.op_type == "MatMulNBits"]
     assert [{a.name: a.i for a in node.attribute} for node in nodes] == [
