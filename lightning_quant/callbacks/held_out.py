@@ -56,6 +56,9 @@ def _recorded(
     callback: QuantizationCallback, trainer: Trainer, pl_module: LightningModule, data: str, skipped: int
 ) -> Call | None:
     """Return the first call of the module on the batch behind some others, as calibration would draw them."""
+    if callback.group.size > 1:
+        # A step that talks to other processes would wait for those that have no such batch.
+        return None
     duplicate = independent_copy(trainer, pl_module)
     seed = getattr(getattr(callback, "calibration", None), "seed", 0)
     with isolated_rng(seed), unchanged(pl_module), evaluation_mode(duplicate):
