@@ -125,7 +125,7 @@ def test_plans_of_other_forms(build: Any) -> None:
             return self.last(y)
 
     plan = prepare(Net().eval(), (torch.randn(5, 4, 32),)).plan
-    assert plan.weight_coverage > 0.8
+    assert plan.weight_coverage == 1.0
     assert all(row.reason for row in plan.rows if row.action == "float")
 
 
@@ -139,3 +139,11 @@ def test_masks_that_hide_nothing_are_planned_as_exporters_see_them(tmp_path: Pat
     assert artifact.plan["weight_coverage"] == 1.0
     other = {**call, "attention_mask": torch.tensor([[1] * 6, [1] * 3 + [0] * 3])}
     assert signal_to_noise(model(**other).logits, load(tmp_path)(**other).logits) > 20
+
+
+def test_transposed_layers_of_transformers_run_in_integers() -> None:
+    from layer_models import gpt2
+
+    plan = prepare(gpt2(), kwargs={"input_ids": torch.randint(96, (2, 6)), "use_cache": False}).plan
+    assert {row.action for row in plan.rows if row.kind == "Conv1D"} == {"int8"}
+    assert plan.weight_coverage == 1.0
