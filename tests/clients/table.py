@@ -72,7 +72,7 @@ def _cell(fit: dict[str, Any] | None, reasons: list[str]) -> str:
     kind = _kind(fit)
     if kind == "artifact":
         return f"{fit['coverage']:.0%}"
-    why = _plain(fit.get("why", f"metrics apart: {fit.get('apart')}, saved: {fit.get('saved')}"))
+    why = _plain(fit["why"]) if "why" in fit else f"metrics apart: {fit['apart']}, saved: {fit['saved']}"
     if why not in reasons:
         reasons.append(why)
     return f"{kind} ({reasons.index(why) + 1})"
