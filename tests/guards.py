@@ -196,7 +196,7 @@ GUARDS = (
     Guard(
         "calls beside the forward are found",
         "callbacks/base.py",
-        "        self.findings = self._look_beside(trainer, pl_module)\n",
+        "        self.findings = self._look_beside(trainer, pl_module, found)\n",
         "",
         "callbacks/test_model_peculiarities.py -k beside",
     ),
