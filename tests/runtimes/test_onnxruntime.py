@@ -11,7 +11,6 @@ import torch.nn.functional as F  # noqa: N812
 from exported import Artifacts, Made
 from models import (
     CASES,
-    BranchingNet,
     DropPathNet,
     GroupedNet,
     ResidualNet,
@@ -505,10 +504,18 @@ def test_arguments_that_change_nothing_are_still_accepted(tmp_path: Path) -> Non
 # --- refusals
 
 
+class Counting(ResidualNet):
+    """Reads all of its values, one by one."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        scores = super().forward(image)
+        return scores * sum(value > 0 for value in scores.flatten().tolist())
+
+
 def test_a_forward_that_depends_on_values_is_refused_in_few_words(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    prepared = ready(with_statistics(BranchingNet()), IMAGE)
+    prepared = ready(with_statistics(Counting()), IMAGE)
     with pytest.raises(ExportError, match=r"data-dependent.*module=") as refusal:
         trial_export(prepared)
     with pytest.raises(ExportError, match="PyTorch's exporter to ONNX to take the module"):
