@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from lightning_quant.layers.storage import Scheme, dequantize, quantize
-from lightning_quant.routing import clone, copied
+from lightning_quant.routing import clone, copied, evaluation_mode
 
 ADDED = "added_bias"
 """Name of the buffer with what takes the error of the weights out of the mean, where a layer has no bias."""
@@ -217,7 +217,9 @@ def plain(float_layer: nn.Module) -> nn.Module:
         del duplicate.parametrizations
         duplicate.__class__ = type(float_layer).__bases__[0]
     for name in (*parametrized, *by_hooks):
-        value = getattr(float_layer, name).detach()
+        # In training, spectral norm goes on with its iterations whenever somebody looks.
+        with evaluation_mode(float_layer):
+            value = getattr(float_layer, name).detach()
         for source in [source for source in duplicate._parameters if source.startswith(f"{name}_")]:
             del duplicate._parameters[source]
         duplicate.__dict__.pop(name, None)

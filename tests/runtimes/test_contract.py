@@ -1,6 +1,7 @@
 """What every runtime owes: the same tests over all of them."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -133,8 +134,8 @@ def test_report_ends_with_lines_that_do_not_need_this_package(item: Made, tmp_pa
     assert artifact.report_path is not None
     code = artifact.report_path.read_text().rpartition("```python\n")[2].removesuffix("```\n")
 
-    assert "import lightning_quant" not in code
-    assert "from lightning_quant" not in code
+    # Where a program has layers of stored weights, it imports their operators, on a condition.
+    assert not re.search(r"^(import|from) lightning_quant", code, re.MULTILINE)
     compile(code, "report.md", "exec")
 
 
@@ -204,17 +205,19 @@ def test_missing_engine_is_refused_before_training(
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_what_cannot_be_exported_is_refused_before_training(runtime: str, tmp_path: Path) -> None:
-    class Branching(nn.Module):
+    class Counting(nn.Module):
+        """Reads all of its values, one by one."""
+
         def __init__(self) -> None:
             super().__init__()
             self.net = lightning_models.ConvNet()
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.net(x) if x.sum() > 0 else self.net(x) + 1
+            return self.net(x) * sum(value > 0 for value in x.flatten().tolist())
 
     callback = PostTrainingQuantization(runtime=runtime, output_dir=tmp_path)
     with pytest.raises(MisconfigurationException, match=r"Name a child module|module="):
-        lightning_models.fit(lightning_models.Classifier(Branching()), callback, _NoTraining())
+        lightning_models.fit(lightning_models.Classifier(Counting()), callback, _NoTraining())
     assert not list(tmp_path.iterdir())
 
 
