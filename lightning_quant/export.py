@@ -21,7 +21,6 @@ from lightning_quant.convert import check_agreement, convert
 from lightning_quant.decisions import decided_as_captured, decisions, in_words
 from lightning_quant.engines import AUTO, choose_engine
 from lightning_quant.errors import ArtifactError, CalibrationError, ExportError, QuantizationError
-from lightning_quant.folder import hash_file
 from lightning_quant.golden import GoldenBatch
 from lightning_quant.kept_sizes import sizes_forgotten
 from lightning_quant.layerwise import Layerwise
@@ -105,8 +104,8 @@ def export(
             **({"classes": list(classes)} if classes and _are_scored(classes, signature) else {}),
             **_engine(prepared, staged, signature, engine),
         }
-        golden.save(folder / golden.FILE, _golden_batch(prepared, written), content)
         _describe(runtime, staged, content)
+        golden.save(folder / golden.FILE, _golden_batch(prepared, written), content)
         result = artifacts.write(output_dir, staged, content)
     seconds["export"] = time.perf_counter() - started
     return result
@@ -117,7 +116,7 @@ def _describe(runtime: ModuleType, staged: Path, content: dict[str, Any]) -> Non
     if hasattr(runtime, "describe"):
         facts: dict[str, Any] = {name: content[name] for name in ("recipe", "classes") if name in content}
         facts["version"] = metadata.version("lightning_quant")
-        runtime.describe(staged, {**facts, "golden_sha256": hash_file(staged.parent / golden.FILE)})
+        runtime.describe(staged, facts)
 
 
 def _engine(prepared: Quantizable, staged: Path, signature: Signature, engine: str) -> dict[str, Any]:
