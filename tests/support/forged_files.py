@@ -1,6 +1,7 @@
 """Model files changed at random, as somebody who makes artifacts can change them with all hashes right."""
 
 import contextlib
+import copy
 import functools
 import gzip
 import hashlib
@@ -94,9 +95,10 @@ def change_tree(tree: Any, chance: random.Random) -> None:
         if kind == 0 and isinstance(place, dict | list):
             del place[key]
         elif kind == 1 and isinstance(place, list):
-            place.append(inside)
+            place.append(copy.deepcopy(inside))
         else:
-            place[key] = chance.choice(_NASTY)
+            # A value of its own: another change may go into it.
+            place[key] = copy.deepcopy(chance.choice(_NASTY))
         return
 
 
