@@ -45,7 +45,6 @@ from lightning_quant.routing import device_of
 from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
 
 
-@alone()
 def quantize(
     model_or_checkpoint: nn.Module | str | os.PathLike[str],
     recipe: Recipes | dict[str, Any] | AnyRecipe = "int8",
@@ -109,68 +108,69 @@ def quantize(
     check_measured(limits, "`quantize` runs none: use PostTrainingQuantization and its `quantize_checkpoint`")
     check_flag("sensitivity", sensitivity)
     check_rankable(recipe, sensitivity=sensitivity)
-    model = _float_module(model_or_checkpoint, lightning_module, module, trust=trust_checkpoint)
-    if device_for_search(device_of(model)) != device_of(model):
-        model = on_host(model)
-    folder = artifacts.check_folder(output_dir if output_dir is not None else "quantized")
-    given = CalibrationCalls(model, calibration_data)
-    calls = iter(given)
-    first = next(calls, None)
-    if first is None:
-        raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
-    seconds: dict[str, float] = {}
-    make = _quantize_layers if isinstance(recipe, LayerRecipe) else _calibrated
-    notes: tuple[str, ...] = ()
-    calls = itertools.chain([first], calls)
-    chosen: str = runtime
-    if runtime == AUTO:
-        data = list(calls)
-        chosen, note = choose_runtime(
-            lambda name: make(model, recipe, name, selection, iter(data), {}),  # type: ignore[arg-type]
-            threads,
-            dynamic_shapes,
-        )
-        notes, calls = (note,), iter(data)
-    # A recipe with accuracy steps holds one of its calls back for itself.
-    held: list[Call] = []
-    calls = held_back(calls, 2 if isinstance(recipe, Recipe) and recipe.accuracy_steps else 1, held)
-    few = list(itertools.islice(calls, NUM_CALLS)) if sensitivity else []
-    quantized: Quantizable = make(model, recipe, chosen, selection, itertools.chain(few, calls), seconds)  # type: ignore[arg-type]
-    for call in held:
-        quantized.note_sizes(*call)
-    found = None
-    if sensitivity and isinstance(quantized, Prepared):
-        found = rank_operators(quantized, few)
-    quantized = quantized.on_host()
-    artifact = export(
-        quantized,
-        folder,
-        dynamic_shapes=dynamic_shapes,
-        classes=class_labels(model),
-        seconds=seconds,
-        release=True,
-        engine=engine,
-    )
-    if isinstance(quantized, Prepared):
-        notes += outcomes(quantized.accuracy_steps)
-    notes += given.notes
-    notes += notes_of_sizes(quantized)
-    # Measured on a copy: another run may replace the artifact meanwhile.
-    with artifacts.private_copy(artifact) as own:
-        report = assess(
+    with alone():
+        model = _float_module(model_or_checkpoint, lightning_module, module, trust=trust_checkpoint)
+        if device_for_search(device_of(model)) != device_of(model):
+            model = on_host(model)
+        folder = artifacts.check_folder(output_dir if output_dir is not None else "quantized")
+        given = CalibrationCalls(model, calibration_data)
+        calls = iter(given)
+        first = next(calls, None)
+        if first is None:
+            raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
+        seconds: dict[str, float] = {}
+        make = _quantize_layers if isinstance(recipe, LayerRecipe) else _calibrated
+        notes: tuple[str, ...] = ()
+        calls = itertools.chain([first], calls)
+        chosen: str = runtime
+        if runtime == AUTO:
+            data = list(calls)
+            chosen, note = choose_runtime(
+                lambda name: make(model, recipe, name, selection, iter(data), {}),  # type: ignore[arg-type]
+                threads,
+                dynamic_shapes,
+            )
+            notes, calls = (note,), iter(data)
+        # A recipe with accuracy steps holds one of its calls back for itself.
+        held: list[Call] = []
+        calls = held_back(calls, 2 if isinstance(recipe, Recipe) and recipe.accuracy_steps else 1, held)
+        few = list(itertools.islice(calls, NUM_CALLS)) if sensitivity else []
+        quantized: Quantizable = make(model, recipe, chosen, selection, itertools.chain(few, calls), seconds)  # type: ignore[arg-type]
+        for call in held:
+            quantized.note_sizes(*call)
+        found = None
+        if sensitivity and isinstance(quantized, Prepared):
+            found = rank_operators(quantized, few)
+        quantized = quantized.on_host()
+        artifact = export(
             quantized,
-            own,
+            folder,
+            dynamic_shapes=dynamic_shapes,
+            classes=class_labels(model),
             seconds=seconds,
-            threads=threads,
-            notes=notes,
-            sensitivity=found,
-            held=HeldOut(tuple(held), "the last call, which took no part in calibration"),
-            limits=limits,
+            release=True,
+            engine=engine,
         )
-        artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
-    for text in report.warnings:
-        warnings.warn(f"{artifact.path}: {text}.", NoEffectWarning, stacklevel=3)
-    return artifact
+        if isinstance(quantized, Prepared):
+            notes += outcomes(quantized.accuracy_steps)
+        notes += given.notes
+        notes += notes_of_sizes(quantized)
+        # Measured on a copy: another run may replace the artifact meanwhile.
+        with artifacts.private_copy(artifact) as own:
+            report = assess(
+                quantized,
+                own,
+                seconds=seconds,
+                threads=threads,
+                notes=notes,
+                sensitivity=found,
+                held=HeldOut(tuple(held), "the last call, which took no part in calibration"),
+                limits=limits,
+            )
+            artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
+        for text in report.warnings:
+            warnings.warn(f"{artifact.path}: {text}.", NoEffectWarning, stacklevel=2)
+        return artifact
 
 
 def _check_arguments(
