@@ -36,6 +36,7 @@ from lightning_quant.layers.trial import Trial, trials
 from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import (
+    call_watched,
     clone,
     evaluation_mode,
     without_fast_path,
@@ -220,12 +221,7 @@ def _run(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: di
     """Call the float model once; every layer's trial sees what the layer reads and answers."""
     # Before the user's hooks, which may change what the layer answers.
     handles = [trial.float_layer.register_forward_hook(trial.see, with_kwargs=True, prepend=True) for trial in found]
-    try:
-        with torch.random.fork_rng(devices=[]), evaluation_mode(model), without_fast_path():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    call_watched(model, args, kwargs, handles)
 
 
 @torch.no_grad()

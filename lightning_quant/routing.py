@@ -216,3 +216,20 @@ def unparametrized(layer: nn.Module) -> Iterator[None]:
         yield
     finally:
         layer.__class__ = parametrized
+
+
+def call_watched(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], hooks: list[Any]) -> None:
+    """Call a module once in eval mode, layer by layer and with its own random numbers, and take away what watches it.
+
+    Args:
+        model: the float module.
+        args: positional arguments.
+        kwargs: keyword arguments.
+        hooks: handles of what was registered on its layers.
+    """
+    try:
+        with torch.random.fork_rng(devices=[]), evaluation_mode(model), without_fast_path():
+            model(*args, **kwargs)
+    finally:
+        for hook in hooks:
+            hook.remove()

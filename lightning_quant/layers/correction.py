@@ -11,7 +11,7 @@ from lightning_quant.layers.layer import plain
 from lightning_quant.layers.linear import StoredLinear
 from lightning_quant.layers.storage import dequantize
 from lightning_quant.layers.trial import Trial
-from lightning_quant.routing import evaluation_mode, without_fast_path
+from lightning_quant.routing import call_watched
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -22,12 +22,7 @@ def correct_biases(model: nn.Module, found: Mapping[str, Trial], args: tuple[Any
     trials = {label: trial for label, trial in found.items() if _is_correctable(trial)}
     means = InputMeans()
     handles = [trial.float_layer.register_forward_pre_hook(_noting(means, trial)) for trial in trials.values()]
-    try:
-        with torch.random.fork_rng(devices=[]), evaluation_mode(model), without_fast_path():
-            model(*args, **kwargs)
-    finally:
-        for handle in handles:
-            handle.remove()
+    call_watched(model, args, kwargs, handles)
     for label, mean in means.means.items():
         layer: Any = trials[label].layer
         error = dequantize(*layer.stored("weight")) - layer.rows(plain(trials[label].float_layer), "weight").detach()
