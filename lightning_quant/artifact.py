@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from jinja2 import TemplateError
 
@@ -170,7 +170,7 @@ def page_of(artifact: Artifact, to_page: ToPage) -> str:
 def _standalone(artifact: Artifact, files: dict[str, str]) -> str:
     runtime = runtimes.get(artifact.manifest["runtime"])
     own = {role: Path(files[role]).name for role in artifact.model_files}
-    return cast(str, runtime.standalone(own, artifact.signature))
+    return runtime.standalone(own, artifact.signature)
 
 
 def _commit(path: Path, folder: Path, content: dict[str, Any]) -> Artifact:

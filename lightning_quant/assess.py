@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from lightning_quant import artifact as artifacts
-from lightning_quant import runtimes
 from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
 from lightning_quant.errors import QuantizationError
@@ -63,7 +62,7 @@ def assess(
         limits: what the artifact is to keep to.
     """
     seconds = dict(seconds or {})
-    runtime = runtimes.get(prepared.plan.runtime)
+    runtime = prepared.runtime
     threads = threads or torch.get_num_threads()
     loaded = artifacts.open_model(artifact, threads=threads)
     started = time.perf_counter()
@@ -133,7 +132,7 @@ def parity_of(prepared: Quantizable, loaded: nn.Module, artifact: Artifact) -> P
     """Compare an artifact with what was exported to it."""
     if isinstance(prepared, Layerwise):
         return check_layer_parity(prepared, loaded)
-    runtime = runtimes.get(prepared.plan.runtime)
+    runtime = prepared.runtime
     return check_parity(prepared, loaded, runtime, artifact.model_path, samples_of(prepared, PARITY_SAMPLES))
 
 
@@ -146,7 +145,7 @@ def tensor_bytes(module: nn.Module) -> int:
 def _latency(prepared: Quantizable, loaded: nn.Module, threads: int) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
     remarks: tuple[str, ...] = ()
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads), evaluation_mode(prepared.root):
-        in_process = runtimes.get(prepared.plan.runtime).IN_PROCESS
+        in_process = prepared.runtime.IN_PROCESS
         try:
             runtime_float = None if in_process else _load_float(prepared, Path(folder), threads)
         except QuantizationError as error:
@@ -169,5 +168,5 @@ def _load_float(prepared: Quantizable, folder: Path, threads: int) -> nn.Module:
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         output = prepared.root(*args, **kwargs)
     signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, prepared.exported or {})
-    runtime = runtimes.get(prepared.plan.runtime)
+    runtime = prepared.runtime
     return runtime.load(folder, artifacts.model_files(path), signature, threads=threads)

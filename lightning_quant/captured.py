@@ -1,18 +1,21 @@
 """A module with one captured call and the plan for it: what every way of quantizing starts from."""
 
 import inspect
+from functools import cached_property
 from types import EllipsisType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_quant import runtimes
 from lightning_quant.batch import Batch, find_batch
 from lightning_quant.calls import CallSpec, flatten_call, rebuild_call
 from lightning_quant.capture import isolated_rng
 from lightning_quant.graph.plan import Plan
 from lightning_quant.host import HOST, copied_to
 from lightning_quant.routing import evaluation_mode, without_fast_path
+from lightning_quant.runtimes import Runtime
 from lightning_quant.signature import tensor_leaves
 
 DynamicShapes = dict[str, dict[int, str]]
@@ -46,6 +49,11 @@ class CapturedModel:
     exported: DynamicShapes | None = None
     refused: tuple[tuple[DynamicShapes, str], ...] = ()
     decided: tuple[tuple[str, Any], ...] = ()
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        """Where it will run: the runtime that the plan names."""
+        return runtimes.get(self.plan.runtime)
 
     @property
     def batch(self) -> Batch | None:

@@ -45,14 +45,15 @@ def check_engine(runtime: str, engine: str) -> None:
     check_choice("engine", engine, get_args(EngineName))
     if engine in (AUTO, FASTEST):
         return
-    if runtime == AUTO or not _has_engines(runtime):
+    known = [] if runtime == AUTO else runtimes.get(runtime).engines()
+    if not known:
+        several = runtimes.that(lambda other: other.engines())
         raise QuantizationError(
-            f"Expected no `engine` for `runtime` {runtime!r}, but got {engine!r}: runtime 'torch' alone has several."
+            f"Expected no `engine` for `runtime` {runtime!r}, but got {engine!r}: runtime {several} alone has several."
         )
-    if engine not in runtimes.get(runtime).engines():
+    if engine not in known:
         raise QuantizationError(
-            f"Expected `engine` to be one of {runtimes.get(runtime).engines()}, which this build of PyTorch has "
-            f"kernels of, but got {engine!r}."
+            f"Expected `engine` to be one of {known}, which this build of PyTorch has kernels of, but got {engine!r}."
         )
 
 
@@ -76,9 +77,9 @@ def choose_engine(
     Returns:
         None where a runtime has but one.
     """
-    if not _has_engines(prepared.plan.runtime):
+    runtime = prepared.runtime
+    if not runtime.engines():
         return None
-    runtime = runtimes.get(prepared.plan.runtime)
     checks: dict[str, Parity] = {}
     calls: dict[str, Callable[[], Any]] = {}
     for name in runtime.engines() if engine in (AUTO, FASTEST) else [engine]:
@@ -94,10 +95,6 @@ def choose_engine(
     chosen = min(trusted, key=lambda n: timings[n].median_ms) if timings else trusted[0]
     runtime.set_engine(staged, chosen)
     return EngineChoice(chosen, _in_words(chosen, timings, checks, engine))
-
-
-def _has_engines(runtime: str) -> bool:
-    return hasattr(runtimes.get(runtime), "set_engine")
 
 
 def _operators_hold(parity: Parity) -> bool:

@@ -7,14 +7,13 @@ from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lightning_quant import artifact as artifacts
-from lightning_quant import golden, runtimes
+from lightning_quant import golden
 from lightning_quant.artifact import Artifact
 from lightning_quant.captured import BATCH, DynamicShapes
 from lightning_quant.convert import check_agreement, convert
@@ -31,6 +30,7 @@ from lightning_quant.prepared import Prepared
 from lightning_quant.progress import shown
 from lightning_quant.ranges import Ranges
 from lightning_quant.routing import as_exported, clone, evaluation_mode, without_fast_path
+from lightning_quant.runtimes import Runtime
 from lightning_quant.signature import Signature, make_signature, tensor_leaves
 from lightning_quant.sizes import ChosenShapes, attempts, chosen_shapes, dynamic_dimensions, only_batches
 
@@ -81,7 +81,7 @@ def export(
     """
     seconds = {} if seconds is None else seconds
     prepared = prepared.on_host()
-    runtime = runtimes.get(prepared.plan.runtime)
+    runtime = prepared.runtime
     started = time.perf_counter()
     chosen = chosen_shapes(dynamic_shapes)
     converted, output = _converted(prepared, dynamic_dimensions(prepared, chosen))
@@ -111,12 +111,11 @@ def export(
     return result
 
 
-def _describe(runtime: ModuleType, staged: Path, content: dict[str, Any]) -> None:
+def _describe(runtime: Runtime, staged: Path, content: dict[str, Any]) -> None:
     """Write into a model file what a user of the file alone would ask, where its format has room for that."""
-    if hasattr(runtime, "describe"):
-        facts: dict[str, Any] = {name: content[name] for name in ("recipe", "classes") if name in content}
-        facts["version"] = metadata.version("lightning_quant")
-        runtime.describe(staged, facts)
+    facts: dict[str, Any] = {name: content[name] for name in ("recipe", "classes") if name in content}
+    facts["version"] = metadata.version("lightning_quant")
+    runtime.describe(staged, facts)
 
 
 def _engine(prepared: Quantizable, staged: Path, signature: Signature, engine: str) -> dict[str, Any]:
@@ -141,7 +140,7 @@ def trial_export(prepared: Quantizable, *, dynamic_shapes: ChosenShapes = None) 
         trial = _calibrated_once(trial)
     converted, output = _converted(trial, dynamic_dimensions(trial, chosen))
     with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder) / runtimes.get(trial.plan.runtime).MODEL_FILE
+        staged = Path(folder) / trial.runtime.MODEL_FILE
         written = _write(trial, converted, output, staged, attempts(trial, chosen))
         _rehearse(trial, written, staged)
     trial.share_sizes(prepared)
@@ -149,7 +148,7 @@ def trial_export(prepared: Quantizable, *, dynamic_shapes: ChosenShapes = None) 
 
 def _rehearse(prepared: Quantizable, written: _Written, staged: Path) -> None:
     """Do what follows a model file that is written: golden batch, parity, latency's calls, counting of operators."""
-    runtime = runtimes.get(prepared.plan.runtime)
+    runtime = prepared.runtime
     _golden_batch(prepared, written)
     for number in (1, prepared.num_samples):
         args, kwargs = prepared.call(prepared.samples(number))
@@ -224,9 +223,8 @@ def _write(
 
 def _leave_out_unread(prepared: Quantizable, staged: Path) -> None:
     """Take out of the plan what the exporter found that nothing reads."""
-    runtime = runtimes.get(prepared.plan.runtime)
-    if isinstance(prepared, Prepared) and hasattr(runtime, "quantized_edges"):
-        prepared.plan = prepared.plan.with_edges(runtime.quantized_edges(staged))
+    if isinstance(prepared, Prepared) and prepared.runtime.KEEPS_EDGES:
+        prepared.plan = prepared.plan.with_edges(prepared.runtime.quantized_edges(staged))
 
 
 def _attempt(
@@ -237,7 +235,7 @@ def _attempt(
     Raises:
         QuantizationError: a step failed.
     """
-    runtime = runtimes.get(prepared.plan.runtime)
+    runtime = prepared.runtime
     _export_module(prepared, converted, staged, dynamic)
     runtime.check(staged)
     prepared.exported = dynamic
@@ -261,7 +259,7 @@ def _export_module(prepared: Quantizable, converted: nn.Module, staged: Path, dy
     Raises:
         ExportError: the runtime's exporter refuses the module.
     """
-    runtime = runtimes.get(prepared.plan.runtime)
+    runtime = prepared.runtime
     call = (prepared.signature, prepared.spec, prepared.tensors, staged)
     with sizes_forgotten(converted, prepared) if dynamic else nullcontext():
         prepared.decided = ()
@@ -342,7 +340,7 @@ def _outside(prepared: Quantizable) -> str:
 
 def export_float(prepared: Quantizable, folder: Path) -> Path:
     """Write the float model in the runtime's own format, as the peer of latency comparisons."""
-    runtime = runtimes.get(prepared.plan.runtime)
+    runtime = prepared.runtime
     root = clone(prepared.root).eval()
     path = folder / f"float_{runtime.MODEL_FILE}"
     with decided_as_captured(root, prepared.decided):

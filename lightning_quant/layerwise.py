@@ -180,12 +180,12 @@ def quantize_layers(
     if where.HALF_ARITHMETIC is None:
         raise PlanError(
             f"Expected `runtime` to run quantized layers for {chosen.name!r}, but {runtime!r} does not. Use runtime "
-            "'onnxruntime' or 'torch', or recipe 'int8'."
+            f"{runtimes.that(lambda other: other.runs_layers(chosen.schemes))}, or recipe 'int8'."
         )
-    refusals = getattr(where, "LAYER_REFUSALS", {})
-    refused = next((name for name in chosen.schemes if name in refusals), None)
+    refused = next((name for name in chosen.schemes if name in where.LAYER_REFUSALS), None)
     if refused is not None:
-        raise PlanError(f"Expected a recipe that {runtime!r} runs, but got {chosen.name!r}: {refusals[refused]}.")
+        reason = where.LAYER_REFUSALS[refused]
+        raise PlanError(f"Expected a recipe that {runtime!r} runs, but got {chosen.name!r}: {reason}.")
     found = trials(model, chosen, selection, (args, kwargs), half_arithmetic=where.HALF_ARITHMETIC)
     if only is not None:
         found = {label: trial for label, trial in found.items() if label in only}

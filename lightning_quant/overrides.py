@@ -52,11 +52,12 @@ def store_layers(
     args, kwargs = model.call(model.tensors)
     layers: dict[str, nn.Module] = {}
     stored = _stored(recipe)
-    in_graphs = runtimes.get(plan.runtime).LAYERS_IN_GRAPHS
+    in_graphs = model.runtime.LAYERS_IN_GRAPHS
     if stored and not in_graphs:
         raise PlanError(
             f"Expected `overrides` for runtime {plan.runtime!r} to name 'float' or grids of 4 to 8 bits, but got "
-            f"{sorted(set(stored.values()))}. Use 'onnxruntime', 'openvino' or 'torch', or keep those layers in float."
+            f"{sorted(set(stored.values()))}. Use {runtimes.that(lambda other: other.LAYERS_IN_GRAPHS)}, or keep those "
+            "layers in float."
         )
     for pattern, name in stored.items():
         chosen = Selection(include=(pattern,))

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from lightning_quant.named_edges import numbered
 from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode
+from lightning_quant.runtimes import Runtime
 from lightning_quant.signature import tensor_leaves
 from lightning_quant.ties import farthest, off_ties, tipped_ties
 
@@ -93,7 +93,7 @@ def _operator_share(share: float | None) -> str:
 
 
 def check_parity(
-    prepared: Prepared, artifact: nn.Module, runtime: ModuleType, model_path: Path, tensors: list[Tensor]
+    prepared: Prepared, artifact: nn.Module, runtime: Runtime, model_path: Path, tensors: list[Tensor]
 ) -> Parity:
     """Run float, simulated and exported model on the captured call and compare.
 
@@ -146,9 +146,9 @@ def told_apart(first: float, second: float) -> tuple[str, str]:
 
 
 def _worst_operator(
-    runtime: ModuleType, model_path: Path, inputs: dict[str, Tensor], edges: list[tuple[str, Tensor]]
+    runtime: Runtime, model_path: Path, inputs: dict[str, Tensor], edges: list[tuple[str, Tensor]]
 ) -> tuple[str, float | None]:
-    if not hasattr(runtime, "run_forced"):
+    if not runtime.KEEPS_EDGES:
         return "", None
     names = numbered(identity for identity, _ in edges)
     expected = {name: integers.cpu().numpy() for name, (_, integers) in zip(names, edges, strict=True)}

@@ -3,6 +3,7 @@
 import collections
 from typing import Any
 
+from lightning_quant import runtimes
 from lightning_quant.tables import one_line, text_table
 
 # Shares of the multiply-adds and of the weights' bytes below which little is gained.
@@ -59,7 +60,8 @@ def low_coverage(plan: dict[str, Any]) -> list[str]:
     """Return what is too little in a plan, with what would help."""
     helps = "the plan has all reasons"
     if plan["graphs"]:
-        helps = "recipe 'int8_weight_only' or 'int8_dynamic' on runtime 'torch' or 'onnxruntime' takes more layers"
+        where = runtimes.that(lambda runtime: runtime.runs_layers(("weight_only", "dynamic")))
+        helps = f"recipe 'int8_weight_only' or 'int8_dynamic' on runtime {where} takes more layers"
     asked = [row for row in plan["rows"] if not row["excluded"]]
     left = [row for row in asked if row["action"] == "float"]
     most = max(left, key=lambda row: row["macs"], default=None)

@@ -3,7 +3,6 @@
 import torch
 from torch import fx, nn
 
-from lightning_quant import runtimes
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island, has_weights
 from lightning_quant.graph.plan import identify
@@ -19,7 +18,7 @@ def shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.
     behind clips, too, but not behind a maximum (its low-precision passes, 2026.4, read from compiled models).
     """
     edges = {edge.key for edge in island.plan.edges}
-    moves_dequantization = runtimes.get(prepared.plan.runtime).TABLE.moves_dequantization
+    moves_dequantization = prepared.runtime.TABLE.moves_dequantization
     for node in list(nodes.values()):
         is_float = node.meta["key"] not in island.plan.weighted and _runs_weights(node, module)
         if not is_float and not (moves_dequantization and _is_changed(node, island, edges, module)):

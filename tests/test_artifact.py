@@ -214,7 +214,7 @@ def test_failed_export_leaves_the_old_artifact(folder: Path, monkeypatch: pytest
         raise RuntimeError("no space left on device")
 
     before = content(folder)
-    monkeypatch.setattr(onnxruntime, "export", fail)
+    monkeypatch.setattr(onnxruntime.RUNTIME, "export", fail)
     with pytest.raises(RuntimeError, match="no space left"):
         make(folder, seed=1)
 

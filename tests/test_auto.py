@@ -75,7 +75,7 @@ def test_runtime_that_is_missing_or_refuses_is_left_out(tmp_path: Path, monkeypa
     def refuse(*_: Any, **__: Any) -> None:
         raise QuantizationError("no such operator")
 
-    monkeypatch.setattr(openvino, "export", refuse)
+    monkeypatch.setattr(openvino.RUNTIME, "export", refuse)
     artifact = quantize(model(), runtime="auto", calibration_data=[X], output_dir=tmp_path, threads=1)
 
     assert artifact.manifest["runtime"] == "onnxruntime"

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from lightning_quant import load, runtimes
 from lightning_quant.errors import ArtifactError, QuantizationError
 from lightning_quant.loaded import LoadedModule
-from lightning_quant.runtimes import onnxruntime
 from lightning_quant.signature import tensor_leaves
 
 
@@ -103,7 +102,9 @@ def test_options_are_kept_and_another_artifact_in_its_place_is_noticed(made: Art
 
 def test_a_module_that_was_not_loaded_says_that_it_cannot_be_pickled(made: Artifacts) -> None:
     artifact = made["onnxruntime", "multi_modal"].artifact
-    model = onnxruntime.load(artifact.model_path.parent, {"model": artifact.model_path.name}, artifact.signature)
+    model = runtimes.get("onnxruntime").load(
+        artifact.model_path.parent, {"model": artifact.model_path.name}, artifact.signature
+    )
     with pytest.raises(QuantizationError, match="a module that `load` returned"):
         pickle.dumps(model)
 

@@ -271,7 +271,7 @@ def test_pixels_on_rounding_ties_are_no_failure(seed: int, tmp_path: Path) -> No
 
 def test_sum_rounded_in_another_order_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     # Each operator alone is right: OpenVINO leaves out the rounding between a convolution and the sum that it fuses.
-    monkeypatch.setattr(openvino, "TABLE", dataclasses.replace(openvino.TABLE, fuses_add=False))
+    monkeypatch.setattr(openvino.RUNTIME, "TABLE", dataclasses.replace(openvino.RUNTIME.TABLE, fuses_add=False))
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Conv2d(3, 16, 3), *(Residual(16) for _ in range(4))), torch.randn(4, 3, 16, 16)
     *_, parity = exported_on("openvino", model, x, tmp_path)

@@ -38,7 +38,7 @@ def agreement(pool: nn.Module, folder: Path) -> tuple[float, float, dict[str, in
         with prepared.attached("frozen"):
             simulated = model(IMAGE)
     here = load(folder, threads=1)(IMAGE)
-    counts = openvino.count_operators(artifact.model_path)
+    counts = openvino.RUNTIME.count_operators(artifact.model_path)
     return signal_to_noise(floating, simulated), signal_to_noise(simulated, here), counts
 
 

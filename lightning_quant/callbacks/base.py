@@ -388,7 +388,7 @@ class QuantizationCallback(Callback):
         prepared.take_sizes(found)
         for note in notes_of_sizes(prepared):
             rank_zero_info(f"{type(self).__name__}: {note}.")
-        in_process = isinstance(prepared, Layerwise) and runtimes.get(self.chosen_runtime).IN_PROCESS
+        in_process = isinstance(prepared, Layerwise) and prepared.runtime.IN_PROCESS
         if self._evaluated is not None and self.evaluate and not in_process:
             check_takes(prepared, self._evaluated.args, self._evaluated.kwargs)
 

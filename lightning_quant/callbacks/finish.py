@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant import artifact as artifacts
-from lightning_quant import runtimes
 from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rounded_parts import all_but
 from lightning_quant.accuracy.sensitivity import Sensitivity
@@ -208,7 +207,7 @@ def _evaluate_artifact(
     """Return the metrics of the file, and the number of samples that it saw where that is known."""
     pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
     limit, group = callback.limit_eval_batches, callback.group
-    in_process = runtimes.get(prepared.plan.runtime).IN_PROCESS
+    in_process = prepared.runtime.IN_PROCESS
     # A module that is one layer has nothing inside to be filled.
     if in_process and isinstance(prepared, Layerwise) and "" not in prepared.layers:
         # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.

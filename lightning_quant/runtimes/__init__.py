@@ -1,29 +1,35 @@
 """WHERE a quantized model runs: one file per runtime, and the file name is the runtime's name.
 
-A runtime module offers `TABLE`, `REQUIRES`, `MODEL_FILE`, `export`, `check`, `load` (which gives a `LoadedModule` and
-takes `OPTIONS`), `standalone`, `count_operators` and `still_float`, and where its files keep the names of edges
-`quantized_edges` and `run_forced`, as in `onnxruntime.py`; where they have room for notes, `describe`. One with
-kernels of several engines offers `engines` and `set_engine` as in `torch.py`. `HALF_ARITHMETIC` says whether layers
-compute in half precision or only store their weights so, None that recipes of layers do not run; `LAYER_REFUSALS` has
-scheme to reason for those that do not. `LAYERS_IN_GRAPHS` says whether a static recipe may leave layers to them.
-`IN_PROCESS` says that the float peer of comparisons is the float module itself.
+Each file has one object, `RUNTIME`, of a class derived from `Runtime` of `_runtime.py`, which says what a runtime must
+offer and what it may.
 """
 
 import importlib
 import importlib.util
 import pkgutil
-from collections.abc import Mapping
-from types import ModuleType
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from lightning_quant.arguments import check_threads
 from lightning_quant.choice import check_choice, did_you_mean
 from lightning_quant.errors import MissingRuntimeError, QuantizationError
+from lightning_quant.runtimes._runtime import Runtime
 
 
 def names() -> list[str]:
     """Return the names of all runtimes of this version."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
+
+
+def that(capable: Callable[[Runtime], object]) -> str:
+    """Return in words the runtimes that are capable of something, whether they are installed or not."""
+    return in_words(name for name in names() if capable(_named(name)))
+
+
+def in_words(some: Iterable[str]) -> str:
+    """Return "'a', 'b' or 'c'"."""
+    *others, last = (repr(name) for name in some)
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 def check_name(name: str) -> None:
@@ -52,8 +58,8 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
     check_threads(options.get("threads"))
 
 
-def get(name: str, *, exporting: bool = False) -> ModuleType:
-    """Return a runtime's module.
+def get(name: str, *, exporting: bool = False) -> Runtime:
+    """Return a runtime.
 
     Args:
         name: of the runtime.
@@ -64,13 +70,18 @@ def get(name: str, *, exporting: bool = False) -> ModuleType:
         MissingRuntimeError: it is not installed here; the message carries the pip command.
     """
     check_choice("runtime", name, names())
-    runtime = importlib.import_module(f"{__name__}.{name}")
+    runtime = _named(name)
     missing = [package for package in runtime.REQUIRES if importlib.util.find_spec(package) is None]
     if missing:
         raise MissingRuntimeError(
             f"Expected `runtime` {name!r} to be installed, but {', '.join(missing)} is missing: "
             f"pip install {' '.join(runtime.REQUIRES)}"
         )
-    if exporting and hasattr(runtime, "check_machine"):
+    if exporting:
         runtime.check_machine()
+    return runtime
+
+
+def _named(name: str) -> Runtime:
+    runtime: Runtime = importlib.import_module(f"{__name__}.{name}").RUNTIME
     return runtime

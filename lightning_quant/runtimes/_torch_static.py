@@ -32,9 +32,6 @@ from lightning_quant.runtimes._standalone import torch_inputs
 from lightning_quant.runtimes._torch_program import Forced, Program
 from lightning_quant.signature import Signature
 
-# Likeliest first.
-_ENGINES = ("onednn", "x86", "fbgemm", "qnnpack")
-
 
 class TorchStaticModule(LoadedModule):
     """A program of native quantized kernels that is called like the module it came from.

@@ -24,26 +24,19 @@ from lightning_quant.call_checks import DTYPES
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
-from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, quiet
 from lightning_quant.runtimes._reasons import first_line
+from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.runtimes._standalone import torch_inputs
 from lightning_quant.runtimes._xnnpack import INTEGER, as_xnnpack_reads_it, restore_bounds, xnnpack_nodes
 from lightning_quant.signature import Signature
 
-REQUIRES = ("executorch", "torchao")
-OPTIONS = ("threads",)
-MODEL_FILE = "model.pte"
-# Recipes of layers do not run here.
-HALF_ARITHMETIC = None
-IN_PROCESS = False
-LAYERS_IN_GRAPHS = False
 # Largest batch of a program, unless the captured one is larger; other dimensions may grow by this factor.
 _MAX_BATCH, _MAX_GROWTH = 64, 4
 _FLOAT = "XNNPACK computes it in float"
-TABLE = OperatorTable(
+_TABLE = OperatorTable(
     weighted=frozenset({"conv1d", "conv2d", "linear"}),
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset(),
@@ -59,13 +52,13 @@ TABLE = OperatorTable(
     },
     fuses_pad=False,
 )
-# What XNNPACK calls the operators of each kind; integer ones are counted with `INTEGER` after their names.
-_NODES = {
-    "conv1d": ("XNNConv2d", "XNNDepthwiseConv2d"),
-    "conv2d": ("XNNConv2d", "XNNDepthwiseConv2d"),
-    "linear": ("XNNFullyConnected",),
-    "add": ("XNNAdd",),
-    "mul": ("XNNMultiply",),
+# What XNNPACK calls the operators of each kind; of integer ones.
+_INTEGER_OPERATORS = {
+    "conv1d": ("XNNConv2d" + INTEGER, "XNNDepthwiseConv2d" + INTEGER),
+    "conv2d": ("XNNConv2d" + INTEGER, "XNNDepthwiseConv2d" + INTEGER),
+    "linear": ("XNNFullyConnected" + INTEGER,),
+    "add": ("XNNAdd" + INTEGER,),
+    "mul": ("XNNMultiply" + INTEGER,),
 }
 
 
@@ -109,59 +102,88 @@ class ExecuTorchModule(LoadedModule):
         return [output.to(device) for output in outputs]
 
 
-def export(
-    module: nn.Module,
-    signature: inspect.Signature,
-    spec: CallSpec,
-    tensors: list[Tensor],
-    path: Path,
-    *,
-    dynamic: dict[str, dict[int, str]],
-) -> None:
-    """Lower a module to XNNPACK and write the program; arguments as for ONNX.
+class ExecuTorch(Runtime):
+    """Programs of ExecuTorch, with XNNPACK."""
 
-    Raises:
-        ExportError: torch.export or ExecuTorch refuses the module, with the reason.
-    """
-    examples = tuple(example_tensors(spec, tensors, dynamic))
-    limits = {
-        label: max(_MAX_BATCH, size) if label == "batch" else _MAX_GROWTH * size
-        for name, tensor in zip(spec.names, examples, strict=True)
-        for dimension, label in dynamic.get(name, {}).items()
-        for size in [tensor.shape[dimension]]
-    }
-    shapes = dynamic_shapes(spec, dynamic, limits)
-    flat = Flat(module, signature, spec).eval()
-    with exporting("ExecuTorch", spec.names):
-        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-        from executorch.exir import to_edge_transform_and_lower
+    NAME = "executorch"
+    REQUIRES = ("executorch", "torchao")
+    MODEL_FILE = "model.pte"
+    TABLE = _TABLE
+    INTEGER_OPERATORS = _INTEGER_OPERATORS
 
-        graph_module = as_xnnpack_reads_it(torch.export.export(flat, examples, dynamic_shapes=shapes).module())
-        program = torch.export.export(graph_module, examples, dynamic_shapes=shapes[0] if shapes is not None else None)
-        lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-        restore_bounds(lowered.exported_program())
-        path.write_bytes(lowered.to_executorch().buffer)
-        _check_sizes_follow(path, flat, examples, dynamic)
+    def export(
+        self,
+        module: nn.Module,
+        signature: inspect.Signature,
+        spec: CallSpec,
+        tensors: list[Tensor],
+        path: Path,
+        *,
+        dynamic: dict[str, dict[int, str]],
+    ) -> None:
+        """Lower a module to XNNPACK and write the program; arguments as for ONNX.
+
+        Raises:
+            ExportError: torch.export or ExecuTorch refuses the module, with the reason.
+        """
+        examples = tuple(example_tensors(spec, tensors, dynamic))
+        limits = {
+            label: max(_MAX_BATCH, size) if label == "batch" else _MAX_GROWTH * size
+            for name, tensor in zip(spec.names, examples, strict=True)
+            for dimension, label in dynamic.get(name, {}).items()
+            for size in [tensor.shape[dimension]]
+        }
+        shapes = dynamic_shapes(spec, dynamic, limits)
+        flat = Flat(module, signature, spec).eval()
+        with exporting("ExecuTorch", spec.names):
+            from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+            from executorch.exir import to_edge_transform_and_lower
+
+            graph_module = as_xnnpack_reads_it(torch.export.export(flat, examples, dynamic_shapes=shapes).module())
+            program = torch.export.export(
+                graph_module, examples, dynamic_shapes=shapes[0] if shapes is not None else None
+            )
+            lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+            restore_bounds(lowered.exported_program())
+            path.write_bytes(lowered.to_executorch().buffer)
+            _check_sizes_follow(path, flat, examples, dynamic)
+
+    def load(self, folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> ExecuTorchModule:
+        """Load an artifact's program; the option is `threads`, which holds for all programs of a process."""
+        return ExecuTorchModule(folder / files["model"], signature, **options)
+
+    def check(self, path: Path) -> None:
+        """Load a written program once.
+
+        Raises:
+            ExportError: ExecuTorch refuses it.
+        """
+        try:
+            _program(path)
+        except RuntimeError as error:
+            raise ExportError(f"Expected ExecuTorch to load the program, but it says: {first_line(error)}") from error
+
+    def standalone(self, files: dict[str, str], signature: Signature) -> str:
+        """Return lines that run an artifact's program with ExecuTorch alone, in the artifact's folder."""
+        return _standalone(files, signature)
+
+    def count_operators(self, path: Path) -> dict[str, int]:
+        """Return how often each XNNPACK operator occurs in a program's delegates, and each other one beside them."""
+        from executorch.exir._serialize._program import deserialize_pte_binary
+
+        program = deserialize_pte_binary(path.read_bytes()).program
+        counts: collections.Counter[str] = collections.Counter()
+        for plan in program.execution_plan:
+            counts.update(operator.name.removeprefix("aten::") for operator in plan.operators)
+            for delegate in plan.delegates:
+                counts.update(xnnpack_nodes(program.backend_delegate_data[delegate.processed.index].data))
+        return dict(counts)
 
 
-def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> ExecuTorchModule:
-    """Load an artifact's program; the option is `threads`, which holds for all programs of a process."""
-    return ExecuTorchModule(folder / files["model"], signature, **options)
+RUNTIME = ExecuTorch()
 
 
-def check(path: Path) -> None:
-    """Load a written program once.
-
-    Raises:
-        ExportError: ExecuTorch refuses it.
-    """
-    try:
-        _program(path)
-    except RuntimeError as error:
-        raise ExportError(f"Expected ExecuTorch to load the program, but it says: {first_line(error)}") from error
-
-
-def standalone(files: dict[str, str], signature: Signature) -> str:
+def _standalone(files: dict[str, str], signature: Signature) -> str:
     """Return lines that run an artifact's program with ExecuTorch alone, in the artifact's folder."""
     names = [info.name for info in signature.outputs]
     return f"""import torch
@@ -171,34 +193,6 @@ method = Runtime.get().load_program({files["model"]!r}).load_method("forward")
 {torch_inputs(signature)}
 outputs = dict(zip({names!r}, method.execute(list(inputs.values()))))
 """
-
-
-def count_operators(path: Path) -> dict[str, int]:
-    """Return how often each XNNPACK operator occurs in a program's delegates, and each other operator beside them."""
-    from executorch.exir._serialize._program import deserialize_pte_binary
-
-    program = deserialize_pte_binary(path.read_bytes()).program
-    counts: collections.Counter[str] = collections.Counter()
-    for plan in program.execution_plan:
-        counts.update(operator.name.removeprefix("aten::") for operator in plan.operators)
-        for delegate in plan.delegates:
-            counts.update(xnnpack_nodes(program.backend_delegate_data[delegate.processed.index].data))
-    return dict(counts)
-
-
-def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
-    """Return kind to number of planned integer operators for which XNNPACK has no integer operator."""
-    left = dict(counts)
-    missing: dict[str, int] = {}
-    for operator in operators:
-        if operator.kind not in _NODES:
-            continue
-        name = next((n for n in _NODES[operator.kind] if left.get(n + INTEGER, 0)), None)
-        if name is None:
-            missing[operator.kind] = missing.get(operator.kind, 0) + 1
-        else:
-            left[name + INTEGER] -= 1
-    return missing
 
 
 # Programs that are alive: they point into the pool of threads.

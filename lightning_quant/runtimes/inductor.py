@@ -40,18 +40,12 @@ from lightning_quant.runtimes._flat import (
     quiet,
 )
 from lightning_quant.runtimes._reasons import first_line
+from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.runtimes._standalone import torch_inputs
 from lightning_quant.signature import Signature
 
-REQUIRES = ("torchao",)
-OPTIONS = ("threads",)
-MODEL_FILE = "model.pt2"
-# Recipes of layers do not run here.
-HALF_ARITHMETIC = None
-IN_PROCESS = False
-LAYERS_IN_GRAPHS = False
 _FLOAT = "Inductor computes it in float"
-TABLE = OperatorTable(
+_TABLE = OperatorTable(
     weighted=frozenset({"conv2d", "linear"}),
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset({"linear"}),
@@ -71,7 +65,7 @@ TABLE = OperatorTable(
     one_channel="Inductor reads the integer convolution of a single channel in the wrong order",
 )
 # How the integer kernels' names begin.
-_KERNELS = {"conv2d": "qconv", "linear": "qlinear"}
+_KERNELS: dict[str, tuple[str, ...]] = {"conv2d": ("qconv",), "linear": ("qlinear",), "add": ()}
 # Keys of what a package says of itself.
 _INPUTS, _OUTPUTS = "lightning_quant_inputs", "lightning_quant_outputs"
 # What Inductor and the system call instruction sets.
@@ -111,70 +105,104 @@ class InductorModule(LoadedModule):
         return [output.to(device) for output in outputs]
 
 
-def export(
-    module: nn.Module,
-    signature: inspect.Signature,
-    spec: CallSpec,
-    tensors: list[Tensor],
-    path: Path,
-    *,
-    dynamic: dict[str, dict[int, str]],
-) -> None:
-    """Compile a module into a package; arguments as for ONNX.
+class Inductor(Runtime):
+    """Packages of native code by Inductor."""
 
-    Raises:
-        ExportError: torch.export or Inductor refuses the module, with the reason.
-        MissingRuntimeError: there is no C++ compiler.
-    """
-    check_machine()
-    # Registers the patterns that make integer kernels of quantize and dequantize.
-    with quiet():
-        import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
-    examples = tuple(t.contiguous() for t in example_tensors(spec, tensors, dynamic))
-    flat = Flat(module, signature, spec).eval()
-    options = {**_OPTIONS, "aot_inductor.metadata": _as_metadata(forms_of_call(flat, examples, dynamic))}
-    with exporting("Inductor", spec.names):
-        program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
-        torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
-    _make_reproducible(path)
+    NAME = "inductor"
+    REQUIRES = ("torchao",)
+    MODEL_FILE = "model.pt2"
+    TABLE = _TABLE
+    INTEGER_OPERATORS = _KERNELS
+
+    def export(
+        self,
+        module: nn.Module,
+        signature: inspect.Signature,
+        spec: CallSpec,
+        tensors: list[Tensor],
+        path: Path,
+        *,
+        dynamic: dict[str, dict[int, str]],
+    ) -> None:
+        """Compile a module into a package; arguments as for ONNX.
+
+        Raises:
+            ExportError: torch.export or Inductor refuses the module, with the reason.
+            MissingRuntimeError: there is no C++ compiler.
+        """
+        self.check_machine()
+        # Registers the patterns that make integer kernels of quantize and dequantize.
+        with quiet():
+            import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
+        examples = tuple(t.contiguous() for t in example_tensors(spec, tensors, dynamic))
+        flat = Flat(module, signature, spec).eval()
+        options = {**_OPTIONS, "aot_inductor.metadata": _as_metadata(forms_of_call(flat, examples, dynamic))}
+        with exporting("Inductor", spec.names):
+            program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
+        _make_reproducible(path)
+
+    def load(self, folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> InductorModule:
+        """Load an artifact's package; the option is `threads`."""
+        return InductorModule(folder / files["model"], signature, **options)
+
+    def check(self, path: Path) -> None:
+        """Load a written package once.
+
+        Raises:
+            ExportError: torch refuses it.
+        """
+        try:
+            torch._inductor.aoti_load_package(str(path))
+        except RuntimeError as error:
+            raise ExportError(
+                f"Expected torch to load the compiled package, but it says: {first_line(error)}"
+            ) from error
+
+    def check_machine(self) -> None:
+        """Make sure that there is a C++ compiler, which exporting needs and loading does not.
+
+        Raises:
+            MissingRuntimeError: there is none.
+        """
+        from torch._inductor import config, exc
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except (exc.InvalidCxxCompiler, OSError) as error:
+            raise MissingRuntimeError(
+                f"Expected a C++ compiler for `runtime` 'inductor', but none of {config.cpp.cxx} was found. Install "
+                "one (Debian: apt install g++) or name it in the environment variable CXX."
+            ) from error
+
+    def standalone(self, files: dict[str, str], signature: Signature) -> str:
+        """Return lines that run an artifact's package with torch alone, in the artifact's folder."""
+        return _standalone(files, signature)
+
+    def count_operators(self, path: Path) -> dict[str, int]:
+        """Return how often the generated code calls each integer kernel, and each float one that multiplies."""
+        with zipfile.ZipFile(path) as archive:
+            sources = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
+            code = "".join(archive.read(name).decode() for name in sources)
+        calls = re.findall(r"aoti_torch_cpu__?(\w*(?:qconv|qlinear|convolution|conv|linear|addmm|mm)\w*)\(", code)
+        return dict(collections.Counter(calls))
+
+    def still_float(self, operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
+        """Return kind to number of planned convolutions and linear layers for which there is no integer kernel."""
+        missing = {}
+        for kind, names in self.INTEGER_OPERATORS.items():
+            planned = sum(operator.kind == kind for operator in operators if names)
+            there = sum(number for name, number in counts.items() if name.startswith(names))
+            if planned > there:
+                missing[kind] = planned - there
+        return missing
 
 
-def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> InductorModule:
-    """Load an artifact's package; the option is `threads`."""
-    return InductorModule(folder / files["model"], signature, **options)
+RUNTIME = Inductor()
 
 
-def check(path: Path) -> None:
-    """Load a written package once.
-
-    Raises:
-        ExportError: torch refuses it.
-    """
-    try:
-        torch._inductor.aoti_load_package(str(path))
-    except RuntimeError as error:
-        raise ExportError(f"Expected torch to load the compiled package, but it says: {first_line(error)}") from error
-
-
-def check_machine() -> None:
-    """Make sure that there is a C++ compiler, which exporting needs and loading does not.
-
-    Raises:
-        MissingRuntimeError: there is none.
-    """
-    from torch._inductor import config, exc
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
-    try:
-        get_cpp_compiler()
-    except (exc.InvalidCxxCompiler, OSError) as error:
-        raise MissingRuntimeError(
-            f"Expected a C++ compiler for `runtime` 'inductor', but none of {config.cpp.cxx} was found. Install one "
-            "(Debian: apt install g++) or name it in the environment variable CXX."
-        ) from error
-
-
-def standalone(files: dict[str, str], signature: Signature) -> str:
+def _standalone(files: dict[str, str], signature: Signature) -> str:
     """Return lines that run an artifact's package with torch alone, in the artifact's folder."""
     names = [info.name for info in signature.outputs]
     return f"""import torch
@@ -184,26 +212,6 @@ package = torch._inductor.aoti_load_package({files["model"]!r})
 {torch_inputs(signature)}
 outputs = dict(zip({names!r}, package(*inputs.values())))
 """
-
-
-def count_operators(path: Path) -> dict[str, int]:
-    """Return how often the generated code calls each integer kernel, and each float one of convolution and product."""
-    with zipfile.ZipFile(path) as archive:
-        sources = [name for name in archive.namelist() if name.endswith(".wrapper.cpp")]
-        code = "".join(archive.read(name).decode() for name in sources)
-    calls = re.findall(r"aoti_torch_cpu__?(\w*(?:qconv|qlinear|convolution|conv|linear|addmm|mm)\w*)\(", code)
-    return dict(collections.Counter(calls))
-
-
-def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
-    """Return kind to number of planned convolutions and linear layers for which there is no integer kernel."""
-    missing = {}
-    for kind, kernel in _KERNELS.items():
-        planned = sum(operator.kind == kind for operator in operators)
-        there = sum(number for name, number in counts.items() if name.startswith(kernel))
-        if planned > there:
-            missing[kind] = planned - there
-    return missing
 
 
 def _make_reproducible(path: Path) -> None:

@@ -14,35 +14,29 @@ What the table says was tried on ONNX Runtime 1.31, CPU, with counts from the op
 """
 
 import collections
+import inspect
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant.call_checks import DTYPES
+from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
-from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
-from lightning_quant.named_edges import PREFIX, check_common
-from lightning_quant.runtimes._onnx_export import describe as describe
-from lightning_quant.runtimes._onnx_export import export_onnx as export
+from lightning_quant.named_edges import PREFIX
+from lightning_quant.runtimes._onnx_export import describe, export_onnx
+from lightning_quant.runtimes._onnx_forced import run_forced
 from lightning_quant.runtimes._reasons import first_line
+from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.runtimes._standalone import numpy_inputs
 from lightning_quant.signature import Signature
 
-__all__ = ["export"]
-REQUIRES = ("onnxruntime", "onnx", "onnxscript")
-OPTIONS = ("threads", "providers")
-MODEL_FILE = "model.onnx"
-# The CPU has no kernels for half precision: it is for storage, and weights become float when a session starts.
-HALF_ARITHMETIC = False
-IN_PROCESS = False
-LAYERS_IN_GRAPHS = True
 _WITHOUT_KERNEL = (
     *(
         "conv_transpose1d",
@@ -59,7 +53,7 @@ _REASONS = {
     **dict.fromkeys(_WITHOUT_KERNEL, "ONNX Runtime has no integer kernel for it on the CPU"),
     "softmax": "kept float: eight bits are too few for its tails",
 }
-TABLE = OperatorTable(
+_TABLE = OperatorTable(
     weighted=frozenset({"conv1d", "conv2d", "conv3d", "linear"}),
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset({"linear", "matmul"}),
@@ -135,34 +129,92 @@ class OnnxRuntimeModule(LoadedModule):
         return [output.to(device) for output in outputs]
 
 
-def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> OnnxRuntimeModule:
-    """Load an artifact's model file; options are `threads` and `providers`.
+class OnnxRuntime(Runtime):
+    """ONNX Runtime on the CPU."""
 
-    Raises:
-        QuantizationError: a model to fill is given.
-    """
-    if "into" in options:
-        raise QuantizationError(
-            "Expected no `into`, but got one: an ONNX file has no tensors by name. Quantize for runtime 'torch'."
-        )
-    return OnnxRuntimeModule(folder / files["model"], signature, **options)
+    NAME = "onnxruntime"
+    REQUIRES = ("onnxruntime", "onnx", "onnxscript")
+    OPTIONS = ("threads", "providers")
+    MODEL_FILE = "model.onnx"
+    # The CPU has no kernels for half precision: it is for storage, and weights become float when a session starts.
+    HALF_ARITHMETIC = False
+    LAYERS_IN_GRAPHS = True
+    TABLE = _TABLE
+    INTEGER_OPERATORS = _INTEGER_OPERATORS
+    KEEPS_EDGES = True
+
+    def export(
+        self,
+        module: nn.Module,
+        signature: inspect.Signature,
+        spec: CallSpec,
+        tensors: list[Tensor],
+        path: Path,
+        *,
+        dynamic: dict[str, dict[int, str]],
+    ) -> None:
+        """Write a module as an ONNX file."""
+        export_onnx(module, signature, spec, tensors, path, dynamic=dynamic)
+
+    def describe(self, path: Path, facts: dict[str, Any]) -> None:
+        """Write the notes that readers of ONNX files look for."""
+        describe(path, facts)
+
+    def load(self, folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> OnnxRuntimeModule:
+        """Load an artifact's model file; options are `threads` and `providers`.
+
+        Raises:
+            QuantizationError: a model to fill is given.
+        """
+        if "into" in options:
+            raise QuantizationError(
+                "Expected no `into`, but got one: an ONNX file has no tensors by name. Quantize for runtime 'torch'."
+            )
+        return OnnxRuntimeModule(folder / files["model"], signature, **options)
+
+    def check(self, path: Path) -> None:
+        """Start a session of a written file once.
+
+        Raises:
+            ExportError: ONNX Runtime refuses it.
+        """
+        try:
+            session(path, threads=1)
+        except _refusals() as error:
+            raise ExportError(
+                f"Expected ONNX Runtime to run the exported model, but it says: {first_line(error)}"
+            ) from error
+
+    def standalone(self, files: dict[str, str], signature: Signature) -> str:
+        """Return lines that run an artifact's model with ONNX Runtime alone, in the artifact's folder."""
+        return _standalone(files, signature)
+
+    def count_operators(self, path: Path) -> dict[str, int]:
+        """Return how often each operator type occurs in the session that ONNX Runtime makes of a file."""
+        import onnx
+
+        with tempfile.TemporaryDirectory() as folder:
+            optimized = Path(folder) / "optimized.onnx"
+            session(path, threads=1, optimized=optimized)
+            graph = onnx.load(optimized, load_external_data=False).graph
+        return dict(collections.Counter(node.op_type for node in graph.node))
+
+    def quantized_edges(self, path: Path) -> set[str]:
+        """Return the names of the plan's edges that a file has: what nothing reads is not in it."""
+        import onnx
+
+        graph = onnx.load(path, load_external_data=False).graph
+        return {node.name.removeprefix(PREFIX) for node in graph.node if node.name.startswith(PREFIX)}
+
+    def run_forced(self, path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run every operator on its own, on given integers, in one session."""
+        return run_forced(path, inputs, edges, session)
 
 
-def check(path: Path) -> None:
-    """Start a session of a written file once.
-
-    Raises:
-        ExportError: ONNX Runtime refuses it.
-    """
-    try:
-        session(path, threads=1)
-    except _refusals() as error:
-        raise ExportError(
-            f"Expected ONNX Runtime to run the exported model, but it says: {first_line(error)}"
-        ) from error
+RUNTIME = OnnxRuntime()
 
 
-def standalone(files: dict[str, str], signature: Signature) -> str:
+def _standalone(files: dict[str, str], signature: Signature) -> str:
     """Return lines that run an artifact's model with ONNX Runtime alone, in the artifact's folder."""
     names = [info.name for info in signature.outputs]
     return f"""import numpy as np
@@ -188,79 +240,6 @@ def session(
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
     return onnxruntime.InferenceSession(str(path), options, providers=providers or ["CPUExecutionProvider"])
-
-
-def count_operators(path: Path) -> dict[str, int]:
-    """Return how often each operator type occurs in the session that ONNX Runtime makes of a file."""
-    import onnx
-
-    with tempfile.TemporaryDirectory() as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        session(path, threads=1, optimized=optimized)
-        graph = onnx.load(optimized, load_external_data=False).graph
-    return dict(collections.Counter(node.op_type for node in graph.node))
-
-
-def quantized_edges(path: Path) -> set[str]:
-    """Return the names of the plan's edges that a file has: what nothing reads is not in it."""
-    import onnx
-
-    graph = onnx.load(path, load_external_data=False).graph
-    return {node.name.removeprefix(PREFIX) for node in graph.node if node.name.startswith(PREFIX)}
-
-
-def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
-    """Return kind to number of planned integer operators for which the session has no integer operator."""
-    left = dict(counts)
-    missing: dict[str, int] = {}
-    for operator in operators:
-        name = next((name for name in _INTEGER_OPERATORS[operator.kind] if left.get(name, 0)), None)
-        if name is None:
-            missing[operator.kind] = missing.get(operator.kind, 0) + 1
-        else:
-            left[name] -= 1
-    return missing
-
-
-def run_forced(path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Run every operator on its own, on given inputs, in one session.
-
-    Each quantized tensor of the file is cut: its readers get the given integers, and what its producer makes of *its*
-    given inputs is an output. Those that there are no integers for stay as they are.
-
-    Args:
-        path: an ONNX file in QDQ form.
-        inputs: the model's own inputs by name.
-        edges: integers of the quantized tensors by the names of their edges, uint8.
-
-    Returns:
-        the integers that the operators computed, of those edges that the file has.
-
-    Raises:
-        ExportError: the file has none of these quantized tensors.
-    """
-    import onnx
-
-    model = onnx.load(path)
-    quantize = {
-        node.name.removeprefix(PREFIX): node.output[0] for node in model.graph.node if node.name.startswith(PREFIX)
-    }
-    check_common(edges, quantize)
-    cut = {name: output for name, output in quantize.items() if name in edges}
-    forced = {output: f"forced_{index}" for index, output in enumerate(cut.values())}
-    for node in model.graph.node:
-        node.input[:] = [forced.get(name, name) for name in node.input]
-    del model.graph.output[:]
-    make = onnx.helper.make_tensor_value_info
-    model.graph.output.extend(make(name, onnx.TensorProto.UINT8, None) for name in forced)
-    given = dict(zip(forced.values(), (edges[name] for name in cut), strict=True))
-    model.graph.input.extend(make(name, onnx.TensorProto.UINT8, edge.shape) for name, edge in given.items())
-    with tempfile.TemporaryDirectory() as folder:
-        onnx.save(model, Path(folder) / MODEL_FILE, save_as_external_data=model.ByteSize() > 2**30)
-        running = session(Path(folder) / MODEL_FILE)
-    values = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()} | given
-    computed = running.run(None, {info.name: values[info.name] for info in running.get_inputs()})
-    return dict(zip(cut, computed, strict=True))
 
 
 def _refusals() -> tuple[type[Exception], ...]:

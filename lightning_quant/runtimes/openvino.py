@@ -23,30 +23,24 @@ from lightning_quant.call_checks import DTYPES
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
-from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
-from lightning_quant.named_edges import PREFIX, check_common
+from lightning_quant.named_edges import PREFIX
 from lightning_quant.reading import opened
 from lightning_quant.runtimes._onnx_export import export_onnx
 from lightning_quant.runtimes._onnx_moves import pad_by_joining
+from lightning_quant.runtimes._openvino_forced import run_forced
 from lightning_quant.runtimes._openvino_weights import compress_weights
+from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.runtimes._standalone import numpy_inputs
 from lightning_quant.signature import Signature, TensorInfo
 
-REQUIRES = ("openvino", "onnx", "onnxscript")
-OPTIONS = ("threads", "device")
-MODEL_FILE = "model.xml"
-# Weights are stored in half precision; OpenVINO computes in the float32 that it is told.
-HALF_ARITHMETIC = False
-LAYER_REFUSALS = {
+_LAYER_REFUSALS = {
     "dynamic": "OpenVINO computes dynamic quantization in float. Use 'int8_weight_only' or 'int8'",
     "weight_only_4bit": "OpenVINO does not read the operator that carries out four bits. Use 'int8_weight_only'",
 }
-IN_PROCESS = False
-LAYERS_IN_GRAPHS = True
 _FLOAT = "OpenVINO computes it in float on the CPU"
-TABLE = OperatorTable(
+_TABLE = OperatorTable(
     weighted=frozenset({"conv1d", "conv2d", "conv3d", "linear"}),
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset({"linear"}),
@@ -66,14 +60,14 @@ TABLE = OperatorTable(
 )
 # Otherwise OpenVINO computes in bfloat16 where it can, and rounds what layers with compressed weights read to int8.
 _AS_SIMULATED = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-# Layer types of a compiled model that carry weights, by kind; others are fused into them, or move values.
-_WEIGHTED_LAYERS = {
-    "conv1d": "Convolution",
-    "conv2d": "Convolution",
-    "conv3d": "Convolution",
-    "linear": "FullyConnected",
-}
 _INTEGER = "_I8"
+# Layer types of a compiled model that carry weights, by kind. The others, such as residual additions, are fused into
+# them and no longer seen, or stand in float as "Eltwise" and "Pooling".
+_INTEGER_OPERATORS: dict[str, tuple[str, ...]] = {
+    **dict.fromkeys(("conv1d", "conv2d", "conv3d"), ("Convolution" + _INTEGER,)),
+    "linear": ("FullyConnected" + _INTEGER,),
+    **dict.fromkeys(("add", "cat", "avg_pool", "global_avg_pool"), ()),
+}
 # What its bindings make of C++'s errors, also of messages that are no text, and of sizes that do not fit the memory.
 _REFUSALS = (RuntimeError, TypeError, MemoryError, UnicodeDecodeError)
 
@@ -129,53 +123,98 @@ class OpenVinoModule(LoadedModule):
         return [output.to(device) for output in outputs]
 
 
-def export(
-    module: nn.Module,
-    signature: inspect.Signature,
-    spec: CallSpec,
-    tensors: list[Tensor],
-    path: Path,
-    *,
-    dynamic: dict[str, dict[int, str]],
-) -> None:
-    """Write a module as .xml with a .bin of the same name beside it; arguments as for ONNX.
+class OpenVino(Runtime):
+    """OpenVINO on the CPU."""
 
-    Raises:
-        ExportError: PyTorch's exporter or OpenVINO refuses the module, with the reason.
-    """
-    import openvino
+    NAME = "openvino"
+    REQUIRES = ("openvino", "onnx", "onnxscript")
+    OPTIONS = ("threads", "device")
+    MODEL_FILE = "model.xml"
+    # Weights are stored in half precision; OpenVINO computes in the float32 that it is told.
+    HALF_ARITHMETIC = False
+    LAYERS_IN_GRAPHS = True
+    LAYER_REFUSALS = _LAYER_REFUSALS
+    TABLE = _TABLE
+    INTEGER_OPERATORS = _INTEGER_OPERATORS
+    KEEPS_EDGES = True
 
-    with tempfile.TemporaryDirectory() as folder:
-        onnx_path = Path(folder) / "model.onnx"
-        export_onnx(module, signature, spec, tensors, onnx_path, dynamic=dynamic, rewrite=pad_by_joining)
+    def export(
+        self,
+        module: nn.Module,
+        signature: inspect.Signature,
+        spec: CallSpec,
+        tensors: list[Tensor],
+        path: Path,
+        *,
+        dynamic: dict[str, dict[int, str]],
+    ) -> None:
+        """Write a module as .xml with a .bin of the same name beside it; arguments as for ONNX.
+
+        Raises:
+            ExportError: PyTorch's exporter or OpenVINO refuses the module, with the reason.
+        """
+        import openvino
+
+        with tempfile.TemporaryDirectory() as folder:
+            onnx_path = Path(folder) / "model.onnx"
+            export_onnx(module, signature, spec, tensors, onnx_path, dynamic=dynamic, rewrite=pad_by_joining)
+            try:
+                model = _with_names_of_its_own(compress_weights(openvino.Core().read_model(onnx_path)))
+                openvino.save_model(model, path, compress_to_fp16=False)
+            except RuntimeError as error:
+                raise ExportError(
+                    f"Expected OpenVINO to read the exported model, but it says: {_reason(error)}. Exclude what it "
+                    "does not know, or choose another runtime."
+                ) from error
+
+    def load(self, folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> OpenVinoModule:
+        """Load an artifact's model; options are `threads` and `device`."""
+        return OpenVinoModule(folder / files["model"], signature, **options)
+
+    def check(self, path: Path) -> None:
+        """Compile a written model once.
+
+        Raises:
+            ExportError: OpenVINO refuses it.
+        """
         try:
-            model = _with_names_of_its_own(compress_weights(openvino.Core().read_model(onnx_path)))
-            openvino.save_model(model, path, compress_to_fp16=False)
+            compiled(path, threads=1)
         except RuntimeError as error:
-            raise ExportError(
-                f"Expected OpenVINO to read the exported model, but it says: {_reason(error)}. Exclude what it does "
-                "not know, or choose another runtime."
-            ) from error
+            raise ExportError(f"Expected OpenVINO to run the exported model, but it says: {_reason(error)}") from error
+
+    def standalone(self, files: dict[str, str], signature: Signature) -> str:
+        """Return lines that run an artifact's model with OpenVINO alone, in the artifact's folder."""
+        return _standalone(files, signature)
+
+    def count_operators(self, path: Path) -> dict[str, int]:
+        """Return how often each layer type occurs in the compiled model, integer ones with `_I8` after their names."""
+        counts: collections.Counter[str] = collections.Counter()
+        for node in compiled(path, threads=1).get_runtime_model().get_ordered_ops():
+            info = node.get_rt_info()
+            layer, primitive = (info[key].astype(str) if key in info else "" for key in ("layerType", "primitiveType"))
+            if layer not in ("Const", "Input", "Output"):
+                counts[layer + (_INTEGER if primitive.endswith(_INTEGER) else "")] += 1
+        return dict(counts)
+
+    def quantized_edges(self, path: Path) -> set[str]:
+        """Return the names of the plan's edges that a model has."""
+        import openvino
+
+        names = [op.get_friendly_name() for op in openvino.Core().read_model(path).get_ordered_ops()]
+        return {name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)}
+
+    def run_forced(self, path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run every operator on its own, on given integers, in one compiled model."""
+        try:
+            return run_forced(path, inputs, edges, _AS_SIMULATED)
+        except RuntimeError as error:
+            raise ExportError(f"Expected OpenVINO to run each operator alone, but it says: {_reason(error)}") from error
 
 
-def load(folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> OpenVinoModule:
-    """Load an artifact's model; options are `threads` and `device`."""
-    return OpenVinoModule(folder / files["model"], signature, **options)
+RUNTIME = OpenVino()
 
 
-def check(path: Path) -> None:
-    """Compile a written model once.
-
-    Raises:
-        ExportError: OpenVINO refuses it.
-    """
-    try:
-        compiled(path, threads=1)
-    except RuntimeError as error:
-        raise ExportError(f"Expected OpenVINO to run the exported model, but it says: {_reason(error)}") from error
-
-
-def standalone(files: dict[str, str], signature: Signature) -> str:
+def _standalone(files: dict[str, str], signature: Signature) -> str:
     """Return lines that run an artifact's model with OpenVINO alone, in the artifact's folder."""
     names = [info.name for info in signature.outputs]
     return f"""import numpy as np
@@ -196,81 +235,6 @@ def compiled(path: Path, *, threads: int | None = None, device: str = "CPU") -> 
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
     return openvino.Core().compile_model(path, device, config)
-
-
-def count_operators(path: Path) -> dict[str, int]:
-    """Return how often each layer type occurs in the compiled model, integer ones with `_I8` after their names."""
-    counts: collections.Counter[str] = collections.Counter()
-    for node in compiled(path, threads=1).get_runtime_model().get_ordered_ops():
-        info = node.get_rt_info()
-        layer, primitive = (info[key].astype(str) if key in info else "" for key in ("layerType", "primitiveType"))
-        if layer not in ("Const", "Input", "Output"):
-            counts[layer + (_INTEGER if primitive.endswith(_INTEGER) else "")] += 1
-    return dict(counts)
-
-
-def quantized_edges(path: Path) -> set[str]:
-    """Return the names of the plan's edges that a model has."""
-    import openvino
-
-    names = [op.get_friendly_name() for op in openvino.Core().read_model(path).get_ordered_ops()]
-    return {name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)}
-
-
-def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
-    """Return kind to number of planned integer operators with weights that run in float.
-
-    The others, such as residual additions, are fused into integer kernels and no longer seen, or stand in float as
-    "Eltwise" and "Pooling".
-    """
-    missing: dict[str, int] = {}
-    left = dict(counts)
-    for operator in operators:
-        layer = _WEIGHTED_LAYERS.get(operator.kind, "")
-        if not layer:
-            continue
-        if left.get(layer + _INTEGER, 0):
-            left[layer + _INTEGER] -= 1
-        else:
-            missing[operator.kind] = missing.get(operator.kind, 0) + 1
-    return missing
-
-
-def run_forced(path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Run every operator on its own, on given integers, in one compiled model; as in `onnxruntime.py`.
-
-    Raises:
-        ExportError: the model has none of these quantized tensors, or OpenVINO refuses an operator.
-    """
-    import openvino
-    from openvino import opset13
-
-    core = openvino.Core()
-    model = core.read_model(path)
-    quantized = {
-        op.get_friendly_name().removeprefix(PREFIX): op
-        for op in model.get_ordered_ops()
-        if op.get_friendly_name().startswith(PREFIX) and op.get_output_element_type(0) == openvino.Type.u8
-    }
-    check_common(edges, quantized)
-    cut = {name: op for name, op in quantized.items() if name in edges}
-    parameters, results = list(model.get_parameters()), []
-    for name, op in cut.items():
-        output = op.output(0)
-        forced = opset13.parameter(list(edges[name].shape), np.uint8, name=f"forced {name}")
-        for reader in list(output.get_target_inputs()):
-            reader.replace_source_output(forced.output(0))
-        parameters.append(forced)
-        results.append(opset13.result(output))
-    try:
-        running = core.compile_model(
-            openvino.Model(results, parameters), "CPU", {**_AS_SIMULATED, "INFERENCE_NUM_THREADS": 1}
-        )
-    except RuntimeError as error:
-        raise ExportError(f"Expected OpenVINO to run each operator alone, but it says: {_reason(error)}") from error
-    own = [inputs[port.get_any_name()].detach().cpu().numpy() for port in model.inputs]
-    computed = running([*own, *(edges[name] for name in cut)])
-    return dict(zip(cut, (np.array(computed[port]) for port in running.outputs), strict=True))
 
 
 def _with_names_of_its_own(model: Any) -> Any:

@@ -13,34 +13,25 @@ What the table says was tried on torch 2.13, x86, with the integers of each kern
   oneDNN.
 """
 
-import collections
 import inspect
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from lightning_quant.calls import CallSpec
 from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.moves import MOVING
-from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.runtimes import _torch_layers, _torch_static, _torch_steps
 from lightning_quant.runtimes._fill import fill
-from lightning_quant.runtimes._torch_static import engines, quantized_edges, run_forced, set_engine
+from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.signature import Signature
 
-__all__ = ["engines", "quantized_edges", "run_forced", "set_engine"]
-REQUIRES = ("torch",)
-OPTIONS = ("threads", "engine", "into")
-MODEL_FILE = "model.safetensors"
-HALF_ARITHMETIC = True
-# The float module itself is the peer of comparisons.
-IN_PROCESS = True
-LAYERS_IN_GRAPHS = True
 _FLOAT = "PyTorch has no integer kernel for it that every engine runs"
 _COARSE = "PyTorch's integer kernel keeps the scale of its input, which is too coarse for means"
-TABLE = OperatorTable(
+_TABLE = OperatorTable(
     weighted=frozenset({"conv1d", "conv2d", "linear"}),
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset(),
@@ -56,89 +47,118 @@ TABLE = OperatorTable(
     },
 )
 # Kernels that carry out each kind.
-_KERNELS = {
-    "conv1d": "quantized.conv1d.default",
-    "conv2d": "quantized.conv2d.new",
-    "linear": "quantized.linear.default",
-    "add": "quantized.add.default",
-    "mul": "quantized.mul.default",
-    "cat": "quantized.cat.default",
-    "leaky_relu": "quantized.leaky_relu.default",
+_INTEGER_OPERATORS = {
+    "conv1d": ("quantized.conv1d.default",),
+    "conv2d": ("quantized.conv2d.new",),
+    "linear": ("quantized.linear.default",),
+    "add": ("quantized.add.default",),
+    "mul": ("quantized.mul.default",),
+    "cat": ("quantized.cat.default",),
+    "leaky_relu": ("quantized.leaky_relu.default",),
 }
 
 
-def export(
-    module: nn.Module,
-    signature: inspect.Signature,
-    spec: CallSpec,
-    tensors: list[Tensor],
-    path: Path,
-    *,
-    dynamic: dict[str, dict[int, str]],
-) -> None:
-    """Write a module as tensors and a program beside them; arguments as for ONNX.
+class Torch(Runtime):
+    """PyTorch in process."""
 
-    Raises:
-        ExportError: PyTorch's exporter refuses the module, with its reason, or a part of it is no operator of PyTorch.
-    """
-    from lightning_quant.convert import is_static
+    NAME = "torch"
+    REQUIRES = ("torch",)
+    OPTIONS = ("threads", "engine", "into")
+    MODEL_FILE = "model.safetensors"
+    HALF_ARITHMETIC = True
+    IN_PROCESS = True
+    LAYERS_IN_GRAPHS = True
+    TABLE = _TABLE
+    INTEGER_OPERATORS = _INTEGER_OPERATORS
+    KEEPS_EDGES = True
 
-    write = _torch_static.export if is_static(module) else _torch_layers.export
-    write(module, signature, spec, tensors, path, dynamic=dynamic)
+    def engines(self) -> list[str]:
+        """Return the engines that this build of PyTorch has kernels of, the likeliest one first."""
+        return _torch_static.engines()
 
+    def set_engine(self, path: Path, engine: str) -> None:
+        """Let a written program run on an engine unless `load` is told otherwise."""
+        _torch_static.set_engine(path, engine)
 
-def load(
-    folder: Path, files: dict[str, str], signature: Signature, *, into: nn.Module | None = None, **options: Any
-) -> nn.Module:
-    """Load an artifact, or fill a model with one of layers.
+    def quantized_edges(self, path: Path) -> set[str]:
+        """Return the names of the plan's edges that a program has."""
+        return _torch_static.quantized_edges(path)
 
-    Args:
-        folder: the artifact's folder.
-        files: role to name.
-        signature: of the captured call.
-        into: a float model of the structure of the one that was quantized. Its layers are replaced and its tensors
-            set; it keeps its class and methods, such as `generate`.
-        **options: `threads`; `engine` for static recipes, the one that was chosen by default.
+    def run_forced(self, path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run every operator on its own, on given integers, kernel by kernel."""
+        return _torch_static.run_forced(path, inputs, edges)
 
-    Raises:
-        QuantizationError: there are no layers to fill a model with.
-    """
-    if _torch_steps.FILE not in files:
+    def export(
+        self,
+        module: nn.Module,
+        signature: inspect.Signature,
+        spec: CallSpec,
+        tensors: list[Tensor],
+        path: Path,
+        *,
+        dynamic: dict[str, dict[int, str]],
+    ) -> None:
+        """Write a module as tensors and a program beside them; arguments as for ONNX.
+
+        Raises:
+            ExportError: PyTorch's exporter refuses the module, with its reason, or a part of it is none of PyTorch's.
+        """
+        from lightning_quant.convert import is_static
+
+        write = _torch_static.export if is_static(module) else _torch_layers.export
+        write(module, signature, spec, tensors, path, dynamic=dynamic)
+
+    def load(
+        self,
+        folder: Path,
+        files: dict[str, str],
+        signature: Signature,
+        *,
+        into: nn.Module | None = None,
+        **options: Any,
+    ) -> Any:
+        """Load an artifact, or fill a model with one of layers.
+
+        Args:
+            folder: the artifact's folder.
+            files: role to name.
+            signature: of the captured call.
+            into: a float model of the structure of the one that was quantized. Its layers are replaced and its tensors
+                set; it keeps its class and methods, such as `generate`.
+            **options: `threads`; `engine` for static recipes, the one that was chosen by default.
+
+        Raises:
+            QuantizationError: there are no layers to fill a model with.
+        """
+        if _torch_steps.FILE not in files:
+            if into is not None:
+                return fill(into, folder / files["model"])
+            return _torch_layers.TorchLayersModule(folder, files, signature, **options)
         if into is not None:
-            return fill(into, folder / files["model"])
-        return _torch_layers.TorchLayersModule(folder, files, signature, **options)
-    if into is not None:
-        raise QuantizationError(
-            "Expected no `into`, but got one: a static recipe quantizes what runs between layers, too. Use a recipe of "
-            "layers, such as 'int8_dynamic'."
-        )
-    return _torch_static.TorchStaticModule(folder, files, signature, **options)
+            raise QuantizationError(
+                "Expected no `into`, but got one: a static recipe quantizes what runs between layers, too. Use a "
+                "recipe of layers, such as 'int8_dynamic'."
+            )
+        return _torch_static.TorchStaticModule(folder, files, signature, **options)
+
+    def check(self, path: Path) -> None:
+        """Load a written program once.
+
+        Raises:
+            ExportError: it cannot be read.
+        """
+        (_torch_static if _is_static(path) else _torch_layers).check(path)
+
+    def standalone(self, files: dict[str, str], signature: Signature) -> str:
+        """Return lines that run an artifact in its folder, with PyTorch and safetensors alone where it is static."""
+        return (_torch_static if _torch_steps.FILE in files else _torch_layers).standalone(files, signature)
+
+    def count_operators(self, path: Path) -> dict[str, int]:
+        """Return how often each operator occurs in a written program."""
+        return (_torch_static if _is_static(path) else _torch_layers).count_operators(path)
 
 
-def check(path: Path) -> None:
-    """Load a written program once.
-
-    Raises:
-        ExportError: it cannot be read.
-    """
-    (_torch_static if _is_static(path) else _torch_layers).check(path)
-
-
-def standalone(files: dict[str, str], signature: Signature) -> str:
-    """Return lines that run an artifact in its folder, with PyTorch and safetensors alone where it is static."""
-    return (_torch_static if _torch_steps.FILE in files else _torch_layers).standalone(files, signature)
-
-
-def count_operators(path: Path) -> dict[str, int]:
-    """Return how often each operator occurs in a written program."""
-    return (_torch_static if _is_static(path) else _torch_layers).count_operators(path)
-
-
-def still_float(operators: tuple[Operator, ...], counts: dict[str, int]) -> dict[str, int]:
-    """Return kind to number of planned integer operators for which the program has no kernel; layers have none."""
-    planned = collections.Counter(operator.kind for operator in operators)
-    missing = {kind: number - counts.get(_KERNELS.get(kind, ""), 0) for kind, number in planned.items()}
-    return {kind: number for kind, number in missing.items() if number > 0}
+RUNTIME = Torch()
 
 
 def _is_static(path: Path) -> bool:

@@ -83,7 +83,7 @@ def test_without_a_compiler_inductor_is_refused_at_once(monkeypatch: pytest.Monk
         runtimes.get("inductor", exporting=True)
     with pytest.raises(MissingRuntimeError, match=r"C\+\+ compiler"):
         prepare(nn.Linear(6, 3), (torch.randn(2, 6),), runtime="inductor")
-    assert runtimes.get("inductor") is inductor
+    assert runtimes.get("inductor") is inductor.RUNTIME
 
 
 def test_package_for_another_processor_is_refused_before_it_runs(
@@ -117,11 +117,11 @@ def test_kernels_are_counted_in_the_generated_code(tmp_path: Path) -> None:
     code = " ".join(f"aoti_torch_cpu_{call}" for call in calls)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model/data/x.wrapper.cpp", code)
-    counts = inductor.count_operators(path)
+    counts = inductor.RUNTIME.count_operators(path)
     operators = ready("inductor").plan.graphs[0].operators
 
     assert counts == {"qconv_pointwise_tensor": 1, "qlinear_pointwise_tensor": 1, "convolution": 1}
-    assert inductor.still_float(operators, counts) == {"conv2d": 2}
+    assert inductor.RUNTIME.still_float(operators, counts) == {"conv2d": 2}
 
 
 # --- executorch
@@ -174,13 +174,15 @@ def test_pool_of_threads_does_not_change_under_a_loaded_program(program: Any) ->
 
 def test_integer_operators_of_xnnpack_are_counted(program: Any) -> None:
     prepared, artifact = program
-    counts = executorch.count_operators(artifact.model_path)
+    counts = executorch.RUNTIME.count_operators(artifact.model_path)
     kinds = Counter(operator.kind for operator in prepared.plan.graphs[0].operators)
 
     assert counts["XNNConv2d_int8"] == kinds["conv2d"] == 3
     assert counts["XNNAdd_int8"] == kinds["add"] == 1
     assert counts["XNNFullyConnected_int8"] == kinds["linear"] == 1
-    assert executorch.still_float(prepared.plan.graphs[0].operators, {**counts, "XNNConv2d_int8": 1}) == {"conv2d": 2}
+    assert executorch.RUNTIME.still_float(prepared.plan.graphs[0].operators, {**counts, "XNNConv2d_int8": 1}) == {
+        "conv2d": 2
+    }
 
 
 # --- openvino

@@ -82,7 +82,7 @@ def test_openvino_complains_in_bytes_that_are_no_text(tmp_path: Path) -> None:
     model.write_bytes(model.read_bytes().replace(b'version="opset1"', b'version="opset\xf7"'))
 
     with pytest.raises(ArtifactError, match="to be a model for OpenVINO"):
-        openvino.load(tmp_path / "whole", json.loads((tmp_path / "about.json").read_text())["files"], signature)
+        openvino.RUNTIME.load(tmp_path / "whole", json.loads((tmp_path / "about.json").read_text())["files"], signature)
 
 
 @pytest.mark.parametrize("kind", ["onnxruntime", "torch-layers"])

@@ -13,13 +13,14 @@ from lightning_models import decibels
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from lightning_quant import load, verify
+from lightning_quant import load, runtimes, verify
 from lightning_quant.artifact import Artifact
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import export
 from lightning_quant.layerwise import Layerwise, quantize_layers
 from lightning_quant.recipe import LayerRecipe
-from lightning_quant.runtimes import onnxruntime as runtime
+
+runtime = runtimes.get("onnxruntime")
 
 
 def save(model: nn.Module, call: dict[str, Any], folder: Path, recipe: Any) -> tuple[Layerwise, Artifact]:

@@ -21,7 +21,7 @@ from reference_models import resnet18
 from torch import Tensor, nn
 
 from lightning_quant import convert as conversion
-from lightning_quant import load
+from lightning_quant import load, runtimes
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.export import export, trial_export
@@ -31,7 +31,8 @@ from lightning_quant.parity import check_parity
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.runtimes import _onnx_export
-from lightning_quant.runtimes import onnxruntime as runtime
+
+runtime = runtimes.get("onnxruntime")
 
 EXPORTED = [case for case in CASES if case.exports]
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -21,7 +21,7 @@ from test_layerwise import State
 from torch import Tensor, nn
 
 from lightning_quant import artifact as artifacts
-from lightning_quant import load, verify
+from lightning_quant import load, runtimes, verify
 from lightning_quant.artifact import Artifact
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.export import export
@@ -434,7 +434,7 @@ def test_verify(name: str, saved: Any) -> None:
 
 
 def test_damaged_program(saved: Any, tmp_path: Path) -> None:
-    from lightning_quant.runtimes import torch as runtime
+    runtime = runtimes.get("torch")
 
     artifact = saved("cnn")[2]
     files = {role: Path(name).name for role, name in artifact.model_files.items()}
@@ -463,7 +463,7 @@ def test_damaged_program(saved: Any, tmp_path: Path) -> None:
 
 
 def test_counted_operators(saved: Any) -> None:
-    from lightning_quant.runtimes import torch as runtime
+    runtime = runtimes.get("torch")
 
     counts = runtime.count_operators(saved("lstm")[2].model_path.parent / "model.safetensors")
     assert counts["lightning_quant.recurrent.default"] == 1

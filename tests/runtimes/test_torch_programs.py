@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_quant import runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
@@ -19,8 +20,9 @@ from lightning_quant.export import export
 from lightning_quant.layerwise import quantize_layers
 from lightning_quant.prepare import prepare
 from lightning_quant.runtimes import _torch_operators, _torch_program
-from lightning_quant.runtimes import torch as runtime
 from lightning_quant.runtimes._fill import STRUCTURE, fill
+
+runtime = runtimes.get("torch")
 
 X = torch.randn(3, 6)
 Change = Callable[[dict[str, Any]], None]

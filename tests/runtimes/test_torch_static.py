@@ -13,7 +13,7 @@ from models import ResidualNet, with_statistics
 from torch import Tensor, nn
 
 from lightning_quant import engines as choosing
-from lightning_quant import load, quantize
+from lightning_quant import load, quantize, runtimes
 from lightning_quant.artifact import Artifact
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.calls import flatten_call
@@ -26,8 +26,9 @@ from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import IntegerSpec, Recipe
 from lightning_quant.runtimes import _torch_program, _torch_static, _torch_steps
-from lightning_quant.runtimes import torch as runtime
 from lightning_quant.runtimes._flat import tensors_in
+
+runtime = runtimes.get("torch")
 
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 ENGINES = runtime.engines()
