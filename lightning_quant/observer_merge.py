@@ -31,13 +31,7 @@ def check_mergeable(argument: str, name: str, recipe: Recipe, *, in_training: bo
         )
     # What it keeps shows when it has seen something.
     observer.update(torch.linspace(-1, 1, 8))
-    unknown = sorted(set(observer.state()) - set(_declared(observer)))
-    if unknown:
-        raise QuantizationError(
-            f"Expected `{argument}` {name!r} to say how the states of several processes become one, but "
-            f"{type(observer).__name__}.merge says nothing of {unknown}. Declare one of {list(MERGES)} for each in the "
-            "class that updates them, or use one process."
-        )
+    _check_declared(f"`{argument}` {name!r}", observer, set(observer.state()))
 
 
 def merged(observer: Observer, states: list[dict[str, Any]]) -> dict[str, Any]:
@@ -48,16 +42,30 @@ def merged(observer: Observer, states: list[dict[str, Any]]) -> dict[str, Any]:
         states: of processes that saw something, on one device.
 
     Raises:
-        QuantizationError: a state that should be the same in all is not.
+        QuantizationError: a state that should be the same in all is not, or nobody said how one becomes one.
     """
+    # One that only some values bring about was not there when the observer was checked.
+    found = {name for state in states for name in state}
+    _check_declared("an observer", observer, found)
+    declared = [(name, how) for name, how in _declared(observer).items() if name in found]
+    return {name: _one(name, how, [state for state in states if name in state]) for name, how in declared}
+
+
+def _check_declared(what: str, observer: Observer, states: set[str]) -> None:
+    unknown = sorted(states - set(_declared(observer)))
+    if unknown:
+        raise QuantizationError(
+            f"Expected {what} to say how the states of several processes become one, but "
+            f"{type(observer).__name__}.merge says nothing of {unknown}. Declare one of {list(MERGES)} for each in the "
+            "class that updates them, or use one process."
+        )
+
+
+def _one(name: str, how: str, states: list[dict[str, Any]]) -> Any:
     weights = torch.tensor([float(state["num_updates"]) for state in states], dtype=torch.float64)
-    return {name: _one(name, how, states, weights) for name, how in _declared(observer).items() if name in states[0]}
-
-
-def _one(name: str, how: str, states: list[dict[str, Any]], weights: Tensor) -> Any:
     values = [state[name] for state in states]
     if not isinstance(values[0], Tensor):
-        numbers: Any = _one(name, how, [{name: torch.tensor(value)} for value in values], weights)
+        numbers: Any = _one(name, how, [{**state, name: torch.tensor(state[name])} for state in states])
         return type(values[0])(numbers.item())
     stacked = torch.stack(values)
     if how == "same":

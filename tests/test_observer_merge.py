@@ -77,6 +77,29 @@ def test_undeclared_states_are_refused(make: type[Observer], monkeypatch: pytest
         check_mergeable("calibration_observer", "own", Recipe(), in_training=False)
 
 
+class Rare(Quantiles):
+    """Keeps something of large values alone, which it has not said how to merge."""
+
+    merge = {**Quantiles.merge}  # noqa: RUF012
+
+    def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
+        super()._update(x, low, high)
+        if high > 5:
+            self.largest = high
+
+
+def test_a_state_that_some_values_alone_bring_about_is_refused_or_merged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(observers.OBSERVERS, "own", lambda recipe: Rare())
+    check_mergeable("calibration_observer", "own", Recipe(), in_training=False)
+    states = [seen(Rare, [0.1 * BATCHES[0]]).state(), seen(Rare, [9 * BATCHES[5]]).state()]
+    with pytest.raises(QuantizationError, match=r"Rare\.merge says nothing of \['largest'\]"):
+        merged(Rare(), states)
+
+    monkeypatch.setattr(Rare, "merge", {**Quantiles.merge, "largest": "max"})
+    for parts in (states, states[::-1]):
+        assert merged(Rare(), parts)["largest"] == 9 * BATCHES[5].max()
+
+
 def test_training_exchanges_extremes_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(observers.OBSERVERS, "own", lambda recipe: Quantiles())
     check_mergeable("calibration_observer", "own", Recipe(), in_training=False)
