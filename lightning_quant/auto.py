@@ -8,10 +8,10 @@ from typing import Any
 
 from lightning_quant import golden, runtimes
 from lightning_quant.artifact import load
-from lightning_quant.assess import parity_of
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import Quantizable, export
 from lightning_quant.latency import Timing, measure
+from lightning_quant.report.make_report import parity_of
 from lightning_quant.sizes import ChosenShapes
 
 

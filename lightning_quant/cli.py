@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 from lightning_quant.artifact import Artifact, page_of, read
 from lightning_quant.cli_options import NAME, limits_of, make_parser, require_cli_packages
 from lightning_quant.errors import QuantizationError
-from lightning_quant.limits import SCHEMA_VERSION, columns, failures_in, missed_limits, summary
-from lightning_quant.report_html import to_html
+from lightning_quant.report.limits import SCHEMA_VERSION, columns, failures_in, missed_limits, summary
+from lightning_quant.report.page import to_html
 from lightning_quant.tables import text_table
 
 if TYPE_CHECKING:

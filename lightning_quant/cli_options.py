@@ -12,7 +12,7 @@ from typing import Any
 from lightning_quant import __version__
 from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import QuantizationError
-from lightning_quant.limits import Limits
+from lightning_quant.report.limits import Limits
 
 NAME = "lightning-quant"
 CLI_PACKAGES = ("jsonargparse", "docstring_parser", "typeshed_client")

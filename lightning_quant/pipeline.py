@@ -18,7 +18,6 @@ from lightning_quant.accuracy.sensitivity import NUM_CALLS, check_rankable, rank
 from lightning_quant.adjustments import outcomes
 from lightning_quant.arguments import check_flag, check_name, check_on_device, check_path, check_threads, patterns
 from lightning_quant.artifact import Artifact
-from lightning_quant.assess import assess
 from lightning_quant.auto import choose_runtime
 from lightning_quant.batch_readings import Call, run_call
 from lightning_quant.calibrate import calibrate
@@ -32,7 +31,6 @@ from lightning_quant.graph.table import Selection
 from lightning_quant.host import device_for_search, on_host
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import quantize_layers
-from lightning_quant.limits import Limits, check_measured, limits_from
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.names import Engine, Recipes, Runtime
 from lightning_quant.output_noise import HeldOut, held_back
@@ -40,7 +38,9 @@ from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.process import alone
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
-from lightning_quant.report_html import to_html
+from lightning_quant.report.limits import Limits, check_measured, limits_from
+from lightning_quant.report.make_report import make_report
+from lightning_quant.report.page import to_html
 from lightning_quant.routing import device_of
 from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
 
@@ -157,7 +157,7 @@ def quantize(
         notes += notes_of_sizes(quantized)
         # Measured on a copy: another run may replace the artifact meanwhile.
         with artifacts.private_copy(artifact) as own:
-            report = assess(
+            report = make_report(
                 quantized,
                 own,
                 seconds=seconds,

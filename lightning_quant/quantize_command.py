@@ -19,8 +19,8 @@ from lightning_quant.callbacks import PostTrainingQuantization
 from lightning_quant.checkpoint import load_weights, read_checkpoint
 from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import QuantizationError
-from lightning_quant.limits import NO_LIMITS, Limits, missed_limits
 from lightning_quant.names import Engine, Recipes, Runtime
+from lightning_quant.report.limits import NO_LIMITS, Limits, missed_limits
 
 OWN_SUBCOMMANDS = ("quantize", "inspect")
 """What `QuantizationCLI` adds to LightningCLI."""

@@ -15,8 +15,8 @@ from typing_extensions import override
 from lightning_quant.checkpoint import read_checkpoint
 from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import QuantizationError
-from lightning_quant.limits import Limits
 from lightning_quant.quantize_command import OWN_SUBCOMMANDS, QuantizationCLI, Quantizing, import_class
+from lightning_quant.report.limits import Limits
 
 _CONFIG_SUFFIXES = (".yaml", ".yml", ".json")
 _OWN_MAIN = "use QuantizationCLI there in place of LightningCLI, and `python main.py quantize`"

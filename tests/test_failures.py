@@ -10,7 +10,7 @@ from torch import nn
 from lightning_quant import cli, quantize
 from lightning_quant.artifact import Artifact, add_report
 from lightning_quant.errors import NoEffectWarning
-from lightning_quant.limits import failures_in
+from lightning_quant.report.limits import failures_in
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 

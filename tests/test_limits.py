@@ -18,8 +18,8 @@ from lightning_quant import PostTrainingQuantization, cli, quantize
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.errors import NoEffectWarning, QuantizationError
 from lightning_quant.evaluate import evaluate
-from lightning_quant.limits import Limits, columns, limits_from, missed_limits, summary
-from lightning_quant.metric_rows import MetricRow
+from lightning_quant.report.limits import Limits, columns, limits_from, missed_limits, summary
+from lightning_quant.report.metrics import MetricRow
 
 
 def artifact(*rows: MetricRow, **report: Any) -> Any:

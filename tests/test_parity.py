@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from lightning_quant import artifact as artifacts
 from lightning_quant import runtimes
 from lightning_quant.artifact import Artifact
-from lightning_quant.assess import assess
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.export import export
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.parity import Parity, check_parity, told_apart
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
+from lightning_quant.report.make_report import make_report
 from lightning_quant.runtimes import openvino
 from lightning_quant.ties import tipped_ties
 
@@ -123,12 +123,12 @@ def test_error_in_one_operator_does_not_blame_those_behind_it(exported: Exported
 
 
 def test_failed_parity_leads_the_report(exported: Exported, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    assert "Parity ok" in assess(exported.prepared, exported.artifact, threads=1).to_markdown()
+    assert "Parity ok" in make_report(exported.prepared, exported.artifact, threads=1).to_markdown()
 
     path = exported.edited(tmp_path, lambda model: multiply(model, weight_scales(model)[0], 1.5))
     manifest = {**exported.artifact.manifest, "files": {"model": path.name}}
     monkeypatch.setattr(artifacts, "read", lambda folder: Artifact(Path(folder), manifest))
-    report = assess(exported.prepared, Artifact(tmp_path, manifest), threads=1)
+    report = make_report(exported.prepared, Artifact(tmp_path, manifest), threads=1)
 
     assert report.warnings[0].startswith("parity FAILED: at ")
     assert report.to_markdown().split("\n\n")[1].startswith("**Warning:** parity FAILED")

@@ -4,65 +4,18 @@ import math
 from typing import Any
 
 import pytest
+from reports import GOOD_VALUES, changed, row, timing
 
 from lightning_quant.accuracy.advice import Advice
 from lightning_quant.accuracy.sensitivity import LayerSensitivity, Sensitivity
-from lightning_quant.latency import Timing
 from lightning_quant.layer_parity import LayerParity
-from lightning_quant.metric_rows import MetricRow
 from lightning_quant.parity import Parity
-from lightning_quant.report import LatencyRow, Report
+from lightning_quant.report.metrics import MetricRow
+from lightning_quant.report.report import Report
+from lightning_quant.report.speed import LatencyRow
 
-
-def timing(median_ms: float) -> Timing:
-    return Timing(median_ms, 0.9 * median_ms, 1.1 * median_ms, 20)
-
-
-def row(
-    name: str, kind: str, action: str, reason: str = "", macs: int = 0, weights: int = 0, *, excluded: bool = False
-) -> dict[str, Any]:
-    fixed = {"name": name, "kind": kind, "action": action, "reason": reason}
-    return {**fixed, "macs": macs, "weights": weights, "excluded": excluded}
-
-
-GOOD = Report(
-    recipe="int8",
-    runtime="onnxruntime",
-    cpu="A processor",
-    threads=2,
-    versions={"torch": "2.13.0"},
-    float_bytes=4000,
-    checkpoint_bytes=12000,
-    artifact_bytes=1000,
-    metrics=(MetricRow("val_accuracy", 0.9, 0.895, 0.89), MetricRow("val_loss", 0.3, 0.31, 0.32)),
-    latency=(
-        LatencyRow(1, timing(10), timing(4), timing(2)),
-        LatencyRow(32, timing(100), timing(120), timing(50)),
-    ),
-    parity=Parity("layer1.add", 1.0, 30.0, 60.0, 1.0),
-    still_float={},
-    operators={"QLinearConv": 3, "QGemm": 1},
-    seconds={"export": 1.5},
-    plan={
-        "recipe": "int8",
-        "graphs": [{}],
-        "coverage": 0.75,
-        "weight_coverage": 0.8,
-        "stored_share": 0.8,
-        "rows": [
-            row("conv", "Conv2d", "int8", "", 300, 80),
-            row("bn", "BatchNorm2d", "fused", "into conv"),
-            row("gelu", "GELU", "float", "no integer kernel"),
-            row("lstm", "LSTM", "float", "it runs as a whole", 100, 20),
-        ],
-    },
-    notes=("weights are the best ones",),
-)
-
-
-def changed(**values: Any) -> Report:
-    return dataclasses.replace(GOOD, **values)
-
+GOOD = changed()
+METRICS, LATENCY = GOOD_VALUES["metrics"], GOOD_VALUES["latency"]
 
 BAD_PARITY = Parity("layer1.add", 0.42, 30.0, 12.0, 0.5)
 
@@ -129,7 +82,7 @@ def test_artifact_as_large_as_float_is_none() -> None:
 def test_slower_artifact_is_a_warning_for_its_batch() -> None:
     slower = LatencyRow(1, timing(10), timing(4), timing(5))
 
-    assert changed(latency=(slower, GOOD.latency[1])).warnings == [
+    assert changed(latency=(slower, LATENCY[1])).warnings == [
         "the artifact is slower than float at batch 1: 1.25 times the time"
     ]
 
@@ -171,7 +124,7 @@ def test_warnings_come_first_and_the_worst_at_the_top() -> None:
 
 
 def low(*rows: dict[str, Any], coverage: float, weight_coverage: float = 1.0, **values: Any) -> list[str]:
-    plan = {**GOOD.plan, "rows": list(rows), "coverage": coverage, "weight_coverage": weight_coverage}
+    plan = {**GOOD_VALUES["plan"], "rows": list(rows), "coverage": coverage, "weight_coverage": weight_coverage}
     return changed(plan=plan, **values).warnings
 
 
@@ -264,16 +217,16 @@ def test_keys_begin_with_a_callbacks_name() -> None:
 
 
 def test_delta_is_artifact_minus_float() -> None:
-    assert GOOD.metrics[0].delta == pytest.approx(-0.01)
+    assert METRICS[0].delta == pytest.approx(-0.01)
     assert MetricRow("x", 0.5, None, None).delta is None
     assert MetricRow("x", None, 0.5, 0.5).delta is None
 
 
 def test_best_float_peer_is_the_faster_one() -> None:
-    assert GOOD.latency[0].best_float_ms == 4
-    assert GOOD.latency[0].speedup == 2
-    assert GOOD.latency[1].best_float_ms == 100
-    assert GOOD.latency[1].speedup == 2
+    assert LATENCY[0].best_float_ms == 4
+    assert LATENCY[0].speedup == 2
+    assert LATENCY[1].best_float_ms == 100
+    assert LATENCY[1].speedup == 2
 
 
 def test_without_a_runtime_peer_torch_is_the_best_float() -> None:

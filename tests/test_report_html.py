@@ -19,7 +19,7 @@ from lightning_quant import Artifact, quantize
 from lightning_quant.artifact import add_report, page_of, read
 from lightning_quant.cli import main
 from lightning_quant.errors import ArtifactError, NoEffectWarning
-from lightning_quant.report_html import figures, share, size, to_html, verdict
+from lightning_quant.report.page import figures, share, size, to_html, verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 

@@ -7,12 +7,13 @@ from pathlib import Path
 import lightning_models  # noqa: F401  makes exporting quick
 import pytest
 import torch
+from reports import changed
 from torch import Tensor, nn
 
 from lightning_quant import cli, load, quantize
 from lightning_quant.artifact import add_report
-from lightning_quant.limits import Limits
-from lightning_quant.report import MetricRow, Report
+from lightning_quant.report.limits import Limits
+from lightning_quant.report.metrics import MetricRow
 from lightning_quant.tables import one_line, text_table
 
 pytestmark = [
@@ -119,10 +120,11 @@ def test_no_part_of_a_report_lets_a_name_become_markup(tmp_path: Path) -> None:
     assert unescaped(written) == []
     assert unescaped(artifact._repr_markdown_().partition("## Run it")[0]) == []
     rows = (MetricRow(NAME, 1.0, 1.0, 0.5),)
-    report = Report(
-        NAME, NAME, "", 1, {}, 1, None, 2, rows, (), None, {NAME: 1}, {NAME: 1}, {}, artifact.plan,
-        (NAME,), limits=Limits({NAME: 0.1, f"{NAME}3": 0.1}),
-    )  # fmt: skip
+    report = changed(
+        **{"recipe": NAME, "runtime": NAME, "versions": {}, "float_bytes": 1, "artifact_bytes": 2, "metrics": rows},
+        **{"still_float": {NAME: 1}, "operators": {NAME: 1}, "plan": artifact.plan, "notes": (NAME,)},
+        limits=Limits({NAME: 0.1, f"{NAME}3": 0.1}),
+    )
     assert len(report.warnings) > 3
     assert unescaped(report.to_markdown()) == []
 

@@ -6,7 +6,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant.errors import NoEffectWarning
 from lightning_quant.export import Quantizable
-from lightning_quant.plan_summary import low_coverage
+from lightning_quant.report.coverage import low_coverage
 
 # What is left beside the module is no more than losses and metrics take.
 _NEARLY_ALL = 0.995

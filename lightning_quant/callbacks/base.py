@@ -46,7 +46,6 @@ from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import has_layers
 from lightning_quant.layerwise import Layerwise, quantize_layers
-from lightning_quant.limits import Limits, check_measured, limits_from, unlogged
 from lightning_quant.loss_inputs import LossInputs, leave_out_labels
 from lightning_quant.names import Engine, Example, ExampleName, Recipes, Runtime, Weights, WeightsName
 from lightning_quant.namespaces import is_overridden, trainer_class
@@ -54,6 +53,7 @@ from lightning_quant.parts import check_takes
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
+from lightning_quant.report.limits import Limits, check_measured, limits_from, unlogged
 from lightning_quant.routing import resolve
 from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
 

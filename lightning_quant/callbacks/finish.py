@@ -17,7 +17,6 @@ from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rounded_parts import all_but
 from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
-from lightning_quant.assess import assess
 from lightning_quant.calibrate import observe_unreached
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
@@ -32,11 +31,12 @@ from lightning_quant.export import Quantizable, export
 from lightning_quant.host import HOST, copied_to
 from lightning_quant.labels import class_labels
 from lightning_quant.layerwise import Layerwise
-from lightning_quant.metric_rows import MetricRow
 from lightning_quant.output_noise import HeldOut
 from lightning_quant.parts import in_parts
 from lightning_quant.prepared import Prepared
-from lightning_quant.report_html import to_html
+from lightning_quant.report.make_report import make_report
+from lightning_quant.report.metrics import MetricRow
+from lightning_quant.report.page import to_html
 from lightning_quant.routing import clone, resolve
 from lightning_quant.sizes import notes_of_sizes
 
@@ -143,7 +143,7 @@ def _report(
     own: Artifact,
     metrics: tuple[MetricRow, ...],
 ) -> Artifact:
-    report = assess(
+    report = make_report(
         deployment.prepared,
         own,
         metrics=metrics,

@@ -21,11 +21,11 @@ from lightning_quant.callbacks.training_data import calibration_steps, check_dat
 from lightning_quant.choice import check_choice
 from lightning_quant.distributed import calibrate_together
 from lightning_quant.errors import QuantizationError
-from lightning_quant.limits import Limits
 from lightning_quant.names import Data, DataName, Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.observer_merge import check_mergeable
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, Recipe
+from lightning_quant.report.limits import Limits
 from lightning_quant.routing import resolve
 from lightning_quant.sizes import ChosenShapes
 

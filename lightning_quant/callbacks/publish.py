@@ -8,7 +8,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant.artifact import Artifact
 from lightning_quant.callbacks.base import QuantizationCallback, warn
-from lightning_quant.report import Report
+from lightning_quant.report.report import Report
 
 
 def publish(callback: QuantizationCallback, trainer: Trainer, report: Report, artifact: Artifact) -> None:

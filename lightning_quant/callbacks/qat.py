@@ -26,11 +26,11 @@ from lightning_quant.distributed import merge_batch
 from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
 from lightning_quant.learned_steps import LearnedSteps
-from lightning_quant.limits import Limits
 from lightning_quant.names import Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.observer_merge import check_mergeable
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import LayerRecipe, Recipe
+from lightning_quant.report.limits import Limits
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.routing import resolve as module_at
 from lightning_quant.sizes import ChosenShapes

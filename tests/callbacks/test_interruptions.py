@@ -153,7 +153,7 @@ class Fails(Callback):
         self.monkeypatch.setattr(f"lightning_quant.callbacks.finish.{self.name}", fail)
 
 
-@pytest.mark.parametrize(("stage", "result"), [("export", "old"), ("_metrics", "new"), ("assess", "new")])
+@pytest.mark.parametrize(("stage", "result"), [("export", "old"), ("_metrics", "new"), ("make_report", "new")])
 @feature("Interruptions", "a stage of the export fails")
 def test_failing_stage(
     kind: Any,

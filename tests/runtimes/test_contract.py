@@ -18,7 +18,6 @@ from models import CASES
 from torch import Tensor, nn
 
 from lightning_quant import PostTrainingQuantization, load, runtimes, verify
-from lightning_quant import assess as measuring
 from lightning_quant import recipe as recipes
 from lightning_quant.artifact import add_report, read
 from lightning_quant.calls import flatten_call
@@ -29,6 +28,7 @@ from lightning_quant.loaded import LoadedModule
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.parity import Parity, check_parity
 from lightning_quant.recipe import LayerRecipe
+from lightning_quant.report import make_report as measuring
 from lightning_quant.runtimes import Runtime
 from lightning_quant.signature import tensor_leaves
 from lightning_quant.ties import NUM_DRAWS
@@ -157,13 +157,13 @@ def test_report_is_made_of_every_runtime(runtime: str, made: Artifacts, monkeypa
 
     monkeypatch.setattr(measuring, "measure", once)
     item = made[runtime, "residual"]
-    report = measuring.assess(item.prepared, item.artifact, threads=1)
+    report = measuring.make_report(item.prepared, item.artifact, threads=1).to_dict()
 
-    assert report.parity is not None
-    assert report.still_float == {}
-    assert [row.batch for row in report.latency] == [1, 4]
-    assert all((row.runtime_float is None) == item.runtime.IN_PROCESS for row in report.latency)
-    assert not any("has no peer" in note for note in report.notes)
+    assert report["parity"] is not None
+    assert report["still_float"] == {}
+    assert [row["batch"] for row in report["latency"]] == [1, 4]
+    assert all((row["runtime_float"] is None) == item.runtime.IN_PROCESS for row in report["latency"])
+    assert not any("has no peer" in note for note in report["notes"])
 
 
 def test_golden_batch_gives_the_same_here(item: Made) -> None:

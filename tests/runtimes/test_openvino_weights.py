@@ -11,10 +11,10 @@ from torch import Tensor, nn
 
 from lightning_quant import load, verify
 from lightning_quant.artifact import Artifact
-from lightning_quant.assess import parity_of, tensor_bytes
 from lightning_quant.errors import ExportError, PlanError
 from lightning_quant.export import export
 from lightning_quant.layerwise import Layerwise, quantize_layers
+from lightning_quant.report.make_report import parity_of, tensor_bytes
 from lightning_quant.runtimes import openvino
 
 X = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))

@@ -64,7 +64,7 @@ MOMENTS: dict[str, Callable[[], None]] = {
     "version settled": at("rename", 2),
     "exported": after(finish, "export"),
     "evaluated": after(finish, "_metrics"),
-    "measured": after(finish, "assess"),
+    "measured": after(finish, "make_report"),
     "report committed": at("rename", 3),
     **{f"file {number} replaced": at("replace", number) for number in range(4, 7)},
     "reported": after(artifacts, "add_report"),

@@ -1,13 +1,59 @@
 """The plan in a report: what runs in integers in one line, and every operator that stays float with its reason."""
 
 import collections
+from dataclasses import dataclass
 from typing import Any
 
 from lightning_quant import runtimes
+from lightning_quant.report.section import Section
 from lightning_quant.tables import one_line, text_table
 
 # Shares of the multiply-adds and of the weights' bytes below which little is gained.
 _LOW = 0.5
+
+
+@dataclass(frozen=True)
+class Coverage(Section):
+    """What runs in integers, what is stored with fewer bits, and why the rest is not.
+
+    Attributes:
+        plan: as nested dicts.
+        operators: operator type to number in the optimized session.
+        still_float: kind to number of planned integer operators that the runtime runs in float.
+        step_share: share of the multiply-adds of the LightningModule's step that the module makes, in [0, 1].
+        min_stored_share: share of the weights' values that a recipe of layers must store with fewer bits; None for
+            others.
+    """
+
+    plan: dict[str, Any]
+    operators: dict[str, int]
+    still_float: dict[str, int]
+    step_share: float
+    min_stored_share: float | None
+
+    def text(self) -> str:
+        """Return the plan in words, and a table of what stays float."""
+        return summarize(self.plan, self.operators, self.step_share)
+
+    def failures(self) -> list[str]:
+        """Say so where a recipe of layers stored less than it must."""
+        if self.min_stored_share is None or self.plan["stored_share"] >= self.min_stored_share:
+            return []
+        stored = f"only {self.plan['stored_share']:.1%} of the weights' values are stored with fewer bits"
+        return [f"{self.plan['recipe']} FAILED: {stored}, less than {self.min_stored_share:.0%}"]
+
+    def warnings(self) -> list[str]:
+        """Say where little is gained, and what the runtime did not run in integers."""
+        low = [] if self.failures() else low_coverage(self.plan)
+        return low + [f"{count} planned int8 {kind} still run in float" for kind, count in self.still_float.items()]
+
+    def scalars(self) -> dict[str, float | None]:
+        """Return shares of multiply-adds and of the weights' bytes."""
+        return {
+            "coverage": self.plan["coverage"],
+            "step_coverage": self.plan["coverage"] * self.step_share,
+            "weight_coverage": self.plan["weight_coverage"],
+        }
 
 
 def summarize(plan: dict[str, Any], operators: dict[str, int], step_share: float = 1.0) -> str:

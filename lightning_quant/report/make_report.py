@@ -1,5 +1,6 @@
 """Measure an artifact: size, speed, operators and parity, each on the file itself."""
 
+import dataclasses
 import functools
 import tempfile
 import time
@@ -19,18 +20,27 @@ from lightning_quant.host import moved_call
 from lightning_quant.latency import Timing, measure
 from lightning_quant.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.layerwise import Layerwise
-from lightning_quant.limits import NO_LIMITS, Limits
 from lightning_quant.machine import cpu_name
-from lightning_quant.metric_rows import MetricRow
 from lightning_quant.output_noise import HeldOut, Noise, measure_noise
 from lightning_quant.parity import Parity, check_parity
 from lightning_quant.process import torch_threads
-from lightning_quant.report import LatencyRow, Report
+from lightning_quant.report.agreement import Agreement
+from lightning_quant.report.coverage import Coverage
+from lightning_quant.report.kept_limits import KeptLimits
+from lightning_quant.report.limits import NO_LIMITS, Limits, missed
+from lightning_quant.report.metrics import MetricRow, Metrics
+from lightning_quant.report.noise import NoiseSection
+from lightning_quant.report.ranking import Ranking
+from lightning_quant.report.remarks import Notes, Seconds
+from lightning_quant.report.report import Report
+from lightning_quant.report.section import Section
+from lightning_quant.report.size import Size
+from lightning_quant.report.speed import LatencyRow, Speed
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.signature import make_signature
 
 
-def assess(
+def make_report(
     prepared: Quantizable,
     artifact: Artifact,
     *,
@@ -74,31 +84,28 @@ def assess(
     seconds["latency"] = time.perf_counter() - started
     operators = runtime.count_operators(artifact.model_path)
     planned = tuple(operator for graph in prepared.plan.graphs for operator in graph.operators)
-    return Report(
-        recipe=prepared.recipe.name,
-        runtime=prepared.plan.runtime,
-        cpu=cpu_name(),
-        threads=threads,
-        versions=artifact.manifest["versions"],
-        float_bytes=tensor_bytes(prepared.root),
-        checkpoint_bytes=checkpoint_bytes,
-        artifact_bytes=artifact.size_bytes,
-        metrics=metrics,
-        latency=latency,
-        parity=parity,
-        still_float=runtime.still_float(planned, operators),
-        operators=operators,
-        seconds=seconds,
-        plan=prepared.plan.to_dict(),
-        notes=(*notes, *_engine(artifact), *remarks, *unfit),
-        min_stored_share=prepared.recipe.min_stored_share if isinstance(prepared, Layerwise) else None,
-        sensitivity=sensitivity,
-        step_share=step_share,
-        trained=trained,
-        noise=noise,
-        way_out=_way_out(prepared),
-        limits=limits or NO_LIMITS,
+    least = prepared.recipe.min_stored_share if isinstance(prepared, Layerwise) else None
+    sections: tuple[Section, ...] = (
+        Metrics(metrics, trained),
+        NoiseSection(noise, _way_out(prepared, sensitivity)),
+        Size(tensor_bytes(prepared.root), checkpoint_bytes, artifact.size_bytes),
+        Speed(latency, prepared.plan.runtime, threads, cpu_name()),
+        Agreement(parity),
+        Notes((*notes, *_engine(artifact), *remarks, *unfit)),
+        Ranking(sensitivity),
+        Coverage(prepared.plan.to_dict(), operators, runtime.still_float(planned, operators), step_share, least),
+        Seconds(seconds),
     )
+    return with_limits(
+        Report(prepared.recipe.name, prepared.plan.runtime, artifact.manifest["versions"], sections),
+        limits or NO_LIMITS,
+    )
+
+
+def with_limits(report: Report, limits: Limits) -> Report:
+    """Return a report that is also held against limits."""
+    kept = KeptLimits(limits, tuple(missed(report.to_dict(), limits)))
+    return dataclasses.replace(report, sections=(*report.sections, kept))
 
 
 def _noise(prepared: Quantizable, loaded: nn.Module, held: HeldOut | None) -> tuple[Noise, tuple[str, ...]]:
@@ -114,8 +121,10 @@ def _noise(prepared: Quantizable, loaded: nn.Module, held: HeldOut | None) -> tu
     return measure_noise(prepared.root, loaded, captured), unfit
 
 
-def _way_out(prepared: Quantizable) -> str:
-    """Say what helps against noise."""
+def _way_out(prepared: Quantizable, sensitivity: Sensitivity | None) -> str:
+    """Say what helps against noise: what sensitivity advises, where that was asked for."""
+    if sensitivity is not None and sensitivity.advice is not None:
+        return f"Keep {', '.join(sensitivity.advice.names)} float with `exclude`, as sensitivity advises"
     if isinstance(prepared, Layerwise):
         if any("4bit" in scheme for scheme in prepared.recipe.schemes):
             return "Try recipe 'int8_weight_only'"

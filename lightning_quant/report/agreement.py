@@ -1,0 +1,34 @@
+"""Whether the artifact computes what was simulated."""
+
+from dataclasses import dataclass
+
+from lightning_quant.layer_parity import LayerParity
+from lightning_quant.parity import Parity
+from lightning_quant.report.section import Section
+from lightning_quant.tables import one_line
+
+
+@dataclass(frozen=True)
+class Agreement(Section):
+    """Artifact against simulation.
+
+    Attributes:
+        parity: None when it was not checked.
+    """
+
+    parity: Parity | LayerParity | None
+
+    def text(self) -> str:
+        """Return parity in one line."""
+        return "" if self.parity is None else one_line(str(self.parity))
+
+    def failures(self) -> list[str]:
+        """Say where the artifact is not what was simulated."""
+        return [] if self.parity is None else [f"parity FAILED: {failure}" for failure in self.parity.failures]
+
+    def scalars(self) -> dict[str, float | None]:
+        """Return whether it failed, and the worst operator's share of values within one step."""
+        if self.parity is None:
+            return {}
+        share = {"parity_worst_share": self.parity.worst_share} if isinstance(self.parity, Parity) else {}
+        return {**share, "parity_failed": float(bool(self.failures()))}

@@ -1,0 +1,31 @@
+"""How far the artifact's answers are from the float model's, with what helps."""
+
+from dataclasses import dataclass
+
+from lightning_quant.output_noise import Noise
+from lightning_quant.report.section import Section
+
+
+@dataclass(frozen=True)
+class NoiseSection(Section):
+    """Float against artifact.
+
+    Attributes:
+        noise: for every output; None when it was not measured.
+        way_out: what helps against it, in words.
+    """
+
+    noise: Noise | None
+    way_out: str
+
+    def text(self) -> str:
+        """Return a table of outputs."""
+        return "" if self.noise is None else str(self.noise)
+
+    def warnings(self) -> list[str]:
+        """Name every output that is mostly noise, with what helps."""
+        return [] if self.noise is None else [f"{text}. {self.way_out}" for text in self.noise.warnings]
+
+    def scalars(self) -> dict[str, float | None]:
+        """Return the decibels of the worst output, and of each."""
+        return {} if self.noise is None else {**self.noise.scalars()}

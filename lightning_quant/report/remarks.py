@@ -1,0 +1,40 @@
+"""What else a reader should know, and how long each stage took."""
+
+from dataclasses import dataclass
+
+from lightning_quant.report.section import Section
+from lightning_quant.tables import one_line
+
+
+@dataclass(frozen=True)
+class Notes(Section):
+    """What else a reader should know.
+
+    Attributes:
+        notes: sentences without a full stop.
+    """
+
+    notes: tuple[str, ...]
+
+    def text(self) -> str:
+        """Return a paragraph for each note."""
+        return "\n\n".join(f"Note: {one_line(note)}." for note in self.notes)
+
+
+@dataclass(frozen=True)
+class Seconds(Section):
+    """How long it took.
+
+    Attributes:
+        seconds: stage to time.
+    """
+
+    seconds: dict[str, float]
+
+    def text(self) -> str:
+        """Return all stages in one line."""
+        return "Seconds: " + ", ".join(f"{stage} {value:.1f}" for stage, value in self.seconds.items()) + "."
+
+    def scalars(self) -> dict[str, float | None]:
+        """Return the seconds of each stage."""
+        return {f"seconds/{stage}": value for stage, value in self.seconds.items()}
