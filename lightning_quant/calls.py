@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_quant.errors import CaptureError
-from lightning_quant.structures import CONSTANTS, named_leaves, register_structures
+from lightning_quant.structures import CONSTANTS, named_leaves, reachable_tensors, register_structures
 
 # Containers whose structure is in the names of a call's tensors.
 _PLAIN_CONTAINERS = (dict, list, tuple, OrderedDict, defaultdict, deque)
@@ -100,6 +100,22 @@ def flatten_call(
                 f"but got {type(leaf).__name__}. {_way_out(leaf)}"
             )
     return CallSpec(treespec, tuple(unique_names(names)), tuple(positions), tuple(constants)), tensors
+
+
+def fits(signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> bool:
+    """Tell whether a call can be bound to a signature."""
+    try:
+        signature.bind(*args, **kwargs)
+    except TypeError:
+        return False
+    return True
+
+
+def opaque_spec(value: Any) -> tuple[CallSpec, list[Tensor]]:
+    """Return a spec of the tensors alone that a call of whatever objects holds: it cannot make other calls."""
+    tensors = reachable_tensors(value)
+    names = tuple(f"tensor_{index}" for index in range(len(tensors)))
+    return CallSpec(pytree.tree_structure(tensors), names, tuple(range(len(tensors))), ()), tensors
 
 
 def constant_names(spec: CallSpec, tensors: list[Tensor]) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.counting import counted_by, multiply_add_counter
 from lightning_quant.routing import evaluation_mode
+from lightning_quant.together import PartCalls
 
 # Share of the multiply-adds of several modules from which one is taken for the model.
 _NEARLY_ALL = 0.9
@@ -35,12 +36,14 @@ class Capture:
         args: positional arguments, detached copies.
         kwargs: keyword arguments, likewise.
         beside: other modules with layers to quantize that the step calls, which nobody chose and which do little.
+        parts: names of the independent modules that are quantized together, as parts of the one that was searched.
     """
 
     path: str
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     beside: tuple[str, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 class StepStoppedError(BaseException):
@@ -52,6 +55,8 @@ def capture(
     step: Callable[[], Any],
     path: str | None = None,
     is_wanted: Callable[[nn.Module], bool] = has_weights,
+    *,
+    together: bool = False,
 ) -> Capture:
     """Run a step of `root` and record the first call of a module.
 
@@ -61,6 +66,7 @@ def capture(
         path: qualified name of the module; by default the outermost one with layers to quantize that the step calls,
             or of several the one that makes nearly all of their multiply-adds.
         is_wanted: tells whether there are layers to quantize at or under a module.
+        together: take several independent modules as parts of one.
 
     Raises:
         CaptureError: no such module, it was not called, or several independent ones were.
@@ -87,6 +93,8 @@ def capture(
     work = {name: _multiply_adds(root.get_submodule(name), *call) for name, call in several.items()}
     largest = max(found, key=lambda name: work[name])
     if work[largest] < _NEARLY_ALL * sum(work.values()) or not work[largest]:
+        if together:
+            return Capture("", (PartCalls(several),), {}, parts=tuple(found))
         raise CaptureError(_several(root, work))
     return Capture(largest, *calls[largest], beside=tuple(name for name in found if name != largest))
 
@@ -117,7 +125,8 @@ def _several(root: nn.Module, work: dict[str, int]) -> str:
         f"Expected one module to quantize, but the training step calls {len(work)} independent ones: "
         f'{", ".join(shares.values())}. Choose one, `module="{largest}"` for example, with a callback and an '
         "`output_dir` for each, or call them inside one `forward`"
-        f"{of_the_whole}."
+        f"{of_the_whole}; or take all of them in one artifact, which is loaded into the LightningModule itself, with "
+        '`recipe="int8_dynamic"` or another recipe of layers, and `runtime="torch"`.'
     )
 
 

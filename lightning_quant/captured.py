@@ -16,7 +16,7 @@ from lightning_quant.graph.plan import Plan
 from lightning_quant.host import HOST, copied_to
 from lightning_quant.routing import evaluation_mode, without_fast_path
 from lightning_quant.runtimes import Runtime
-from lightning_quant.signature import tensor_leaves
+from lightning_quant.signature import leaves_of
 
 DynamicShapes = dict[str, dict[int, str]]
 # The name of the dimension of samples.
@@ -36,6 +36,8 @@ class CapturedModel:
         exported: input name to dimension to its name, of what may vary in the file that was written last.
         refused: what was tried to let vary and did not export, with the reason.
         decided: what Python reads out of tensors in the captured call, where the file answers such calls alone.
+        into_only: why there is no program of it, so that an artifact is loaded into a module of the user's; empty where
+            there is one.
     """
 
     root: nn.Module
@@ -49,6 +51,7 @@ class CapturedModel:
     exported: DynamicShapes | None = None
     refused: tuple[tuple[DynamicShapes, str], ...] = ()
     decided: tuple[tuple[str, Any], ...] = ()
+    into_only: str = ""
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -59,15 +62,19 @@ class CapturedModel:
     def batch(self) -> Batch | None:
         """Where the samples of the captured call lie; None where the module takes the captured sizes alone."""
         if isinstance(self._batch, EllipsisType):
-            root = copied_to(self.root, HOST, unrouted=True)
+            root = self._copy_of_root()
 
             def run(tensors: list[Tensor]) -> list[Tensor]:
                 args, kwargs = self.call(tensors)
                 with torch.no_grad(), isolated_rng(0), evaluation_mode(root), without_fast_path():
-                    return tensor_leaves(root(*args, **kwargs))
+                    return leaves_of(root(*args, **kwargs))
 
             self._batch = find_batch(run, self.spec.names, self.tensors)
         return self._batch
+
+    def _copy_of_root(self) -> nn.Module:
+        """Return an independent copy of the module on the CPU, with every forward its own."""
+        return copied_to(self.root, HOST, unrouted=True)
 
     def samples(self, number: int) -> list[Tensor]:
         """Return the captured tensors with at most that many samples; all of them where a file takes no fewer."""
@@ -103,11 +110,11 @@ class CapturedModel:
 
     def found_sizes(self) -> tuple[Any, ...]:
         """Return what was found out of the sizes, plain data."""
-        return self._batch, self.exported, self.refused, self.decided
+        return self._batch, self.exported, self.refused, self.decided, self.into_only
 
     def take_sizes(self, found: tuple[Any, ...]) -> None:
         """Take over what another binding, or process, found out."""
-        self._batch, self.exported, self.refused, self.decided = found
+        self._batch, self.exported, self.refused, self.decided, self.into_only = found
 
     def call(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Return args and kwargs of the captured call with these tensors in place of its own."""

@@ -1,6 +1,7 @@
 """Stage 5: from a prepared model to an artifact, and the trial of it before training."""
 
 import dataclasses
+import math
 import tempfile
 import time
 from contextlib import nullcontext, suppress
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from lightning_quant import artifact as artifacts
 from lightning_quant import golden
 from lightning_quant.artifact import Artifact
+from lightning_quant.capture import isolated_rng
 from lightning_quant.captured import BATCH, DynamicShapes
 from lightning_quant.convert import check_agreement, convert
 from lightning_quant.decisions import decided_as_captured, decisions, in_words
 from lightning_quant.engines import AUTO, choose_engine
 from lightning_quant.errors import ArtifactError, CalibrationError, ExportError, QuantizationError
 from lightning_quant.golden import GoldenBatch
+from lightning_quant.inside import load_inside
 from lightning_quant.kept_sizes import sizes_forgotten
 from lightning_quant.layerwise import Layerwise
 from lightning_quant.loaded import LoadedModule
@@ -31,7 +34,7 @@ from lightning_quant.progress import shown
 from lightning_quant.ranges import Ranges
 from lightning_quant.routing import as_exported, clone, evaluation_mode, without_fast_path
 from lightning_quant.runtimes import Runtime
-from lightning_quant.signature import Signature, make_signature, tensor_leaves
+from lightning_quant.signature import Signature, leaves_of, make_signature, tensor_leaves
 from lightning_quant.sizes import ChosenShapes, attempts, chosen_shapes, dynamic_dimensions, only_batches
 
 Quantizable = Prepared | Layerwise
@@ -100,6 +103,7 @@ def export(
             "runtime": prepared.plan.runtime,
             "signature": signature.to_dict(),
             "plan": prepared.plan.to_dict(),
+            **({"into_only": prepared.into_only} if prepared.into_only else {}),
             "outside": _outside(prepared),
             **({"classes": list(classes)} if classes and _are_scored(classes, signature) else {}),
             **_engine(prepared, staged, signature, engine),
@@ -195,6 +199,8 @@ def _write(
     Raises:
         ExportError: it does not work with the least of it, either.
     """
+    if prepared.into_only:
+        return _write_tensors(prepared, converted, output, staged)
     doubted: _Written | None = None
     for dynamic in wanted:
         if doubted is not None and dynamic is not wanted[-1]:
@@ -203,7 +209,14 @@ def _write(
             written = _attempt(prepared, converted, output, staged, dynamic)
         except (ExportError, ArtifactError, QuantizationError) as error:
             if dynamic is wanted[-1] and doubted is None:
-                raise
+                if not isinstance(prepared, Layerwise):
+                    raise
+                prepared.decided = ()
+                try:
+                    prepared.give_up_program(str(error))
+                except ExportError:
+                    raise error from None
+                return _write_tensors(prepared, converted, output, staged)
             prepared.refused += ((dynamic, str(error)),)
             continue
         if doubted is not None and written.agreement_db >= doubted.agreement_db + _GAIN_DB:
@@ -219,6 +232,15 @@ def _write(
     if doubted is None:
         raise ExportError("Expected a way to export, but there is none.")
     return _attempt(prepared, converted, output, staged, doubted.dynamic)
+
+
+def _write_tensors(prepared: Quantizable, converted: nn.Module, output: Any, staged: Path) -> _Written:
+    """Write layers and tensors without a program, and load them into a copy of the module."""
+    prepared.runtime.export_tensors(converted, staged)
+    prepared.exported = dynamic_dimensions(prepared)
+    signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, prepared.exported)
+    loaded = load_inside(prepared, staged.parent, artifacts.model_files(staged), signature)
+    return _Written(prepared.exported, signature, loaded, math.inf)
 
 
 def _leave_out_unread(prepared: Quantizable, staged: Path) -> None:
@@ -307,8 +329,8 @@ def _golden_batch(prepared: Quantizable, written: _Written) -> GoldenBatch:
 
 def _float_outputs(prepared: Quantizable, inputs: list[Tensor]) -> list[Tensor]:
     args, kwargs = prepared.call(inputs)
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root), without_fast_path():
-        return tensor_leaves(prepared.root(*args, **kwargs))
+    with torch.no_grad(), isolated_rng(0), evaluation_mode(prepared.root), without_fast_path():
+        return leaves_of(prepared.root(*args, **kwargs))
 
 
 def _shortened(tensor: Tensor, shape: tuple[int | str, ...]) -> Tensor:
@@ -331,6 +353,8 @@ def _outside(prepared: Quantizable) -> str:
         if t.numel() and (t.is_floating_point() or t.dtype in (torch.int32, torch.int64, torch.uint8))
     ]
     what = f"`{prepared.plan.module}`" if prepared.plan.module else f"the forward of {type(prepared.root).__name__}"
+    if isinstance(prepared, Layerwise) and prepared.parts:
+        what = " and ".join(f"`{name}`" for name in prepared.parts)
     return (
         f"The artifact is {what} alone. What the data pipeline and the training step do before calling it (resizing, "
         "scaling, normalization, tokenization) and with its result (softmax, argmax, decoding) stays outside. "

@@ -10,7 +10,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,13 +17,12 @@ from torch import Tensor, nn
 
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
-from lightning_quant.calls import CallSpec, flatten_call
+from lightning_quant.calls import CallSpec, fits, flatten_call, opaque_spec
+from lightning_quant.capture import isolated_rng
 from lightning_quant.captured import CapturedModel
-from lightning_quant.errors import PlanError
+from lightning_quant.errors import CaptureError, ExportError, PlanError
 from lightning_quant.graph.analyze import check_patterns, own_signature
-from lightning_quant.graph.claims import Claim, settle
-from lightning_quant.graph.counting import observe_call
-from lightning_quant.graph.plan import Plan, Row, join
+from lightning_quant.graph.plan import Plan
 from lightning_quant.graph.table import Selection
 from lightning_quant.host import moved_call, on_host
 from lightning_quant.layers.correction import correct_biases
@@ -32,6 +30,8 @@ from lightning_quant.layers.finite import check_output, check_weights
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.placement import place, placed
 from lightning_quant.layers.refine import refine
+from lightning_quant.layers.rows import rows_of
+from lightning_quant.layers.shared import keep_ties, read_beside
 from lightning_quant.layers.trial import Trial, trials
 from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
@@ -41,7 +41,11 @@ from lightning_quant.routing import (
     evaluation_mode,
     without_fast_path,
 )
-from lightning_quant.signature import tensor_leaves
+from lightning_quant.signature import described, tensor_leaves
+from lightning_quant.structures import reachable_tensors
+from lightning_quant.together import join_parts, part, parts_of, signature_of_parts
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Layerwise(CapturedModel):
@@ -50,6 +54,8 @@ class Layerwise(CapturedModel):
     Attributes:
         layers: name of every place to the quantized layer for it; a layer that is used in two places is one object.
         outputs: what the float module and the quantized one make of the captured call.
+        given: the captured call itself, where it holds what no spec can describe.
+        parts: names of the modules that are quantized together, where it is not the root itself.
     """
 
     def __init__(
@@ -67,6 +73,27 @@ class Layerwise(CapturedModel):
         self.recipe, self.plan, self.layers, self.selection = recipe, plan, layers, selection
         self.varying: set[tuple[str, int]] = set()
         self.outputs: tuple[Any, Any] = (None, None)
+        self.given: Call | None = None
+        self.parts: tuple[str, ...] = ()
+
+    def call(self, tensors: list[Tensor]) -> Call:
+        """Return args and kwargs of the captured call with these tensors in place of its own, where it can be made."""
+        return super().call(tensors) if self.given is None else self.given
+
+    def note_sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Remember in which dimensions another call differs from the captured one."""
+        if self.given is None:
+            super().note_sizes(args, kwargs)
+
+    def give_up_program(self, reason: str) -> None:
+        """Note why an artifact will have layers and tensors alone.
+
+        Raises:
+            ExportError: the runtime has no such artifacts, or there is no module around the layer to be filled.
+        """
+        if not self.runtime.FILLS_MODULES or "" in self.layers:
+            raise ExportError(reason)
+        self.into_only = reason.rstrip(".")
 
     def compare(self) -> None:
         """Run the float module and the quantized one on the captured call, and keep what they answer.
@@ -76,12 +103,18 @@ class Layerwise(CapturedModel):
             PlanError: the quantized one cannot be called: its code reads a weight that is now stored otherwise.
         """
         args, kwargs = self.call(self.tensors)
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(self.root), without_fast_path():
-            float_output = self.root(*args, **kwargs)
+        with torch.no_grad(), evaluation_mode(self.root), without_fast_path():
+            with isolated_rng(0):
+                float_output = self.root(*args, **kwargs)
+            try:
+                tensor_leaves(float_output)
+            except ExportError as error:
+                self.give_up_program(str(error))
+                float_output = reachable_tensors(float_output)
             check_output(self.root, float_output, self.spec.names, self.tensors, lambda: self.root(*args, **kwargs))
             try:
-                with self.attached():
-                    self.outputs = float_output, self.root(*args, **kwargs)
+                with self.attached(), isolated_rng(0):
+                    self.outputs = float_output, described(self.root(*args, **kwargs))
             except (RuntimeError, TypeError) as error:
                 raise PlanError(
                     f"Expected {type(self.root).__name__} to run with quantized layers, but {error}. If its code uses "
@@ -120,7 +153,14 @@ class Layerwise(CapturedModel):
         return self
 
     def detach(self) -> None:
-        """Do nothing: outside of `attached` the module is as it was."""
+        """Leave the module as it was; outside of `attached` that is so but for the calls of parts that it answers."""
+        part(self.root)
+
+    def _copy_of_root(self) -> nn.Module:
+        root = super()._copy_of_root()
+        if self.parts:
+            join_parts(root)
+        return root
 
     def bound_to(self, root: nn.Module, tensors: list[Tensor] | None = None) -> "Layerwise":
         """Return the layers of another module of the same structure, chosen anew on its weights."""
@@ -174,9 +214,13 @@ def quantize_layers(
     source, model = model, on_host(model)
     more = calls or [(args, kwargs or {})]
     args, kwargs = moved_call(args, kwargs or {})
-    signature = own_signature(model)
-    spec, tensors = flatten_call(signature, args, kwargs)
+    parts = parts_of(args)
+    if parts:
+        join_parts(model)
     where = runtimes.get(runtime, exporting=True)
+    signature = signature_of_parts() if parts else own_signature(model)
+    needs_program = not where.FILLS_MODULES
+    spec, tensors, opaque = _spec_of(signature, (args, kwargs), needs_program=needs_program)
     if where.HALF_ARITHMETIC is None:
         raise PlanError(
             f"Expected `runtime` to run quantized layers for {chosen.name!r}, but {runtime!r} does not. Use runtime "
@@ -187,17 +231,20 @@ def quantize_layers(
         reason = where.LAYER_REFUSALS[refused]
         raise PlanError(f"Expected a recipe that {runtime!r} runs, but got {chosen.name!r}: {reason}.")
     found = trials(model, chosen, selection, (args, kwargs), half_arithmetic=where.HALF_ARITHMETIC)
+    for trial in found.values():
+        if parts and not any(f"{trial.place}.".startswith(f"{name}.") for name in parts):
+            trial.stay_float("the training step does not call it, or it does not learn")
     if only is not None:
         found = {label: trial for label, trial in found.items() if label in only}
     check_weights(found)
     _run(model, list(found.values()), args, kwargs)
     for trial in found.values():
         trial.finish()
-    _keep_ties(found)
-    for name in _read_beside(model, found, args, kwargs):
+    keep_ties(found)
+    for name in read_beside(model, found, args, kwargs):
         found[name].stay_float("code outside it reads its weight")
-    _keep_ties(found)
-    rows = _rows(model, list(found.values()), args, kwargs)
+    keep_ties(found)
+    rows = rows_of(model, list(found.values()), args, kwargs)
     check_patterns(selection, list(rows))
     layers = {name: trial.layer for trial in found.values() if trial.layer is not None for name in trial.places}
     plan = Plan(chosen.name, runtime, module, (), rows)
@@ -212,8 +259,28 @@ def quantize_layers(
     if chosen.bias_correction:
         correct_biases(model, found, args, kwargs)
     quantized = Layerwise(model, signature, spec, tensors, chosen, plan, layers, selection)
+    quantized.parts = parts
+    if opaque:
+        quantized.give_up_program(opaque)
+        quantized.given, quantized._batch = (args, kwargs), None
+    elif parts:
+        quantized.give_up_program(f"it is of several modules, which other code calls one by one: {', '.join(parts)}")
     quantized.compare()
     return quantized
+
+
+def _spec_of(signature: inspect.Signature, call: Call, *, needs_program: bool) -> tuple[CallSpec, list[Tensor], str]:
+    """Return a call's spec and tensors, and why it can be made in no other way than it was; empty where it can.
+
+    Raises:
+        CaptureError: it does not fit, or cannot be described although a program needs that.
+    """
+    try:
+        return *flatten_call(signature, *call), ""
+    except CaptureError as error:
+        if needs_program or not fits(signature, *call):
+            raise
+        return *opaque_spec(call), str(error)
 
 
 @torch.no_grad()
@@ -222,64 +289,3 @@ def _run(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: di
     # Before the user's hooks, which may change what the layer answers.
     handles = [trial.float_layer.register_forward_hook(trial.see, with_kwargs=True, prepend=True) for trial in found]
     call_watched(model, args, kwargs, handles)
-
-
-@torch.no_grad()
-def _read_beside(model: nn.Module, found: dict[str, Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
-    """Return the layers whose weights are used outside of them, too, where only the integers would be found.
-
-    Mamba's discretization and DeBERTa's relative positions do so. Reading a shape or a type does no harm.
-    """
-
-    def fails(names: list[str]) -> bool:
-        layers = {place: found[name].layer for name in names for place in found[name].places}
-        with placed(model, layers):  # type: ignore[arg-type]
-            try:
-                output = model(*args, **kwargs)
-            except (RuntimeError, TypeError):
-                return True
-        return any(t.is_floating_point() and bool(t.isnan().any()) for t in tensor_leaves(output))
-
-    def culprits(names: list[str]) -> list[str]:
-        if not names or not fails(names):
-            return []
-        half = len(names) // 2
-        return names if len(names) == 1 else culprits(names[:half]) + culprits(names[half:])
-
-    stored = [name for name, trial in found.items() if trial.layer is not None]
-    with torch.random.fork_rng(devices=[]), evaluation_mode(model), without_fast_path():
-        if not fails(stored) or fails([]):
-            return []
-        return culprits([name for name in stored if found[name].layer.read_beside])  # type: ignore[union-attr]
-
-
-def _keep_ties(found: dict[str, Trial]) -> None:
-    """Give layers that share a weight one form of it: the form of the one that needs most bits."""
-    by_weight: dict[int, list[Trial]] = {}
-    for trial in found.values():
-        # Empty ones have no address.
-        for weight in filter(torch.Tensor.numel, trial.weights):
-            by_weight.setdefault(weight.data_ptr(), []).append(trial)
-    for sharing in by_weight.values():
-        neediest = max(sharing, key=lambda trial: trial.bits)
-        for trial in sharing:
-            if trial.bits != neediest.bits:
-                trial.follow(neediest)
-
-
-def _rows(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Row, ...]:
-    """Return a row for every layer, and for what the call computes beside them."""
-    claims = []
-    counted: set[int] = set()
-    for trial in found:
-        weights = [weight for weight in trial.weights if weight.data_ptr() not in counted]
-        counted.update(weight.data_ptr() for weight in weights)
-        action = "float" if trial.layer is None else trial.layer.scheme.action
-        row = Row(trial.label, trial.kind, action, trial.reason, excluded=trial.excluded)
-        row = replace(row, weights=sum(weight.numel() for weight in weights))
-        claims.append(Claim(row, trial.place, "whole", apart=trial.apart))
-        for name, weight in trial.others:
-            row = Row(join(trial.place, name), "Parameter", "float", "no product reads it", weights=weight.numel())
-            claims.append(Claim(row, row.name, "layer"))
-    with evaluation_mode(model):
-        return tuple(settle(claims, observe_call(model, args, kwargs)))

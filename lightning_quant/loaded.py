@@ -1,6 +1,7 @@
 """What `load` returns for every runtime: a module that is called like the one that was quantized."""
 
 import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -97,6 +98,12 @@ class LoadedModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Expect nothing."""
+
+
+def into_how(plan: Mapping[str, Any]) -> str:
+    """Return what to type to load an artifact without a program, whose plan names the module that was quantized."""
+    module = plan.get("module", "")
+    return f"`load(path, into={f'model.{module}' if module else 'model'})`"
 
 
 def load_again(origin: Origin) -> LoadedModule:

@@ -21,7 +21,7 @@ REPORT_HTML = "report.html"
 """Roles of files; every other role is a further file of the model."""
 REPORTS = (REPORT_MD, REPORT_JSON, REPORT_HTML)
 BESIDE_MODEL = (GOLDEN, *REPORTS)
-_CONTENT = ("recipe", "runtime", "signature", "plan", "outside", "classes")
+_CONTENT = ("recipe", "runtime", "signature", "plan", "outside", "classes", "into_only")
 _OWN_HASH = "manifest_sha256"
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 # A file in the artifact's folder, or in a folder of the model's files there.
@@ -174,5 +174,6 @@ _FIELDS: dict[str, Field] = {
 _OPTIONAL: dict[str, Field] = {
     "engine": (_is_engine, "the name of an engine, and what was measured"),
     "classes": (_are_classes, "a list of labels"),
+    "into_only": (_is_text, "the reason why there is no program"),
     "report": (is_report, "what was measured"),
 }

@@ -43,6 +43,7 @@ from lightning_quant.report.make_report import make_report
 from lightning_quant.report.page import to_html
 from lightning_quant.routing import device_of
 from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
+from lightning_quant.way_inside import way_inside
 
 
 def quantize(
@@ -108,7 +109,7 @@ def quantize(
     check_measured(limits, "`quantize` runs none: use PostTrainingQuantization and its `quantize_checkpoint`")
     check_flag("sensitivity", sensitivity)
     check_rankable(recipe, sensitivity=sensitivity)
-    with alone():
+    with alone(), way_inside(recipe, runtime):
         model = _float_module(model_or_checkpoint, lightning_module, module, trust=trust_checkpoint)
         if device_for_search(device_of(model)) != device_of(model):
             model = on_host(model)

@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 from lightning_quant.call_checks import DTYPES, TensorInfo, as_captured, check_named_sizes, difference
 from lightning_quant.calls import CallSpec, constant_names, context_of, flatten_call, unique_names
 from lightning_quant.errors import ArtifactError, ExportError, FixedSizesError, QuantizationError
+from lightning_quant.structures import reachable_tensors
 
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
 
@@ -68,6 +69,17 @@ class Signature:
         tensors = [as_captured(info, tensor) for info, tensor in zip(self.inputs, tensors, strict=True)]
         check_named_sizes(self.inputs, tensors)
         return tensors
+
+    def arguments(self, tensors: Sequence[Tensor]) -> dict[str, Any] | None:
+        """Return the captured call by keyword with these tensors in it; None where it held structures."""
+        given = {info.name: tensor for info, tensor in zip(self.inputs, tensors, strict=True)}
+        constants = iter(self.constants)
+        named = {
+            name: given.pop(name) if name in given else next(constants, None)
+            for name, kind, _ in self.parameters
+            if "VAR" not in kind
+        }
+        return None if given or next(constants, None) is not None else named
 
     def _flatten_any(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
         spec, tensors = flatten_call(self._inspect(), args, kwargs)
@@ -227,6 +239,20 @@ def tensor_leaves(output: Any) -> list[Tensor]:
     leaves: list[Tensor] = []
     _structure(output, leaves)
     return leaves
+
+
+def described(output: Any) -> Any:
+    """Return a result, or a list of the tensors that it holds where it is of a class that no file can describe."""
+    try:
+        tensor_leaves(output)
+    except ExportError:
+        return reachable_tensors(output)
+    return output
+
+
+def leaves_of(output: Any) -> list[Tensor]:
+    """Return the tensors of a result of whatever class."""
+    return tensor_leaves(described(output))
 
 
 def output_names(output: Any, inputs: tuple[str, ...]) -> list[str]:

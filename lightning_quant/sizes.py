@@ -8,6 +8,7 @@ from lightning_quant.captured import BATCH, CapturedModel, DynamicShapes
 from lightning_quant.decisions import in_words
 from lightning_quant.errors import QuantizationError
 from lightning_quant.layerwise import Layerwise
+from lightning_quant.loaded import into_how
 
 STATIC = "static"
 ChosenShapes = DynamicShapes | Literal["static"] | None
@@ -90,6 +91,9 @@ def notes_of_sizes(prepared: CapturedModel) -> tuple[str, ...]:
     """Return in words which sizes, or what else of a call, the file keeps that might have varied, and why, if any."""
     if prepared.exported is None:
         return ()
+    if prepared.into_only:
+        how = into_how(prepared.plan.to_dict())
+        return (f"the artifact has no program: it is loaded into the float module by {how}. Why: {prepared.into_only}",)
     return (*_decided(prepared), *_kept_sizes(prepared))
 
 

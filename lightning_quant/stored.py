@@ -17,7 +17,7 @@ from lightning_quant import golden, runtimes
 from lightning_quant.commit import current, version
 from lightning_quant.errors import ArtifactError, QuantizationError
 from lightning_quant.folder import hash_file
-from lightning_quant.loaded import LoadedModule, Origin
+from lightning_quant.loaded import LoadedModule, Origin, into_how
 from lightning_quant.manifest import BESIDE_MODEL, GOLDEN, MANIFEST, MAX_BYTES, MODEL, REPORT_MD, is_same_model, parse
 from lightning_quant.reading import copy_hashed, read_bytes
 from lightning_quant.signature import Signature
@@ -162,9 +162,18 @@ def load(path: str | os.PathLike[str] | Artifact, *, key: Key | None = None, **r
 
 
 def open_model(own: Artifact, **runtime_options: Any) -> LoadedModule:
-    """Load the model of a private copy."""
+    """Load the model of a private copy.
+
+    Raises:
+        ArtifactError: it has no program, and there is no module to fill.
+    """
     runtime = runtimes.get(own.manifest["runtime"])
     runtimes.check_options(own.manifest["runtime"], runtime_options)
+    if "into_only" in own.manifest and runtime_options.get("into") is None:
+        raise ArtifactError(
+            f"Expected `into` to be the float module that {own.path} was made of, built by its own code, but got none: "
+            f"this artifact has no program of its own. Type {into_how(own.plan)}. Why: {own.manifest['into_only']}."
+        )
     return runtime.load(own.path, own.model_files, own.signature, **runtime_options)
 
 

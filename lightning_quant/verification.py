@@ -10,13 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant import golden
 from lightning_quant.artifact import Artifact, open_model, private_copy
+from lightning_quant.errors import ArtifactError
+from lightning_quant.inside import Answers
+from lightning_quant.loaded import LoadedModule
 from lightning_quant.machine import cpu_name
 from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.parity import equal_argmax
+from lightning_quant.signature import Signature, tensor_leaves
 from lightning_quant.signing import Key
 
 # Agreement that is enough whatever quantization cost; correct kernels differ in the last bits of float sums only.
@@ -88,10 +92,11 @@ def verify(path: str | os.PathLike[str] | Artifact, *, key: Key | None = None, *
     Args:
         path: the artifact's folder, or an artifact, which must still be the one in its folder.
         key: file of a public key: what was not signed with its private key (see `sign`) is refused, unread.
-        **runtime_options: as for `load`.
+        **runtime_options: as for `load`; one without a program needs `into`.
 
     Raises:
-        ArtifactError: the folder is no artifact, is damaged, or its model answers in another form than recorded.
+        ArtifactError: the folder is no artifact, is damaged, cannot be called as recorded, or its model answers in
+            another form than recorded.
         MissingRuntimeError: its runtime is not installed; the message carries the pip command.
     """
     with private_copy(path, key) as artifact:
@@ -99,7 +104,7 @@ def verify(path: str | os.PathLike[str] | Artifact, *, key: Key | None = None, *
         batch = golden.load(artifact.golden_path, signature)
         model = open_model(artifact, **runtime_options)
         with torch.no_grad():
-            here = model.run(list(batch.inputs))
+            here = _answered(model, signature, list(batch.inputs))
     recorded, floating = list(batch.artifact_outputs), list(batch.float_outputs)
     golden.check_alike(recorded, here, signature)
     golden.check_alike(recorded, floating, signature, sizes=False)
@@ -116,6 +121,18 @@ def verify(path: str | os.PathLike[str] | Artifact, *, key: Key | None = None, *
         written_on=artifact.manifest["cpu"],
         cpu=cpu_name(),
     )
+
+
+def _answered(model: nn.Module, signature: Signature, inputs: list[Tensor]) -> list[Tensor]:
+    if isinstance(model, LoadedModule):
+        return model.run(inputs)
+    arguments = signature.arguments(inputs)
+    if arguments is None:
+        raise ArtifactError(
+            "Expected a call of tensors to verify the artifact by, but the recorded one is of structures that only "
+            "your own code can build. Validate the module that `load(path, into=model)` returns."
+        )
+    return tensor_leaves(Answers(model)(**arguments))
 
 
 def _same(first: Tensor, second: Tensor) -> Tensor:

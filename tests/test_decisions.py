@@ -76,7 +76,7 @@ def test_what_reads_other_numbers_is_refused(tmp_path: Path) -> None:
             return self.second(self.first(x)) * float(x.max())
 
     with pytest.raises(ExportError, match="float"):
-        lq.quantize(Scaling().eval(), "int8_weight_only", "torch", calibration_data=[_call(8)], output_dir=tmp_path)
+        lq.quantize(Scaling().eval(), "int8", "torch", calibration_data=[_call(8)], output_dir=tmp_path)
 
 
 def test_a_call_that_decides_otherwise_gets_nan() -> None:

@@ -56,6 +56,7 @@ from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.report.limits import Limits, check_measured, limits_from, unlogged
 from lightning_quant.routing import resolve
 from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
+from lightning_quant.way_inside import fills_modules, way_inside
 
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
 # Subclasses of the above that shard parameters or run on devices that nothing here was tried on.
@@ -184,11 +185,7 @@ class QuantizationCallback(Callback):
         if self._checkpoint is not None:
             _refused_in_callback(_load_weights, trainer, self._checkpoint)
         started = time.perf_counter()
-        with borrowed_loaders(trainer):
-            _refused_in_callback(self.group.together, self._prepare, trainer, pl_module)
-        prepared = self.require_prepared()
-        sizes = _refused_in_callback(self.group.on_first, self._try_export, prepared)
-        _refused_in_callback(self._take_sizes, prepared, sizes)
+        _refused_in_callback(self._plan_and_try, trainer, pl_module)
         self.seconds = {"capture": time.perf_counter() - started}
         self._begun = True
 
@@ -308,13 +305,22 @@ class QuantizationCallback(Callback):
                 "afterwards: PostTrainingQuantization(...).quantize_checkpoint(ckpt_path, model, datamodule)."
             )
 
+    def _plan_and_try(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        with way_inside(self.recipe, self.runtime):
+            with borrowed_loaders(trainer):
+                self.group.together(self._prepare, trainer, pl_module)
+            prepared = self.require_prepared()
+            sizes = self.group.on_first(self._try_export, prepared)
+            self._take_sizes(prepared, sizes)
+
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.prepared is not None:
             self.prepared.detach()
         self.artifact, self._begun, self.step_share = None, False, 1.0
         _check_initialized(pl_module)
         is_wanted = has_layers if isinstance(self.recipe, LayerRecipe) else has_weights
-        found = capture_call(trainer, pl_module, self.module, self.example, is_wanted)
+        together = fills_modules(self.recipe, self.chosen_runtime)
+        found = capture_call(trainer, pl_module, self.module, self.example, is_wanted, together=together)
         self.path = found.path
         self.findings = self._look_beside(trainer, pl_module, found)
         found = self._as_evaluated(trainer, pl_module, found)
@@ -327,13 +333,15 @@ class QuantizationCallback(Callback):
             self.prepared.learns_from_captured = bool(self._evaluated_otherwise)
         if self._evaluated is not None:
             self.prepared.note_sizes(self._evaluated.args, self._evaluated.kwargs)
-        name = found.path or f"{type(pl_module).__name__}.forward"
+        name = found.path or ", ".join(found.parts) or f"{type(pl_module).__name__}.forward"
         announce(type(self).__name__, name, self.prepared, self.step_share)
 
     def _plan(self, module: nn.Module, found: Capture) -> Quantizable:
         where: dict[str, Any] = {"runtime": self.chosen_runtime, "selection": self.selection, "module": found.path}
         if isinstance(self.recipe, LayerRecipe):
-            args, kwargs, self.loss_inputs = leave_out_labels(module, found.args, found.kwargs)
+            args, kwargs, self.loss_inputs = found.args, found.kwargs, None
+            if not found.parts:
+                args, kwargs, self.loss_inputs = leave_out_labels(module, args, kwargs)
             return quantize_layers(module, args, kwargs, recipe=self.recipe, **where)
         observed: dict[str, Any] = {"observer": self.observer(), "trains": self.prepares_training}
         return prepare(module, found.args, found.kwargs, recipe=self.recipe, **observed, **where)
@@ -362,7 +370,7 @@ class QuantizationCallback(Callback):
     def _as_evaluated(self, trainer: Trainer, pl_module: LightningModule, found: Capture) -> Capture:
         """Return the call to export: that of validation where it is another one than training's but for the tensors."""
         self._evaluated, self._evaluated_otherwise = None, False
-        if self.example == "train_batch":
+        if self.example == "train_batch" and not found.parts:
             self._evaluated = evaluation_call(trainer, pl_module, found.path)
         if self._evaluated is None:
             return found
@@ -388,6 +396,8 @@ class QuantizationCallback(Callback):
         prepared.take_sizes(found)
         for note in notes_of_sizes(prepared):
             rank_zero_info(f"{type(self).__name__}: {note}.")
+        if isinstance(prepared, Layerwise):
+            prepared.detach()
         in_process = isinstance(prepared, Layerwise) and prepared.runtime.IN_PROCESS
         if self._evaluated is not None and self.evaluate and not in_process:
             check_takes(prepared, self._evaluated.args, self._evaluated.kwargs)

@@ -31,6 +31,8 @@ def capture_call(
     path: str | None,
     example: str,
     is_wanted: Callable[[nn.Module], bool] = has_weights,
+    *,
+    together: bool = False,
 ) -> Capture:
     """Record one call of the module to quantize.
 
@@ -41,6 +43,7 @@ def capture_call(
         example: "train_batch" runs `training_step` on a batch; "example_input_array" calls the
             LightningModule with that.
         is_wanted: tells whether there are layers to quantize at or under a module.
+        together: take several independent modules as parts of one.
     """
     # Outside the isolation: the trainer keeps what is set up here, with the random numbers that it draws for it.
     _combined_loader(trainer, "train")
@@ -53,7 +56,8 @@ def capture_call(
             raise CalibrationError("Expected the train dataloader to yield a batch, but it yields none.")
         start_hooks(duplicate, batch)
         with trainer.precision_plugin.train_step_context():
-            return capture(duplicate, lambda: run_training_step(duplicate, batch, 0), path, is_wanted)
+            step = functools.partial(run_training_step, duplicate, batch, 0)
+            return capture(duplicate, step, path, is_wanted, together=together)
 
 
 @contextmanager

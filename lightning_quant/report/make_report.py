@@ -17,9 +17,11 @@ from lightning_quant.artifact import Artifact
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import PARITY_SAMPLES, Quantizable, export_float, samples_of
 from lightning_quant.host import moved_call
+from lightning_quant.inside import Answers, load_inside
 from lightning_quant.latency import Timing, measure
 from lightning_quant.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.layerwise import Layerwise
+from lightning_quant.loaded import LoadedModule
 from lightning_quant.machine import cpu_name
 from lightning_quant.output_noise import HeldOut, Noise, measure_noise
 from lightning_quant.parity import Parity, check_parity
@@ -74,10 +76,13 @@ def make_report(
     seconds = dict(seconds or {})
     runtime = prepared.runtime
     threads = threads or torch.get_num_threads()
-    loaded = artifacts.open_model(artifact, threads=threads)
+    loaded = _opened(prepared, artifact, threads)
+    compared: tuple[nn.Module, nn.Module] = (prepared.root, loaded)
+    if prepared.into_only:
+        compared = (Answers(prepared.root), Answers(loaded))
     started = time.perf_counter()
-    parity = parity_of(prepared, loaded, artifact)
-    noise, unfit = _noise(prepared, loaded, held)
+    parity = parity_of(prepared, compared[1], artifact)
+    noise, unfit = _noise(prepared, *compared, held)
     seconds["parity"] = time.perf_counter() - started
     started = time.perf_counter()
     latency, remarks = _latency(prepared, loaded, threads)
@@ -108,17 +113,26 @@ def with_limits(report: Report, limits: Limits) -> Report:
     return dataclasses.replace(report, sections=(*report.sections, kept))
 
 
-def _noise(prepared: Quantizable, loaded: nn.Module, held: HeldOut | None) -> tuple[Noise, tuple[str, ...]]:
+def _opened(prepared: Quantizable, artifact: Artifact, threads: int) -> LoadedModule:
+    """Load an artifact, one without a program into a copy of the module that it was made of."""
+    if prepared.into_only:
+        return load_inside(prepared, artifact.path, artifact.model_files, artifact.signature, threads)
+    return artifacts.open_model(artifact, threads=threads)
+
+
+def _noise(
+    prepared: Quantizable, root: nn.Module, loaded: nn.Module, held: HeldOut | None
+) -> tuple[Noise, tuple[str, ...]]:
     """Compare on held-out calls, or on the captured one where there are none or they are no calls of the artifact."""
     unfit: tuple[str, ...] = ()
     if held is not None and held.calls:
         calls = tuple(moved_call(*call) for call in held.calls)
         try:
-            return measure_noise(prepared.root, loaded, HeldOut(calls, held.base)), ()
+            return measure_noise(root, loaded, HeldOut(calls, held.base)), ()
         except QuantizationError as error:
             unfit = (f"{held.base} does not fit the artifact, so noise was measured on the captured call: {error}",)
     captured = HeldOut((prepared.call(prepared.tensors),), "the captured call, which took part in the choice of ranges")
-    return measure_noise(prepared.root, loaded, captured), unfit
+    return measure_noise(root, loaded, captured), unfit
 
 
 def _way_out(prepared: Quantizable, sensitivity: Sensitivity | None) -> str:

@@ -32,6 +32,7 @@ class Runtime(abc.ABC):
         LAYER_REFUSALS: scheme to reason, for schemes of layers that do not run.
         LAYERS_IN_GRAPHS: whether a static recipe may leave layers to recipes of layers.
         IN_PROCESS: whether the float peer of comparisons is the float module itself.
+        FILLS_MODULES: whether it writes artifacts of layers without a program, which modules are filled with.
         KEEPS_EDGES: whether files keep the names of quantized edges, by which single operators can be run.
     """
 
@@ -45,6 +46,7 @@ class Runtime(abc.ABC):
     LAYER_REFUSALS: ClassVar[Mapping[str, str]] = {}
     LAYERS_IN_GRAPHS: ClassVar[bool] = False
     IN_PROCESS: ClassVar[bool] = False
+    FILLS_MODULES: ClassVar[bool] = False
     KEEPS_EDGES: ClassVar[bool] = False
 
     @abc.abstractmethod
@@ -114,6 +116,10 @@ class Runtime(abc.ABC):
 
     def describe(self, path: Path, facts: dict[str, Any]) -> None:  # noqa: B027, most formats have none
         """Write into a model file what a user of the file alone would ask, where its format has room for notes."""
+
+    def export_tensors(self, module: nn.Module, path: Path) -> None:
+        """Write layers and tensors of a module without a program; see `FILLS_MODULES`."""
+        raise NotImplementedError
 
     def engines(self) -> list[str]:
         """Return the engines that files can run on here, the likeliest one first; none where there is but one."""

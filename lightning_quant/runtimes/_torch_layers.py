@@ -105,8 +105,6 @@ def export(
     Raises:
         ExportError: PyTorch's exporter refuses the module, with its reason.
     """
-    from safetensors.torch import save_file
-
     state = state_of(module)
     # Which dimensions are equal, and how long they may get, is found by the exporter.
     open_dimension = torch.export.Dim.DYNAMIC
@@ -125,9 +123,20 @@ def export(
     placeholders = [steps.TENSOR + name for name in state] + [info["name"] for info in inputs]
     described = {"inputs": inputs, "outputs": outputs}
     steps.write_steps(functional, path.parent / _PROGRAM, described, placeholders, CONSTANT)
-    constants = steps.tensors_of(functional, CONSTANT)
+    _save(module, {**state, **steps.tensors_of(functional, CONSTANT)}, path)
+
+
+def export_tensors(module: nn.Module, path: Path) -> None:
+    """Write the tensors of a module alone, for a module of the user's to be filled with."""
+    (path.parent / _PROGRAM).unlink(missing_ok=True)
+    _save(module, state_of(module), path)
+
+
+def _save(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
     layers = {name: child.scheme.name for name, child in module.named_modules() if isinstance(child, StoredLayer)}
-    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in {**state, **constants}.items()}
+    contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry, since the file has entries in no fixed order.
     save_file(contiguous, path, metadata={STRUCTURE: json.dumps({"layers": layers, "aliases": _aliases(module)})})
 
@@ -152,6 +161,13 @@ def check(path: Path) -> None:
 
 def standalone(files: dict[str, str], signature: Signature) -> str:
     """Return lines that run an artifact in its folder; its operators are this package's."""
+    if _PROGRAM not in files:
+        return f"""# It has no program: the float module, built by its own code, takes its layers and tensors.
+import lightning_quant
+
+module = lightning_quant.load(".", into=module)
+# The weights alone, by name: safetensors.torch.load_file({files["model"]!r})
+"""
     arguments = ", ".join(f"{name}=..." for name, _, default in signature.parameters if default == "required")
     return f"""# The operators of this runtime are lightning_quant's own, so the package must be installed.
 import lightning_quant
@@ -164,7 +180,10 @@ output = model({arguments})
 
 def count_operators(path: Path) -> dict[str, int]:
     """Return how often each operator occurs in a written program."""
-    return dict(collections.Counter(step["call"] for step in steps.read_steps(path.parent / _PROGRAM)["steps"]))
+    program = path.parent / _PROGRAM
+    return dict(
+        collections.Counter(step["call"] for step in steps.read_steps(program)["steps"]) if program.exists() else ()
+    )
 
 
 def _ready(program: dict[str, Any], model: Path, path: Path) -> Program:

@@ -68,6 +68,7 @@ class Torch(Runtime):
     HALF_ARITHMETIC = True
     IN_PROCESS = True
     LAYERS_IN_GRAPHS = True
+    FILLS_MODULES = True
     TABLE = _TABLE
     INTEGER_OPERATORS = _INTEGER_OPERATORS
     KEEPS_EDGES = True
@@ -83,6 +84,10 @@ class Torch(Runtime):
     def quantized_edges(self, path: Path) -> set[str]:
         """Return the names of the plan's edges that a program has."""
         return _torch_static.quantized_edges(path)
+
+    def export_tensors(self, module: nn.Module, path: Path) -> None:
+        """Write the quantized layers and tensors of a module alone, for a module of the user's to be filled with."""
+        _torch_layers.export_tensors(module, path)
 
     def run_forced(self, path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run every operator on its own, on given integers, kernel by kernel."""
