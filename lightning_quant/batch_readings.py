@@ -9,11 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_quant.calls import Call
 from lightning_quant.errors import CalibrationError, CaptureError, QuantizationError
 from lightning_quant.host import HOST, copied_to, moved_call
 from lightning_quant.routing import device_of, evaluation_mode
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 ONE_CALL = "a tensor, a tuple of arguments or a dict of keyword arguments"
 # What a forward raises that is called with something else than it takes.
@@ -102,7 +101,7 @@ def _by_name(signature: inspect.Signature, item: dict[str, Any], as_dict: Callab
     if kept and _fits(signature, (), {name: item[name] for name in kept}):
         others = [f"{name!r}" for name in item if name not in kept]
         left_out = f"{', '.join(others)}: no argument of `forward{signature}`" if others else ""
-        return [Reading(lambda batch: ((), {name: as_dict(batch)[name] for name in kept}), left_out)]
+        return [Reading(lambda batch: Call((), {name: as_dict(batch)[name] for name in kept}), left_out)]
     if not kept and _fits(signature, (item,), {}):
         return [Reading(_whole)]
     return []
@@ -120,7 +119,7 @@ def _by_position(signature: inspect.Signature, item: tuple[Any, ...] | list[Any]
         first = "the first item" if number == 1 else f"the first {number} items"
         left_out = f"{others}: `forward{signature}` takes {first}" if others else ""
         readings.append(
-            Reading(lambda batch, n=number: (tuple(batch[:n]), {}), left_out)  # type: ignore[misc]
+            Reading(lambda batch, n=number: Call(tuple(batch[:n])), left_out)  # type: ignore[misc]
         )
     if readings and readings[0].left_out and _fits(signature, (item,), {}):
         readings.append(Reading(_whole))
@@ -128,7 +127,7 @@ def _by_position(signature: inspect.Signature, item: tuple[Any, ...] | list[Any]
 
 
 def _whole(batch: Any) -> Call:
-    return (batch,), {}
+    return Call((batch,))
 
 
 def _fits(signature: inspect.Signature, args: Any, kwargs: dict[str, Any]) -> bool:
@@ -150,18 +149,18 @@ def _may_take(signature: inspect.Signature, args: Any) -> bool:
 
 
 @torch.no_grad()
-def run_call(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], number: int) -> None:
+def run_call(module: nn.Module, call: Call, number: int) -> None:
     """Run one of several calls.
 
     Raises:
         CalibrationError: the forward does not take it; the message says which call that is.
     """
     try:
-        module(*args, **kwargs)
+        module(*call.args, **call.kwargs)
     except _REFUSALS as error:
         if isinstance(error, QuantizationError):
             raise
-        sizes = [tuple(leaf.shape) for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        sizes = [tuple(leaf.shape) for leaf in pytree.tree_leaves(tuple(call)) if isinstance(leaf, Tensor)]
         said = next(iter(str(error).splitlines()), "")
         raise CalibrationError(
             f"Expected every item of `calibration_data` to be a call of the module, but item {number}, of {sizes}, "

@@ -9,11 +9,12 @@ import torch
 from torch import Tensor
 
 from lightning_quant.bias_correction import InputMeans
-from lightning_quant.calls import map_tensors
+from lightning_quant.calls import Call
 from lightning_quant.errors import CalibrationError
 from lightning_quant.padding import hidden_left_out
 from lightning_quant.prepared import Prepared
 from lightning_quant.progress import tracked
+from lightning_quant.recorded_calls import recorded_calls
 from lightning_quant.routing import device_of, evaluation_mode
 
 
@@ -35,7 +36,6 @@ def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
         settle(prepared, number, means)
         return number
     from lightning_quant.accuracy.ladder import climb
-    from lightning_quant.accuracy.recalibrate import recorded_calls
 
     with recorded_calls(prepared.root) as calls:
         number = observe(prepared, steps, means)
@@ -90,21 +90,20 @@ def settle(prepared: Prepared, number: int, means: InputMeans | None) -> None:
         prepared.correct_biases(means)
 
 
-def as_call(item: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def as_call(item: Any) -> Call:
     """Read one item of calibration data: a tensor, a tuple or list of positional arguments, or a dict of keywords."""
+    if isinstance(item, Call):
+        return item
     if isinstance(item, dict):
-        return (), item
-    if isinstance(item, tuple | list):
-        return tuple(item), {}
-    return (item,), {}
+        return Call((), item)
+    return Call(tuple(item) if isinstance(item, tuple | list) else (item,))
 
 
 def steps_of(prepared: Prepared, calls: Iterable[Any]) -> Iterable[Callable[[], Any]]:
     """Yield a step for every item of calibration data."""
     device = device_of(prepared.root)
     for item in calls:
-        args, kwargs = as_call(item)
-        args, kwargs = map_tensors(lambda tensor: tensor.to(device), (args, kwargs))
+        args, kwargs = as_call(item).map(lambda tensor: tensor.to(device))
         yield torch.no_grad()(functools.partial(prepared.root, *args, **kwargs))
 
 

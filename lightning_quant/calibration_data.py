@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_quant.batch_readings import ONE_CALL, Call, Reading, choose_reading, way_out
-from lightning_quant.calls import map_tensors
+from lightning_quant.batch_readings import ONE_CALL, Reading, choose_reading, way_out
+from lightning_quant.calls import Call, map_tensors
 from lightning_quant.errors import CalibrationError, NoEffectWarning
 from lightning_quant.graph.analyze import own_signature
 from lightning_quant.routing import device_of
@@ -78,7 +78,7 @@ class CalibrationCalls:
 
 
 def _cast(call: Call, dtype: torch.dtype) -> Call:
-    return map_tensors(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, call)
+    return call.map(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def _has_loader(data: Any) -> bool:

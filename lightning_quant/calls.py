@@ -7,9 +7,9 @@ become inputs of graphs and model files, and constants, which are baked in and m
 import inspect
 import re
 from collections import OrderedDict, defaultdict, deque
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -20,6 +20,25 @@ from lightning_quant.structures import CONSTANTS, named_leaves, reachable_tensor
 # Containers whose structure is in the names of a call's tensors.
 _PLAIN_CONTAINERS = (dict, list, tuple, OrderedDict, defaultdict, deque)
 _ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+
+
+# Input name to dimension to its name, of what may vary.
+DynamicShapes = dict[str, dict[int, str]]
+
+
+class Call(NamedTuple):
+    """What one call of a module passes."""
+
+    args: tuple[Any, ...] = ()
+    kwargs: dict[str, Any] = {}  # noqa: RUF012, nobody writes into it
+
+    def map(self, function: Callable[[Tensor], Any]) -> "Call":
+        """Return the call with a function of every tensor in its place."""
+        return Call(*map_tensors(function, tuple(self)))
+
+    def detached(self) -> "Call":
+        """Return the call with detached copies of its tensors, where they are."""
+        return self.map(lambda tensor: tensor.detach().clone())
 
 
 class _Immutable:
@@ -68,6 +87,37 @@ class CallSpec(_Immutable):
         for index, tensor in zip(self.positions, tensors, strict=True):
             leaves[index] = tensor
         return pytree.tree_unflatten(leaves, self.treespec)
+
+
+@dataclass(frozen=True)
+class CapturedCall:
+    """One real call of a module, and what of it may vary: all that exporters need beside the module.
+
+    Attributes:
+        signature: of the module's own forward.
+        spec: what of the call is tensors and what is constant.
+        tensors: the call's tensors; sizes of dynamic dimensions are only examples.
+        dynamic: input name to dimension to its name, for dimensions that may vary.
+    """
+
+    signature: inspect.Signature
+    spec: CallSpec
+    tensors: list[Tensor]
+    dynamic: DynamicShapes = field(default_factory=dict)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the tensors."""
+        return self.spec.names
+
+    @property
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of the tensors by name."""
+        return {name: tuple(tensor.shape) for name, tensor in zip(self.names, self.tensors, strict=True)}
+
+    def bind(self, tensors: Sequence[Tensor] | None = None) -> Call:
+        """Return the call with these tensors in place of its own."""
+        return rebuild_call(self.signature, self.spec.arguments(list(self.tensors if tensors is None else tensors)))
 
 
 def flatten_call(
@@ -140,8 +190,8 @@ def context_of(spec: CallSpec) -> str:
     return ", ".join(found)
 
 
-def rebuild_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return args and kwargs that pass the bound arguments to a function of that signature.
+def rebuild_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> Call:
+    """Return the call that passes the bound arguments to a function of that signature.
 
     Arguments with defaults go by keyword: decorators, such as those of transformers, add some of them in that way.
     """
@@ -149,11 +199,11 @@ def rebuild_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> 
     args, kwargs = bound.args, bound.kwargs
     parameters = list(signature.parameters.values())
     if any(p.kind is p.VAR_POSITIONAL and arguments.get(p.name) for p in parameters):
-        return args, kwargs
+        return Call(args, kwargs)
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(args)]
     needed = sum(p.kind is p.POSITIONAL_ONLY or p.default is p.empty for p in positional)
     by_name = {p.name: value for p, value in zip(positional[needed:], args[needed:], strict=True)}
-    return args[:needed], {**by_name, **kwargs}
+    return Call(args[:needed], {**by_name, **kwargs})
 
 
 def forward_signature(function: Callable[..., Any]) -> inspect.Signature:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lightning_quant import runtimes
 from lightning_quant.batch import Batch, find_batch
-from lightning_quant.calls import CallSpec, flatten_call, rebuild_call
+from lightning_quant.calls import Call, CallSpec, CapturedCall, DynamicShapes, flatten_call
 from lightning_quant.capture import isolated_rng
 from lightning_quant.graph.plan import Plan
 from lightning_quant.host import HOST, copied_to
@@ -18,7 +18,6 @@ from lightning_quant.routing import evaluation_mode, without_fast_path
 from lightning_quant.runtimes import Runtime
 from lightning_quant.signature import leaves_of
 
-DynamicShapes = dict[str, dict[int, str]]
 # The name of the dimension of samples.
 BATCH = "batch"
 
@@ -28,9 +27,7 @@ class CapturedModel:
 
     Attributes:
         root: the float module; it owns every parameter and buffer.
-        signature: of the module's own forward; with `spec` and `tensors` it is the captured call.
-        spec: what of the call is tensors and what is constant.
-        tensors: the call's tensors, on the CPU in float32.
+        captured: the captured call, on the CPU in float32; `signature`, `spec` and `tensors` are its own.
         plan: what happens to each layer, and why.
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
         exported: input name to dimension to its name, of what may vary in the file that was written last.
@@ -41,9 +38,7 @@ class CapturedModel:
     """
 
     root: nn.Module
-    signature: inspect.Signature
-    spec: CallSpec
-    tensors: list[Tensor]
+    captured: CapturedCall
     plan: Plan
     varying: set[tuple[str, int]]
     # What of the sizes was found out by trying: found once, and shared by all bindings of the same plan.
@@ -52,6 +47,21 @@ class CapturedModel:
     refused: tuple[tuple[DynamicShapes, str], ...] = ()
     decided: tuple[tuple[str, Any], ...] = ()
     into_only: str = ""
+
+    @property
+    def signature(self) -> inspect.Signature:
+        """Signature of the module's own forward."""
+        return self.captured.signature
+
+    @property
+    def spec(self) -> CallSpec:
+        """What of the captured call is tensors and what is constant."""
+        return self.captured.spec
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """The captured call's tensors, on the CPU in float32."""
+        return self.captured.tensors
 
     @cached_property
     def runtime(self) -> Runtime:
@@ -81,7 +91,7 @@ class CapturedModel:
         batch = self.batch
         if batch is None or (self.exported is not None and not self.varies_in_file):
             return list(self.tensors)
-        return batch.cut(self.spec.names, self.tensors, 0, max(number, batch.smallest))
+        return batch.cut(self.captured.names, self.captured.tensors, 0, max(number, batch.smallest))
 
     @property
     def smallest(self) -> int:
@@ -116,9 +126,9 @@ class CapturedModel:
         """Take over what another binding, or process, found out."""
         self._batch, self.exported, self.refused, self.decided, self.into_only = found
 
-    def call(self, tensors: list[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return args and kwargs of the captured call with these tensors in place of its own."""
-        return rebuild_call(self.signature, self.spec.arguments(list(tensors)))
+    def call(self, tensors: list[Tensor] | None = None) -> Call:
+        """Return the captured call, with these tensors in place of its own if there are any."""
+        return self.captured.bind(tensors)
 
     def on_host(self) -> "CapturedModel":
         """Return the same over a float32 module on the CPU, where it is converted and measured: itself if it is so."""
@@ -131,7 +141,7 @@ class CapturedModel:
 
     def note_sizes_of(self, names: tuple[str, ...], tensors: list[Tensor]) -> None:
         """Remember in which dimensions tensors of these names differ from those of the captured call."""
-        sizes = {name: tensor.shape for name, tensor in zip(self.spec.names, self.tensors, strict=True)}
+        sizes = self.captured.sizes
         for name, tensor in zip(names, tensors, strict=True):
             if len(sizes.get(name, ())) == tensor.dim():
                 self.varying.update((name, d) for d in range(tensor.dim()) if tensor.shape[d] != sizes[name][d])

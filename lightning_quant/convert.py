@@ -97,7 +97,7 @@ def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
     define_operators()
     prepared.ranges.check()
     # Weights that hooks compute, as pruning does, are those of the last call until there is another.
-    args, kwargs = prepared.call(prepared.tensors)
+    args, kwargs = prepared.call()
     # In eval mode throughout: in training a look at a weight may change it, as spectral norm's power iteration does.
     with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
         prepared.root(*args, **kwargs)

@@ -12,7 +12,7 @@ from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_quant.accuracy.recalibrate import Call, recorded_calls
+from lightning_quant.calls import Call
 from lightning_quant.capture import isolated_rng
 from lightning_quant.distributed import Group
 from lightning_quant.errors import EvaluationError
@@ -20,6 +20,7 @@ from lightning_quant.evaluate_shares import Share, lent_strategy, merged, withou
 from lightning_quant.host import HOST, copied_to
 from lightning_quant.namespaces import is_overridden
 from lightning_quant.progress import shown
+from lightning_quant.recorded_calls import recorded_calls
 from lightning_quant.routing import Route, clone, resolve, route, unroute
 
 

@@ -1,11 +1,10 @@
 """Stage 5: from a prepared model to an artifact, and the trial of it before training."""
 
-import dataclasses
 import math
 import tempfile
 import time
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -127,7 +126,7 @@ def _engine(prepared: Quantizable, staged: Path, signature: Signature, engine: s
     if isinstance(prepared, Layerwise):
         return {}
     choice = choose_engine(prepared, staged, signature, samples_of(prepared, PARITY_SAMPLES), engine)
-    return {} if choice is None else {"engine": dataclasses.asdict(choice)}
+    return {} if choice is None else {"engine": asdict(choice)}
 
 
 def trial_export(prepared: Quantizable, *, dynamic_shapes: ChosenShapes = None) -> None:
@@ -168,7 +167,7 @@ def _calibrated_once(prepared: Prepared) -> Prepared:
     """Return another binding with ranges of the captured call, or made-up ones where that call gives no numbers."""
     trial = prepared.bound_to(prepared.root)
     trial.ranges = Ranges(prepared.ranges.edges, prepared.recipe, "min_max")
-    args, kwargs = trial.call(trial.tensors)
+    args, kwargs = trial.call()
     with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(trial.root), suppress(CalibrationError):
         with trial.attached("observe", observing=True):
             trial.root(*args, **kwargs)
@@ -184,7 +183,7 @@ def _converted(prepared: Quantizable, dynamic: DynamicShapes) -> tuple[nn.Module
     """Return the module to export and its result for the captured call, on the CPU."""
     if isinstance(prepared, Layerwise):
         return prepared.quantized(), prepared.outputs[1]
-    args, kwargs = prepared.call(prepared.tensors)
+    args, kwargs = prepared.call()
     converted = convert(prepared, static_sizes=only_batches(dynamic))
     with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
         check_agreement(prepared, converted, args, kwargs)
@@ -238,7 +237,7 @@ def _write_tensors(prepared: Quantizable, converted: nn.Module, output: Any, sta
     """Write layers and tensors without a program, and load them into a copy of the module."""
     prepared.runtime.export_tensors(converted, staged)
     prepared.exported = dynamic_dimensions(prepared)
-    signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, prepared.exported)
+    signature = make_signature(replace(prepared.captured, dynamic=prepared.exported), output)
     loaded = load_inside(prepared, staged.parent, artifacts.model_files(staged), signature)
     return _Written(prepared.exported, signature, loaded, math.inf)
 
@@ -262,11 +261,11 @@ def _attempt(
     runtime.check(staged)
     prepared.exported = dynamic
     places = prepared.batch.outputs if prepared.batch is not None and prepared.varies_in_file else ()
-    signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, dynamic, places)
+    signature = make_signature(replace(prepared.captured, dynamic=dynamic), output, places)
     loaded = runtime.load(staged.parent, artifacts.model_files(staged), signature)
     optional = tuple(name for name in prepared.spec.names if name in loaded.unread)
     decided = in_words(prepared.decided)
-    loaded.signature = signature = dataclasses.replace(signature, optional=optional, decisions=decided)
+    loaded.signature = signature = replace(signature, optional=optional, decisions=decided)
     for number in (1, PARITY_SAMPLES):
         inputs = prepared.samples(number)
         with torch.no_grad():
@@ -282,18 +281,17 @@ def _export_module(prepared: Quantizable, converted: nn.Module, staged: Path, dy
         ExportError: the runtime's exporter refuses the module.
     """
     runtime = prepared.runtime
-    call = (prepared.signature, prepared.spec, prepared.tensors, staged)
+    call = replace(prepared.captured, dynamic=dynamic)
     with sizes_forgotten(converted, prepared) if dynamic else nullcontext():
         prepared.decided = ()
         try:
-            runtime.export(converted, *call, dynamic=dynamic)
+            runtime.export(converted, call, staged)
         except ExportError:
-            args, kwargs = prepared.call(prepared.tensors)
-            decided = decisions(converted, args, kwargs)
+            decided = decisions(converted, *prepared.call())
             if not decided:
                 raise
             with decided_as_captured(converted, decided):
-                runtime.export(converted, *call, dynamic=dynamic)
+                runtime.export(converted, call, staged)
             prepared.decided = decided
 
 
@@ -368,5 +366,5 @@ def export_float(prepared: Quantizable, folder: Path) -> Path:
     root = clone(prepared.root).eval()
     path = folder / f"float_{runtime.MODEL_FILE}"
     with decided_as_captured(root, prepared.decided):
-        runtime.export(root, prepared.signature, prepared.spec, prepared.tensors, path, dynamic=prepared.exported or {})
+        runtime.export(root, replace(prepared.captured, dynamic=prepared.exported or {}), path)
     return path

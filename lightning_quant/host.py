@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_quant.calls import map_tensors
+from lightning_quant.calls import Call
 from lightning_quant.routing import clone
 
 HOST = torch.device("cpu")
@@ -58,10 +58,10 @@ def moved(tensor: Tensor, device: torch.device = HOST, *, in_float32: bool = Tru
     return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 
-def moved_call(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device = HOST) -> tuple[Any, Any]:
+def moved_call(args: tuple[Any, ...], kwargs: dict[str, Any], device: torch.device = HOST) -> Call:
     """Return the arguments of a call with all tensors in float32 on a device, and that one where they name another."""
-    args, kwargs = map_tensors(lambda tensor: moved(tensor, device), (args, kwargs))
-    return pytree.tree_map_only(torch.device, lambda _: device, (args, kwargs))
+    call = Call(args, kwargs).map(lambda tensor: moved(tensor, device))
+    return Call(*pytree.tree_map_only(torch.device, lambda _: device, tuple(call)))
 
 
 def _is_there(module: nn.Module) -> bool:

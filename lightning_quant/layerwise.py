@@ -8,7 +8,7 @@ import ctypes
 import inspect
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
-from lightning_quant.calls import CallSpec, fits, flatten_call, opaque_spec
+from lightning_quant.calls import Call, CallSpec, CapturedCall, fits, flatten_call, opaque_spec
 from lightning_quant.capture import isolated_rng
 from lightning_quant.captured import CapturedModel
 from lightning_quant.errors import CaptureError, ExportError, PlanError
@@ -45,8 +45,6 @@ from lightning_quant.signature import described, tensor_leaves
 from lightning_quant.structures import reachable_tensors
 from lightning_quant.together import join_parts, part, parts_of, signature_of_parts
 
-Call = tuple[tuple[Any, ...], dict[str, Any]]
-
 
 class Layerwise(CapturedModel):
     """A float module, the plan for its layers, and the quantized layers that can take their places.
@@ -61,23 +59,21 @@ class Layerwise(CapturedModel):
     def __init__(
         self,
         root: nn.Module,
-        signature: inspect.Signature,
-        spec: CallSpec,
-        tensors: list[Tensor],
+        captured: CapturedCall,
         recipe: LayerRecipe,
         plan: Plan,
         layers: dict[str, StoredLayer],
         selection: Selection,
     ) -> None:
-        self.root, self.signature, self.spec, self.tensors = root, signature, spec, tensors
+        self.root, self.captured = root, captured
         self.recipe, self.plan, self.layers, self.selection = recipe, plan, layers, selection
         self.varying: set[tuple[str, int]] = set()
         self.outputs: tuple[Any, Any] = (None, None)
         self.given: Call | None = None
         self.parts: tuple[str, ...] = ()
 
-    def call(self, tensors: list[Tensor]) -> Call:
-        """Return args and kwargs of the captured call with these tensors in place of its own, where it can be made."""
+    def call(self, tensors: list[Tensor] | None = None) -> Call:
+        """Return the captured call, with these tensors in place of its own where one can be made with them."""
         return super().call(tensors) if self.given is None else self.given
 
     def note_sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -102,7 +98,7 @@ class Layerwise(CapturedModel):
             CalibrationError: the float module itself does not answer with numbers.
             PlanError: the quantized one cannot be called: its code reads a weight that is now stored otherwise.
         """
-        args, kwargs = self.call(self.tensors)
+        args, kwargs = self.call()
         with torch.no_grad(), evaluation_mode(self.root), without_fast_path():
             with isolated_rng(0):
                 float_output = self.root(*args, **kwargs)
@@ -164,7 +160,7 @@ class Layerwise(CapturedModel):
 
     def bound_to(self, root: nn.Module, tensors: list[Tensor] | None = None) -> "Layerwise":
         """Return the layers of another module of the same structure, chosen anew on its weights."""
-        args, kwargs = self.call(self.tensors if tensors is None else tensors)
+        args, kwargs = self.call(tensors)
         other = quantize_layers(
             root,
             args,
@@ -187,7 +183,7 @@ def quantize_layers(
     runtime: str = "torch",
     selection: Selection | None = None,
     module: str = "",
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
+    calls: Sequence[tuple[tuple[Any, ...], dict[str, Any]]] | None = None,
     only: frozenset[str] | None = None,
 ) -> Layerwise:
     """Choose a scheme for each layer of a module from one call, and quantize it; the module is left as it was.
@@ -212,7 +208,7 @@ def quantize_layers(
         raise PlanError(f"Expected `recipe` to quantize layers, but {chosen.name!r} needs `prepare` and calibration.")
     selection = selection or Selection()
     source, model = model, on_host(model)
-    more = calls or [(args, kwargs or {})]
+    more = [Call(*call) for call in calls or [(args, kwargs or {})]]
     args, kwargs = moved_call(args, kwargs or {})
     parts = parts_of(args)
     if parts:
@@ -220,7 +216,7 @@ def quantize_layers(
     where = runtimes.get(runtime, exporting=True)
     signature = signature_of_parts() if parts else own_signature(model)
     needs_program = not where.FILLS_MODULES
-    spec, tensors, opaque = _spec_of(signature, (args, kwargs), needs_program=needs_program)
+    spec, tensors, opaque = _spec_of(signature, Call(args, kwargs), needs_program=needs_program)
     if where.HALF_ARITHMETIC is None:
         raise PlanError(
             f"Expected `runtime` to run quantized layers for {chosen.name!r}, but {runtime!r} does not. Use runtime "
@@ -230,7 +226,7 @@ def quantize_layers(
     if refused is not None:
         reason = where.LAYER_REFUSALS[refused]
         raise PlanError(f"Expected a recipe that {runtime!r} runs, but got {chosen.name!r}: {reason}.")
-    found = trials(model, chosen, selection, (args, kwargs), half_arithmetic=where.HALF_ARITHMETIC)
+    found = trials(model, chosen, selection, Call(args, kwargs), half_arithmetic=where.HALF_ARITHMETIC)
     for trial in found.values():
         if parts and not any(f"{trial.place}.".startswith(f"{name}.") for name in parts):
             trial.stay_float("the training step does not call it, or it does not learn")
@@ -258,11 +254,11 @@ def quantize_layers(
         refine(source, layers, more)
     if chosen.bias_correction:
         correct_biases(model, found, args, kwargs)
-    quantized = Layerwise(model, signature, spec, tensors, chosen, plan, layers, selection)
+    quantized = Layerwise(model, CapturedCall(signature, spec, tensors), chosen, plan, layers, selection)
     quantized.parts = parts
     if opaque:
         quantized.give_up_program(opaque)
-        quantized.given, quantized._batch = (args, kwargs), None
+        quantized.given, quantized._batch = Call(args, kwargs), None
     elif parts:
         quantized.give_up_program(f"it is of several modules, which other code calls one by one: {', '.join(parts)}")
     quantized.compare()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.calls import Call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.routing import evaluation_mode, without_fast_path
@@ -27,9 +28,6 @@ _NOTHING = 1e-4
 _PART = 1 << 20
 # For loggers, which have no infinity: what equal outputs count as.
 _EQUAL_DB = 200.0
-
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def store_layers(
     """
     from lightning_quant.layerwise import quantize_layers
 
-    args, kwargs = model.call(model.tensors)
+    args, kwargs = model.call()
     layers: dict[str, nn.Module] = {}
     stored = _stored(recipe)
     in_graphs = model.runtime.LAYERS_IN_GRAPHS

@@ -19,9 +19,10 @@ from lightning_quant.adjustments import outcomes
 from lightning_quant.arguments import check_flag, check_name, check_on_device, check_path, check_threads, patterns
 from lightning_quant.artifact import Artifact
 from lightning_quant.auto import choose_runtime
-from lightning_quant.batch_readings import Call, run_call
+from lightning_quant.batch_readings import run_call
 from lightning_quant.calibrate import calibrate
 from lightning_quant.calibration_data import CalibrationCalls
+from lightning_quant.calls import Call
 from lightning_quant.checkpoint import load_module
 from lightning_quant.compilation import is_compiled
 from lightning_quant.engines import AUTO, check_engine
@@ -252,7 +253,7 @@ def _calibrated(
     seconds["capture"] = time.perf_counter() - started
     started = time.perf_counter()
     calls = itertools.chain([first], calls)
-    calibrate(prepared, (functools.partial(run_call, model, *call, number) for number, call in enumerate(calls)))
+    calibrate(prepared, (functools.partial(run_call, model, call, number) for number, call in enumerate(calls)))
     seconds["calibrate"] = time.perf_counter() - started
     return prepared
 

@@ -74,7 +74,6 @@ class Prepared(CapturedModel):
 
     Attributes:
         root: the user's module; it owns every parameter and buffer.
-        signature: of the module's own forward; with `spec` and `tensors`, on the CPU, it is the captured call.
         ranges: observers and scales of every edge.
         simulation: runs the graphs' operators as the phase says.
         control: the phase, which is "off", "observe", "fake_quantize", "frozen" (ranges fixed) or "frozen_batch_norm"
@@ -93,7 +92,7 @@ class Prepared(CapturedModel):
 
     def __init__(self, root: nn.Module, analysis: Analysis, recipe: Recipe, observer: str) -> None:
         self.root, self.plan, self.recipe = root, analysis.plan, recipe
-        self.signature, self.spec, self.tensors = analysis.signature, analysis.spec, analysis.tensors
+        self.captured = analysis.captured
         self.islands: dict[str, Island] = {island.path: island for island in analysis.islands}
         self.operators: dict[str, Operator] = {}
         # Operator to the edges that it reads and to what it writes.
@@ -219,7 +218,7 @@ class Prepared(CapturedModel):
         """Return the same plan and ranges over another module of the same structure, and another captured call."""
         other = copy.copy(self)
         other.root = root
-        other.tensors = self.tensors if tensors is None else tensors
+        other.captured = self.captured if tensors is None else replace(self.captured, tensors=tensors)
         other.control, other._twins, other._is_twin = Control(), weakref.WeakSet(), False
         other.simulation, other._runner = Simulation(other), Runner(other)
         other._stored, other.displaced = None, {}

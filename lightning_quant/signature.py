@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_quant.call_checks import DTYPES, TensorInfo, as_captured, check_named_sizes, difference
-from lightning_quant.calls import CallSpec, constant_names, context_of, flatten_call, unique_names
+from lightning_quant.calls import CapturedCall, constant_names, context_of, flatten_call, unique_names
 from lightning_quant.errors import ArtifactError, ExportError, FixedSizesError, QuantizationError
 from lightning_quant.structures import reachable_tensors
 
@@ -196,26 +196,21 @@ class Signature:
 
 
 def make_signature(
-    signature: inspect.Signature,
-    spec: CallSpec,
-    tensors: list[Tensor],
+    call: CapturedCall,
     output: Any,
-    dynamic: dict[str, dict[int, str]],
     places: Sequence[tuple[int, int] | None] = (),
 ) -> Signature:
     """Describe a call and its result.
 
     Args:
-        signature: of the captured forward.
-        spec: of the captured call.
-        tensors: of the captured call.
+        call: the captured call, with what of it may vary.
         output: what the captured call returned.
-        dynamic: input name to dimension to its name, for dimensions that may vary.
         places: of each output the dimension along which samples lie and the number of places for each, or None.
     """
-    parameters = tuple((p.name, p.kind.name, _default_of(p)) for p in signature.parameters.values())
+    parameters = tuple((p.name, p.kind.name, _default_of(p)) for p in call.signature.parameters.values())
     inputs = tuple(
-        _describe(name, tensor, dynamic.get(name, {})) for name, tensor in zip(spec.names, tensors, strict=True)
+        _describe(name, tensor, call.dynamic.get(name, {}))
+        for name, tensor in zip(call.names, call.tensors, strict=True)
     )
     leaves: list[Tensor] = []
     structure = _structure(output, leaves)
@@ -223,11 +218,11 @@ def make_signature(
     outputs = tuple(
         _describe(name, leaf, named)
         for name, leaf, named in zip(
-            output_names(output, spec.names), leaves, varying or [{} for _ in leaves], strict=True
+            output_names(output, call.names), leaves, varying or [{} for _ in leaves], strict=True
         )
     )
-    constants = tuple(_decode(_plain(value)) for _, value in spec.constants)
-    return Signature(parameters, inputs, constants, outputs, structure, context_of(spec))
+    constants = tuple(_decode(_plain(value)) for _, value in call.spec.constants)
+    return Signature(parameters, inputs, constants, outputs, structure, context_of(call.spec))
 
 
 def _of_samples(each: int) -> str:

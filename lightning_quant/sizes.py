@@ -4,7 +4,8 @@ from collections.abc import Callable
 from keyword import iskeyword
 from typing import Literal
 
-from lightning_quant.captured import BATCH, CapturedModel, DynamicShapes
+from lightning_quant.calls import DynamicShapes
+from lightning_quant.captured import BATCH, CapturedModel
 from lightning_quant.decisions import in_words
 from lightning_quant.errors import QuantizationError
 from lightning_quant.layerwise import Layerwise
@@ -51,7 +52,7 @@ def dynamic_dimensions(prepared: CapturedModel, chosen: DynamicShapes | None = N
     """
     if chosen == {}:
         return {}
-    sizes = {name: tuple(tensor.shape) for name, tensor in zip(prepared.spec.names, prepared.tensors, strict=True)}
+    sizes = prepared.captured.sizes
     batch = prepared.batch
     result: DynamicShapes = {} if batch is None else {name: {d: BATCH} for name, d in batch.inputs.items()}
     for name, dimension in sorted(prepared.varying):
@@ -113,7 +114,7 @@ def _kept_sizes(prepared: CapturedModel) -> tuple[str, ...]:
         for dimension, label in dimensions.items()
         if dimension not in exported.get(name, {}) and not label.startswith("sequence")
     }
-    sizes = dict(zip(prepared.spec.names, (tuple(t.shape) for t in prepared.tensors), strict=True))
+    sizes = prepared.captured.sizes
     if reasons:
         kept = " and ".join(f"dimension {d} of `{name}` is {sizes[name][d]}" for name, d in reasons)
         return (f"the file takes calls alone where {kept}: {next(iter(reasons.values()))}",)

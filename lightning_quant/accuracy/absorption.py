@@ -10,8 +10,8 @@ from torch import Tensor
 
 from lightning_quant.accuracy.groups import ScalingGroup
 from lightning_quant.accuracy.lockstep import Site, lockstep
-from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import rescale
+from lightning_quant.calls import Call
 from lightning_quant.prepared import Prepared
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from lightning_quant.accuracy.lockstep import Site, lockstep
-from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import along_rows, folded_layer
+from lightning_quant.calls import Call
 from lightning_quant.graph.plan import path_of
 from lightning_quant.prepared import Prepared
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_quant.accuracy.recalibrate import Call
+from lightning_quant.calls import Call
 from lightning_quant.graph.plan import identify, path_of
 from lightning_quant.prepared import Prepared
 

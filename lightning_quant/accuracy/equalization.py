@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from lightning_quant.accuracy.groups import ScalingGroup
-from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import folded_layer, rescale
 from lightning_quant.accuracy.smoothing import activation_maxima, column_maximum
+from lightning_quant.calls import Call
 from lightning_quant.fake_quantize import channel_maximum
 from lightning_quant.prepared import Prepared
 

@@ -13,10 +13,11 @@ from lightning_quant.accuracy.equalization import equalize
 from lightning_quant.accuracy.groups import ScalingGroup, scaling_groups
 from lightning_quant.accuracy.output_correction import correct_outputs
 from lightning_quant.accuracy.range_choice import choose_ranges
-from lightning_quant.accuracy.recalibrate import Call, observe_anew
+from lightning_quant.accuracy.recalibrate import observe_anew
 from lightning_quant.accuracy.smoothing import smooth
 from lightning_quant.accuracy.weight_rounding import gptq_layers, shrink_scales
 from lightning_quant.adjustments import AccuracyStep
+from lightning_quant.calls import Call
 from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.exact import exact_arithmetic

@@ -12,8 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
-from lightning_quant.accuracy.recalibrate import Call
-from lightning_quant.calls import flatten_call
+from lightning_quant.calls import Call, flatten_call
 from lightning_quant.convert import layer_options
 from lightning_quant.graph.moves import border_of
 from lightning_quant.graph.plan import Operator, identify, path_of
@@ -87,7 +86,7 @@ def _calls_of_islands(prepared: Prepared, calls: list[Call]) -> dict[str, list[C
 
     def hook(path: str) -> Any:
         return resolve(prepared.root, path).register_forward_pre_hook(
-            lambda _, args, kwargs: seen[path].append((args, kwargs)), with_kwargs=True
+            lambda _, args, kwargs: seen[path].append(Call(args, kwargs)), with_kwargs=True
         )
 
     handles = [hook(path) for path in prepared.islands]

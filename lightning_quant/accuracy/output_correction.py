@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from lightning_quant.accuracy.lockstep import Site, lockstep
-from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import along_rows, folded_layer
+from lightning_quant.calls import Call
 from lightning_quant.prepared import Prepared
 
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from lightning_quant.accuracy.lockstep import Site, lockstep
-from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import folded_layer
+from lightning_quant.calls import Call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.fake_quantize import affine_parameters, channel_maximum, fake_quantize, weight_scale
 from lightning_quant.graph.plan import identify, path_of

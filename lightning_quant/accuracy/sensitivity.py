@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from lightning_quant.accuracy.advice import Advice, advise
 from lightning_quant.accuracy.edge_statistics import edge_statistics, ratio_to_median
 from lightning_quant.accuracy.lockstep import Site, lockstep
-from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import folded_layer
 from lightning_quant.accuracy.rounded_parts import all_but, name_of, own_parts, read_from_float
+from lightning_quant.calls import Call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.exact import exact_arithmetic
 from lightning_quant.fake_quantize import fake_quantize

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from lightning_quant.accuracy.groups import ScalingGroup
 from lightning_quant.accuracy.lockstep import Site, lockstep
-from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import folded_layer, rescale
+from lightning_quant.calls import Call
 from lightning_quant.prepared import Prepared
 
 # Factors stay within this ratio of the largest one: a channel that calibration never saw is not blown up without end.

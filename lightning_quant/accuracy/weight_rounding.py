@@ -13,8 +13,8 @@ from torch import Tensor
 from lightning_quant.accuracy.gptq import Hessian, gptq, output_error
 from lightning_quant.accuracy.lockstep import Site, lockstep
 from lightning_quant.accuracy.output_correction import correct_output
-from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rescale import along_rows, folded_layer
+from lightning_quant.calls import Call
 from lightning_quant.prepared import Prepared
 
 _NUM_CANDIDATES = 50

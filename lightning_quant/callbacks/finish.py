@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant import artifact as artifacts
-from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.rounded_parts import all_but
 from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
@@ -25,6 +24,7 @@ from lightning_quant.callbacks.held_out import held_out
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.states import state_of
+from lightning_quant.calls import Call
 from lightning_quant.errors import FixedSizesError
 from lightning_quant.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
 from lightning_quant.export import Quantizable, export

@@ -6,10 +6,10 @@ import itertools
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.evaluation_call import run_validation
 from lightning_quant.callbacks.training_data import batches, independent_copy, run_training_step, start_hooks
+from lightning_quant.calls import Call
 from lightning_quant.capture import Capture, capture, isolated_rng, unchanged
 from lightning_quant.output_noise import HeldOut
 from lightning_quant.routing import evaluation_mode
@@ -48,7 +48,7 @@ def held_out(
 def _bound(callback: QuantizationCallback, calls: list[Call], base: str) -> HeldOut:
     if callback.loss_inputs is not None:
         bound = [callback.loss_inputs.split(*call)[0] for call in calls]
-        calls = [(one.args, one.kwargs) for one in bound]
+        calls = [Call(one.args, one.kwargs) for one in bound]
     return HeldOut(tuple(calls), base)
 
 
@@ -70,7 +70,7 @@ def _recorded(
         # The user's own code, run once more, must not cost the report: the captured call is compared then.
         except Exception:
             return None
-    return found.args, found.kwargs
+    return Call(found.args, found.kwargs)
 
 
 def _run(duplicate: LightningModule, batch: object, data: str, path: str) -> Capture:

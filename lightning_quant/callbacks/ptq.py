@@ -10,7 +10,6 @@ from typing import Any, get_args
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_quant.accuracy.recalibrate import recorded_calls
 from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_operators
 from lightning_quant.adjustments import outcomes
 from lightning_quant.arguments import check_positive, from_fields
@@ -25,6 +24,7 @@ from lightning_quant.names import Data, DataName, Engine, Example, Recipes, Runt
 from lightning_quant.observer_merge import check_mergeable
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import AnyRecipe, Recipe
+from lightning_quant.recorded_calls import recorded_calls
 from lightning_quant.report.limits import Limits
 from lightning_quant.routing import resolve
 from lightning_quant.sizes import ChosenShapes

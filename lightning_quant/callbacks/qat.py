@@ -15,7 +15,6 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_quant.accuracy.batch_norm import reestimate_batch_norm
-from lightning_quant.accuracy.recalibrate import recorded_calls
 from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_operators
 from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback, warn
 from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
@@ -30,6 +29,7 @@ from lightning_quant.names import Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.observer_merge import check_mergeable
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import LayerRecipe, Recipe
+from lightning_quant.recorded_calls import recorded_calls
 from lightning_quant.report.limits import Limits
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.routing import resolve as module_at

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_quant.calls import CallSpec, flatten_call, forward_signature
+from lightning_quant.calls import CallSpec, CapturedCall, flatten_call, forward_signature
 from lightning_quant.errors import PlanError, UntraceableError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.claims import Claim, claim_of, settle, weigh
@@ -62,16 +62,12 @@ class Analysis:
     Attributes:
         plan: for readers and runtimes.
         islands: the graphs.
-        signature: of the module's own forward.
-        spec: of the captured call.
-        tensors: of the captured call.
+        captured: the captured call of the module.
     """
 
     plan: Plan
     islands: tuple[Island, ...]
-    signature: inspect.Signature
-    spec: CallSpec
-    tensors: list[Tensor]
+    captured: CapturedCall
 
 
 class _Splitter:
@@ -171,7 +167,7 @@ def analyze(
     plan = Plan(recipe, runtime, module, tuple(island.plan for island in splitter.islands), tuple(rows))
     if not plan.num_quantized:
         raise PlanError(_nothing(root, splitter.rows, splitter.reason))
-    return Analysis(plan, tuple(splitter.islands), signature, spec, tensors)
+    return Analysis(plan, tuple(splitter.islands), CapturedCall(signature, spec, tensors))
 
 
 def _trace_for_both_modes(module: nn.Module, spec: CallSpec, tensors: list[Tensor]) -> Traced:

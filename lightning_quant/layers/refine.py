@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.accuracy.gptq import Hessian, gptq, output_error
-from lightning_quant.calls import map_tensors
+from lightning_quant.calls import Call, map_tensors
 from lightning_quant.layers.kernels import pack
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.linear import StoredLinear
@@ -20,9 +20,7 @@ _GRIDS = {"int8": (-127, 127), "int4": (-8, 7)}
 
 
 @torch.no_grad()
-def refine(
-    root: nn.Module, layers: dict[str, StoredLayer], calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-) -> dict[str, tuple[float, float]]:
+def refine(root: nn.Module, layers: dict[str, StoredLayer], calls: list[Call]) -> dict[str, tuple[float, float]]:
     """Change the integers of stored weights, not their scales, to those of less output error.
 
     A weight that several layers share stays as it is, and so does a layer that rounding to nearest serves better.
@@ -57,9 +55,7 @@ def _affordable(root: nn.Module, names: list[str]) -> list[list[str]]:
     return parts
 
 
-def _hessians(
-    root: nn.Module, names: list[str], calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-) -> dict[str, Hessian]:
+def _hessians(root: nn.Module, names: list[str], calls: list[Call]) -> dict[str, Hessian]:
     """Run calls and return the second moments of what layers read, on the module's device."""
     hessians: dict[str, Hessian] = {}
 

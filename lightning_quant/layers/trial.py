@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from lightning_quant.calls import Call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import KINDS, class_for
@@ -158,7 +159,7 @@ def trials(
     model: nn.Module,
     recipe: LayerRecipe,
     selection: Selection,
-    call: tuple[tuple[Any, ...], dict[str, Any]],
+    call: Call,
     *,
     half_arithmetic: bool,
 ) -> dict[str, Trial]:
@@ -203,9 +204,7 @@ def trials(
     return {trial.label: trial for trial in found.values()}
 
 
-def _allow_parameters(
-    model: nn.Module, found: list[Trial], schemes: list[Scheme], call: tuple[tuple[Any, ...], dict[str, Any]]
-) -> None:
+def _allow_parameters(model: nn.Module, found: list[Trial], schemes: list[Scheme], call: Call) -> None:
     """Let weights of modules without a quantized form be stored, where the modules' code multiplies by them."""
     owners = [t for t in found if class_for(t.float_layer) is None and not t.excluded]
     owners = [t for t in owners if not isinstance(t.float_layer, StoredLayer | parametrize.ParametrizationList)]

@@ -5,6 +5,7 @@ import functools
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def _noise(
             return measure_noise(root, loaded, HeldOut(calls, held.base)), ()
         except QuantizationError as error:
             unfit = (f"{held.base} does not fit the artifact, so noise was measured on the captured call: {error}",)
-    captured = HeldOut((prepared.call(prepared.tensors),), "the captured call, which took part in the choice of ranges")
+    captured = HeldOut((prepared.call(),), "the captured call, which took part in the choice of ranges")
     return measure_noise(root, loaded, captured), unfit
 
 
@@ -187,9 +188,9 @@ def _latency(prepared: Quantizable, loaded: nn.Module, threads: int) -> tuple[tu
 
 def _load_float(prepared: Quantizable, folder: Path, threads: int) -> nn.Module:
     path = export_float(prepared, folder)
-    args, kwargs = prepared.call(prepared.tensors)
+    args, kwargs = prepared.call()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         output = prepared.root(*args, **kwargs)
-    signature = make_signature(prepared.signature, prepared.spec, prepared.tensors, output, prepared.exported or {})
+    signature = make_signature(replace(prepared.captured, dynamic=prepared.exported or {}), output)
     runtime = prepared.runtime
     return runtime.load(folder, artifacts.model_files(path), signature, threads=threads)

@@ -1,7 +1,6 @@
 """A module over flat tensors, as model files have them, and how exporters are called on it."""
 
 import contextlib
-import inspect
 import io
 import logging
 import warnings
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.calls import CallSpec, rebuild_call
+from lightning_quant.calls import CapturedCall
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.foreign_operators import ForeignOperatorsInlined
 from lightning_quant.layers.packed import kept_padded
@@ -29,41 +28,40 @@ Forms = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 class Flat(nn.Module):
     """Takes and gives flat tensors, as model files do."""
 
-    def __init__(self, module: nn.Module, signature: inspect.Signature, spec: CallSpec) -> None:
+    def __init__(self, module: nn.Module, call: CapturedCall) -> None:
         super().__init__()
-        self.module, self.signature, self.spec = module, signature, spec
+        self.module, self.call = module, call
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         """Call the module on these tensors in place of the captured ones."""
-        args, kwargs = rebuild_call(self.signature, self.spec.arguments(list(tensors)))
+        args, kwargs = self.call.bind(tensors)
         return tuple(tensor_leaves(self.module(*args, **kwargs)))
 
 
-def example_tensors(spec: CallSpec, tensors: list[Tensor], dynamic: dict[str, dict[int, str]]) -> list[Tensor]:
+def example_tensors(call: CapturedCall) -> list[Tensor]:
     """Return the captured tensors on the CPU, at least two long along dynamic dimensions."""
-    return [_widen(t, dynamic.get(name, {})).cpu() for name, t in zip(spec.names, tensors, strict=True)]
+    return [_widen(t, call.dynamic.get(name, {})).cpu() for name, t in zip(call.names, call.tensors, strict=True)]
 
 
-def dynamic_shapes(
-    spec: CallSpec, dynamic: dict[str, dict[int, str]], limits: dict[str, int] | None = None
-) -> tuple[Any, ...] | None:
+def dynamic_shapes(call: CapturedCall, limits: dict[str, int] | None = None) -> tuple[Any, ...] | None:
     """Return what `torch.export` wants to know of the dimensions that may vary, up to limits; None when none may."""
-    names = {name for dimensions in dynamic.values() for name in dimensions.values()}
+    names = {name for dimensions in call.dynamic.values() for name in dimensions.values()}
     dims = {name: torch.export.Dim(name, max=(limits or {}).get(name)) for name in names}
-    shapes = tuple({i: dims[n] for i, n in dynamic.get(name, {}).items()} or None for name in spec.names)
+    shapes = tuple({i: dims[n] for i, n in call.dynamic.get(name, {}).items()} or None for name in call.names)
     return (shapes,) if any(shapes) else None
 
 
-def forms_of_call(flat: Flat, examples: tuple[Tensor, ...], dynamic: dict[str, dict[int, str]]) -> Forms:
+def forms_of_call(flat: Flat, examples: tuple[Tensor, ...]) -> Forms:
     """Return what a file should say of its inputs (name, dtype, sizes, None for any) and outputs (name, dtype)."""
-    args, kwargs = rebuild_call(flat.signature, flat.spec.arguments(list(examples)))
+    args, kwargs = flat.call.bind(examples)
     with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
         result = flat.module(*args, **kwargs)
     inputs = [
-        _form(name, t) | {"shape": [None if i in dynamic.get(name, {}) else size for i, size in enumerate(t.shape)]}
-        for name, t in zip(flat.spec.names, examples, strict=True)
+        _form(name, t)
+        | {"shape": [None if i in flat.call.dynamic.get(name, {}) else size for i, size in enumerate(t.shape)]}
+        for name, t in zip(flat.call.names, examples, strict=True)
     ]
-    names = output_names(result, flat.spec.names)
+    names = output_names(result, flat.call.names)
     return inputs, [_form(name, t) for name, t in zip(names, tensor_leaves(result), strict=True)]
 
 

@@ -1,6 +1,5 @@
 """A module as an ONNX file: the form that ONNX Runtime runs and that OpenVINO reads."""
 
-import inspect
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +8,9 @@ from unittest import mock
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from lightning_quant.calls import CallSpec, rebuild_call
+from lightning_quant.calls import CapturedCall
 from lightning_quant.named_edges import PREFIX, EdgeNames
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, refused
 from lightning_quant.runtimes._onnx_layers import translations
@@ -23,39 +22,33 @@ _ENGINE = "PyTorch's exporter to ONNX"
 
 def export_onnx(
     module: nn.Module,
-    signature: inspect.Signature,
-    spec: CallSpec,
-    tensors: list[Tensor],
+    call: CapturedCall,
     path: Path,
     *,
-    dynamic: dict[str, dict[int, str]],
     rewrite: Callable[[Any], None] = move_in_integers,
 ) -> None:
     """Write a module as an ONNX file.
 
     Args:
         module: QDQ or float module in eval mode, on any device.
-        signature: of its forward.
-        spec: of the call to export.
-        tensors: of that call; sizes of dynamic dimensions are only examples.
+        call: what to export it for.
         path: file to write; weights of more than 2 GB go into a second file beside it.
-        dynamic: input name to dimension to its name, for dimensions that may vary.
         rewrite: changes the graph for the runtime that is to read it.
 
     Raises:
         ExportError: PyTorch's exporter refuses the module, with its reason.
     """
-    examples = example_tensors(spec, tensors, dynamic)
-    flat = Flat(module, signature, spec).eval()
-    with exporting(_ENGINE, spec.names) as fixed:
-        args, kwargs = rebuild_call(signature, spec.arguments(examples))
-        names = output_names(module(*args, **kwargs), spec.names)
+    examples = example_tensors(call)
+    flat = Flat(module, call).eval()
+    with exporting(_ENGINE, call.names) as fixed:
+        args, kwargs = call.bind(examples)
+        names = output_names(module(*args, **kwargs), call.names)
         program = torch.onnx.export(
             flat,
             tuple(examples),
             dynamo=True,
-            dynamic_shapes=dynamic_shapes(spec, dynamic),
-            input_names=list(spec.names),
+            dynamic_shapes=dynamic_shapes(call),
+            input_names=list(call.names),
             output_names=names,
             custom_translation_table=translations(),
             optimize=False,
@@ -64,8 +57,8 @@ def export_onnx(
         _name_edges(program.model, EdgeNames(flat))  # type: ignore[union-attr]
         _optimize(program.model)  # type: ignore[union-attr]
         rewrite(program.model)  # type: ignore[union-attr]
-        _name(program.model, spec.names, names)  # type: ignore[union-attr]
-        _check_varies(program.model, spec, dynamic, fixed)  # type: ignore[union-attr]
+        _name(program.model, call.names, names)  # type: ignore[union-attr]
+        _check_varies(program.model, call, fixed)  # type: ignore[union-attr]
     _leave_out_unread(program.model)  # type: ignore[union-attr]
     _strip(program.model)  # type: ignore[union-attr]
     _keep_names_apart(program.model)  # type: ignore[union-attr]
@@ -102,15 +95,15 @@ def _input_ranges(graph: Any) -> dict[str, list[float]]:
     return ranges
 
 
-def _check_varies(model: Any, spec: CallSpec, dynamic: dict[str, dict[int, str]], fixed: list[str]) -> None:
+def _check_varies(model: Any, call: CapturedCall, fixed: list[str]) -> None:
     """Make sure that sizes that may vary do so in a graph: the exporter tries again with constants of its own accord.
 
     Raises:
         ExportError: one is a constant.
     """
     sizes = {value.name: value.shape for value in model.graph.inputs}
-    for name in spec.names:
-        for dimension in dynamic.get(name, {}) if name in sizes else ():
+    for name in call.names:
+        for dimension in call.dynamic.get(name, {}) if name in sizes else ():
             if isinstance(sizes[name][dimension], int):
                 where = f", at {fixed[-1]}" if fixed else ""
                 raise refused(_ENGINE, f"dimension {dimension} of `{name}` is {sizes[name][dimension]} alone{where}")

@@ -1,7 +1,6 @@
 """What every runtime offers: one class with defaults, of which each file in `runtimes/` has one object, `RUNTIME`."""
 
 import abc
-import inspect
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -9,7 +8,7 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from lightning_quant.calls import CallSpec
+from lightning_quant.calls import CapturedCall
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.loaded import LoadedModule
@@ -50,17 +49,8 @@ class Runtime(abc.ABC):
     KEEPS_EDGES: ClassVar[bool] = False
 
     @abc.abstractmethod
-    def export(
-        self,
-        module: nn.Module,
-        signature: inspect.Signature,
-        spec: CallSpec,
-        tensors: list[Tensor],
-        path: Path,
-        *,
-        dynamic: dict[str, dict[int, str]],
-    ) -> None:
-        """Write a QDQ or float module as a model file; arguments as for `export_onnx`.
+    def export(self, module: nn.Module, call: CapturedCall, path: Path) -> None:
+        """Write a QDQ or float module as a model file.
 
         Raises:
             ExportError: the engine or its exporter refuses the module, with the reason.

@@ -13,7 +13,6 @@ needs a C++ compiler otherwise; torch.ao's dynamic layers have one activation sc
 """
 
 import collections
-import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CallSpec
+from lightning_quant.calls import CapturedCall
 from lightning_quant.errors import ArtifactError, ExportError
 from lightning_quant.layers import StoredLayer
 from lightning_quant.loaded import LoadedModule
@@ -83,24 +82,13 @@ class _Functional(nn.Module):
         return functional_call(self.__dict__["flat"], named, tuple(tensors))
 
 
-def export(
-    module: nn.Module,
-    signature: inspect.Signature,
-    spec: CallSpec,
-    tensors: list[Tensor],
-    path: Path,
-    *,
-    dynamic: dict[str, dict[int, str]],
-) -> None:
+def export(module: nn.Module, call: CapturedCall, path: Path) -> None:
     """Write a module as tensors and a program.
 
     Args:
         module: with stored layers, or float, in eval mode.
-        signature: of its forward.
-        spec: of the call to export.
-        tensors: of that call; sizes of dynamic dimensions are only examples.
+        call: what to export it for.
         path: file of tensors to write; the program goes beside it.
-        dynamic: input name to dimension to its name, for dimensions that may vary.
 
     Raises:
         ExportError: PyTorch's exporter refuses the module, with its reason.
@@ -108,18 +96,18 @@ def export(
     state = state_of(module)
     # Which dimensions are equal, and how long they may get, is found by the exporter.
     open_dimension = torch.export.Dim.DYNAMIC
-    shapes = [dict.fromkeys(dynamic.get(name, {}), open_dimension) for name in spec.names]
-    examples = example_tensors(spec, tensors, dynamic)
-    with exporting("PyTorch's exporter", spec.names):
+    shapes = [dict.fromkeys(call.dynamic.get(name, {}), open_dimension) for name in call.names]
+    examples = example_tensors(call)
+    with exporting("PyTorch's exporter", call.names):
         program = torch.export.export(
-            _Functional(Flat(module, signature, spec).eval()),
+            _Functional(Flat(module, call).eval()),
             (state, examples),
             dynamic_shapes=(dict.fromkeys(state), shapes),
             strict=False,
         )
         functional = program.run_decompositions({}).module(check_guards=False)
     steps.simplify(functional.graph)
-    inputs, outputs = forms_of_call(Flat(module, signature, spec), tuple(examples), dynamic)
+    inputs, outputs = forms_of_call(Flat(module, call), tuple(examples))
     placeholders = [steps.TENSOR + name for name in state] + [info["name"] for info in inputs]
     described = {"inputs": inputs, "outputs": outputs}
     steps.write_steps(functional, path.parent / _PROGRAM, described, placeholders, CONSTANT)

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import inspect
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CallSpec
+from lightning_quant.calls import CapturedCall
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.named_edges import EdgeNames, check_common
@@ -77,16 +76,8 @@ class TorchStaticModule(LoadedModule):
         return [output.contiguous().to(device) for output in outputs]
 
 
-def export(
-    module: nn.Module,
-    signature: inspect.Signature,
-    spec: CallSpec,
-    tensors: list[Tensor],
-    path: Path,
-    *,
-    dynamic: dict[str, dict[int, str]],
-) -> None:
-    """Write a QDQ module as tensors and steps; arguments as for ONNX.
+def export(module: nn.Module, call: CapturedCall, path: Path) -> None:
+    """Write a QDQ module as tensors and steps.
 
     Raises:
         ExportError: PyTorch's exporter refuses the module, with its reason, or a part of it is no operator of PyTorch.
@@ -95,12 +86,12 @@ def export(
 
     from lightning_quant.runtimes._torch_lowering import lower
 
-    examples = tuple(example_tensors(spec, tensors, dynamic))
-    flat = Flat(module, signature, spec).eval()
-    with exporting("PyTorch's exporter", spec.names):
-        program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
+    examples = tuple(example_tensors(call))
+    flat = Flat(module, call).eval()
+    with exporting("PyTorch's exporter", call.names):
+        program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(call))
         lowered = lower(program.run_decompositions({}).module(check_guards=False), EdgeNames(flat))
-    inputs, outputs = forms_of_call(flat, examples, dynamic)
+    inputs, outputs = forms_of_call(flat, examples)
     about = {"engine": engines()[0], "inputs": inputs, "outputs": outputs}
     steps.write_steps(lowered, path.parent / steps.FILE, about, [info["name"] for info in inputs])
     held = {steps.TENSOR + name: tensor for name, tensor in steps.tensors_of(lowered).items()}

@@ -11,7 +11,6 @@ Loading a program runs native code of the wheel on what the file says: load only
 
 import collections
 import functools
-import inspect
 import threading
 import weakref
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CallSpec
+from lightning_quant.calls import CapturedCall
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.table import OperatorTable
@@ -111,31 +110,22 @@ class ExecuTorch(Runtime):
     TABLE = _TABLE
     INTEGER_OPERATORS = _INTEGER_OPERATORS
 
-    def export(
-        self,
-        module: nn.Module,
-        signature: inspect.Signature,
-        spec: CallSpec,
-        tensors: list[Tensor],
-        path: Path,
-        *,
-        dynamic: dict[str, dict[int, str]],
-    ) -> None:
-        """Lower a module to XNNPACK and write the program; arguments as for ONNX.
+    def export(self, module: nn.Module, call: CapturedCall, path: Path) -> None:
+        """Lower a module to XNNPACK and write the program.
 
         Raises:
             ExportError: torch.export or ExecuTorch refuses the module, with the reason.
         """
-        examples = tuple(example_tensors(spec, tensors, dynamic))
+        examples = tuple(example_tensors(call))
         limits = {
             label: max(_MAX_BATCH, size) if label == "batch" else _MAX_GROWTH * size
-            for name, tensor in zip(spec.names, examples, strict=True)
-            for dimension, label in dynamic.get(name, {}).items()
+            for name, tensor in zip(call.names, examples, strict=True)
+            for dimension, label in call.dynamic.get(name, {}).items()
             for size in [tensor.shape[dimension]]
         }
-        shapes = dynamic_shapes(spec, dynamic, limits)
-        flat = Flat(module, signature, spec).eval()
-        with exporting("ExecuTorch", spec.names):
+        shapes = dynamic_shapes(call, limits)
+        flat = Flat(module, call).eval()
+        with exporting("ExecuTorch", call.names):
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 
@@ -146,7 +136,7 @@ class ExecuTorch(Runtime):
             lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
             restore_bounds(lowered.exported_program())
             path.write_bytes(lowered.to_executorch().buffer)
-            _check_sizes_follow(path, flat, examples, dynamic)
+            _check_sizes_follow(path, flat, examples)
 
     def load(self, folder: Path, files: dict[str, str], signature: Signature, **options: Any) -> ExecuTorchModule:
         """Load an artifact's program; the option is `threads`, which holds for all programs of a process."""
@@ -234,17 +224,15 @@ def _use_threads(number: int | None) -> None:
     portable_lib._unsafe_reset_threadpool(number)
 
 
-def _check_sizes_follow(
-    path: Path, flat: Flat, examples: tuple[Tensor, ...], dynamic: dict[str, dict[int, str]]
-) -> None:
+def _check_sizes_follow(path: Path, flat: Flat, examples: tuple[Tensor, ...]) -> None:
     """Make sure that results are as large as they should be for a batch of one, not as large as memory was planned.
 
     Raises:
         ExportError: they are not.
     """
     inputs = [
-        tensor[:1].contiguous() if dynamic.get(name, {}).get(0) == "batch" else tensor
-        for name, tensor in zip(flat.spec.names, examples, strict=True)
+        tensor[:1].contiguous() if flat.call.dynamic.get(name, {}).get(0) == "batch" else tensor
+        for name, tensor in zip(flat.call.names, examples, strict=True)
     ]
     expected = [tuple(tensor.shape) for tensor in flat(*inputs)]
     program = _program(path)

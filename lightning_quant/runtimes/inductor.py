@@ -10,7 +10,6 @@ Loading a package runs its native code: load only what you trust.
 """
 
 import collections
-import inspect
 import json
 import re
 import zipfile
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CallSpec
+from lightning_quant.calls import CapturedCall
 from lightning_quant.errors import ArtifactError, ExportError, MissingRuntimeError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.plan import Operator
@@ -114,17 +113,8 @@ class Inductor(Runtime):
     TABLE = _TABLE
     INTEGER_OPERATORS = _KERNELS
 
-    def export(
-        self,
-        module: nn.Module,
-        signature: inspect.Signature,
-        spec: CallSpec,
-        tensors: list[Tensor],
-        path: Path,
-        *,
-        dynamic: dict[str, dict[int, str]],
-    ) -> None:
-        """Compile a module into a package; arguments as for ONNX.
+    def export(self, module: nn.Module, call: CapturedCall, path: Path) -> None:
+        """Compile a module into a package.
 
         Raises:
             ExportError: torch.export or Inductor refuses the module, with the reason.
@@ -134,11 +124,11 @@ class Inductor(Runtime):
         # Registers the patterns that make integer kernels of quantize and dequantize.
         with quiet():
             import torchao.quantization.pt2e.quantizer.x86_inductor_quantizer  # noqa: F401
-        examples = tuple(t.contiguous() for t in example_tensors(spec, tensors, dynamic))
-        flat = Flat(module, signature, spec).eval()
-        options = {**_OPTIONS, "aot_inductor.metadata": _as_metadata(forms_of_call(flat, examples, dynamic))}
-        with exporting("Inductor", spec.names):
-            program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(spec, dynamic))
+        examples = tuple(t.contiguous() for t in example_tensors(call))
+        flat = Flat(module, call).eval()
+        options = {**_OPTIONS, "aot_inductor.metadata": _as_metadata(forms_of_call(flat, examples))}
+        with exporting("Inductor", call.names):
+            program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(call))
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
         _make_reproducible(path)
 

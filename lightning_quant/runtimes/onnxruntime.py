@@ -14,7 +14,6 @@ What the table says was tried on ONNX Runtime 1.31, CPU, with counts from the op
 """
 
 import collections
-import inspect
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CallSpec
+from lightning_quant.calls import CapturedCall
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.table import OperatorTable
@@ -143,18 +142,9 @@ class OnnxRuntime(Runtime):
     INTEGER_OPERATORS = _INTEGER_OPERATORS
     KEEPS_EDGES = True
 
-    def export(
-        self,
-        module: nn.Module,
-        signature: inspect.Signature,
-        spec: CallSpec,
-        tensors: list[Tensor],
-        path: Path,
-        *,
-        dynamic: dict[str, dict[int, str]],
-    ) -> None:
+    def export(self, module: nn.Module, call: CapturedCall, path: Path) -> None:
         """Write a module as an ONNX file."""
-        export_onnx(module, signature, spec, tensors, path, dynamic=dynamic)
+        export_onnx(module, call, path)
 
     def describe(self, path: Path, facts: dict[str, Any]) -> None:
         """Write the notes that readers of ONNX files look for."""

@@ -10,7 +10,6 @@ What the table says was tried on OpenVINO 2026.4, CPU, with layer types and prim
 """
 
 import collections
-import inspect
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CallSpec
+from lightning_quant.calls import CapturedCall
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.table import OperatorTable
@@ -138,17 +137,8 @@ class OpenVino(Runtime):
     INTEGER_OPERATORS = _INTEGER_OPERATORS
     KEEPS_EDGES = True
 
-    def export(
-        self,
-        module: nn.Module,
-        signature: inspect.Signature,
-        spec: CallSpec,
-        tensors: list[Tensor],
-        path: Path,
-        *,
-        dynamic: dict[str, dict[int, str]],
-    ) -> None:
-        """Write a module as .xml with a .bin of the same name beside it; arguments as for ONNX.
+    def export(self, module: nn.Module, call: CapturedCall, path: Path) -> None:
+        """Write a module as .xml with a .bin of the same name beside it.
 
         Raises:
             ExportError: PyTorch's exporter or OpenVINO refuses the module, with the reason.
@@ -157,7 +147,7 @@ class OpenVino(Runtime):
 
         with tempfile.TemporaryDirectory() as folder:
             onnx_path = Path(folder) / "model.onnx"
-            export_onnx(module, signature, spec, tensors, onnx_path, dynamic=dynamic, rewrite=pad_by_joining)
+            export_onnx(module, call, onnx_path, rewrite=pad_by_joining)
             try:
                 model = _with_names_of_its_own(compress_weights(openvino.Core().read_model(onnx_path)))
                 openvino.save_model(model, path, compress_to_fp16=False)

@@ -13,14 +13,13 @@ What the table says was tried on torch 2.13, x86, with the integers of each kern
   oneDNN.
 """
 
-import inspect
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor, nn
 
-from lightning_quant.calls import CallSpec
+from lightning_quant.calls import CapturedCall
 from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.table import OperatorTable
@@ -93,17 +92,8 @@ class Torch(Runtime):
         """Run every operator on its own, on given integers, kernel by kernel."""
         return _torch_static.run_forced(path, inputs, edges)
 
-    def export(
-        self,
-        module: nn.Module,
-        signature: inspect.Signature,
-        spec: CallSpec,
-        tensors: list[Tensor],
-        path: Path,
-        *,
-        dynamic: dict[str, dict[int, str]],
-    ) -> None:
-        """Write a module as tensors and a program beside them; arguments as for ONNX.
+    def export(self, module: nn.Module, call: CapturedCall, path: Path) -> None:
+        """Write a module as tensors and a program beside them.
 
         Raises:
             ExportError: PyTorch's exporter refuses the module, with its reason, or a part of it is none of PyTorch's.
@@ -111,7 +101,7 @@ class Torch(Runtime):
         from lightning_quant.convert import is_static
 
         write = _torch_static.export if is_static(module) else _torch_layers.export
-        write(module, signature, spec, tensors, path, dynamic=dynamic)
+        write(module, call, path)
 
     def load(
         self,
