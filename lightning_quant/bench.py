@@ -3,12 +3,10 @@
 import functools
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +16,7 @@ from lightning_quant.artifact import open_model, private_copy, read
 from lightning_quant.errors import QuantizationError
 from lightning_quant.latency import measure
 from lightning_quant.loaded import LoadedModule
-from lightning_quant.machine import cpu_name
+from lightning_quant.machine import cpu_name, peak_bytes
 
 _WORKER = "from lightning_quant.bench import _work; _work()"
 
@@ -135,7 +133,7 @@ def _work() -> None:
     """Measure what standard input asks for, in this process, and print the answer."""
     task = json.load(sys.stdin)
     torch.set_num_threads(task["threads"])
-    before = _peak()
+    before = peak_bytes()
     contestants: dict[str, Callable[[], Any]] = {}
     for name in task["names"]:
         with private_copy(name) as artifact:
@@ -153,7 +151,7 @@ def _work() -> None:
         name, _, batch = key.rpartition("\n")
         values = {"median_ms": timing.median_ms, "low_ms": timing.low_ms, "high_ms": timing.high_ms}
         results.setdefault(name, {})[batch] = values
-    print(json.dumps({"timings": results, "peak_bytes": _peak() - before}))
+    print(json.dumps({"timings": results, "peak_bytes": peak_bytes() - before}))
 
 
 def _call(model: LoadedModule, tensors: list[torch.Tensor]) -> Callable[[], Any]:
@@ -169,14 +167,3 @@ def _call(model: LoadedModule, tensors: list[torch.Tensor]) -> Callable[[], Any]
 def _repeated(tensor: torch.Tensor, batch: int) -> torch.Tensor:
     times = -(-batch // tensor.shape[0])
     return tensor.repeat(times, *[1] * (tensor.dim() - 1))[:batch].contiguous()
-
-
-def _peak() -> int:
-    """Return the largest resident memory of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Linux hands a child its parent's peak through `getrusage`, but not through this.
-        fields = dict(line.split(":", 1) for line in status.read_text().splitlines() if ":" in line)
-        return 1024 * int(fields["VmHWM"].split()[0])
-    value = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return value if sys.platform == "darwin" else 1024 * value

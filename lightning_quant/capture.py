@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.modules.loss import _Loss
 
 from lightning_quant.calls import map_tensors
 from lightning_quant.choice import did_you_mean
@@ -211,7 +212,10 @@ def _is_inside(name: str, others: list[str]) -> bool:
 
 
 def _is_scoring(module: nn.Module) -> bool:
-    return any(base.__name__ in ("Metric", "MetricCollection", "_Loss") for base in type(module).__mro__)
+    # Takes a second to import, which those who look for nothing need not wait for.
+    from torchmetrics import Metric, MetricCollection
+
+    return isinstance(module, Metric | MetricCollection | _Loss)
 
 
 def _trainable_only(root: nn.Module, names: list[str]) -> list[str]:

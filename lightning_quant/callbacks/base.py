@@ -266,6 +266,10 @@ class QuantizationCallback(Callback):
         """Return the name of the observer for activations."""
         raise NotImplementedError
 
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what an artifact is made with, as loggers hold it."""
+        return {"recipe": self.recipe.name, "runtime": self.runtime, "module": self.path}
+
     def _check_arguments(self) -> None:
         """Refuse what needs neither module nor trainer to be known as wrong."""
         runtimes.check_name(self.runtime)

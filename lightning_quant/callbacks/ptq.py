@@ -80,7 +80,7 @@ class PostTrainingQuantization(QuantizationCallback):
         name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
             of these callbacks "quant/<recipe>-<runtime>/".
         limits: what the artifact must keep to, such as `{"max_drop": {"val_f1": 0.01}, "max_size_ratio": 0.3}`, see
-            `lightning_quant.limits.Limits`; one that is missed is a warning, and exit code 1 of every command.
+            `lightning_quant.report.limits.Limits`; one that is missed is a warning, and exit code 1 of every command.
 
     Raises:
         MisconfigurationException: before the first batch, when anything is known to fail, with the way out.

@@ -8,17 +8,25 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant.artifact import Artifact
 from lightning_quant.callbacks.base import QuantizationCallback, warn
+from lightning_quant.callbacks.loggers import Entry, write_down
 from lightning_quant.report.report import Report
 
 
 def publish(callback: QuantizationCallback, trainer: Trainer, report: Report, artifact: Artifact) -> None:
-    """Send a report to the terminal and its numbers to every logger, and to `trainer.callback_metrics`."""
+    """Send a report to the terminal, to every logger what it holds, and numbers to `trainer.callback_metrics`."""
     for warning in report.warnings:
         warn(f"{artifact.path}: {warning}.")
     rank_zero_info(f"{report}\nArtifact: {artifact.path}")
-    scalars = report.scalars(prefix_of(callback, trainer))
+    prefix = prefix_of(callback, trainer)
+    scalars = report.scalars(prefix)
+    entry = Entry(prefix, trainer.global_step, callback.hyperparameters(), report, artifact)
     for logger in trainer.loggers:
         logger.log_metrics(scalars, step=trainer.global_step)
+        try:
+            write_down(logger, entry)
+        except Exception as error:
+            # A service that is away, or a quota: numbers and artifact are safe, and the fit is to end.
+            warn(f"{type(logger).__name__} did not take all of the report of {artifact.path}: {error!r}.")
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
 
 

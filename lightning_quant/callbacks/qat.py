@@ -1,6 +1,8 @@
 """Quantization-aware training as a callback."""
 
 import copy
+import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +69,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
             of these callbacks "quant/<recipe>-<runtime>/".
         limits: what the artifact must keep to, such as `{"max_drop": {"val_f1": 0.01}, "max_size_ratio": 0.3}`, see
-            `lightning_quant.limits.Limits`; one that is missed is a warning, and exit code 1 of every command.
+            `lightning_quant.report.limits.Limits`; one that is missed is a warning, and exit code 1 of every command.
 
     Raises:
         MisconfigurationException: before the first batch, when anything is known to fail, with the way out.
@@ -133,6 +135,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         return self.recipe.training_observer
 
     @override
+    def hyperparameters(self) -> dict[str, Any]:
+        """Return what an artifact is made with, and when the phases of training begin."""
+        points = {f"schedule/{name}": value for name, value in dataclasses.asdict(self.schedule).items()}
+        return {**super().hyperparameters(), **{k: "never" if v == math.inf else v for k, v in points.items()}}
+
     def require_prepared(self) -> Prepared:
         """Return the prepared model, which has a graph: recipes of layers are refused."""
         prepared = super().require_prepared()
