@@ -84,10 +84,7 @@ def capture(
         return Capture(path, *calls[path])
     found = _trainable_only(root, list(calls))
     if not found:
-        raise CaptureError(
-            f"Expected {type(root).__name__} to call a module with layers to quantize in its training step, "
-            "but it calls none. Name it with `module=...`."
-        )
+        raise CaptureError(_none(root, is_wanted))
     if len(found) == 1:
         return Capture(found[0], *calls[found[0]])
     several = {name: calls[name] for name in found}
@@ -111,6 +108,17 @@ def find_module(root: nn.Module, path: str) -> nn.Module:
         return root.get_submodule(path)
     hint = did_you_mean(path, names) or f" Children are {[n for n, _ in root.named_children()]}."
     raise CaptureError(f"Expected `module` to name a module of {type(root).__name__}, but got {path!r}.{hint}")
+
+
+def _none(root: nn.Module, is_wanted: Callable[[nn.Module], bool]) -> str:
+    """Say that no module was called, or why none can be."""
+    expected = f"Expected {type(root).__name__} to call a module with layers to quantize in its training step, but it "
+    if is_wanted(root):
+        return f"{expected}calls none. Name it with `module=...`."
+    owners = [m for m in root.modules() if any(p.dim() > 1 for p in m.parameters(recurse=False))]
+    kinds = ", ".join(dict.fromkeys(type(module).__name__ for module in owners))
+    held = f"holds its weights in {kinds}, which have no quantized form" if kinds else "has no weights"
+    return f"{expected}{held}. Build it of layers that have one, such as nn.Linear and convolutions."
 
 
 def _several(root: nn.Module, work: dict[str, int]) -> str:

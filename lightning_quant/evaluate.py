@@ -1,11 +1,14 @@
 """Stage 7: the user's own validation, on a copy of the LightningModule with another model in place of its module."""
 
 import logging
+import pickle
+import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
@@ -29,13 +32,18 @@ class Metrics(dict[str, float]):
 
     Attributes:
         higher_is_better: of the metrics of torchmetrics that say so.
+        draws: whether a validation step drew random numbers.
     """
 
     def __init__(
-        self, values: Mapping[str, float] | None = None, higher_is_better: dict[str, bool] | None = None
+        self,
+        values: Mapping[str, float] | None = None,
+        higher_is_better: dict[str, bool] | None = None,
+        *,
+        draws: bool = False,
     ) -> None:
         super().__init__(values or {})
-        self.higher_is_better = higher_is_better or {}
+        self.higher_is_better, self.draws = higher_is_better or {}, draws
 
 
 class CountedCalls(Route):
@@ -66,6 +74,7 @@ def evaluate(
     group: Group | None = None,
     on_cpu: bool = False,
     recorded: list[Call] | None = None,
+    seed: int = 0,
 ) -> Metrics:
     """Run the validation loop of a LightningModule and return its metrics.
 
@@ -81,6 +90,7 @@ def evaluate(
         group: the processes that trained; all of them call this.
         on_cpu: whether the LightningModule has to run on the CPU, and not on the trainer's device.
         recorded: gets the arguments of the module's first call, where that is wanted.
+        seed: of the random numbers that validation may draw.
 
     Raises:
         EvaluationError: validation never called the target, or ran a quantized layer in float beside it.
@@ -107,16 +117,17 @@ def evaluate(
     loaders = without_repetitions(loaders, group)
     # The same random numbers for every candidate: what differs then is the candidate.
     recording: AbstractContextManager[list[Call]] = nullcontext([]) if recorded is None else recorded_calls(module, 1)
-    with _quiet(), isolated_rng(0), shown("Evaluating"), recording as calls:
+    with _quiet(), isolated_rng(seed), shown("Evaluating"), recording as calls:
         evaluator = _small_trainer(trainer, device, limit_batches, group, shares)
         results = evaluator.validate(duplicate, dataloaders=loaders, verbose=False)
     if recorded is not None:
         recorded += calls
     group.together(_check_calls, counted, beside, path)
     if group.size > 1:
-        return Metrics(merged(group.gather(shares.values)), shares.higher_is_better)
+        values = merged(group.gather(shares.values))
+        return Metrics(values, shares.higher_is_better, draws=any(group.gather(shares.draws)))
     values = {name: float(value) for result in results for name, value in result.items()}
-    return Metrics(values, shares.higher_is_better)
+    return Metrics(values, shares.higher_is_better, draws=shares.draws)
 
 
 def why_no_metrics(trainer: Trainer) -> str:
@@ -134,6 +145,16 @@ class _Shares(Callback):
     def __init__(self) -> None:
         self.values: dict[str, Share] = {}
         self.higher_is_better: dict[str, bool] = {}
+        self.draws = False
+        self._before: Any = None
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """Called when a validation step begins: see where the random numbers are."""
+        self._before = _random_states()
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Called when a validation step ends: see whether it drew some."""
+        self.draws = self.draws or self._before != _random_states()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation ends: read the results before they are reset."""
@@ -152,6 +173,13 @@ class _Shares(Callback):
                 number = float(item.cumulated_batch_size) if how == "mean" else 1.0
             if isinstance(value, Tensor) and value.numel() == 1:
                 self.values[name] = Share(float(value), number, how)
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Return where the generators are that a step may draw from, comparable."""
+    on_device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.empty(0)
+    tensors = tuple(state.numpy().tobytes() for state in (torch.get_rng_state(), on_device))
+    return *tensors, pickle.dumps((random.getstate(), np.random.get_state()))
 
 
 class _DataModuleLender(Callback):

@@ -208,7 +208,8 @@ def _write(
             written = _attempt(prepared, converted, output, staged, dynamic)
         except (ExportError, ArtifactError, QuantizationError) as error:
             if dynamic is wanted[-1] and doubted is None:
-                if not isinstance(prepared, Layerwise):
+                # What is left in the last attempt is what the user asked to vary in the file.
+                if not isinstance(prepared, Layerwise) or dynamic:
                     raise
                 prepared.decided = ()
                 try:

@@ -81,13 +81,18 @@ def check_takes(captured: CapturedModel, args: tuple[Any, ...], kwargs: dict[str
     Raises:
         FixedSizesError: the file takes other sizes alone, or calls alone that decide otherwise.
     """
-    with evaluation_mode(captured.root):
-        otherwise = captured.decided and decisions(captured.root, args, kwargs) != captured.decided
-    if otherwise:
-        raise FixedSizesError(
-            f"Expected validation to call so that {' and '.join(in_words(captured.decided))}, as in the call that was "
-            "exported, but it does not. Train and validate with calls that decide alike, or pass `evaluate=False`."
-        )
+    if captured.decided:
+        with evaluation_mode(captured.root):
+            decided = decisions(captured.root, args, kwargs)
+        if decided != captured.decided:
+            other = next(
+                (found for found, known in zip(decided, captured.decided, strict=False) if found != known), None
+            )
+            what = "it reads other values" if other is None else f"a batch has {in_words((other,))[0]}"
+            raise FixedSizesError(
+                f"Expected validation to call so that {' and '.join(in_words(captured.decided))}, as in the call that "
+                f"was exported, but {what}. Train and validate with calls that decide alike, or pass `evaluate=False`."
+            )
     exported, batch = captured.exported or {}, captured.batch
     spec, tensors = flatten_call(captured.signature, args, kwargs)
     if spec.names != captured.spec.names:

@@ -2,6 +2,7 @@
 
 import functools
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, ClassVar, Self, get_args
 
@@ -15,6 +16,7 @@ from typing_extensions import override
 from lightning_quant import artifact as artifacts
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
+from lightning_quant.accuracy.recalibrate import Call
 from lightning_quant.accuracy.sensitivity import check_rankable
 from lightning_quant.arguments import (
     check_flag,
@@ -34,6 +36,7 @@ from lightning_quant.callbacks.recovery import given_arguments, recovery, writte
 from lightning_quant.callbacks.runtime_choice import choose_at_start
 from lightning_quant.callbacks.states import identity_of
 from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call
+from lightning_quant.callbacks.validation_batches import validation_calls
 from lightning_quant.capture import Capture, find_module
 from lightning_quant.checkpoint import check_model_and_data, read_checkpoint
 from lightning_quant.choice import check_choice
@@ -59,6 +62,8 @@ from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
 from lightning_quant.way_inside import fills_modules, way_inside
 
 _STRATEGIES = ("SingleDeviceStrategy", "DDPStrategy")
+# Batches of each validation loader whose calls are looked at before training, and where Python reads values in them.
+_BATCHES, _MANY_BATCHES = 4, 32
 # Subclasses of the above that shard parameters or run on devices that nothing here was tried on.
 _OTHER_STRATEGIES = ("DeepSpeedStrategy", "SingleDeviceXLAStrategy")
 
@@ -315,7 +320,7 @@ class QuantizationCallback(Callback):
                 self.group.together(self._prepare, trainer, pl_module)
             prepared = self.require_prepared()
             sizes = self.group.on_first(self._try_export, prepared)
-            self._take_sizes(prepared, sizes)
+            self.group.together(self._take_sizes, trainer, pl_module, prepared, sizes)
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.prepared is not None:
@@ -337,6 +342,8 @@ class QuantizationCallback(Callback):
             self.prepared.learns_from_captured = bool(self._evaluated_otherwise)
         if self._evaluated is not None:
             self.prepared.note_sizes(self._evaluated.args, self._evaluated.kwargs)
+            for call in validation_calls(trainer, pl_module, found.path, _BATCHES):
+                _note_sizes(self.prepared, call)
         name = found.path or ", ".join(found.parts) or f"{type(pl_module).__name__}.forward"
         announce(type(self).__name__, name, self.prepared, self.step_share)
 
@@ -395,7 +402,9 @@ class QuantizationCallback(Callback):
         trial_export(prepared, dynamic_shapes=self.dynamic_shapes)
         return prepared.found_sizes()
 
-    def _take_sizes(self, prepared: Quantizable, found: tuple[Any, ...]) -> None:
+    def _take_sizes(
+        self, trainer: Trainer, pl_module: LightningModule, prepared: Quantizable, found: tuple[Any, ...]
+    ) -> None:
         """Let every process know what the first found out; say what stays as captured, and refuse what cannot be."""
         prepared.take_sizes(found)
         for note in notes_of_sizes(prepared):
@@ -404,7 +413,16 @@ class QuantizationCallback(Callback):
             prepared.detach()
         in_process = isinstance(prepared, Layerwise) and prepared.runtime.IN_PROCESS
         if self._evaluated is not None and self.evaluate and not in_process:
+            number = _MANY_BATCHES if prepared.decided else _BATCHES
             check_takes(prepared, self._evaluated.args, self._evaluated.kwargs)
+            for args, kwargs in validation_calls(trainer, pl_module, self.path, number):
+                check_takes(prepared, args, kwargs)
+
+
+def _note_sizes(prepared: Quantizable, call: Call) -> None:
+    """Remember the sizes of a call, unless it is one that no file can take."""
+    with suppress(CaptureError):
+        prepared.note_sizes(*call)
 
 
 def _load_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -61,13 +61,13 @@ def difference(module: nn.Module, training: Capture, evaluation: Capture) -> str
     )
 
 
-def run_validation(duplicate: LightningModule, batch: Any) -> None:
-    """Run `validation_step` of a copy on a batch, as the first of an epoch."""
+def run_validation(duplicate: LightningModule, batch: Any, index: int = 0, loader: int = 0) -> None:
+    """Run `validation_step` of a copy on a batch, by default as the first of an epoch."""
     duplicate.on_validation_start()
     duplicate.on_validation_epoch_start()
-    duplicate.on_validation_batch_start(batch, 0, 0)
+    duplicate.on_validation_batch_start(batch, index, loader)
     names = list(inspect.signature(duplicate.validation_step).parameters)
-    duplicate.validation_step(*(batch, 0, 0)[: len(names)])
+    duplicate.validation_step(*(batch, index, loader)[: len(names)])
 
 
 def _alike(first: Any, second: Any) -> bool:

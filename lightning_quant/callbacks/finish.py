@@ -19,6 +19,7 @@ from lightning_quant.artifact import Artifact
 from lightning_quant.calibrate import observe_unreached
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.by_chance import in_words
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.held_out import held_out
 from lightning_quant.callbacks.publish import publish
@@ -106,7 +107,8 @@ def _measure(
     calls: list[Call] = []
     if callback.evaluate:
         started = time.perf_counter()
-        metrics = _metrics(callback, trainer, deployment, own, calls)
+        metrics, by_chance = _metrics(callback, trainer, deployment, own, calls)
+        notes += by_chance
         if metrics and deployment.sensitivity is not None:
             gains = _gains(callback, trainer, deployment, deployment.sensitivity)
             found = deployment.sensitivity.with_gains(gains, {row.name: row.higher_is_better for row in metrics})
@@ -164,14 +166,14 @@ def _report(
 
 def _metrics(
     callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, own: Artifact, calls: list[Call]
-) -> tuple[MetricRow, ...]:
-    """Return the metrics, and append a call of validation to `calls`."""
+) -> tuple[tuple[MetricRow, ...], tuple[str, ...]]:
+    """Return the metrics and what to know of them, and append a call of validation to `calls`."""
     pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
     limit = callback.limit_eval_batches
     group = callback.group
     float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group, recorded=calls)
     if not float_values:
-        return ()
+        return (), ()
     with prepared.attached("frozen"):
         simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
     exported, number = dict[str, float](), None
@@ -181,10 +183,15 @@ def _metrics(
         warn(f"The artifact has no metrics: {error}")
     before = callback.metrics_before
     directions = watched(trainer, callback._checkpoint) | float_values.higher_is_better
-    return tuple(
+    rows = tuple(
         MetricRow(name, value, simulated.get(name), exported.get(name), before.get(name), number, directions.get(name))
         for name, value in float_values.items()
     )
+    by_chance: tuple[str, ...] = ()
+    if float_values.draws:
+        others = [evaluate(trainer, pl_module, path, limit_batches=limit, group=group, seed=seed) for seed in (1, 2)]
+        by_chance = (in_words([float_values, *others]),)
+    return rows, by_chance
 
 
 def _gains(

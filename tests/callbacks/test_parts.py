@@ -132,6 +132,7 @@ def test_all_modules_of_a_step_are_one_artifact(kind: type[_Base], tmp_path: Pat
     validating = Trainer(accelerator="cpu", default_root_dir=tmp_path, **options)
     torch.manual_seed(0)
     (by_hand,) = validating.validate(filled, _loader(40), verbose=False)  # type: ignore[arg-type]
+    assert any("draws random numbers" in note for note in report["notes"]) == (kind is _Distributions)
     for row in report["metrics"]:
         assert row["artifact"] == row["simulated"]
         assert row["artifact"] == pytest.approx(row["float_value"], abs=0.05)

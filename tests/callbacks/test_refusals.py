@@ -197,7 +197,7 @@ class Unexportable(nn.Module):
 def test_module_without_layers(kind: Kind, folder: Path) -> None:
     refuse(
         kind(output_dir=folder),
-        r"layers to quantize in its training step, but it calls none\. Name it with `module=",
+        r"layers to quantize in its training step, but it has no weights\. Build it of layers",
         Classifier(NoLayers()),
     )
     refuse(kind(module="net", output_dir=folder), "something to quantize, but there is nothing", Classifier(NoLayers()))

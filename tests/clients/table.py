@@ -20,7 +20,7 @@ RECIPES = {
     "int8_dynamic": "int8_dynamic",
     "int8_weight_only": "int8_weight_only",
 }
-_KEPT = ("model", "recipe", "outcome", "batches", "why", "metrics", "apart", "coverage", "saved")
+_KEPT = ("model", "recipe", "outcome", "batches", "why", "metrics", "apart", "coverage", "saved", "runtime")
 
 
 def run(client: str) -> None:
@@ -36,6 +36,7 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
     """Return the page of all results, by client."""
     fits = [fit for client in found.values() for fit in client]
     counts = Counter(_kind(fit) for fit in fits)
+    inside = sum("runtime" in fit and _kind(fit) == "artifact" for fit in fits)
     lines = [
         "# Other people's projects",
         "",
@@ -43,8 +44,9 @@ def table(found: dict[str, list[dict[str, Any]]]) -> str:
         "Trainer, loaders, checkpoints and saving. Written by `python tests/clients/table.py` from results/.",
         "",
         f"{counts['artifact']} of {len(fits)} fits end with an artifact whose metrics are those of the project's own",
-        f"validation of the loaded artifact, {counts['refused']} are refused before the first batch, {counts['fault']} "
-        "fail otherwise.",
+        f"validation of the loaded artifact, {inside} of them (inside) in the project's own module, after a refusal",
+        f'that names `runtime="torch"`; {counts["refused"]} are refused before the first batch, {counts["fault"]} fail',
+        "otherwise.",
         "",
         f"| project | model | {' | '.join(RECIPES.values())} |",
         f"|---|---|{'---|' * len(RECIPES)}",
@@ -71,7 +73,7 @@ def _cell(fit: dict[str, Any] | None, reasons: list[str]) -> str:
         return ""
     kind = _kind(fit)
     if kind == "artifact":
-        return f"{fit['coverage']:.0%}"
+        return f"{fit['coverage']:.0%}{' inside' * ('runtime' in fit)}"
     why = _plain(fit["why"]) if "why" in fit else f"metrics apart: {fit['apart']}, saved: {fit['saved']}"
     if why not in reasons:
         reasons.append(why)

@@ -1,0 +1,93 @@
+"""Batches from everywhere in the validation data: the first, the last, which is often smaller, and some between."""
+
+import itertools
+import math
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch.utils.data import DataLoader, IterableDataset
+
+from lightning_quant.accuracy.recalibrate import Call
+from lightning_quant.callbacks.evaluation_call import run_validation
+from lightning_quant.callbacks.training_data import _combined_loader, _transferred, _undisturbed, independent_copy
+from lightning_quant.calls import map_tensors
+from lightning_quant.capture import StepStoppedError, isolated_rng, unchanged
+from lightning_quant.compilation import original_path
+from lightning_quant.routing import evaluation_mode, resolve
+
+# Calls that are recorded of one step.
+_CALLS = 4
+
+
+def validation_calls(trainer: Trainer, pl_module: LightningModule, path: str, number: int) -> list[Call]:
+    """Record calls that `validation_step` makes of the module at a path, on some batches of each loader.
+
+    Args:
+        trainer: at fit start, with data attached.
+        pl_module: its module; left as it is.
+        path: name of the module.
+        number: of batches of each loader.
+
+    Returns:
+        As many as there are until a step fails; the loop itself will tell why.
+    """
+    _combined_loader(trainer, "validation")
+    duplicate = independent_copy(trainer, pl_module)
+    module = resolve(duplicate, original_path(duplicate, path))
+    calls: list[Call] = []
+    of_step = 0
+
+    def record(_: Any, args: Any, kwargs: Any) -> None:
+        nonlocal of_step
+        if of_step == _CALLS:
+            raise StepStoppedError
+        of_step += 1
+        calls.append(map_tensors(lambda tensor: tensor.detach().clone(), (args, kwargs)))
+
+    handle = module.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
+    try:
+        with isolated_rng(), unchanged(pl_module), torch.no_grad(), evaluation_mode(duplicate):
+            for batch, index, loader in spread_batches(trainer, duplicate, number):
+                of_step = 0
+                try:
+                    with trainer.precision_plugin.val_step_context():
+                        run_validation(duplicate, batch, index, loader)
+                except StepStoppedError:
+                    continue
+                # A validation that does not run here, on a copy and before its time, tells nothing.
+                except Exception:
+                    break
+    finally:
+        handle.remove()
+    return calls
+
+
+def spread_batches(trainer: Trainer, pl_module: LightningModule, number: int) -> Iterator[tuple[Any, int, int]]:
+    """Yield batches with their index and their loader's, evenly spread; the first ones where nobody can choose."""
+    loop = trainer.fit_loop.epoch_loop.val_loop
+    combined = _combined_loader(trainer, "validation")
+    if combined._mode != "sequential":
+        return
+    with ExitStack() as stack:
+        for which, (loader, limit) in enumerate(zip(combined.flattened, loop._max_batches, strict=False)):
+            probe = _undisturbed(loader, stack)
+            chosen = _choose(probe, limit, number)
+            taken = itertools.islice(probe, int(min(number, limit)))
+            for index, batch in zip(chosen, taken, strict=False):
+                yield _transferred(trainer, pl_module, batch), index, which
+
+
+def _choose(probe: Any, limit: float, number: int) -> list[int]:
+    """Return which batches a loader yields; one over a data set with indices is made to yield chosen ones alone."""
+    is_indexed = isinstance(probe, DataLoader) and not isinstance(probe.dataset, IterableDataset)
+    if not is_indexed or probe.batch_sampler is None or not math.isfinite(limit):
+        return list(range(number))
+    samples = list(itertools.islice(probe.batch_sampler, int(limit)))
+    last = len(samples) - 1
+    steps = max(min(number, len(samples)) - 1, 1)
+    chosen = sorted({round(last * step / steps) for step in range(steps + 1)}) if samples else []
+    probe.__dict__["batch_sampler"] = [samples[index] for index in chosen]
+    return chosen
