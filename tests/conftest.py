@@ -1,3 +1,4 @@
+import gc
 import json
 import os
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 from exported import Artifacts
 from features import rows_of
+from quick_exports import make_exports_quick
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 
@@ -15,6 +17,7 @@ collect_ignore_glob = ["clients/client_*.py", "clients/run_client.py"]
 
 # Test machines share their cores; the nets here are too small to gain from threads.
 torch.set_num_threads(1)
+make_exports_quick()
 
 
 @pytest.fixture(autouse=True)
@@ -45,3 +48,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Write down what the collected tests show, slow ones included, when asked to."""
     if "LIGHTNING_QUANT_FEATURES" in os.environ:
         Path(os.environ["LIGHTNING_QUANT_FEATURES"]).write_text(json.dumps(rows_of(items)))
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector off the libraries' own objects, which it would look through in every test."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 10, 10)

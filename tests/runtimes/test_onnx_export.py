@@ -4,10 +4,14 @@ from pathlib import Path
 
 import onnx
 import pytest
+import quick_exports
 import torch
+from models import CASES, calibrated
+from quick_exports import translate_anew
 from torch import Tensor, nn
 
 import lightning_quant as lq
+from lightning_quant.export import export
 
 _TYPES = {"int8_weight_only": "int8", "float16": "float16"}
 
@@ -54,3 +58,21 @@ def test_rules_of_the_rewriter_are_tried_on_their_own_operators_alone() -> None:
         tried.append(rule.operator is None)
         assert rule.operator is None or rule.try_rewrite(None, None, node) is None
     assert not all(tried)
+
+
+@pytest.mark.parametrize("net", ["residual", "multi_modal", "pooling", "tied"])
+def test_programs_that_differ_in_weights_are_translated_once_to_what_they_would_be_anew(
+    net: str, tmp_path: Path
+) -> None:
+    model, prepared = calibrated(next(case for case in CASES if case.name == net))
+    written = [export(prepared, tmp_path / "first").model_path.read_bytes()]
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.neg_()
+    known = len(quick_exports._translated)
+    written.append(export(prepared, tmp_path / "again").model_path.read_bytes())
+
+    assert len(quick_exports._translated) == known
+    translate_anew()
+    written.append(export(prepared, tmp_path / "anew").model_path.read_bytes())
+    assert written[0] != written[1] == written[2]

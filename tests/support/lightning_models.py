@@ -1,27 +1,18 @@
 """Small LightningModules, data and Trainers for the tests."""
 
-import contextlib
-import functools
 import itertools
 from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from lightning.pytorch import Callback, LightningModule, Trainer
+from quick_exports import make_exports_quick
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 from torchmetrics.classification import MulticlassAccuracy
 
 torch.set_num_threads(1)
-with contextlib.suppress(ImportError, AttributeError):
-    # Half of the time of exporting a tiny net is spent on listing all operators anew; once will do for all tests.
-    # Registers operators that would be missing from the list if a test of other recipes came first.
-    from lightning_quant.decomposed import define_operators
-
-    define_operators()
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
-    ONNXRegistry.from_torchlib = staticmethod(functools.cache(ONNXRegistry.from_torchlib))
+make_exports_quick()
 
 NUM_CLASSES = 4
 NUM_TRAIN, NUM_VALIDATION, BATCH = 32, 16, 8
