@@ -8,6 +8,7 @@ import types
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Any
 
+import onnx_ir
 import torch
 import torch.export
 from torch import Tensor
@@ -42,7 +43,8 @@ def make_exports_quick() -> None:
     _registration.ONNXRegistry.from_torchlib = staticmethod(functools.cache(_registration.ONNXRegistry.from_torchlib))
     _list_operators_once()
     _register_quickly()
-    _translate_once()
+    if hasattr(onnx_ir.Model, "clone"):
+        _translate_once()
 
 
 def _list_operators_once() -> None:
