@@ -31,6 +31,7 @@ def test_quickstart_loses_at_most_two_images_and_runs_in_integers(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(quickstart, "OUTPUT", tmp_path)
+    monkeypatch.setattr(quickstart, "EPOCHS", 6)
     quickstart.main()
     printed = capsys.readouterr().out
     wrong = {name: int(number) for name, number in re.findall(r"^  (\S.*?)\s{2,}(\d+)$", printed, re.MULTILINE)}
