@@ -1,8 +1,8 @@
 """The tools that the benchmarks compare with, each quantizing the same float model with the same calibration tensors.
 
 Every function takes a float `nn.Module` in eval mode with one tensor input, leaves it as it was, and returns a
-callable from a batch of inputs to a batch of outputs. PyTorch's own models use `torch.get_num_threads()` threads;
-the other runtimes take the number as `threads`.
+callable from a batch of inputs to a batch of outputs, a list of them where the model has several. PyTorch's own models
+use `torch.get_num_threads()` threads; the other runtimes take the number as `threads`.
 """
 
 import contextlib
@@ -45,12 +45,30 @@ class OrtModel:
         self._session = onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
         self._input_name = self._session.get_inputs()[0].name
 
-    def __call__(self, inputs: Tensor) -> Tensor:
+    def __call__(self, inputs: Tensor) -> Any:
         """Run one batch of any size."""
-        return torch.from_numpy(self._session.run(None, {self._input_name: inputs.numpy()})[0])
+        return _results(self._session.run(None, {self._input_name: inputs.numpy()}))
 
 
-def ort_float(model: nn.Module, example: Tensor, path: Path, threads: int = 1) -> OrtModel:
+class OpenVinoModel:
+    """A model of OpenVINO's in OpenVINO, called like the module it was exported from.
+
+    Attributes:
+        model: the `openvino.Model`.
+    """
+
+    def __init__(self, model: Any, threads: int) -> None:
+        import openvino
+
+        self.model = model
+        self._compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": threads})
+
+    def __call__(self, inputs: Tensor) -> Any:
+        """Run one batch of any size."""
+        return _results([result.copy() for result in self._compiled(inputs.numpy()).values()])
+
+
+def ort_float(model: nn.Module, example: Tensor, path: Path, threads: int = 1, *, one_size: bool = False) -> OrtModel:
     """Export the float model to ONNX file `path` and run it in ONNX Runtime.
 
     Args:
@@ -58,12 +76,27 @@ def ort_float(model: nn.Module, example: Tensor, path: Path, threads: int = 1) -
         example: `(N, ...)`; every size but the first is fixed.
         path: of the file to write.
         threads: of the session.
+        one_size: whether the first is fixed, too.
     """
-    return OrtModel(_export(model, example, path), threads)
+    return OrtModel(_export(model, example, path, one_size=one_size), threads)
+
+
+def openvino_float(path: Path, threads: int = 1) -> OpenVinoModel:
+    """Run a float ONNX file in OpenVINO with its default settings, bfloat16 on CPUs with AMX."""
+    import openvino
+
+    return OpenVinoModel(openvino.Core().read_model(str(path)), threads)
 
 
 def ort_quantize_static(
-    model: nn.Module, calibration: Sequence[Tensor], path: Path, method: str = "MinMax", threads: int = 1
+    model: nn.Module,
+    calibration: Sequence[Tensor],
+    path: Path,
+    method: str = "MinMax",
+    threads: int = 1,
+    *,
+    exported: Path | None = None,
+    symbolic_shapes: bool = True,
 ) -> OrtModel:
     """Quantize with onnxruntime's `quantize_static`: QDQ, int8 weights per channel, uint8 activations.
 
@@ -73,14 +106,16 @@ def ort_quantize_static(
         path: of the int8 file to write; the float file is written beside it.
         method: `"MinMax"`, `"Percentile"` or `"Entropy"`, with onnxruntime's default settings.
         threads: of the session.
+        exported: the float model as an ONNX file, where there is one.
+        symbolic_shapes: whether onnxruntime infers them beforehand, which some models do not get through.
     """
     from onnxruntime import quantization
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    exported = _export(model, calibration[0], path.with_suffix(".float.onnx"))
+    exported = exported or _export(model, calibration[0], path.with_suffix(".float.onnx"))
     cleaned = path.with_suffix(".cleaned.onnx")
     with _quiet():
-        quant_pre_process(str(exported), str(cleaned))
+        quant_pre_process(str(exported), str(cleaned), skip_symbolic_shape=not symbolic_shapes)
         quantization.quantize_static(
             str(cleaned),
             str(path),
@@ -138,7 +173,9 @@ def freeze_observers(prepared: nn.Module) -> nn.Module:
     return prepared.apply(quantization.disable_observer)
 
 
-def nncf_quantize(model: nn.Module, calibration: Sequence[Tensor], path: Path, threads: int = 1) -> Predictor:
+def nncf_quantize(
+    model: nn.Module, calibration: Sequence[Tensor], path: Path, threads: int = 1, *, exported: Path | None = None
+) -> OpenVinoModel:
     """Quantize with NNCF's default post-training settings and run in OpenVINO.
 
     NNCF gives the inputs of depthwise convolutions one scale per channel; OpenVINO then runs those convolutions not in
@@ -147,8 +184,9 @@ def nncf_quantize(model: nn.Module, calibration: Sequence[Tensor], path: Path, t
     Args:
         model: float model in eval mode.
         calibration: batches, `(N, ...)` each.
-        path: of the float ONNX file to write and to quantize.
+        path: of the float ONNX file to write and to quantize, unless it is given.
         threads: of the compiled model.
+        exported: the float model as an ONNX file, where there is one.
 
     Raises:
         ModuleNotFoundError: when `nncf` or `openvino` is not installed.
@@ -156,17 +194,11 @@ def nncf_quantize(model: nn.Module, calibration: Sequence[Tensor], path: Path, t
     import nncf
     import openvino
 
-    core = openvino.Core()
-    float_model = core.read_model(str(_export(model, calibration[0], path)))
+    float_model = openvino.Core().read_model(str(exported or _export(model, calibration[0], path)))
     with _quiet():
         dataset = nncf.Dataset([batch.numpy() for batch in calibration])
         quantized = nncf.quantize(float_model, dataset, subset_size=len(calibration))
-    compiled = core.compile_model(quantized, "CPU", {"INFERENCE_NUM_THREADS": threads})
-
-    def predict(inputs: Tensor) -> Tensor:
-        return torch.from_numpy(compiled(inputs.numpy())[0].copy())
-
-    return predict
+    return OpenVinoModel(quantized, threads)
 
 
 def operator_counts(model_path: Path, optimized_path: Path) -> Counter[str]:
@@ -186,17 +218,22 @@ def operator_counts(model_path: Path, optimized_path: Path) -> Counter[str]:
     return Counter(node.op_type for node in onnx.load(str(optimized_path)).graph.node)
 
 
-def _export(model: nn.Module, example: Tensor, path: Path) -> Path:
-    """Write the float model as an ONNX file with a dynamic batch."""
+def _results(outputs: Sequence[Any]) -> Any:
+    tensors = [torch.from_numpy(output) for output in outputs]
+    return tensors[0] if len(tensors) == 1 else tensors
+
+
+def _export(model: nn.Module, example: Tensor, path: Path, *, one_size: bool = False) -> Path:
+    """Write the float model as an ONNX file, with a dynamic batch unless it has one size alone."""
     path.parent.mkdir(parents=True, exist_ok=True)
     two = torch.cat([example, example])[:2]  # an example of batch size 1 would fix the size
     with _quiet():
         torch.onnx.export(
             _SingleInput(model).eval(),
-            (two,),
+            (example if one_size else two,),
             str(path),
             dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
+            dynamic_shapes=None if one_size else ({0: torch.export.Dim("batch")},),
             external_data=False,
             verbose=False,
         )

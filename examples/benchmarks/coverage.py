@@ -1,0 +1,217 @@
+"""Whatever people train: int8 of many architectures beside onnxruntime's and NNCF's own, on the same calls.
+
+`python examples/benchmarks/coverage.py` quantizes each network of `networks_*.py`, with random weights, by
+`lq.quantize` for ONNX Runtime and OpenVINO, by onnxruntime's `quantize_static`, and by NNCF where that is installed
+(`pip install nncf`). Noise is that of held-back inputs. Shares in integers are read from what the engines make of the
+files: multiply-adds from ONNX Runtime's profile and OpenVINO's compiled layers, weights from the constants.
+Times are CPU time for one sample, one thread, interleaved rounds. `--only NAME ...` runs some; what has run is kept in
+`--state` and not run again.
+"""
+
+import argparse
+import functools
+import importlib.util
+import inspect
+import json
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import networks_dense
+import networks_images
+import networks_mobile
+import networks_sequences
+import networks_tables
+import torch
+from integer_shares import Shares, onnxruntime_shares, openvino_shares
+from network_cases import Case, settled
+from peers import OrtModel, nncf_quantize, openvino_float, ort_float, ort_quantize_static
+from results import publish
+from timing import interleaved, median_ms, table
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+import lightning_quant as lq
+from lightning_quant.errors import NoEffectWarning, QuantizationError
+from lightning_quant.noise import signal_to_noise
+
+OURS = ("onnxruntime", "openvino")
+ORT_PEER, NNCF = "quantize_static", "NNCF"
+NUM_CALIBRATION_CALLS, BATCH = 8, 8
+_MODULES = (networks_images, networks_mobile, networks_dense, networks_sequences, networks_tables)
+NETWORKS: dict[str, Callable[[], Case]] = {
+    name: make
+    for module in _MODULES
+    for name, make in vars(module).items()
+    if inspect.isfunction(make) and make.__module__ == module.__name__ and make.__annotations__ == {"return": Case}
+}
+# Of one contestant: decibels, share of multiply-adds, share of weights; or why there are none.
+Cells = dict[str, Any]
+
+
+def run(name: str, rounds: int) -> dict[str, Any]:
+    """Quantize one network with every tool; a peer that fails is a cell, ours is an error."""
+    torch.manual_seed(0)
+    case = NETWORKS[name]()
+    net = settled(case.net, case.inputs)
+    calibration = [case.inputs(BATCH, seed) for seed in range(NUM_CALIBRATION_CALLS)]
+    held_back = [case.inputs(BATCH, 500 + seed) for seed in range(4)]
+    found: dict[str, Any] = {"cells": {}}
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        calls: dict[str, Callable[[Tensor], Any]] = {"eager": net}
+        references = [pytree.tree_leaves(net(inputs)) for inputs in held_back]
+        for tool, build in _tools(case, net, calibration, Path(folder)).items():
+            started = time.perf_counter()
+            cells, predict = _attempt(tool, build, held_back, references)
+            found["cells"][tool] = cells | {"seconds": round(time.perf_counter() - started, 1)}
+            if predict is not None:
+                calls[tool] = predict
+        if rounds:
+            one = held_back[0] if case.one_size else held_back[0][:1]
+            contestants = {tool: functools.partial(call, one) for tool, call in calls.items()}
+            found["ms"] = {tool: median_ms(s) for tool, s in interleaved(contestants, rounds=rounds).items()}
+    return found
+
+
+def _tools(case: Case, net: nn.Module, calibration: list[Tensor], folder: Path) -> dict[str, Callable[[], Any]]:
+    """Return, by name, functions that give a predictor and what reads its shares."""
+    example, path = calibration[0], folder / "float.onnx"
+
+    def float_openvino() -> Any:
+        return openvino_float(path), None
+
+    def ours(runtime: str) -> Any:
+        shapes: Any = "static" if case.one_size else None
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", NoEffectWarning)
+            artifact = lq.quantize(
+                net,
+                runtime=runtime,  # type: ignore[arg-type]
+                calibration_data=calibration,
+                output_dir=folder / runtime,
+                dynamic_shapes=shapes,
+                threads=1,
+            )
+        return lq.load(artifact.path, threads=1), artifact
+
+    def static() -> Any:
+        # Inference of symbolic shapes stops at some of these.
+        return ort_quantize_static(net, calibration, folder / "static.onnx", exported=path, symbolic_shapes=False), None
+
+    tools: dict[str, Callable[[], Any]] = {
+        "float, ONNX Runtime": lambda: (ort_float(net, example, path, one_size=case.one_size), None),
+        "float, OpenVINO": float_openvino,
+        **{runtime: functools.partial(ours, runtime) for runtime in OURS},
+        ORT_PEER: static,
+    }
+    if importlib.util.find_spec("nncf"):
+        tools[NNCF] = lambda: (nncf_quantize(net, calibration, path, exported=path), None)
+    return tools
+
+
+def _attempt(tool: str, build: Callable[[], Any], held_back: list[Tensor], references: list[Any]) -> tuple[Cells, Any]:
+    try:
+        predict, artifact = build()
+        results = [pytree.tree_leaves(predict(inputs)) for inputs in held_back]
+    except QuantizationError as error:
+        return {"refused": str(error)}, None
+    except Exception as error:
+        if tool in OURS:
+            raise
+        return {"failed": f"{type(error).__name__}: {error}"[:300]}, None
+    cells: Cells = {"db": signal_to_noise(references, results)}
+    if artifact is not None:
+        cells |= {"notes": artifact.report["warnings"], "planned": artifact.report["plan"]["coverage"]}
+    if not tool.startswith("float"):
+        cells |= _shares(predict, artifact, held_back[0])._asdict()
+    return cells, predict
+
+
+def _shares(predict: Any, artifact: lq.Artifact | None, inputs: Tensor) -> Shares:
+    if artifact is None:
+        is_ort = isinstance(predict, OrtModel)
+        return onnxruntime_shares(predict.model_path, inputs) if is_ort else openvino_shares(predict.model, inputs)
+    if artifact.model_path.suffix == ".onnx":
+        return onnxruntime_shares(artifact.model_path, inputs)
+    return openvino_shares(openvino_float(artifact.model_path).model, inputs)
+
+
+def rows(found: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
+    """Return the rows of the table and its header."""
+    tools = (*OURS, ORT_PEER, NNCF)
+    header = ["network"]
+    header += [f"{measure}: {tool}" for measure in ("dB", "computed %", "stored %") for tool in tools]
+    header += ["best float, ms", "times faster: lightning_quant", "peers", "slower, said"]
+    lines = []
+    for name, result in found.items():
+        cells = result["cells"]
+        line = [name]
+        for measure, scale in (("db", 1), ("computed", 100), ("stored", 100)):
+            line += [_cell(cells.get(tool, {}), measure, scale) for tool in tools]
+        lines.append((*line, *_times(result)))
+    return lines, tuple(header)
+
+
+def _cell(cells: Cells, measure: str, scale: int) -> str:
+    if measure in cells:
+        return f"{scale * cells[measure]:.{1 if scale == 1 else 0}f}"
+    return next((word for word in ("refused", "failed") if word in cells), "")
+
+
+def _times(result: dict[str, Any]) -> tuple[str, str, str, str]:
+    ms = result.get("ms")
+    if ms is None:
+        return "", "", "", ""
+    floats = {tool: value for tool, value in ms.items() if tool.startswith(("eager", "float"))}
+    best = min(floats, key=lambda tool: floats[tool])
+
+    def fastest(tools: tuple[str, ...]) -> tuple[str, str]:
+        measured = {tool: ms[tool] for tool in tools if tool in ms}
+        if not measured:
+            return "", ""
+        tool = min(measured, key=lambda t: measured[t])
+        return tool, f"{ms[best] / ms[tool]:.2f} ({tool})"
+
+    ours, text = fastest(OURS)
+    notes = result["cells"].get(ours, {}).get("notes", [])
+    said = "" if not ours or ms[ours] <= ms[best] else "yes" if any("slower" in note for note in notes) else "no"
+    return f"{ms[best]:.2f} ({best.removeprefix('float, ')})", text, fastest((ORT_PEER, NNCF))[1], said
+
+
+def main() -> None:
+    """Run the networks one after the other, and print one table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--only", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME")
+    parser.add_argument("--no-latency", action="store_true", help="leave out the times")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--state", type=Path, help="JSON file of what has run")
+    parser.add_argument("--no-publish", action="store_true", help="print the table only")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    state = arguments.state
+    found = json.loads(state.read_text()) if state is not None and state.exists() else {}
+    for name in arguments.only:
+        if name in found:
+            continue
+        started = time.perf_counter()
+        try:
+            found[name] = run(name, 0 if arguments.no_latency else arguments.rounds)
+        except Exception as error:
+            traceback.print_exc()
+            found[name] = {"cells": {tool: {"failed": f"{type(error).__name__}: {error}"} for tool in OURS}}
+        print(f"{name}: {time.perf_counter() - started:.0f} s {json.dumps(found[name])}", flush=True)
+        if state is not None:
+            state.write_text(json.dumps(found))
+    lines, header = rows({name: found[name] for name in arguments.only})
+    if arguments.no_publish:
+        print(table(lines, header))
+    else:
+        publish("coverage", table(lines, header), packages=["openvino"])
+
+
+if __name__ == "__main__":
+    main()
