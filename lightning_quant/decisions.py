@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from lightning_quant.calls import map_tensors
 from lightning_quant.layers.packed import kept_padded
+from lightning_quant.routing import as_exported
 from lightning_quant.signature import tensor_leaves
 
 # What Python calls to make a truth value or a whole number of a tensor.
@@ -92,7 +93,7 @@ def decisions(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     Empty where nothing is read, or where no file can answer for it: it reads other numbers, or returns no numbers that
     could be NaN.
     """
-    with torch.no_grad(), torch.random.fork_rng(devices=[]), kept_padded(), _Looking() as looking:
+    with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported(), kept_padded(), _Looking() as looking:
         result = module(*args, **kwargs)
     if not all(isinstance(value, bool | int) for _, value in looking.decided):
         return ()

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.captured import CapturedModel
+from lightning_quant.routing import as_exported
 
 # Where a module has what it shows as an attribute beside the plain ones.
 _OWNED = ("_parameters", "_buffers", "_modules")
@@ -47,7 +48,7 @@ def _following(module: nn.Module, captured: CapturedModel) -> dict[tuple[str, st
 
     def after(number: int) -> dict[tuple[str, str], Any]:
         args, kwargs = captured.call(batch.cut(captured.spec.names, captured.tensors, 0, number))
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
             module(*args, **kwargs)
         return _plain(module)
 

@@ -90,3 +90,37 @@ def test_what_counts_calls_is_no_size() -> None:
         assert model.mask is not before["mask"]
         assert model.calls > before["calls"]
     assert {name: value for name, value in vars(model).items() if not name.startswith("_")} == before
+
+
+class _Masking(nn.Module):
+    """Leaves a mask out where nothing is hidden, which it can tell but while it is exported, as transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = _Masked(), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mask = torch.ones(len(x), 1)
+        if not torch.compiler.is_exporting() and bool((mask == 1).all()):
+            mask = None
+        return self.head(self.layer(x, mask))
+
+
+class _Masked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        y = torch.relu(self.linear(x))
+        return y if mask is None else y * mask
+
+
+def test_part_called_with_other_arguments_while_exported(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = _Masking().eval(), torch.randn(8, 6)
+    artifact = lq.quantize(model, calibration_data=[x], output_dir=tmp_path)
+    loaded = lq.load(artifact.path, threads=1)
+
+    assert artifact.report["plan"]["coverage"] == 1.0
+    assert loaded(torch.randn(3, 6)).shape == (3, 3)

@@ -36,8 +36,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lightning_quant as lq
+from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.errors import NoEffectWarning, QuantizationError
+from lightning_quant.export import export
 from lightning_quant.noise import signal_to_noise
+from lightning_quant.prepare import prepare
 
 OURS = ("onnxruntime", "openvino")
 ORT_PEER, NNCF = "quantize_static", "NNCF"
@@ -64,7 +67,7 @@ def run(name: str, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         calls: dict[str, Callable[[Tensor], Any]] = {"eager": net}
         references = [pytree.tree_leaves(net(inputs)) for inputs in held_back]
-        for tool, build in _tools(case, net, calibration, Path(folder)).items():
+        for tool, build in _tools(case, net, calibration, Path(folder), reported=rounds > 0).items():
             started = time.perf_counter()
             cells, predict = _attempt(tool, build, held_back, references)
             found["cells"][tool] = cells | {"seconds": round(time.perf_counter() - started, 1)}
@@ -77,8 +80,10 @@ def run(name: str, rounds: int) -> dict[str, Any]:
     return found
 
 
-def _tools(case: Case, net: nn.Module, calibration: list[Tensor], folder: Path) -> dict[str, Callable[[], Any]]:
-    """Return, by name, functions that give a predictor and what reads its shares."""
+def _tools(
+    case: Case, net: nn.Module, calibration: list[Tensor], folder: Path, *, reported: bool
+) -> dict[str, Callable[[], Any]]:
+    """Return, by name, functions that give a predictor, and the artifact where it is ours."""
     example, path = calibration[0], folder / "float.onnx"
 
     def float_openvino() -> Any:
@@ -86,6 +91,11 @@ def _tools(case: Case, net: nn.Module, calibration: list[Tensor], folder: Path) 
 
     def ours(runtime: str) -> Any:
         shapes: Any = "static" if case.one_size else None
+        if not reported:
+            prepared = prepare(net, (example,), runtime=runtime, observer="mse", trains=False)
+            calibrate(prepared, steps_of(prepared, calibration))
+            artifact = export(prepared, folder / runtime, dynamic_shapes=shapes)
+            return lq.load(artifact.path, threads=1), artifact
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", NoEffectWarning)
             artifact = lq.quantize(
@@ -125,7 +135,8 @@ def _attempt(tool: str, build: Callable[[], Any], held_back: list[Tensor], refer
         return {"failed": f"{type(error).__name__}: {error}"[:300]}, None
     cells: Cells = {"db": signal_to_noise(references, results)}
     if artifact is not None:
-        cells |= {"notes": artifact.report["warnings"], "planned": artifact.report["plan"]["coverage"]}
+        cells["planned"] = artifact.manifest["plan"]["coverage"]
+        cells["notes"] = artifact.report["warnings"] if artifact.report else []
     if not tool.startswith("float"):
         cells |= _shares(predict, artifact, held_back[0])._asdict()
     return cells, predict
@@ -186,7 +197,7 @@ def main() -> None:
     """Run the networks one after the other, and print one table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME")
-    parser.add_argument("--no-latency", action="store_true", help="leave out the times")
+    parser.add_argument("--no-latency", action="store_true", help="leave out the times and the reports")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--state", type=Path, help="JSON file of what has run")
     parser.add_argument("--no-publish", action="store_true", help="print the table only")

@@ -127,7 +127,7 @@ class _Detr(nn.Module):
 
 def detr() -> Case:
     """Frozen norms written out, `nn.Transformer`."""
-    return Case(_Detr(), images())
+    return Case(_Detr(), images(), one_size=True)
 
 
 class _Unet(nn.Module):

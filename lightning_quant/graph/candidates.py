@@ -190,14 +190,16 @@ class Candidates:
     def is_part_of_float(self, node: fx.Node) -> bool:
         """Tell whether a node is a part of what an operator may answer in float, moved or not.
 
-        Such parts, queries, keys and values say, are too unlike for one grid.
+        Such parts, queries, keys and values say, are too unlike for one grid; chunks of a convolution's channels are
+        joined again.
         """
         takes_part = False
         while self.operations[node].kind in ops.MOVING and ops.is_float(ops.moved_from(node)):
             takes_part = takes_part or self.operations[node].kind == "slice"
             node = ops.moved_from(node)
         unit = next((unit for unit in self.units.values() if unit.tail is node), None) if takes_part else None
-        return unit is not None and unit.operation.kind in self.table.float_output
+        kind = "" if unit is None else unit.operation.kind
+        return kind in self.table.float_output and not kind.startswith("conv")
 
     def _elementwise_refusal(self, node: fx.Node, sources: list[fx.Node], all_near: bool) -> str:
         kind = self.operations[node].kind

@@ -97,13 +97,13 @@ class Matcher(Candidates):
                     wanted.add(source)
                     shared.append(node)
         units = [unit for node in self.graph.nodes if (unit := self.units.get(node)) is not None]
-        added |= self._added_in_float(units)
         for unit in units:
-            # A float ReLU that others read would be fused into a float matrix product.
             if unit.tail in added:
                 continue
+            # A float ReLU that others read would be fused into a float matrix product.
             ends_in_float_relu = unit.activation is not None and any(user.op != "output" for user in unit.tail.users)
-            if unit.tail in wanted or unit.operation.kind not in self.table.float_output or ends_in_float_relu:
+            fuses_in_float = ends_in_float_relu and not unit.operation.kind.startswith("conv")
+            if unit.tail in wanted or unit.operation.kind not in self.table.float_output or fuses_in_float:
                 wanted.add(unit.tail)
         groups: dict[fx.Node, str] = {}
         for node in reversed(shared):
@@ -124,29 +124,11 @@ class Matcher(Candidates):
             other.tail
             for other in self.units.values()
             if other.operation.kind.startswith("conv")
-            and (other.activation is None or self.table.fuses_float_add)
+            and (other.activation is None or self.table.adds_activated)
             and len(other.tail.users) == 1
         }
         fitting = [node for node in self.graph.nodes if node in tails and node in unit.source]
         return set(fitting[-1:])
-
-    def _added_in_float(self, units: list[Unit]) -> set[fx.Node]:
-        """Return the results of convolutions that nothing but a float addition reads, which does not round them."""
-        if not self.table.fuses_float_add:
-            return set()
-        found: set[fx.Node] = set()
-        for unit in units:
-            reader = self._reader_of(unit.tail)
-            while reader is not None and self.operations[reader].kind == "mul" and len(reader.all_input_nodes) == 1:
-                reader = self._reader_of(reader)
-            if (
-                unit.operation.kind.startswith("conv")
-                and reader is not None
-                and self.operations[reader].kind in ("add", "sub")
-                and reader not in self.units
-            ):
-                found.add(unit.tail)
-        return found
 
     def _is_worth(self, unit: Unit, wanted: set[fx.Node]) -> bool:
         if unit.operation.kind in ops.WEIGHTED or unit.tail in wanted:

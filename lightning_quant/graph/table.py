@@ -18,7 +18,7 @@ class OperatorTable:
         reasons: kind to reason, for kinds that stay float.
         fuses_add: whether a convolution adds another quantized tensor before it rounds, so that nothing is rounded
             between convolution and addition.
-        fuses_float_add: whether it does so for any float addition, which may then answer in float.
+        adds_activated: whether it does so behind an activation, too.
         one_channel: why convolutions of a single input channel stay float; empty when they do not.
         padded_average: why averages that count padded zeros stay float; empty when they do not.
         fuses_pad: whether a padding before a convolution disappears in it; otherwise what it makes is quantized.
@@ -32,7 +32,7 @@ class OperatorTable:
     shared_scale: frozenset[str]
     reasons: Mapping[str, str] = field(default_factory=dict)
     fuses_add: bool = False
-    fuses_float_add: bool = False
+    adds_activated: bool = False
     fuses_pad: bool = True
     one_channel: str = ""
     padded_average: str = ""

@@ -3,7 +3,10 @@
 What the table says was tried on OpenVINO 2026.4, CPU, with layer types and primitives read from the compiled model:
 - It fuses conv, residual add and ReLU into one integer kernel by itself, and rounds nothing between them, even where a
   quantizer stands there.
-- Sigmoid, LeakyReLU and matrix products of two activations run in float between dequantize and quantize.
+- A convolution may answer in float, and computes an activation that reads it in its own kernel before it rounds. With
+  that answer rounded the activation is a layer of its own: three convolutions of 64 channels on 32x32 with two SiLU
+  took 0.93 ms for 0.87 and were at 31.5 dB for 34.3; Hardswish, GELU, Mish, PReLU, LeakyReLU, Sigmoid are alike.
+- Matrix products of two activations run in float between dequantize and quantize.
 - Weights stored as integers stay so in memory where they are scaled before their product (`_openvino_weights.py`);
   those of LSTMs and GRUs must be constants, so int8 is refused for them.
 - Without a hint it computes float layers in bfloat16 on processors that have it; here it is told float32.
@@ -39,21 +42,23 @@ _LAYER_REFUSALS = {
     "weight_only_4bit": "OpenVINO does not read the operator that carries out four bits. Use 'int8_weight_only'",
 }
 _FLOAT = "OpenVINO computes it in float on the CPU"
+_IN_KERNEL = "OpenVINO computes it in float, within an integer convolution that it reads"
 _TABLE = OperatorTable(
     weighted=frozenset({"conv1d", "conv2d", "conv3d", "linear"}),
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
-    float_output=frozenset({"linear"}),
+    float_output=frozenset({"conv1d", "conv2d", "conv3d", "linear"}),
     own_scale=frozenset({"add", "cat", "avg_pool", "global_avg_pool"}),
     shared_scale=MOVING,
     reasons={
-        **dict.fromkeys(("mul", "sub", "matmul", "attention", "layer_norm", "group_norm", "tanh", "softplus"), _FLOAT),
-        **dict.fromkeys(("leaky_relu", "sigmoid", "hardswish", "hardsigmoid", "gelu", "silu", "mish", "elu"), _FLOAT),
-        **dict.fromkeys(("conv_transpose1d", "conv_transpose3d", "prelu", "selu"), _FLOAT),
+        **dict.fromkeys(("mul", "sub", "matmul", "attention", "layer_norm", "group_norm", "softplus", "selu"), _FLOAT),
+        **dict.fromkeys(("leaky_relu", "sigmoid", "hardswish", "hardsigmoid", "gelu", "silu", "mish"), _IN_KERNEL),
+        **dict.fromkeys(("elu", "prelu", "tanh"), _IN_KERNEL),
+        **dict.fromkeys(("conv_transpose1d", "conv_transpose3d"), _FLOAT),
         "conv_transpose2d": "its integer form, with a scale for each output channel of transposed weights, is not made",
         "softmax": "kept float: eight bits are too few for its tails",
     },
     fuses_add=True,
-    fuses_float_add=True,
+    adds_activated=True,
     moves_dequantization=True,
     padded_average="OpenVINO pads the integers with 0, whichever of them stands for zero",
 )
