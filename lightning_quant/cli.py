@@ -1,6 +1,6 @@
 """The command `lightning-quant`: quantize, inspect, verify, sign, bench, report and compare.
 
-Exit codes: 0 all is well, 1 an artifact's report says FAILED, or it missed a limit or computes something else here, 2
+Exit codes: 0 success, 1 an artifact's report says FAILED, or it missed a limit or computes something else here, 2
 nothing could be done.
 """
 

@@ -107,7 +107,7 @@ def in_words(decided: tuple[tuple[str, Any], ...]) -> tuple[str, ...]:
 
 @contextmanager
 def decided_as_captured(module: nn.Module, decided: tuple[tuple[str, Any], ...]) -> Iterator[None]:
-    """Let a module decide as in the captured call for the time of a block, and answer NaN where that does not hold."""
+    """Let a module decide as in the captured call while a block runs, and answer NaN where that does not hold."""
     if not decided:
         yield
         return

@@ -64,7 +64,7 @@ def choose_engine(
 
     By default that is the first in the runtime's own order, so that equal input gives an equal file; a timing would
     not. Where no engine's parity holds, the report warns, and one whose operators are each right is taken, or the
-    least wrong.
+    closest.
 
     Args:
         prepared: what was exported.
@@ -115,7 +115,7 @@ def _in_words(chosen: str, timings: dict[str, Timing], checks: dict[str, Parity]
     elif _operators_hold(checks[chosen]):
         why = f"is the {which} whose operators are right, each alone, though parity does not hold from end to end"
     else:
-        why = "is the least wrong one"
+        why = "comes closest to its simulation"
     text = f"engine {chosen} {why}"
     if timings:
         measured = ", ".join(f"{name} {timing} ms" for name, timing in timings.items())

@@ -1,4 +1,4 @@
-"""Arithmetic in which sums of integers are exact in float32 on every device, for the time of a block."""
+"""Arithmetic in which sums of integers are exact in float32 on every device, while a block runs."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager

@@ -22,7 +22,7 @@ _FEW, _MORE = 2, 3
 
 @contextmanager
 def sizes_forgotten(module: nn.Module, captured: CapturedModel) -> Iterator[None]:
-    """Let each call find sizes of no call kept for the time of a block, and put every plain attribute back afterwards.
+    """Let each call find sizes of no call kept while a block runs, and put every plain attribute back afterwards.
 
     Args:
         module: what is exported, in evaluation; runs on parts of the captured call.

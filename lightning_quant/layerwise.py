@@ -140,7 +140,7 @@ class Layerwise(CapturedModel):
 
     @contextmanager
     def attached(self, phase: str = "frozen") -> Iterator[None]:
-        """Put the quantized layers into the float module for the time of a block."""
+        """Put the quantized layers into the float module while a block runs."""
         with placed(self.root, self.layers):
             yield
 

@@ -108,7 +108,7 @@ class LearnedSteps:
         return state if optimizer is None else {**state, "optimizer": optimizer}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Take over a saved state; may be called more than once."""
+        """Load a saved state; may be called more than once."""
         self.logarithms = {name: v.to(device).clone().requires_grad_() for name, v in state["logarithms"].items()}
         self._optimizer, self._saved_optimizer = None, state.get("optimizer")
 

@@ -63,7 +63,7 @@ class Observer(ABC):
         }
 
     def load_state(self, state: dict[str, Tensor | int]) -> None:
-        """Take over a saved state."""
+        """Load a saved state."""
         for name, value in state.items():
             setattr(self, name, value.clone() if isinstance(value, Tensor) else value)
 

@@ -181,7 +181,7 @@ class Prepared(CapturedModel):
 
     @contextmanager
     def attached(self, phase: str, *, observing: bool = False) -> Iterator[None]:
-        """Route for the time of a block, in a phase of its own."""
+        """Route while a block runs, in a phase of its own."""
         stored = self.stored_layers() if phase == "frozen" and self.simulation.only is None else {}
         before, self.control = self.control, Control(observing=observing)
         try:
@@ -276,7 +276,7 @@ class Prepared(CapturedModel):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state; may be called more than once.
+        """Load a saved state; may be called more than once.
 
         Raises:
             QuantizationError: the state belongs to another model.

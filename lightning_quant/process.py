@@ -1,4 +1,4 @@
-"""Settings that PyTorch has once for a whole process: lent for the time of a block, and given back by the last of all.
+"""Settings that PyTorch has once for a whole process: lent while a block runs, and given back by the last of all.
 
 Several threads may be inside at once. Each that saved what another had set, and put that back, would leave a setting of
 ours behind; so the first to come remembers the process's own, and the last to go restores it.

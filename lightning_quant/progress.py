@@ -18,6 +18,6 @@ def tracked(items: Iterable[Item], what: str, unit: str) -> Iterator[Item]:
 
 @contextmanager
 def shown(what: str) -> Iterator[None]:
-    """Show what is being done for the time of a block whose length nobody knows."""
+    """Show what is being done while a block runs whose length nobody knows."""
     with tqdm(desc=what, leave=False, disable=None, bar_format="{desc} ..."):
         yield

@@ -236,7 +236,7 @@ class Ranges:
         return {identity: observer.state() for identity, observer in self.observers.items()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over a saved state; may be called more than once.
+        """Load a saved state; may be called more than once.
 
         Raises:
             QuantizationError: the state belongs to another model.

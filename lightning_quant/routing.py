@@ -196,7 +196,7 @@ def fetch(root: nn.Module, name: str) -> Tensor:
 
 @contextmanager
 def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
-    """Let attributes of one instance hide its parameters or methods for the time of a block."""
+    """Let attributes of one instance hide its parameters or methods while a block runs."""
     before = {name: module.__dict__[name] for name in values if name in module.__dict__}
     module.__dict__.update(values)
     try:
@@ -209,7 +209,7 @@ def shadowed(module: nn.Module, values: dict[str, Any]) -> Iterator[None]:
 
 @contextmanager
 def unparametrized(layer: nn.Module) -> Iterator[None]:
-    """Let a layer be of its own class for the time of a block; that of its parametrizations hides other weights."""
+    """Let a layer be of its own class while a block runs; that of its parametrizations hides other weights."""
     parametrized = type(layer)
     layer.__class__ = parametrize.type_before_parametrizations(layer)
     try:

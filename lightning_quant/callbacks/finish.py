@@ -84,7 +84,7 @@ def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deploym
     """Export, evaluate the artifact with the user's validation, report to files, terminal and loggers."""
     group, folder = callback.group, callback.last_folder
     # A run that started from a checkpoint, without training, is started again in the same way.
-    advice = "" if callback.notes else f" Should that be cut short: {recovery(callback, trainer)}"
+    advice = "" if callback.notes else f" If this is interrupted: {recovery(callback, trainer)}"
     rank_zero_info(f"{type(callback).__name__}: writing {folder}.{advice}")
     if isinstance(deployment.prepared, Prepared):
         observe_unreached(deployment.prepared)

@@ -122,7 +122,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         )
         if isinstance(self.recipe, LayerRecipe):
             raise MisconfigurationException(
-                f"Expected `recipe` to be one to train through, such as 'int8', but got {self.recipe.name!r}, whose "
+                f"Expected `recipe` to be one for training, such as 'int8', but got {self.recipe.name!r}, whose "
                 "layers are quantized after training. Use PostTrainingQuantization."
             )
         self.schedule = _refused_in_callback(read_schedule, schedule)
@@ -144,7 +144,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         """Return the prepared model, which has a graph: recipes of layers are refused."""
         prepared = super().require_prepared()
         if not isinstance(prepared, Prepared):
-            raise MisconfigurationException(f"Expected `recipe` to be one to train through, but got {self.recipe!r}.")
+            raise MisconfigurationException(f"Expected `recipe` to be one for training, but got {self.recipe!r}.")
         return prepared
 
     @override

@@ -1,4 +1,4 @@
-"""Put quantized layers into the places of float ones, for good or for the time of a block."""
+"""Put quantized layers into the places of float ones, for good or while a block runs."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
