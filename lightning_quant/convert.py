@@ -77,7 +77,7 @@ class QuantizedLayer(nn.Module):
         weight = dequantize(self.weight, self.weight_scale, self.zero_points, 0, -128, 127, torch.int8)
         bias = dequantize(self.bias, self.bias_scale, self.zero_points, 0, _INT32.min, _INT32.max, torch.int32)
         if self.kind == "linear":
-            # A matrix product of two dimensions has an integer kernel with bias in every runtime; products of more dimensions have none.
+            # Every runtime has an integer kernel with bias for a matrix product of two dimensions, and none for more.
             flat = x.flatten(0, -2) if x.dim() > 2 else x
             y = F.linear(flat, weight, bias)
             return y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y

@@ -1,13 +1,19 @@
 """Pages show what the benchmarks' files say, and their links lead somewhere."""
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
 import results
 
+import lightning_quant as lq
+from lightning_quant.callbacks.ptq import Calibration
+from lightning_quant.recipe import Recipe
+
 ROOT = Path(__file__).parent.parent
-PAGES = sorted(path for path in [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("examples/*/README.md")])
+PLACES = ("README.md", "*/README.md", "examples/*.md", "examples/*/README.md")
+PAGES = sorted({path for place in PLACES for path in ROOT.glob(place)})
 
 
 @pytest.mark.parametrize("path", results.PAGES, ids=lambda path: str(path.relative_to(ROOT)))
@@ -50,3 +56,13 @@ def test_links_lead_somewhere(path: Path) -> None:
         if anchor:
             headings = re.findall(r"^#+ (.*)$", page.read_text(), re.MULTILINE)
             assert anchor in [re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings]
+
+
+def test_what_others_are_told_to_type_is_an_argument_here() -> None:
+    doors = (lq.quantize, lq.PostTrainingQuantization, lq.QuantizationAwareTraining, lq.load, Recipe, Calibration)
+    known = set().union(*(inspect.signature(door).parameters for door in doors))
+    rows = [line.split("|")[2] for line in (ROOT / "examples" / "migration.md").read_text().splitlines() if "|" in line]
+    named = set(re.findall(r"`(\w+)=", " ".join(rows)))
+
+    assert {"engine", "exclude", "limits", "overrides", "schedule"} <= named
+    assert named <= known
