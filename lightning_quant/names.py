@@ -23,7 +23,7 @@ RuntimeName = Literal["auto", "executorch", "inductor", "onnxruntime", "openvino
 EngineName = Literal["auto", "fastest", "onednn", "x86", "fbgemm", "qnnpack"]
 ObserverName = Literal["min_max", "moving_average", "percentile", "mse"]
 WeightsName = Literal["last", "best"]
-ExampleName = Literal["train_batch", "example_input_array"]
+ExampleName = Literal["train_batch", "predict_batch", "example_input_array"]
 UnitName = Literal["fraction", "epochs", "steps"]
 DataName = Literal["train", "validation"]
 

@@ -32,6 +32,11 @@ from lightning_quant.artifact import Artifact
 from lightning_quant.callbacks.announce import announce, warn
 from lightning_quant.callbacks.evaluation_call import difference, evaluation_call
 from lightning_quant.callbacks.observe_step import observe_step
+from lightning_quant.callbacks.prediction_call import (
+    finding_of_prediction,
+    prediction_call,
+    required_prediction,
+)
 from lightning_quant.callbacks.recovery import given_arguments, recovery, written
 from lightning_quant.callbacks.runtime_choice import choose_at_start
 from lightning_quant.callbacks.states import identity_of
@@ -358,7 +363,7 @@ class QuantizationCallback(Callback):
         return prepare(module, found.args, found.kwargs, recipe=self.recipe, **observed, **where)
 
     def _look_beside(self, trainer: Trainer, pl_module: LightningModule, found: Capture) -> tuple[str, ...]:
-        if self.example != "train_batch" or not self.path:
+        if self.example == "example_input_array" or not self.path:
             return ()
         step = observe_step(trainer, pl_module, self.path)
         self.step_share, beside = step.share, step.beside
@@ -379,23 +384,49 @@ class QuantizationCallback(Callback):
         return (finding,)
 
     def _as_evaluated(self, trainer: Trainer, pl_module: LightningModule, found: Capture) -> Capture:
-        """Return the call to export: that of validation where it is another one than training's but for the tensors."""
+        """Return the call to export: that of validation where it is another one than training's but for the tensors.
+
+        Or that of predict, where that is asked for.
+        """
         self._evaluated, self._evaluated_otherwise = None, False
-        if self.example == "train_batch" and not found.parts:
-            self._evaluated = evaluation_call(trainer, pl_module, found.path)
-        if self._evaluated is None:
+        if self.example == "example_input_array" or found.parts:
             return found
-        differs = difference(resolve(pl_module, found.path), found, self._evaluated)
-        self._evaluated_otherwise = bool(differs)
-        if not differs:
-            return found
-        finding = (
-            f"validation calls {found.path or 'the module'!r} otherwise: {differs}. Its call is the one exported, and "
-            "ranges of what training does not reach come from it"
-        )
-        rank_zero_info(f"{type(self).__name__}: {finding}.")
-        self.findings += (finding,)
-        return self._evaluated
+        module = resolve(pl_module, found.path)
+        self._evaluated = evaluation_call(trainer, pl_module, found.path)
+        if self.example == "predict_batch":
+            wanted: Capture | None = required_prediction(trainer, pl_module, found.path)
+            self._check_evaluates(module, wanted)
+        else:
+            wanted = self._evaluated
+        if wanted is not None and (differs := difference(module, found, wanted)):
+            self._evaluated_otherwise = True
+            which = "predict" if self.example == "predict_batch" else "validation"
+            self._find(
+                f"{which} calls {found.path or 'the module'!r} otherwise: {differs}. Its call is the one exported, and "
+                "ranges of what training does not reach come from it"
+            )
+            found = wanted
+        prediction = None if self.example == "predict_batch" else prediction_call(trainer, pl_module, found.path)
+        if prediction is not None:
+            fills = fills_modules(self.recipe, self.chosen_runtime)
+            self._find(finding_of_prediction(module, found, prediction, fills=fills))
+        return found
+
+    def _check_evaluates(self, module: nn.Module, prediction: Capture | None) -> None:
+        """Refuse to evaluate an artifact of predict's call by a validation that makes another one."""
+        if not self.evaluate or self._evaluated is None or prediction is None:
+            return
+        differs = difference(module, prediction, self._evaluated, than="predict")
+        if differs and not fills_modules(self.recipe, self.chosen_runtime):
+            raise CaptureError(
+                f"Expected validation to call the module as predict does, to evaluate the artifact by, but {differs}. "
+                "Pass `evaluate=False`."
+            )
+
+    def _find(self, finding: str) -> None:
+        if finding:
+            rank_zero_info(f"{type(self).__name__}: {finding}.")
+            self.findings += (finding,)
 
     def _try_export(self, prepared: Quantizable) -> tuple[Any, ...]:
         """Try the end, and return what was found out of the sizes."""

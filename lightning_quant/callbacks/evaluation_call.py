@@ -43,8 +43,15 @@ def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> 
     return None
 
 
-def difference(module: nn.Module, training: Capture, evaluation: Capture) -> str:
-    """Return in words how two calls differ beside their tensors; empty when one graph serves both."""
+def difference(module: nn.Module, training: Capture, evaluation: Capture, than: str = "training") -> str:
+    """Return in words how two calls differ beside their tensors; empty when one graph serves both.
+
+    Args:
+        module: that is called.
+        training: the call that is known, of training say.
+        evaluation: the call that may differ.
+        than: what the known one is, in words.
+    """
     signature = own_signature(module)
     specs = [flatten_call(signature, call.args, call.kwargs)[0] for call in (training, evaluation)]
     if specs[0].key() == specs[1].key():
@@ -55,7 +62,7 @@ def difference(module: nn.Module, training: Capture, evaluation: Capture) -> str
         arguments.apply_defaults()
         bound.append(arguments.arguments)
     return " and ".join(
-        f"`{name}` is {_in_words(bound[1].get(name))} where training has {_in_words(bound[0].get(name))}"
+        f"`{name}` is {_in_words(bound[1].get(name))} where {than} has {_in_words(bound[0].get(name))}"
         for name in signature.parameters
         if not _alike(bound[0].get(name), bound[1].get(name))
     )

@@ -55,7 +55,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         schedule: when the phases of training begin.
         include: fnmatch patterns on qualified names and layer types of what may be quantized; one alone may be a text.
         exclude: likewise, of what stays float.
-        example: what the call to capture comes from: "train_batch" or "example_input_array".
+        example: what the call to export comes from: "train_batch", with the arguments that validation has where those
+            differ; "predict_batch", with those of `predict_step`; or "example_input_array".
         weights: "last", or "best": the best checkpoint of ModelCheckpoint, weights and ranges from the same file.
         evaluate: whether to run the validation loop on float, simulated and exported model when fit ends.
         limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.

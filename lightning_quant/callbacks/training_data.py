@@ -40,8 +40,7 @@ def capture_call(
         trainer: at fit start, with data attached.
         pl_module: its module; left as it is.
         path: name of the module to quantize, or None to find it.
-        example: "train_batch" runs `training_step` on a batch; "example_input_array" calls the
-            LightningModule with that.
+        example: "example_input_array" calls the LightningModule with that; else `training_step` runs on a batch.
         is_wanted: tells whether there are layers to quantize at or under a module.
         together: take several independent modules as parts of one.
     """
