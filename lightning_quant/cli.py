@@ -18,7 +18,7 @@ from lightning_quant.artifact import Artifact, page_of, read
 from lightning_quant.cli_options import NAME, limits_of, make_parser, require_cli_packages
 from lightning_quant.errors import QuantizationError
 from lightning_quant.report.limits import SCHEMA_VERSION, columns, failures_in, missed_limits, summary
-from lightning_quant.report.page import to_html
+from lightning_quant.report.page import comparison, to_html
 from lightning_quant.tables import text_table
 
 if TYPE_CHECKING:
@@ -138,19 +138,15 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
         print("".join(character for character in text if character.isprintable() or character == "\n"))
     if options.html or options.open:
         # Made anew: the page in the folder is a file like others, which may come from anywhere.
-        where = Path(options.html or Path(tempfile.mkdtemp()) / "report.html").absolute()
-        try:
-            where.write_text(page_of(artifact, to_html), encoding="utf-8")
-        except OSError as error:
-            raise QuantizationError(f"Expected `--html` to name a file that can be written, but {error}.") from error
-        if options.open:
-            webbrowser.open(where.as_uri())
+        _show(page_of(artifact, to_html), options)
     return _fail(missed_limits(artifact, limits_of(options)))
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     artifacts = [read(path) for path in options.paths]
     summaries = [summary(artifact) for artifact in artifacts]
+    limits = limits_of(options)
+    missed = [failure for artifact in artifacts for failure in missed_limits(artifact, limits)]
     if options.json:
         print(json.dumps(summaries))
     else:
@@ -158,8 +154,20 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
         headings = list(dict.fromkeys(heading for row in rows for heading in row))
         names = [name for _, name in headings]
         print(text_table(names, [[row.get(heading, "-") for heading in headings] for row in rows]))
-    limits = limits_of(options)
-    return _fail([failure for artifact in artifacts for failure in missed_limits(artifact, limits)])
+    if options.html or options.open:
+        _show(comparison(summaries, missed), options)
+    return _fail(missed)
+
+
+def _show(page: str, options: argparse.Namespace) -> None:
+    """Write a page where `--html` says, and open it in a browser where `--open` does."""
+    where = Path(options.html or Path(tempfile.mkdtemp()) / f"{options.command}.html").absolute()
+    try:
+        where.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise QuantizationError(f"Expected `--html` to name a file that can be written, but {error}.") from error
+    if options.open:
+        webbrowser.open(where.as_uri())
 
 
 def _with_lightning(name: str, options: argparse.Namespace, rest: list[str]) -> Any:

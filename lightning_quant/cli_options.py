@@ -73,10 +73,11 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
         commands[name].add_argument("path", help="the artifact's folder")
     commands["verify"].add_argument("--key", metavar="FILE", help="public key that the artifact must be signed with")
     commands["sign"].add_argument("--key", metavar="FILE", required=True, help="private key of Ed25519")
-    commands["report"].add_argument("--html", metavar="FILE", help="write it as a page of its own")
-    commands["report"].add_argument("--open", action="store_true", help="show that page in a browser")
     for name in ("bench", "compare"):
         commands[name].add_argument("paths", nargs="+", help="the artifacts' folders")
+    for name in ("report", "compare"):
+        commands[name].add_argument("--html", metavar="FILE", help="write it as a page of its own")
+        commands[name].add_argument("--open", action="store_true", help="show that page in a browser")
     bench = commands["bench"]
     bench.add_argument("--batches", type=_positive, nargs="+", metavar="N", help="those in the reports by default")
     bench.add_argument("--threads", type=_positive, nargs="+", metavar="N", help="those in the reports by default")

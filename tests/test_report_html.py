@@ -19,7 +19,7 @@ from lightning_quant import Artifact, quantize
 from lightning_quant.artifact import add_report, page_of, read
 from lightning_quant.cli import main
 from lightning_quant.errors import ArtifactError, NoEffectWarning
-from lightning_quant.report.page import figures, share, size, to_html, verdict
+from lightning_quant.report.page import comparison, figures, share, size, to_html, verdict
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
@@ -172,3 +172,24 @@ def test_a_page_that_cannot_be_made_costs_no_artifact(artifact: Artifact, tmp_pa
 
     assert "report.html" not in again.manifest["files"]
     assert read(again).report == {"unlike": "any"}
+
+
+def test_artifacts_side_by_side_on_a_page(artifact: Artifact, tmp_path: Path) -> None:
+    page = tmp_path / "compare.html"
+    folder = str(artifact.path)
+    assert main(["compare", folder, folder, "--max-size-ratio", "0.01", "--html", str(page)]) == 1
+    text = page.read_text(encoding="utf-8")
+    seen = Whole()
+    seen.feed(text)
+
+    assert not seen.open
+    assert sum(tag == "tr" for tag, _ in seen.seen) == 3
+    assert "its size ratio is" in text
+    assert HOSTILE not in text
+
+
+def test_a_comparison_holds_nobodys_code() -> None:
+    row = dict.fromkeys(("artifact", "recipe", "runtime", "bytes", "size_ratio", "coverage"), HOSTILE)
+    row |= {"metrics": {HOSTILE: {"artifact": 1.0, "delta": 0.0}}, "speedup": {HOSTILE: 1.0}, "warnings": [HOSTILE]}
+
+    assert HOSTILE not in comparison([row], [HOSTILE])

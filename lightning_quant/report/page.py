@@ -7,6 +7,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_quant.manifest import REPORTS
+from lightning_quant.report.limits import columns
 
 # Metrics by which two artifacts may differ without a reader caring.
 _NOTHING = 5e-5
@@ -23,7 +24,7 @@ def to_html(manifest: dict[str, Any], standalone: str) -> str:
     # Lists and texts as report.json has them.
     report = json.loads(json.dumps(manifest["report"]))
     rows = [_row(row, report) for row in report["plan"]["rows"]]
-    return _template().render(
+    return _template("report.html").render(
         m=manifest,
         r=report,
         rows=rows,
@@ -33,6 +34,18 @@ def to_html(manifest: dict[str, Any], standalone: str) -> str:
         standalone=standalone.strip(),
         files={role: name for role, name in manifest["files"].items() if role not in REPORTS},
     )
+
+
+def comparison(summaries: list[dict[str, Any]], missed: list[str]) -> str:
+    """Return a page of several artifacts side by side; every text is escaped.
+
+    Args:
+        summaries: of each artifact, see `limits.summary`.
+        missed: limits that artifacts miss, in words.
+    """
+    rows = [columns(summary) for summary in summaries]
+    headings = list(dict.fromkeys(heading for row in rows for heading in row))
+    return _template("compare.html").render(rows=rows, headings=headings, summaries=summaries, missed=missed)
 
 
 def verdict(report: dict[str, Any]) -> tuple[str, str]:
@@ -50,7 +63,7 @@ def verdict(report: dict[str, Any]) -> tuple[str, str]:
 
 
 @functools.cache
-def _template() -> Any:
+def _template(name: str) -> Any:
     environment = Environment(
         loader=PackageLoader("lightning_quant", "templates"),
         autoescape=True,
@@ -59,7 +72,7 @@ def _template() -> Any:
         lstrip_blocks=True,
     )
     environment.filters |= {"figures": figures, "size": size, "share": share, "speedup": _speedup, "delta": _delta}
-    return environment.get_template("report.html")
+    return environment.get_template(name)
 
 
 def figures(value: float | str | None) -> str:
