@@ -227,7 +227,7 @@ def _convert_island(
 
 def _quantizer(prepared: Prepared, identity: str) -> EdgeQuantizer:
     scale, zero_point = prepared.ranges.parameters(identity)
-    return EdgeQuantizer(identity, scale.item(), int(zero_point), prepared.recipe.activation.quant_max)
+    return EdgeQuantizer(identity, scale.item(), int(zero_point), prepared.ranges.grid)
 
 
 @torch.no_grad()

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_quant.grid import Grid
+
 # Triton's interpreter runs the kernels on the CPU, slowly, for tests.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -60,16 +62,14 @@ class _Rounded(torch.autograd.Function):
         x: Tensor,
         scale: Tensor,
         zero_point: Tensor,
-        quant_max: int,
+        grid: Grid,
         relu: bool,
         extremes: Tensor | None,
         masks: bool,
     ) -> Tensor:
         from lightning_quant import triton_kernels
 
-        y, mask = triton_kernels.round_values(
-            x, scale, zero_point, quant_max, relu=relu, masks=masks, extremes=extremes
-        )
+        y, mask = triton_kernels.round_values(x, scale, zero_point, grid, relu=relu, masks=masks, extremes=extremes)
         if masks:
             ctx.save_for_backward(mask)
             ctx.strides = x.stride()
@@ -82,7 +82,7 @@ class _Rounded(torch.autograd.Function):
 
 
 def round_values(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: int, *, relu: bool, extremes: Tensor | None = None
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, *, relu: bool, extremes: Tensor | None = None
 ) -> Tensor:
     """Round as `fake_quantize` does.
 
@@ -90,12 +90,12 @@ def round_values(
         x: that `serve_values` is true of.
         scale: 0-dim float32.
         zero_point: 0-dim float32.
-        quant_max: highest integer of the grid.
+        grid: the integers.
         relu: whether to round what a ReLU makes of x.
         extremes: `(2,)` float32, minus the lowest and the highest value, which is raised to those of what is rounded.
     """
     masks = torch.is_grad_enabled() and x.requires_grad
-    return _Rounded.apply(_dense(x), scale, zero_point, quant_max, relu, extremes, masks)
+    return _Rounded.apply(_dense(x), scale, zero_point, grid, relu, extremes, masks)
 
 
 def observe_values(x: Tensor, extremes: Tensor) -> None:

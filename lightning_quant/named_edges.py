@@ -12,22 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import ExportError
+from lightning_quant.grid import Grid
 
 # What stands before an edge's name in the name of a file's node.
 PREFIX = "edge "
 
 
 class EdgeQuantizer(nn.Module):
-    """Quantizes one edge of the plan to unsigned integers.
+    """Quantizes one edge of the plan.
 
     Attributes:
         identity: of the edge.
         grid: scale, zero point, lowest and highest integer, dtype.
     """
 
-    def __init__(self, identity: str, scale: float, zero_point: int, quant_max: int) -> None:
+    def __init__(self, identity: str, scale: float, zero_point: int, grid: Grid) -> None:
         super().__init__()
-        self.identity, self.grid = identity, (scale, zero_point, 0, quant_max, torch.uint8)
+        self.identity, self.grid = identity, (scale, zero_point, grid.low, grid.high, grid.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return integers."""

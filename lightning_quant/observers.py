@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_quant.choice import check_choice
 from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.grid import UINT8, Grid
 from lightning_quant.observer import MERGES, Extremes, MinMax, MovingAverage, Observer
 from lightning_quant.recipe import Recipe
 
@@ -66,7 +67,7 @@ class Histogram(MinMax):
         last_kept = int(torch.searchsorted(cumulative, 1 - tail).clamp(max=last))
         return torch.maximum(low, edges[first_kept].float()), torch.minimum(high, edges[last_kept + 1].float())
 
-    def least_error_range(self, num_levels: int) -> tuple[Tensor, Tensor]:
+    def least_error_range(self, grid: Grid) -> tuple[Tensor, Tensor]:
         """Return the range with the least expected squared rounding and clipping error under the histogram.
 
         Both ends are shrunk on a grid of `NUM_CANDIDATES` steps, one after the other, until neither improves.
@@ -82,8 +83,8 @@ class Histogram(MinMax):
         best_low, best_high = low, high
         for _ in range(3):
             highs, lows = high * shrink, low * shrink
-            best_high = highs[_least_error(centres, weights, best_low.expand_as(shrink), highs, num_levels)]
-            best_low = lows[_least_error(centres, weights, lows, best_high.expand_as(shrink), num_levels)]
+            best_high = highs[_least_error(centres, weights, best_low.expand_as(shrink), highs, grid)]
+            best_low = lows[_least_error(centres, weights, lows, best_high.expand_as(shrink), grid)]
             if low == 0 or high == 0:
                 break
         return best_low.float(), best_high.float()
@@ -111,11 +112,16 @@ class Histogram(MinMax):
         return self.span_low + steps * (self.span_high - self.span_low)
 
 
-def _least_error(centres: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, num_levels: int) -> int:
+def _least_error(centres: Tensor, weights: Tensor, lows: Tensor, highs: Tensor, grid: Grid) -> int:
     """Return the index of the candidate range with the least squared error over weighted values."""
-    scale = ((highs - lows) / (num_levels - 1)).clamp(min=1e-30).unsqueeze(1)
-    zero_point = torch.round(-lows.unsqueeze(1) / scale)
-    quantized = torch.clamp(torch.round(centres / scale) + zero_point, 0, num_levels - 1)
+    width, steps = highs - lows, grid.high - grid.low
+    if grid.symmetric:
+        width, steps = torch.maximum(-lows, highs), grid.high - grid.middle
+    scale = (width / steps).clamp(min=1e-30).unsqueeze(1)
+    zero_point = torch.round(-lows.unsqueeze(1) / scale) + grid.low
+    if grid.symmetric:
+        zero_point = torch.full_like(zero_point, grid.middle)
+    quantized = torch.clamp(torch.round(centres / scale) + zero_point, grid.low, grid.high)
     error = ((quantized - zero_point) * scale - centres).square() @ weights
     return int(error.argmin())
 
@@ -143,22 +149,20 @@ class Percentile(Histogram):
 class MeanSquaredError(Histogram):
     """The range with the least expected squared rounding and clipping error; see `Histogram.least_error_range`."""
 
-    merge: ClassVar[dict[str, str]] = {**Histogram.merge, "num_levels": "same"}
-
-    def __init__(self, num_levels: int = 256) -> None:
+    def __init__(self, grid: Grid = UINT8) -> None:
         super().__init__()
-        self.num_levels = num_levels
+        self.grid = grid
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Return the range of least expected squared error, never wider than the data."""
-        return self.least_error_range(self.num_levels)
+        return self.least_error_range(self.grid)
 
 
 OBSERVERS: dict[str, Callable[[Recipe], Observer]] = {
     "min_max": lambda recipe: MinMax(),
     "moving_average": lambda recipe: MovingAverage(),
     "percentile": lambda recipe: Percentile(recipe.percentile),
-    "mse": lambda recipe: MeanSquaredError(recipe.activation.quant_max + 1),
+    "mse": lambda recipe: MeanSquaredError(recipe.activation_grid),
 }
 
 

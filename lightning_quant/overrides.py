@@ -137,4 +137,4 @@ def _grid(recipe: Recipe, pattern: str, target: str) -> int:
             f"recipe with the activations of {recipe.name!r} or with no activations at all, but got {target!r}."
             f"{did_you_mean(target, [FLOAT, *recipes.RECIPES])}"
         )
-    return other.weight.quant_max
+    return other.weight_grid.high

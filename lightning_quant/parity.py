@@ -157,7 +157,7 @@ def _worst_operator(
     worst = ("", 1.0)
     for name, theirs in runtime.run_forced(model_path, inputs, expected).items():
         ours = expected[name]
-        share = float((np.abs(ours.astype(np.int16) - theirs.astype(np.int16)) <= 1).mean()) if ours.size else 1.0
+        share = float((np.abs(ours.astype(np.int32) - theirs.astype(np.int32)) <= 1).mean()) if ours.size else 1.0
         if share < worst[1] or not worst[0]:
             worst = (name, share)
     return worst

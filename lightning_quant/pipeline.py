@@ -104,7 +104,7 @@ def quantize(
             slower file.
     """
     recipe, selection = recipes.get(recipe), Selection(patterns("include", include), patterns("exclude", exclude))
-    _check_arguments(runtime, engine, output_dir, threads)
+    _check_arguments(recipe, runtime, engine, output_dir, threads)
     chosen_shapes(dynamic_shapes)
     limits = limits_from(limits)
     check_measured(limits, "`quantize` runs none: use PostTrainingQuantization and its `quantize_checkpoint`")
@@ -176,9 +176,15 @@ def quantize(
 
 
 def _check_arguments(
-    runtime: Runtime, engine: Engine, output_dir: str | os.PathLike[str] | None, threads: int | None
+    recipe: AnyRecipe,
+    runtime: Runtime,
+    engine: Engine,
+    output_dir: str | os.PathLike[str] | None,
+    threads: int | None,
 ) -> None:
     runtimes.check_name(runtime)
+    if runtime != AUTO:
+        runtimes.check_recipe(runtime, recipe)
     check_engine(runtime, engine)
     check_path("output_dir", output_dir)
     check_threads(threads)

@@ -50,7 +50,8 @@ def prepare(
         raise PlanError(f"Expected `recipe` to quantize a graph, but {chosen.name!r} quantizes layers without one.")
     check_steps(chosen)
     chosen.check_percentile(observer or chosen.training_observer)
-    table = runtimes.get(runtime, exporting=True).TABLE
+    runtimes.check_recipe(runtime, chosen)
+    table = runtimes.get(runtime, exporting=True).TABLE.on(chosen.activation_grid)
     selection = select(selection or Selection(), chosen)
     on_cpu, (args, kwargs) = on_host(model), moved_call(args, kwargs or {})
     analysis = analyze(

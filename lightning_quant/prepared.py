@@ -361,7 +361,7 @@ class Prepared(CapturedModel):
 
     def weight_quant_max(self, identity: str) -> int:
         """Return the highest integer of an operator's weight, after overrides."""
-        return self.weight_quant_maxima.get(identity, self.recipe.weight.quant_max)
+        return self.weight_quant_maxima.get(identity, self.recipe.weight_grid.high)
 
     @torch.no_grad()
     def correct_biases(self, means: InputMeans) -> None:

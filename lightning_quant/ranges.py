@@ -53,6 +53,7 @@ class Ranges:
     Attributes:
         edges: identity to edge.
         rows: identity to its place in `Grids`.
+        grid: the integers of every edge.
         needs_values: whether the observers look at more than extremes.
         waits: whether what is seen waits for `take_seen`: several processes count a batch only when the extremes of
             all are known.
@@ -63,7 +64,7 @@ class Ranges:
     def __init__(self, edges: dict[str, Edge], recipe: Recipe, observer: str) -> None:
         self.edges = edges
         self.rows = {identity: row for row, identity in enumerate(edges)}
-        self.quant_max = recipe.activation.quant_max
+        self.grid = recipe.activation_grid
         self._observers = {i: observers.build(observer, recipe) for i, edge in edges.items() if edge.observed}
         self.needs_values = observers.build(observer, recipe).needs_values
         self.waits = False
@@ -181,7 +182,7 @@ class Ranges:
             low, high = ranges[0]
             for other_low, other_high in ranges[1:]:
                 low, high = torch.minimum(low, other_low), torch.maximum(high, other_high)
-            self._parameters[group] = affine_parameters(low, high, self.quant_max)
+            self._parameters[group] = affine_parameters(low, high, self.grid)
         return self._parameters[group]
 
     def grids(self) -> Grids:
@@ -192,7 +193,7 @@ class Ranges:
             nothing = torch.tensor(torch.inf, device=device), torch.tensor(-torch.inf, device=device)
             ranges = [self._range(i) if self._has_range(i) else nothing for i in self._observers]
             lows, highs = (torch.stack(ends)[self._padded_members(device)] for ends in zip(*ranges, strict=True))
-            scales, zero_points = affine_parameters(lows.amin(1), highs.amax(1), self.quant_max)
+            scales, zero_points = affine_parameters(lows.amin(1), highs.amax(1), self.grid)
             on_host = device.type == "cpu" and not kernels.serve(device, torch.float32)
             numbers = list(zip(scales.tolist(), zero_points.tolist(), strict=True)) if on_host else None
             known = {g for g, members in self._members.items() if all(self._has_range(m) for m in members)}

@@ -11,6 +11,7 @@ from typing import Any
 from lightning_quant.arguments import check_fields, check_flag, check_number, check_positive, check_texts
 from lightning_quant.choice import check_choice, closest
 from lightning_quant.errors import QuantizationError
+from lightning_quant.grid import Grid, activation_grid, weight_grid
 from lightning_quant.names import Observers, Recipes
 
 PERCENTILE = 99.99
@@ -23,9 +24,9 @@ class IntegerSpec:
     """The integer grid of one tensor role.
 
     Attributes:
-        bits: width of the grid, in [2, 8]; the storage type stays int8 or uint8.
-        symmetric: whether zero is in the middle and values lie in [-(2**(bits-1)-1), 2**(bits-1)-1]; otherwise the
-            grid is [0, 2**bits-1] with a zero point that represents 0.0 exactly.
+        bits: width of the grid, in [2, 8] for weights and [2, 16] for activations; stored in 8 or in 16 bits.
+        symmetric: whether 0.0 is in the middle: weights are in [-(2**(bits-1)-1), 2**(bits-1)-1] steps, activations
+            down to one more. Otherwise the grid follows the range, with a zero point that represents 0.0 exactly.
         per_channel: whether there is one scale for each output channel, `(out_channels,)`; otherwise there is one for
             the tensor.
     """
@@ -37,21 +38,11 @@ class IntegerSpec:
     def __post_init__(self) -> None:
         for name in ("symmetric", "per_channel"):
             check_flag(name, getattr(self, name))
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 8:
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
             raise QuantizationError(
-                f"Expected `bits` to be in [2, 8], but got {self.bits!r}: no runtime here has integer kernels for "
-                "wider grids, so that all between them would be float. Keep layers float with `overrides` or `exclude`."
+                f"Expected `bits` to be in [2, 16], but got {self.bits!r}: no runtime here has wider grids. Keep "
+                "layers float with `overrides` or `exclude`."
             )
-
-    @property
-    def quant_min(self) -> int:
-        """Lowest integer of the grid."""
-        return -(2 ** (self.bits - 1) - 1) if self.symmetric else 0
-
-    @property
-    def quant_max(self) -> int:
-        """Highest integer of the grid."""
-        return 2 ** (self.bits - 1) - 1 if self.symmetric else 2**self.bits - 1
 
 
 @dataclass(frozen=True)
@@ -60,8 +51,9 @@ class Recipe:
 
     Attributes:
         name: how logs and manifests call it.
-        weight: grid of the weights, symmetric and per channel.
-        activation: grid of the activations, asymmetric and per tensor.
+        weight: grid of the weights, symmetric and per channel, of at most 8 bits.
+        activation: grid of the activations, per tensor. A runtime's `TABLE.grids` says which it runs: 8 bits
+            everywhere; 16 bits on "onnxruntime", which stores weights in 8 bits and computes in float.
         calibration_observer: how post-training calibration turns data into ranges, a name from
             `lightning_quant.observers`: "min_max", "moving_average", "percentile" or "mse".
         training_observer: the same for quantization-aware training.
@@ -97,22 +89,13 @@ class Recipe:
     batch_norm_batches: int = 0
 
     def __post_init__(self) -> None:
-        for role, symmetric in (("weight", True), ("activation", False)):
+        for role in ("weight", "activation"):
             spec = getattr(self, role)
             if not isinstance(spec, IntegerSpec):
                 raise QuantizationError(
                     f"Expected `{role}` to be a dict such as {{'bits': 4}} or an `IntegerSpec`, but got {spec!r:.60}."
                 )
-            if (spec.symmetric, spec.per_channel) != (symmetric, symmetric):
-                what = (
-                    "symmetric with one scale for each output channel: integer kernels take weights without zero points"
-                    if symmetric
-                    else "asymmetric with one scale for the tensor: integer kernels sum over channels before they scale"
-                )
-                raise QuantizationError(
-                    f"Expected `{role}` to be {what}, but got {spec}. A dict "
-                    f"with nothing but `bits` leaves the rest as it is: {{'{role}': {{'bits': {spec.bits}}}}}."
-                )
+            self._check_kernels(role, spec)
         for name in ("time_budget_s", "learned_step_rate", "batch_norm_batches"):
             check_number(name, getattr(self, name))
         check_number("percentile", self.percentile)
@@ -123,6 +106,31 @@ class Recipe:
         if not isinstance(self.overrides, Mapping):
             raise QuantizationError(
                 f"Expected `overrides` to be a dict such as {{'head': 'float'}}, but got {self.overrides!r:.60}."
+            )
+
+    @property
+    def weight_grid(self) -> Grid:
+        """Integers of the weights."""
+        return weight_grid(self.weight.bits)
+
+    @property
+    def activation_grid(self) -> Grid:
+        """Integers of the activations."""
+        return activation_grid(self.activation.bits, symmetric=self.activation.symmetric)
+
+    def _check_kernels(self, role: str, spec: IntegerSpec) -> None:
+        """Refuse what no integer kernel takes."""
+        what = ""
+        if role == "weight" and not (spec.symmetric and spec.per_channel):
+            what = "symmetric with one scale for each output channel: integer kernels take weights without zero points"
+        elif role == "weight" and spec.bits > 8:
+            what = "of at most 8 bits, in which integer kernels read them"
+        elif role == "activation" and spec.per_channel:
+            what = "of one scale for the tensor: integer kernels sum over channels before they scale"
+        if what:
+            raise QuantizationError(
+                f"Expected `{role}` to be {what}, but got {spec}. A dict with nothing but `bits` leaves the rest as it "
+                f"is: {{'{role}': {{'bits': {min(spec.bits, 8)}}}}}."
             )
 
     def check_percentile(self, observer: str) -> None:

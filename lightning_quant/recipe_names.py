@@ -1,7 +1,9 @@
 """Names inside a recipe, looked up when it is written: observers, accuracy steps, schemes and what overrides map to."""
 
+from lightning_quant import runtimes
 from lightning_quant.accuracy.ladder import check_steps
 from lightning_quant.choice import check_choice
+from lightning_quant.errors import QuantizationError
 from lightning_quant.layers.storage import SCHEMES
 from lightning_quant.observers import OBSERVERS
 from lightning_quant.overrides import check_targets
@@ -22,3 +24,8 @@ def check_names(recipe: AnyRecipe) -> None:
     check_choice("recipe.training_observer", recipe.training_observer, OBSERVERS)
     check_steps(recipe)
     check_targets(recipe)
+    if not runtimes.that(lambda runtime: recipe.activation_grid in runtime.TABLE.grids):
+        raise QuantizationError(
+            "Expected `activation` to be a grid that some runtime runs, such as one of 8 or 16 bits, but got "
+            f"{recipe.activation_grid}."
+        )

@@ -61,7 +61,7 @@ class Rounding:
         self._simulation, self._ranges = prepared.simulation, prepared.ranges
         self._observes = prepared.observing and prepared.phase in ("observe", "fake_quantize")
         self._grids: Grids | None = self._ranges.grids() if prepared.quantizes else None
-        self._quant_max = prepared.recipe.activation.quant_max
+        self._grid = prepared.ranges.grid
         self.rounded = weights.rounded(module, self._grids, prepared.learned_steps) if self._grids else {}
         # Extremes of what a ReLU is still to be applied to, and of what is as it is.
         self._before_relu: dict[str, tuple[Tensor, Tensor]] = {}
@@ -128,8 +128,8 @@ class Rounding:
         row = self._ranges.rows[identity]
         if torch.compiler.is_compiling() or grids.numbers is None or kernels.serve_values(x):
             scale, zero_point = grids.scales[row], grids.zero_points[row]
-            return fake_quantize(x, scale, zero_point, self._quant_max, relu=relu, extremes=extremes)
-        return fake_quantize(x, *grids.numbers[row], self._quant_max, relu=relu)
+            return fake_quantize(x, scale, zero_point, self._grid, relu=relu, extremes=extremes)
+        return fake_quantize(x, *grids.numbers[row], self._grid, relu=relu)
 
     def _observe(self, identity: str, x: Tensor, *, relu: bool) -> Tensor | None:
         """Look at an edge; return the row for its extremes where a kernel that rounds it is to fill it in."""

@@ -31,8 +31,8 @@ def shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.
             if origin.meta["key"] not in edges or identity in prepared.channels:
                 continue
             scale, zero_point = prepared.ranges.parameters(identity)
-            low = (-zero_point - 1) * scale
-            high = (prepared.recipe.activation.quant_max - zero_point + 1) * scale
+            low = (prepared.ranges.grid.low - zero_point - 1) * scale
+            high = (prepared.ranges.grid.high - zero_point + 1) * scale
             with node.graph.inserting_before(node):
                 if moves_dequantization:
                     lowest = node.graph.call_function(torch.full, ((), low.item()))

@@ -132,14 +132,14 @@ class Simulation:
         if not self.rounds(identity):
             return x
         scale, zero_point = self.prepared.ranges.parameters(identity)
-        quant_max, integers = self.prepared.recipe.activation.quant_max, self.integers.pop(identity, None)
+        grid, integers = self.prepared.ranges.grid, self.integers.pop(identity, None)
         if integers is None:
-            rounded = fake_quantize(self._moved(self.prepared.on_grid(identity, x)), scale, zero_point, quant_max)
+            rounded = fake_quantize(self._moved(self.prepared.on_grid(identity, x)), scale, zero_point, grid)
         else:
-            rounded = (integers.clamp(-zero_point.item(), quant_max - zero_point.item()) * scale).to(x.dtype)
+            rounded = (integers.clamp(grid.low - zero_point.item(), grid.high - zero_point.item()) * scale).to(x.dtype)
         if self.recorded is not None:
             integers = torch.round(rounded.detach().float() / scale + zero_point)
-            self.recorded.append((identity, integers.to(torch.uint8)))
+            self.recorded.append((identity, integers.to(grid.dtype)))
         channels = self.prepared.channels.get(identity)
         return rounded if channels is None else channels.from_grid(rounded)
 

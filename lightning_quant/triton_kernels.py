@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lightning_quant.grid import Grid
+
 _BLOCK = 2048
 _PROGRAMS = 1024
 # 1.5 * 2**23: a float32 has no digits after the point there, so adding it rounds half to even.
@@ -22,11 +24,13 @@ _ROUNDING: tl.constexpr = tl.constexpr(12582912.0)
 @triton.jit
 def _rounding(
     x, y, mask, extremes, scale, zero_point, size,
-    quant_max: tl.constexpr, relu: tl.constexpr, masks: tl.constexpr, observes: tl.constexpr, block: tl.constexpr,
+    lowest_integer: tl.constexpr, highest_integer: tl.constexpr,
+    relu: tl.constexpr, masks: tl.constexpr, observes: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     step = tl.load(scale)
-    highest = quant_max - tl.load(zero_point)
-    lowest = highest - quant_max
+    zero = tl.load(zero_point)
+    highest = highest_integer - zero
+    lowest = lowest_integer - zero
     upper = (highest + 0.5) * step
     lower = (lowest - 0.5) * step
     if relu:
@@ -117,7 +121,7 @@ def round_values(
     x: Tensor,
     scale: Tensor,
     zero_point: Tensor,
-    quant_max: int,
+    grid: Grid,
     *,
     relu: bool,
     masks: bool,
@@ -129,18 +133,18 @@ def round_values(
         x: dense.
         scale: 0-dim float32.
         zero_point: 0-dim float32.
-        quant_max: highest integer of the grid.
+        grid: the integers.
         relu: whether to round what a ReLU makes of x.
         masks: whether to make the bits, `(values / 8,)` uint8.
         extremes: `(2,)` float32, minus the lowest and the highest value, which is raised to those of x.
     """
     y = torch.empty_like(x)
     mask = torch.empty((x.numel() + 7) // 8 if masks else 1, dtype=torch.uint8, device=x.device)
-    grid = (min(triton.cdiv(x.numel(), _BLOCK), _PROGRAMS),)
+    programs = (min(triton.cdiv(x.numel(), _BLOCK), _PROGRAMS),)
     seen = scale if extremes is None else extremes
-    _rounding[grid](
+    _rounding[programs](
         x, y, mask, seen, scale, zero_point, x.numel(),
-        quant_max, relu, masks, extremes is not None, _BLOCK,
+        grid.low, grid.high, relu, masks, extremes is not None, _BLOCK,
     )  # fmt: skip
     return y, mask
 
@@ -154,8 +158,8 @@ def pass_gradient(grad: Tensor, mask: Tensor) -> Tensor:
 
 def observe_values(x: Tensor, extremes: Tensor) -> None:
     """Raise `extremes`, minus the lowest and the highest value, to those of a dense tensor."""
-    grid = (min(triton.cdiv(x.numel(), _BLOCK), _PROGRAMS),)
-    _observing[grid](x, extremes, x.numel(), _BLOCK)
+    programs = (min(triton.cdiv(x.numel(), _BLOCK), _PROGRAMS),)
+    _observing[programs](x, extremes, x.numel(), _BLOCK)
 
 
 class Rows:

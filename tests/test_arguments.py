@@ -39,7 +39,7 @@ OF_EVERY_DOOR = [
     ({"recipe": {"accuracy_steps": "equalize"}}, r"`accuracy_steps` to be a list of names .* got 'equalize'"),
     ({"recipe": {"time_budget_s": "10"}}, r"`time_budget_s` to be 0 or more, but got '10'"),
     ({"recipe": {"weight": "int4"}}, r"`weight` to be a dict such as \{'bits': 4\} .* got 'int4'"),
-    ({"recipe": {"weight": {"bits": "4"}}}, r"`bits` to be in \[2, 8\], but got '4'"),
+    ({"recipe": {"weight": {"bits": "4"}}}, r"`bits` to be in \[2, 16\], but got '4'"),
     ({"recipe": {"overrides": ["head"]}}, r"`overrides` to be a dict such as .* got"),
     ({"recipe": {"name": "int8_dynamic", "group_size": 0}}, r"`group_size` to be a positive integer"),
     ({"recipe": "fp16"}, r"Did you mean 'float16'"),

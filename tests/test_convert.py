@@ -338,13 +338,16 @@ def test_weights_keep_to_the_recipes_grid(recipe: str, limit: int) -> None:
         assert signal_to_noise(model(IMAGE), converted(IMAGE)) > 15
 
 
-def test_activations_keep_to_the_recipes_grid() -> None:
-    recipe = Recipe(name="four_bit_activations", activation=IntegerSpec(bits=4))
+@pytest.mark.parametrize("spec", [IntegerSpec(bits=16), IntegerSpec(symmetric=True)], ids=["wide", "symmetric"])
+def test_activations_keep_to_the_recipes_grid(spec: IntegerSpec) -> None:
+    recipe = Recipe(name="own", activation=spec)
     model = with_statistics(ResidualNet())
     prepared = ready(model, IMAGE, recipe=recipe)
     with prepared.simulation.recording() as edges:
         simulated = simulate(prepared, IMAGE)
-    assert max(integers.max().item() for _, integers in edges) == 15
+    assert max(integers.int().max().item() for _, integers in edges) == 2**spec.bits - 1
+    zero_points = {int(prepared.ranges.parameters(identity)[1]) for identity, _ in edges}
+    assert (zero_points == {128}) == spec.symmetric
     with torch.no_grad():
         assert signal_to_noise(simulated, convert(prepared)(IMAGE)) > 20
 

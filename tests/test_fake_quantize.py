@@ -19,6 +19,7 @@ from lightning_quant.fake_quantize import (
     weight_scale,
 )
 from lightning_quant.folding import Statistics, fold
+from lightning_quant.grid import UINT8, Grid
 from lightning_quant.prepare import prepare
 
 FINITE = st.floats(-1e6, 1e6, width=32)
@@ -40,7 +41,7 @@ def numpy_fake_quantize(x: np.ndarray, low: float, high: float, quant_max: int =
 
 
 def grid(low: float, high: float, quant_max: int = 255) -> tuple[Tensor, Tensor]:
-    return affine_parameters(torch.tensor(low), torch.tensor(high), quant_max)
+    return affine_parameters(torch.tensor(low), torch.tensor(high), Grid(0, quant_max, torch.uint8))
 
 
 # --- activations
@@ -55,7 +56,7 @@ def test_rounding_equals_numpy(low: float, high: float, quant_max: int) -> None:
     # Ties, values on and beyond both ends, and values between.
     steps = np.arange(-quant_max - 20, quant_max + 20, 0.25, dtype=np.float32) * scale.numpy()
     x = np.concatenate([steps, np.random.default_rng(0).uniform(2 * low, 2 * high, 500).astype(np.float32)])
-    actual = fake_quantize(torch.from_numpy(x), scale, zero_point, quant_max).numpy()
+    actual = fake_quantize(torch.from_numpy(x), scale, zero_point, Grid(0, quant_max, torch.uint8)).numpy()
     np.testing.assert_array_equal(actual, numpy_fake_quantize(x, low, high, quant_max))
     assert len(np.unique(actual)) <= quant_max + 1
 
@@ -73,7 +74,7 @@ def test_rounding_equals_the_onnx_specification() -> None:
     graph = helper.make_graph(nodes, "pair", infos[:1], infos[1:], constants)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)])
     (expected,) = ReferenceEvaluator(model).run(None, {"x": x.numpy()})
-    np.testing.assert_array_equal(fake_quantize(x, scale, zero_point, 255).numpy(), expected)
+    np.testing.assert_array_equal(fake_quantize(x, scale, zero_point, UINT8).numpy(), expected)
 
 
 @settings(deadline=None, max_examples=200)
@@ -81,10 +82,10 @@ def test_rounding_equals_the_onnx_specification() -> None:
 def test_zero_is_exact_and_the_range_is_covered(first: float, second: float) -> None:
     low, high = min(first, second), max(first, second)
     scale, zero_point = grid(low, high)
-    assert fake_quantize(torch.zeros(1), scale, zero_point, 255).item() == 0.0
+    assert fake_quantize(torch.zeros(1), scale, zero_point, UINT8).item() == 0.0
     assert zero_point.item() in range(256)
     ends = torch.tensor([min(low, 0.0), max(high, 0.0)])
-    rounded = fake_quantize(ends, scale, zero_point, 255)
+    rounded = fake_quantize(ends, scale, zero_point, UINT8)
     assert torch.all((rounded - ends).abs() <= scale * (0.5 + 1e-4))
 
 
@@ -102,7 +103,9 @@ def test_without_widening_zero_is_lost() -> None:
     zero_point = np.clip(np.rint(-low / scale), 0, 255)
     assert numpy_dequantize(numpy_quantize(np.float32(1.5), scale, zero_point, 255), scale, zero_point) == 1.0
     scale, zero_point = grid(1.0, 2.0)
-    assert fake_quantize(torch.tensor([1.5]), scale, zero_point, 255).item() == pytest.approx(1.5, abs=scale.item() / 2)
+    assert fake_quantize(torch.tensor([1.5]), scale, zero_point, UINT8).item() == pytest.approx(
+        1.5, abs=scale.item() / 2
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, -2.5, 1e-30, 3e8])
@@ -110,14 +113,14 @@ def test_a_range_of_one_value_is_usable(value: float) -> None:
     scale, zero_point = grid(value, value)
     assert scale > 0
     assert torch.isfinite(scale)
-    result = fake_quantize(torch.tensor([value]), scale, zero_point, 255)
+    result = fake_quantize(torch.tensor([value]), scale, zero_point, UINT8)
     assert result.item() == pytest.approx(value, rel=1e-2, abs=1e-9)
 
 
 def test_gradient_is_one_inside_the_range_and_zero_outside() -> None:
     scale, zero_point = grid(-1.0, 2.0)
     x = torch.linspace(-2, 4, 10_001).requires_grad_()
-    fake_quantize(x, scale, zero_point, 255).sum().backward()
+    fake_quantize(x, scale, zero_point, UINT8).sum().backward()
     reference = x.detach().clone().requires_grad_()
     torch.fake_quantize_per_tensor_affine(reference, scale, zero_point.int(), 0, 255).sum().backward()
     torch.testing.assert_close(x.grad, reference.grad, atol=0, rtol=0)
@@ -130,15 +133,15 @@ def test_without_the_clip_mask_the_gradient_is_not_the_slope() -> None:
     scale, zero_point = grid(-1.0, 2.0)
 
     def slope(start: float) -> float:
-        ends = fake_quantize(torch.tensor([start, start + 0.5]), scale, zero_point, 255)
+        ends = fake_quantize(torch.tensor([start, start + 0.5]), scale, zero_point, UINT8)
         return round((ends[1] - ends[0]).item() / 0.5, 1)
 
     for start in (-2.0, 0.3, 3.0):
         x = torch.tensor([start], requires_grad=True)
-        fake_quantize(x, scale, zero_point, 255).sum().backward()
+        fake_quantize(x, scale, zero_point, UINT8).sum().backward()
         assert x.grad.item() == slope(start)
         unmasked = torch.tensor([start], requires_grad=True)
-        (unmasked + (fake_quantize(unmasked, scale, zero_point, 255) - unmasked).detach()).sum().backward()
+        (unmasked + (fake_quantize(unmasked, scale, zero_point, UINT8) - unmasked).detach()).sum().backward()
         assert (unmasked.grad.item() == slope(start)) == (start == 0.3)
 
 
@@ -146,7 +149,7 @@ def test_without_the_clip_mask_the_gradient_is_not_the_slope() -> None:
 def test_arithmetic_is_float32_in_every_precision(dtype: torch.dtype) -> None:
     scale, zero_point = grid(-3.0, 5.0)
     x = (torch.rand(5000) * 10 - 4).to(dtype).requires_grad_()
-    result = fake_quantize(x, scale, zero_point, 255)
+    result = fake_quantize(x, scale, zero_point, UINT8)
     result.sum().backward()
     expected = numpy_fake_quantize(x.detach().float().numpy(), -3.0, 5.0)
     assert result.dtype == x.grad.dtype == dtype
@@ -159,7 +162,7 @@ def test_half_precision_arithmetic_takes_other_integers() -> None:
     x = (torch.rand(5000) * 8 - 3).bfloat16()
     right = numpy_quantize(x.float().numpy(), scale.numpy(), int(zero_point), 255)
     careless = (torch.round(x / scale.bfloat16()) + zero_point.bfloat16()).clamp(0, 255).float().numpy()
-    careful = fake_quantize(x, scale, zero_point, 255).float() / scale + zero_point
+    careful = fake_quantize(x, scale, zero_point, UINT8).float() / scale + zero_point
     assert np.mean(careless != right) > 0.1
     # A result in bfloat16 has eight bits, enough to tell the steps apart.
     np.testing.assert_array_equal(np.abs(careful.numpy() - right) < 0.75, True)

@@ -10,6 +10,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.layers.storage import SCHEMES
 from lightning_quant.prepare import prepare
 from lightning_quant.recipe import RECIPES, IntegerSpec, LayerRecipe, Recipe, get
+from lightning_quant.runtimes import check_recipe
 
 
 def test_named_recipes() -> None:
@@ -37,7 +38,7 @@ def test_dict_changes_fields_of_the_recipe_of_its_name() -> None:
     assert get({"name": "int8", "weight": {"bits": 4}}) == Recipe(
         weight=IntegerSpec(4, symmetric=True, per_channel=True)
     )
-    assert get({"name": "int8_reduce_range", "activation": {"bits": 6}}).weight.bits == 7
+    assert get({"name": "int8_reduce_range", "activation": {"symmetric": True}}).weight.bits == 7
     by_percentile = {"percentile": 99.0, "calibration_observer": "percentile"}
     assert get(by_percentile) == Recipe(percentile=99.0, calibration_observer="percentile")
     assert get({"overrides": {"head": "float"}}) == Recipe(overrides={"head": "float"})
@@ -57,12 +58,20 @@ def test_unknown_name_or_field(recipe: object, message: str) -> None:
         get(recipe)
 
 
-@pytest.mark.parametrize("bits", [1, 16])
+@pytest.mark.parametrize("bits", [1, 17])
 def test_grids_without_kernels_are_refused(bits: int) -> None:
-    with pytest.raises(QuantizationError, match=rf"`bits` to be in \[2, 8\], but got {bits}: no runtime"):
+    with pytest.raises(QuantizationError, match=rf"`bits` to be in \[2, 16\], but got {bits}: no runtime"):
         IntegerSpec(bits=bits)
     with pytest.raises(QuantizationError, match=r"Keep layers float with `overrides`"):
         get({"name": "int8", "activation": {"bits": bits}})
+
+
+@pytest.mark.parametrize("bits", [4, 7, 12])
+def test_activations_that_no_runtime_runs_are_refused_when_written(bits: int) -> None:
+    with pytest.raises(QuantizationError, match=rf"`activation` to be a grid .* 8 or 16 bits, .* \[0, {2**bits - 1}\]"):
+        get({"activation": {"bits": bits}})
+    with pytest.raises(QuantizationError, match=rf"'own' .* that runtime 'torch' runs .*{2**bits - 1}"):
+        check_recipe("torch", Recipe(name="own", activation=IntegerSpec(bits=bits)))
 
 
 WEIGHT, ACTIVATION = IntegerSpec(symmetric=True, per_channel=True), IntegerSpec()
@@ -70,7 +79,7 @@ WEIGHT, ACTIVATION = IntegerSpec(symmetric=True, per_channel=True), IntegerSpec(
 REFUSED = {
     "weight.symmetric": {"weight": replace(WEIGHT, symmetric=False)},
     "weight.per_channel": {"weight": replace(WEIGHT, per_channel=False)},
-    "activation.symmetric": {"activation": replace(ACTIVATION, symmetric=True)},
+    "weight.bits": {"weight": replace(WEIGHT, bits=9)},
     "activation.per_channel": {"activation": replace(ACTIVATION, per_channel=True)},
     "percentile": {"percentile": 10.0},
     "time_budget_s": {"time_budget_s": -1.0},
@@ -80,7 +89,8 @@ REFUSED = {
 # ... or changes the numbers; a few of them in training alone, and are tested with it.
 CHANGING = {
     "weight.bits": {"weight": WEIGHT},
-    "activation.bits": {"activation": replace(ACTIVATION, bits=4)},
+    "activation.bits": {"activation": replace(ACTIVATION, bits=16)},
+    "activation.symmetric": {"activation": replace(ACTIVATION, symmetric=True)},
     "calibration_observer": {"calibration_observer": "min_max"},
     "bias_correction": {"bias_correction": False},
     "overrides": {"overrides": {"0": "float"}},

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_quant import kernels
 from lightning_quant.fake_quantize import _OnDevice, affine_parameters, fake_quantize
+from lightning_quant.grid import UINT8
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
@@ -24,8 +25,8 @@ WAYS = ["plain", pytest.param("triton", marks=triton_alone)]
 
 def rounded(way: str, x: Tensor, grid: tuple[Tensor, Tensor], relu: bool) -> Tensor:
     if way == "plain":
-        return _OnDevice.apply(x, *grid, 255, relu)
-    return kernels.round_values(x, *(p.to(x.device) for p in grid), 255, relu=relu)
+        return _OnDevice.apply(x, *grid, 0, 255, relu)
+    return kernels.round_values(x, *(p.to(x.device) for p in grid), UINT8, relu=relu)
 
 
 def values(dtype: torch.dtype, grid: tuple[Tensor, Tensor]) -> Tensor:
@@ -42,7 +43,7 @@ def values(dtype: torch.dtype, grid: tuple[Tensor, Tensor]) -> Tensor:
 def test_integers_and_gradients_are_those_of_the_cpu(
     ends: tuple[float, float], dtype: torch.dtype, relu: bool, way: str
 ) -> None:
-    grid = affine_parameters(*map(torch.tensor, ends), 255)
+    grid = affine_parameters(*map(torch.tensor, ends), UINT8)
     x = values(dtype, grid)
     here, there = x.clone().requires_grad_(), x.clone().to(DEVICE if way == "triton" else "cpu").requires_grad_()
     expected = on_host(here, grid, relu)
@@ -68,16 +69,16 @@ def test_integers_and_gradients_are_those_of_the_cpu(
 
 
 def on_host(x: Tensor, grid: tuple[Tensor, Tensor], relu: bool) -> Tensor:
-    return fake_quantize(x, grid[0].item(), grid[1].item(), 255, relu=relu)
+    return fake_quantize(x, grid[0].item(), grid[1].item(), UINT8, relu=relu)
 
 
 @triton_alone
 @pytest.mark.parametrize("relu", [False, True])
 def test_extremes_are_seen_in_the_same_pass(relu: bool) -> None:
-    grid = affine_parameters(torch.tensor(-1.0), torch.tensor(2.0), 255)
+    grid = affine_parameters(torch.tensor(-1.0), torch.tensor(2.0), UINT8)
     x = torch.randn(5, 777, device=DEVICE)
     extremes = torch.full((2,), -torch.inf, device=DEVICE)
-    kernels.round_values(x, *(p.to(DEVICE) for p in grid), 255, relu=relu, extremes=extremes)
+    kernels.round_values(x, *(p.to(DEVICE) for p in grid), UINT8, relu=relu, extremes=extremes)
     seen = x.relu() if relu else x
 
     assert (-extremes[0]).item() == seen.min().item()

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 import lightning_quant
 from lightning_quant import kernels
 from lightning_quant.fake_quantize import channel_maximum
+from lightning_quant.grid import Grid
 from lightning_quant.prepare import prepare
 
 # What asks a tensor where it lies or says so anew, and makes none of its values.
@@ -102,7 +103,7 @@ def _kernel(name: str, *tensors: Tensor | None) -> Iterator[None]:
 
 
 def _round_values(
-    x: Tensor, scale: Tensor, zero_point: Tensor, quant_max: int, *, relu: bool, masks: bool, extremes: Tensor | None
+    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, *, relu: bool, masks: bool, extremes: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     y, bits = torch.empty_like(x), torch.empty((x.numel() + 7) // 8 if masks else 0, dtype=torch.uint8)
     with _kernel("round_values", x, y, bits):
@@ -110,9 +111,9 @@ def _round_values(
         value = value.relu() if relu else value
         if extremes is not None:
             extremes.copy_(torch.maximum(extremes, torch.stack([-value.min(), value.max()])))
-        lower = torch.zeros(()) if relu else (-zero_point - 0.5) * scale
-        kept = (x.detach() > lower) & (value < (quant_max - zero_point + 0.5) * scale)
-        y.copy_((value / scale).round().clamp(-zero_point, quant_max - zero_point) * scale)
+        lower = torch.zeros(()) if relu else (grid.low - zero_point - 0.5) * scale
+        kept = (x.detach() > lower) & (value < (grid.high - zero_point + 0.5) * scale)
+        y.copy_((value / scale).round().clamp(grid.low - zero_point, grid.high - zero_point) * scale)
     # The bits themselves lie in a tensor of bytes here, which only `_pass_gradient` reads.
     bits.kept = kept  # type: ignore[attr-defined]
     return y, bits

@@ -59,7 +59,7 @@ def edge_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, EdgeStat
     """
     axes = _channel_axes(prepared)
     found: dict[str, EdgeStatistics] = {}
-    quant_max = prepared.recipe.activation.quant_max
+    grid = prepared.ranges.grid
 
     def count(identity: str, x: Tensor) -> None:
         scale, zero_point = prepared.ranges.parameters(identity)
@@ -74,7 +74,7 @@ def edge_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, EdgeStat
         entry.total += channels.double().sum(1)
         entry.number += values.numel()
         integers = torch.round(values / scale)
-        rounded = integers.clamp(-zero_point, quant_max - zero_point)
+        rounded = integers.clamp(grid.low - zero_point, grid.high - zero_point)
         entry.power += float(values.square().sum())
         entry.noise += float((rounded * scale - values).square().sum())
         entry.outside += int((integers != rounded).sum())

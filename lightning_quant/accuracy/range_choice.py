@@ -14,6 +14,7 @@ from lightning_quant.calls import Call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.fake_quantize import affine_parameters, channel_maximum, fake_quantize, weight_scale
 from lightning_quant.graph.plan import identify, path_of
+from lightning_quant.grid import Grid
 from lightning_quant.observers import Histogram
 from lightning_quant.prepared import Prepared
 
@@ -21,9 +22,9 @@ PERCENTILES = (99.9, 99.99, 99.999)
 Range = tuple[Tensor, Tensor]
 
 
-def candidate_ranges(observer: Histogram, num_levels: int) -> list[Range]:
+def candidate_ranges(observer: Histogram, grid: Grid) -> list[Range]:
     """Return the ranges to choose from: all values, least squared error, and percentiles."""
-    ranges = [(observer.low, observer.high), observer.least_error_range(num_levels)]
+    ranges = [(observer.low, observer.high), observer.least_error_range(grid)]
     return ranges + [observer.percentile_range(percentile) for percentile in PERCENTILES]  # type: ignore[return-value]
 
 
@@ -40,7 +41,6 @@ def choose_ranges(prepared: Prepared, calls: list[Call]) -> int:
     Raises:
         QuantizationError: the observers keep no histogram.
     """
-    levels = prepared.recipe.activation.quant_max + 1
     errors: dict[str, list[float]] = {}
     candidates: dict[str, list[Range]] = {}
 
@@ -52,7 +52,7 @@ def choose_ranges(prepared: Prepared, calls: list[Call]) -> int:
                 f"Expected a recipe with a histogram observer, but got {prepared.observer!r}. Use 'mse'."
             )
         if edge not in candidates:
-            candidates[edge] = candidate_ranges(observer, levels)
+            candidates[edge] = candidate_ranges(observer, prepared.ranges.grid)
             errors[edge] = [0.0] * len(candidates[edge])
         weight = folded_layer(prepared, site.identity).weight
         for index, error in enumerate(reader_errors(site, weight, candidates[edge], prepared)):
@@ -72,11 +72,11 @@ def reader_errors(site: Site, weight: Tensor, ranges: list[Range], prepared: Pre
     references = [site.compute(x, weight, None) for x in site.float_inputs]
     power = sum(float(y.square().sum()) for y in references) or 1.0
     weight = round_weight(weight, prepared.weight_quant_max(site.identity))
-    quant_max = prepared.recipe.activation.quant_max
+    integers = prepared.ranges.grid
     result = []
     for low, high in ranges:
-        grid = affine_parameters(low, high, quant_max)
-        rounded = [site.compute(fake_quantize(x, *grid, quant_max), weight, None) for x in site.float_inputs]
+        parameters = affine_parameters(low, high, integers)
+        rounded = [site.compute(fake_quantize(x, *parameters, integers), weight, None) for x in site.float_inputs]
         errors = [y - reference for y, reference in zip(rounded, references, strict=True)]
         result.append(error_power(errors, site.channel_axis) / power)
     return result

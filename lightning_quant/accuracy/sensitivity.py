@@ -242,7 +242,7 @@ def _own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str
     """Return for each operator its own signal-to-noise ratio, its range, and how far its channels differ."""
     seen, weight_noise = edge_statistics(prepared, calls), _weight_noise(prepared, calls)
     statistics: dict[str, dict[str, Any]] = {}
-    quant_max = prepared.recipe.activation.quant_max
+    grid = prepared.ranges.grid
     for identity, operator in prepared.operators.items():
         edge = identify(path_of(identity), operator.output if operator.quantized_output else operator.inputs[0])
         found, ratio = seen.get(edge), weight_noise.get(identity, 0.0)
@@ -251,7 +251,7 @@ def _own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str
         low = high = 0.0
         if edge in prepared.ranges.edges:
             scale, zero_point = prepared.ranges.parameters(edge)
-            low, high = float(-zero_point * scale), float((quant_max - zero_point) * scale)
+            low, high = float((grid.low - zero_point) * scale), float((grid.high - zero_point) * scale)
         widest, extra = 1.0, 0
         if operator.weight:
             weight = folded_layer(prepared, identity).weight
@@ -285,14 +285,14 @@ def _output_noise(prepared: Prepared, calls: list[Call], identity: str, edge: st
         with simulation.quantizing_only(only), simulation.watching(watch), prepared.attached("frozen"):
             for args, kwargs in calls:
                 prepared.root(*args, **kwargs)
-    grid, quant_max = prepared.ranges.parameters(edge), prepared.recipe.activation.quant_max
-    return _error(outputs[False], [fake_quantize(x, *grid, quant_max) for x in outputs[True]])
+    parameters, integers = prepared.ranges.parameters(edge), prepared.ranges.grid
+    return _error(outputs[False], [fake_quantize(x, *parameters, integers) for x in outputs[True]])
 
 
 def _weight_noise(prepared: Prepared, calls: list[Call]) -> dict[str, float]:
     """Return noise over signal of weighted operators that answer in float, from their weights and what is their own."""
     noise: dict[str, float] = {}
-    quant_max = prepared.recipe.activation.quant_max
+    grid = prepared.ranges.grid
 
     def visit(site: Site) -> None:
         if site.operator.quantized_output:
@@ -306,7 +306,7 @@ def _weight_noise(prepared: Prepared, calls: list[Call]) -> dict[str, float]:
         signal = total = 0.0
         for x in site.float_inputs:
             exact = site.compute(x, layer.weight, layer.bias)
-            x = fake_quantize(x, *prepared.ranges.parameters(edge), quant_max) if reads_float else x
+            x = fake_quantize(x, *prepared.ranges.parameters(edge), grid) if reads_float else x
             signal += float(exact.square().sum())
             total += float((site.compute(x, rounded, folded.bias) - exact).square().sum())
         noise[site.identity] = total / signal if signal else 0.0

@@ -301,6 +301,7 @@ class QuantizationCallback(Callback):
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.runtime != AUTO:
             runtimes.get(self.runtime, exporting=True)
+            runtimes.check_recipe(self.runtime, self.recipe)
         if self.module is not None and trainer.lightning_module is not None and _is_configured(pl_module):
             find_module(pl_module, self.module)
         folder = self.folder(trainer)

@@ -52,17 +52,24 @@ class Matcher(Candidates):
                 continue
             row = Row(self.name(node), self.operations[node].layer, "float", self._float_reason(node))
             if node in quantized:
-                row = replace(row, action="int8", reason="")
+                row = self._quantized(row, node)
             elif node in self.fused:
                 row = replace(row, action="fused", reason=f"into {self.name(self.fused[node].main)}")
             elif node in self._computed_once:
                 row = replace(row, action="fused", reason=COMPUTED_ONCE)
             elif node in self.edges and not self.edges[node].observed:
                 row = replace(row, action="int8", reason="same scale as its input")
+                row = replace(row, action="float", reason=self.table.in_float) if self.table.in_float else row
             else:
                 row = replace(row, excluded=bool(self.selection.exclusion(row.name, row.kind)))
             found.append(claim_of(node, row, self.path, self._weights(node)))
         return found
+
+    def _quantized(self, row: Row, node: fx.Node) -> Row:
+        if not self.table.in_float:
+            return replace(row, action="int8", reason="")
+        is_stored = self.units[node].operation.kind in ops.WEIGHTED
+        return replace(row, action="int8 weights" if is_stored else "float", reason=self.table.in_float)
 
     @functools.cached_property
     def _computed_once(self) -> set[fx.Node]:

@@ -1,8 +1,10 @@
 """What a runtime executes in integers, and what the user wants executed in integers. Data only."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
+
+from lightning_quant.grid import INTEGERS_8, Grid
 
 
 @dataclass(frozen=True)
@@ -16,6 +18,9 @@ class OperatorTable:
         own_scale: other kinds with an integer kernel that has its own output scale.
         shared_scale: kinds that move values without changing them: input and output share one scale.
         reasons: kind to reason, for kinds that stay float.
+        grids: of activations that it runs.
+        in_float: why all of it computes in float, where weights are stored in integers and activations are rounded
+            without integer kernels; empty where there are such.
         fuses_add: whether a convolution adds another quantized tensor before it rounds, so that nothing is rounded
             between convolution and addition.
         adds_activated: whether it does so behind an activation, too.
@@ -31,12 +36,25 @@ class OperatorTable:
     own_scale: frozenset[str]
     shared_scale: frozenset[str]
     reasons: Mapping[str, str] = field(default_factory=dict)
+    grids: frozenset[Grid] = INTEGERS_8
+    in_float: str = ""
     fuses_add: bool = False
     adds_activated: bool = False
     fuses_pad: bool = True
     one_channel: str = ""
     padded_average: str = ""
     moves_dequantization: bool = False
+
+    def on(self, grid: Grid) -> "OperatorTable":
+        """Return the table for one of its grids.
+
+        Symmetric ranges take over no clip, which keeps to the grid of what it clips instead.
+        """
+        in_float = "" if grid in INTEGERS_8 else f"activations on {grid} have no integer kernels, it computes in float"
+        if not grid.symmetric:
+            return replace(self, in_float=in_float)
+        moves = self.shared_scale | self.fused_activations
+        return replace(self, fused_activations=frozenset(), shared_scale=moves, in_float=in_float)
 
 
 @dataclass(frozen=True)

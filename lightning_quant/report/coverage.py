@@ -110,7 +110,7 @@ def low_coverage(plan: dict[str, Any]) -> list[str]:
         helps = f"recipe 'int8_weight_only' or 'int8_dynamic' on runtime {where} takes more layers"
     asked = [row for row in plan["rows"] if not row["excluded"]]
     left = [row for row in asked if row["action"] == "float"]
-    most = max(left, key=lambda row: row["macs"], default=None)
+    most = max((r for r in asked if r["action"] != "int8" and r["reason"]), key=lambda r: r["macs"], default=None)
     found = []
     total, weights = (sum(row[what] for row in asked) for what in ("macs", "weights"))
     if most is not None and plan["coverage"] * sum(row["macs"] for row in plan["rows"]) < _LOW * total:

@@ -99,7 +99,13 @@ def make_report(
         Agreement(parity),
         Notes((*notes, *_engine(artifact), *remarks, *unfit)),
         Ranking(sensitivity),
-        Coverage(prepared.plan.to_dict(), operators, runtime.still_float(planned, operators), step_share, least),
+        Coverage(
+            prepared.plan.to_dict(),
+            operators,
+            runtime.still_float(planned if any(row.action == "int8" for row in prepared.plan.rows) else (), operators),
+            step_share,
+            least,
+        ),
         Seconds(seconds),
     )
     return with_limits(

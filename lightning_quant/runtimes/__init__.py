@@ -13,6 +13,7 @@ from typing import Any
 from lightning_quant.arguments import check_threads
 from lightning_quant.choice import check_choice, did_you_mean
 from lightning_quant.errors import MissingRuntimeError, QuantizationError
+from lightning_quant.recipe import AnyRecipe, Recipe
 from lightning_quant.runtimes._runtime import Runtime
 
 
@@ -28,7 +29,7 @@ def that(capable: Callable[[Runtime], object]) -> str:
 
 def in_words(some: Iterable[str]) -> str:
     """Return "'a', 'b' or 'c'"."""
-    *others, last = (repr(name) for name in some)
+    *others, last = [repr(name) for name in some] or [""]
     return f"{', '.join(others)} or {last}" if others else last
 
 
@@ -56,6 +57,23 @@ def check_options(name: str, options: Mapping[str, Any]) -> None:
             f"{did_you_mean(unknown[0], known)}"
         )
     check_threads(options.get("threads"))
+
+
+def check_recipe(name: str, recipe: AnyRecipe) -> None:
+    """Make sure that a runtime runs the grid of a recipe's activations.
+
+    Raises:
+        QuantizationError: it does not; the message says which it runs, and who runs this one.
+    """
+    if not isinstance(recipe, Recipe) or recipe.activation_grid in get(name).TABLE.grids:
+        return
+    grid = recipe.activation_grid
+    known = ", ".join(sorted(map(str, get(name).TABLE.grids)))
+    others = that(lambda runtime: grid in runtime.TABLE.grids)
+    raise QuantizationError(
+        f"Expected `recipe` {recipe.name!r} to have activations that runtime {name!r} runs ({known}), but got {grid}. "
+        + (f"Use runtime {others}." if others else "No runtime runs them: use 8 or 16 bits.")
+    )
 
 
 def get(name: str, *, exporting: bool = False) -> Runtime:

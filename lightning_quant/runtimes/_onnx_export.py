@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_quant.calls import CapturedCall
-from lightning_quant.named_edges import PREFIX, EdgeNames
+from lightning_quant.named_edges import PREFIX, EdgeNames, EdgeQuantizer
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, refused
 from lightning_quant.runtimes._onnx_layers import translations
 from lightning_quant.runtimes._onnx_moves import move_in_integers
@@ -52,6 +52,7 @@ def export_onnx(
             output_names=names,
             custom_translation_table=translations(),
             optimize=False,
+            opset_version=_opset(flat),
             verbose=False,
         )
         _name_edges(program.model, EdgeNames(flat))  # type: ignore[union-attr]
@@ -63,6 +64,12 @@ def export_onnx(
     _strip(program.model)  # type: ignore[union-attr]
     _keep_names_apart(program.model)  # type: ignore[union-attr]
     program.save(path)  # type: ignore[union-attr]
+
+
+def _opset(flat: Flat) -> int | None:
+    """Return the first version of ONNX that knows what a module is quantized to; the exporter's own where all do."""
+    wide = any(isinstance(m, EdgeQuantizer) and torch.iinfo(m.grid[-1]).bits > 8 for m in flat.modules())
+    return 21 if wide else None
 
 
 def describe(path: Path, facts: dict[str, Any]) -> None:

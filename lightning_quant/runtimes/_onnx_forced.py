@@ -19,7 +19,7 @@ def run_forced(
     Args:
         path: an ONNX file in QDQ form.
         inputs: the model's own inputs by name.
-        edges: integers of the quantized tensors by the names of their edges, uint8.
+        edges: integers of the quantized tensors by the names of their edges.
         session: starts a session of a file.
     """
     import onnx
@@ -35,9 +35,10 @@ def run_forced(
         node.input[:] = [forced.get(name, name) for name in node.input]
     del model.graph.output[:]
     make = onnx.helper.make_tensor_value_info
-    model.graph.output.extend(make(name, onnx.TensorProto.UINT8, None) for name in forced)
     given = dict(zip(forced.values(), (edges[name] for name in cut), strict=True))
-    model.graph.input.extend(make(name, onnx.TensorProto.UINT8, edge.shape) for name, edge in given.items())
+    kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(edge.dtype) for name, edge in given.items()}
+    model.graph.output.extend(make(output, kinds[name], None) for output, name in forced.items())
+    model.graph.input.extend(make(name, kinds[name], edge.shape) for name, edge in given.items())
     with tempfile.TemporaryDirectory() as folder:
         cut_file = Path(folder) / "model.onnx"
         onnx.save(model, cut_file, save_as_external_data=model.ByteSize() > 2**30)

@@ -132,7 +132,7 @@ class Runtime(abc.ABC):
         Args:
             path: a model file.
             inputs: the model's own inputs by name.
-            edges: integers of the quantized tensors by the names of their edges, uint8.
+            edges: integers of the quantized tensors by the names of their edges.
 
         Returns:
             the integers that the operators computed, of those edges that the file has.

@@ -27,6 +27,7 @@ from lightning_quant.calls import CapturedCall
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.table import OperatorTable
+from lightning_quant.grid import INTEGERS_8, INTEGERS_16
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.named_edges import PREFIX
 from lightning_quant.runtimes._onnx_export import describe, export_onnx
@@ -59,6 +60,7 @@ _TABLE = OperatorTable(
     own_scale=frozenset({"add", "mul", "matmul", "cat", "avg_pool", "global_avg_pool", "leaky_relu", "sigmoid"}),
     shared_scale=MOVING,
     reasons=_REASONS,
+    grids=INTEGERS_8 | INTEGERS_16,
 )
 # Integer operators of an optimized session that carry out each kind.
 _INTEGER_OPERATORS = {

@@ -27,7 +27,7 @@ def test_statistics_are_the_means_over_all_batches_of_what_the_rounded_layer_giv
     norm, linear = model.layers[1], model.layers[0]
     with torch.no_grad():
         norm.running_mean += 5
-        rounded = [fake_quantize(x, *prepared.ranges.parameters(":x"), 255) for x in calls]
+        rounded = [fake_quantize(x, *prepared.ranges.parameters(":x"), prepared.ranges.grid) for x in calls]
         scale = linear.weight.abs().amax(1, keepdim=True) / 127
         weight = torch.round(linear.weight / scale) * scale
         outputs = [x @ weight.T + linear.bias for x in rounded]
