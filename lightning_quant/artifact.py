@@ -5,6 +5,7 @@ of them replace those of an older artifact at once (see `commit.py`). Hashes pro
 come from: formats with native code (.pt2, .pte) run it when loaded, so load only what you trust, or what is signed.
 """
 
+import functools
 import itertools
 import json
 import platform
@@ -190,6 +191,7 @@ def _holds(path: Path, artifact: Artifact) -> bool:
     return is_same_model(manifest, artifact.manifest)
 
 
+@functools.cache
 def _version(package: str) -> str | None:
     try:
         return metadata.version(package)

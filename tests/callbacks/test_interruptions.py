@@ -3,9 +3,11 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +39,25 @@ pytestmark = [
 X = images(BATCH, seed=9).tensors[0]
 
 
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Any], Path]:
+    """The artifact of an earlier run of each callback."""
+    made: dict[Any, Path] = {}
+
+    def of(kind: Any) -> Path:
+        if kind not in made:
+            made[kind] = tmp_path_factory.mktemp("earlier") / "artifact"
+            make_trainer(kind(output_dir=made[kind], evaluate=False)).fit(seeded(seed=5))
+        return made[kind]
+
+    return of
+
+
 class Interrupted:
     """A run with an artifact of an earlier one in its folder, which something ends."""
 
-    def __init__(self, kind: Any, folder: Path, ending: Callback, expected: Any) -> None:
-        self.folder = folder / "artifact"
-        make_trainer(kind(output_dir=self.folder, evaluate=False)).fit(seeded(seed=5))
+    def __init__(self, kind: Any, folder: Path, earlier: Path, ending: Callback, expected: Any) -> None:
+        self.folder = Path(shutil.copytree(earlier, folder / "artifact"))
         self.old = load(self.folder)(X)
         schedule = {"schedule": {"fake_quantize": 2, "freeze_observers": 6, "unit": "steps"}}
         arguments = schedule if kind is QuantizationAwareTraining else {}
@@ -101,12 +116,13 @@ class UserError(Exception):
     ],
 )
 def test_interrupted_training(
-    kind: Any, what: Any, expected: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    kind: Any, what: Any, expected: Any, earlier: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    artifact = earlier(kind)
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         with caplog.at_level("INFO", logger="lightning.pytorch"):
-            run = Interrupted(kind, tmp_path, Raises(what), expected)
+            run = Interrupted(kind, tmp_path, artifact, Raises(what), expected)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -127,12 +143,13 @@ class FullDisk(Callback):
 
 @pytest.mark.parametrize("size", [0, 5000])
 @feature("Interruptions", "disk full")
-def test_disk_full(kind: Any, size: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_disk_full(kind: Any, size: int, earlier: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    artifact = earlier(kind)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
         with caplog.at_level("INFO", logger="lightning.pytorch"):
-            run = Interrupted(kind, tmp_path, FullDisk(size), BaseException)
+            run = Interrupted(kind, tmp_path, artifact, FullDisk(size), BaseException)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, handler)
@@ -159,12 +176,14 @@ def test_failing_stage(
     kind: Any,
     stage: str,
     result: str,
+    earlier: Any,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
+    artifact = earlier(kind)
     with monkeypatch.context() as patch, caplog.at_level("INFO", logger="lightning.pytorch"):
-        run = Interrupted(kind, tmp_path, Fails(patch, stage), UserError)
+        run = Interrupted(kind, tmp_path, artifact, Fails(patch, stage), UserError)
 
     assert ("was written" in caplog.text) == (result == "new")
     run.check(caplog.text, result=result)
