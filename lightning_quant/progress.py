@@ -1,23 +1,50 @@
-"""Progress on what takes more than a second; silent where standard error is no terminal."""
+"""Progress on what takes more than a second: a bar in a terminal or notebook, a line a minute in a log."""
 
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from tqdm import tqdm
+import tqdm.auto
 
 Item = TypeVar("Item")
-# Seconds before a bar appears.
-_DELAY_S = 1.0
+# Seconds before a bar appears, and between the lines of a log.
+_DELAY_S, _LINE_S = 1.0, 60.0
+_LINE = "{desc}: {n_fmt} of {total_fmt}, {elapsed} so far, {remaining} to go {postfix}"
+
+
+class _Lines(tqdm.tqdm):
+    """Writes lines where nothing that was written can be taken back."""
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        """Write where it stands, and nothing when it is over."""
+        if msg is None:
+            print(str(self), file=sys.stderr, flush=True)
+
+
+def bar(what: str, unit: str = "it", *, items: Iterable[Any] | None = None, total: int | None = None) -> Any:
+    """Return a bar over items, or one of so many steps, with `update`, to be used in a `with` block or as iterable.
+
+    Args:
+        what: is being done.
+        unit: of which there are so many.
+        items: to pass on one by one.
+        total: how many steps there are, where there are no items.
+    """
+    options: dict[str, Any] = {"iterable": items, "total": total, "desc": what, "unit": unit, "leave": False}
+    # Output of a notebook is no terminal, and shows bars all the same.
+    if sys.stderr.isatty() or "ipykernel.zmqshell" in sys.modules:
+        return tqdm.auto.tqdm(**options, delay=_DELAY_S)
+    return _Lines(**options, delay=_LINE_S, mininterval=_LINE_S, miniters=1, bar_format=_LINE)
 
 
 def tracked(items: Iterable[Item], what: str, unit: str) -> Iterator[Item]:
     """Yield the items of an iterable and show how far they are."""
-    yield from tqdm(items, desc=what, unit=unit, delay=_DELAY_S, leave=False, disable=None)
+    yield from bar(what, unit, items=items)
 
 
 @contextmanager
 def shown(what: str) -> Iterator[None]:
     """Show what is being done while a block runs whose length nobody knows."""
-    with tqdm(desc=what, leave=False, disable=None, bar_format="{desc} ..."):
+    with tqdm.tqdm(desc=what, leave=False, disable=None, bar_format="{desc} ..."):
         yield

@@ -535,18 +535,3 @@ def test_limits_in_yaml_are_those_of_the_command_line(
         QuantizationCLI(Classifier, Data, save_config_callback=None)
     assert ended.value.code == 1
     assert "main.py quantize: " in capsys.readouterr().err
-
-
-def test_progress_is_silent_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
-    from lightning_quant import progress
-
-    monkeypatch.setattr(progress, "_DELAY_S", 0)
-    with progress.shown("Exporting"):
-        assert list(progress.tracked(range(3), "Calibrating", "batch")) == [0, 1, 2]
-    assert capsys.readouterr().err == ""
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
-    with progress.shown("Exporting"):
-        assert list(progress.tracked(range(3), "Calibrating", "batch")) == [0, 1, 2]
-    shown = capsys.readouterr().err
-    assert "Exporting" in shown
-    assert "Calibrating" in shown

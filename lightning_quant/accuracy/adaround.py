@@ -10,13 +10,13 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lightning_quant.accuracy.lockstep import Site, lockstep
 from lightning_quant.accuracy.rescale import along_rows, folded_layer
 from lightning_quant.calls import Call
 from lightning_quant.graph.plan import path_of
 from lightning_quant.prepared import Prepared
+from lightning_quant.progress import bar
 
 _STRETCH_LOW, _STRETCH_HIGH = -0.1, 1.1
 _WARM_UP = 0.2
@@ -66,10 +66,10 @@ def adaround(
     """
     results: list[Reconstruction] = []
     number = sum(bool(operator.weight) for operator in prepared.operators.values())
-    progress = tqdm(total=number, leave=False, disable=None)
+    progress = bar("AdaRound", "layer", total=number)
 
     def visit(site: Site) -> None:
-        progress.set_description(f"adaround {path_of(site.identity)}{site.operator.key}")
+        progress.set_postfix_str(f"{path_of(site.identity)}{site.operator.key}")
         if time.monotonic() < deadline and any(x.numel() for x in site.quantized_inputs):
             results.append(_reconstruct(prepared, site, iterations, learning_rate, regularization, batch))
         progress.update()

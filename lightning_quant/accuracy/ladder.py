@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from lightning_quant.accuracy.absorption import absorb
 from lightning_quant.accuracy.adaround import adaround
@@ -24,6 +23,7 @@ from lightning_quant.exact import exact_arithmetic
 from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.observers import Histogram, build
 from lightning_quant.prepared import Prepared
+from lightning_quant.progress import bar
 from lightning_quant.recipe import Recipe
 from lightning_quant.routing import evaluation_mode
 
@@ -78,7 +78,7 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
     observe_anew(prepared, budget.calls)
     results: list[AccuracyStep] = []
     reached = output_snr(prepared, held_back)
-    progress = tqdm(prepared.recipe.accuracy_steps, desc="accuracy", leave=False, disable=None)
+    progress = bar("Accuracy", "step", items=prepared.recipe.accuracy_steps)
     for name in progress:
         if budget.is_spent:
             break

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from lightning_quant.accuracy.advice import Advice, advise
 from lightning_quant.accuracy.edge_statistics import edge_statistics, ratio_to_median
@@ -22,6 +21,7 @@ from lightning_quant.graph.plan import identify, path_of
 from lightning_quant.host import moved_call
 from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.prepared import Prepared
+from lightning_quant.progress import tracked
 from lightning_quant.recipe import AnyRecipe, Recipe
 from lightning_quant.routing import device_of, evaluation_mode
 from lightning_quant.tables import one_line, text_table
@@ -182,7 +182,7 @@ def sensitivity(prepared: Prepared, calls: list[Call], *, score: Score | None = 
         error, score_of_all = measure(everything)
         own = _own_statistics(prepared, calls)
         layers = []
-        for identity, operator in tqdm(prepared.operators.items(), desc="sensitivity", leave=False, disable=None):
+        for identity, operator in tracked(prepared.operators.items(), "Sensitivity", "operator"):
             weight, edges = own_parts(prepared, identity)
             without, without_score = measure(everything - weight - edges)
             only = measure(weight | edges)[0]
