@@ -52,7 +52,7 @@ from lightning_quant.export import Quantizable, trial_export
 from lightning_quant.folder import fleeting_folder, output_folder
 from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.table import Selection
-from lightning_quant.layers import has_layers
+from lightning_quant.layers import may_have_layers
 from lightning_quant.layerwise import Layerwise, quantize_layers
 from lightning_quant.loss_inputs import LossInputs, leave_out_labels
 from lightning_quant.names import Engine, Example, ExampleName, Recipes, Runtime, Weights, WeightsName
@@ -333,7 +333,7 @@ class QuantizationCallback(Callback):
             self.prepared.detach()
         self.artifact, self._begun, self.step_share = None, False, 1.0
         _check_initialized(pl_module)
-        is_wanted = has_layers if isinstance(self.recipe, LayerRecipe) else has_weights
+        is_wanted = may_have_layers(pl_module) if isinstance(self.recipe, LayerRecipe) else has_weights
         together = fills_modules(self.recipe, self.chosen_runtime)
         found = capture_call(trainer, pl_module, self.module, self.example, is_wanted, together=together)
         self.path = found.path

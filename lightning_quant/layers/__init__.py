@@ -3,6 +3,8 @@
 A new kind of layer is one file with a class derived from `StoredLayer`, and a line in `_CLASSES`.
 """
 
+from collections.abc import Callable
+
 from torch import nn
 
 from lightning_quant.layers import grouped  # noqa: F401
@@ -10,6 +12,7 @@ from lightning_quant.layers.attention import StoredAttention
 from lightning_quant.layers.embedding import StoredEmbedding, StoredEmbeddingBag, row_factor
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.linear import StoredLinear
+from lightning_quant.layers.products import MIN_VALUES
 from lightning_quant.layers.recurrent import StoredCell, StoredRecurrent
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -27,6 +30,18 @@ _CLASSES: tuple[tuple[tuple[type[nn.Module], ...], type[StoredLayer]], ...] = (
 _OPEN = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
 
 KINDS = tuple(kind for kinds, _ in _CLASSES for kind in kinds)
+
+
+def may_have_layers(root: nn.Module) -> Callable[[nn.Module], bool]:
+    """Return what tells whether recipes of layers may quantize something at or under a module of a tree.
+
+    Where none of the tree is a layer that they know, they can store what the code of modules multiplies by.
+    """
+
+    def has_weights(module: nn.Module) -> bool:
+        return any(p.dim() > 1 and p.numel() >= MIN_VALUES for p in module.parameters())
+
+    return has_layers if has_layers(root) else has_weights
 
 
 def has_layers(module: nn.Module) -> bool:

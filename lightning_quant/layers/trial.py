@@ -222,6 +222,8 @@ def _refusal(module: nn.Module, stored_class: type[StoredLayer] | None) -> str:
         return (
             f"it overrides the forward of {base.__name__}" if base else f"no quantized form of {type(module).__name__}"
         )
+    if any(p.dim() > 1 and not p.numel() for p in module.parameters()):
+        return "it has a weight without values"
     if "forward" in module.__dict__:
         return "its forward was replaced by another one"
     if any(not computes_weight(hook) for hook in module._forward_pre_hooks.values()):

@@ -4,7 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -13,6 +13,13 @@ def allowances() -> Iterator[None]:
     """Let an exporter follow the code of a forward that it would refuse for what changes no result."""
     with _masks_as_given(), _Copies():
         yield
+
+
+class _Array:
+    """Stands for the values of a tensor that a forward keeps for itself as a NumPy array, to look at later."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise AttributeError(f"`.{name}` of a NumPy array is needed, whose values an exporter does not have")
 
 
 @contextlib.contextmanager
@@ -35,7 +42,10 @@ def _masks_as_given() -> Iterator[None]:
 
 
 class _Copies(TorchFunctionMode):
-    """Clones where code copies a tensor with `copy.deepcopy`, as metrics do that a forward makes."""
+    """Clones where code copies a tensor with `copy.deepcopy`, as metrics do that a forward makes; keeps arrays empty.
+
+    An array that code computes with, or asks for anything, is refused there.
+    """
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -43,4 +53,6 @@ class _Copies(TorchFunctionMode):
         if function is Tensor.__deepcopy__:
             tensor, memo = args
             return memo.setdefault(id(tensor), tensor.clone())
+        if function is Tensor.numpy and type(args[0]) not in (Tensor, nn.Parameter):
+            return _Array()
         return function(*args, **(kwargs or {}))

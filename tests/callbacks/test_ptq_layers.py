@@ -273,3 +273,48 @@ def test_recurrence_by_itself(tmp_path: Path) -> None:
     assert row["artifact"] == pytest.approx(sum(by_hand) / len(by_hand), abs=1e-6)
     assert row["artifact"] != row["float_value"]
     assert type(float_gru) is nn.GRU
+
+
+class OwnWeights(LightningModule):
+    """Holds its weights in a module of its own code, as ensembles of layers do; nothing in it is a known layer."""
+
+    class Net(nn.Module):
+        def __init__(self, columns: int) -> None:
+            super().__init__()
+            self.weights = nn.Parameter(torch.randn(3, 16, columns) / 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.einsum("bi,eij->bej", x, self.weights)
+
+    def __init__(self, columns: int = 64) -> None:
+        super().__init__()
+        self.net = self.Net(columns)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 0.01)
+
+    def train_dataloader(self) -> Any:
+        return DataLoader(TensorDataset(torch.randn(32, 16, generator=torch.Generator().manual_seed(0))), 8)
+
+    val_dataloader = train_dataloader
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_modules_whose_weights_are_their_own_codes_alone_are_found(runtime: Any, tmp_path: Path) -> None:
+    callback = PostTrainingQuantization("int8_weight_only", runtime, output_dir=tmp_path / "artifact")
+    fit(seeded(OwnWeights), callback)
+    assert callback.artifact is not None
+    assert callback.artifact.plan["rows"][0]["action"] == "int8 weights"
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_weight_only"])
+def test_where_they_are_too_few_or_need_layers_the_refusal_names_them(recipe: str, tmp_path: Path) -> None:
+    callback = PostTrainingQuantization(recipe, output_dir=tmp_path / "artifact")  # type: ignore[arg-type]
+    with pytest.raises(MisconfigurationException, match="holds its weights in Net, which have no quantized form"):
+        fit(seeded(OwnWeights, columns=4), callback)

@@ -297,3 +297,25 @@ def test_wrong_recipe(recipe: dict[str, Any], message: str) -> None:
 def test_recipe_that_needs_a_graph() -> None:
     with pytest.raises(PlanError, match="'int8' needs `prepare` and calibration"):
         rows_of(Around(nn.Linear(4, 4)), torch.randn(2, 4), recipe=get("int8"))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("recipe", ["int8_dynamic", "int8_weight_only", "float16", "int4_weight_only"])
+def test_weights_without_values_stay_float(recipe: str) -> None:
+    class Net(nn.Module):
+        """Has no categories, as models of tables may."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.narrow = nn.Embedding(0, 4), nn.Embedding(4, 0)
+            self.none, self.to_none, self.rest = nn.Linear(0, 64), nn.Linear(64, 0), nn.Linear(64, 64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rest(x) + self.none(self.to_none(x)) + self.none(self.narrow(x.new_zeros(1).long()))
+
+    torch.manual_seed(0)
+    quantized = quantize_layers(Net().eval(), (torch.randn(4, 64),), recipe=recipe, runtime="torch")
+    rows = {row.name: row for row in quantized.plan.rows}
+    assert rows["rest"].action != "float"
+    empty = ("table", "narrow", "none", "to_none")
+    assert {rows[name].reason for name in empty if name in rows} == {"it has a weight without values"}

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_quant as lq
+from lightning_quant.errors import ExportError
 
 
 class _Masked(nn.Module):
@@ -41,15 +42,38 @@ class _Copying(nn.Module):
         return self.second(torch.relu(self.first(x))) + copied["offset"]
 
 
+class _Looking(_Copying):
+    """Keeps an array of what it has seen, which projects show after training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.second(torch.relu(self.first(x)))
+        self.seen = y.mean(dim=0).detach().cpu().numpy()
+        return y
+
+
+class _Computing(_Looking):
+    """Computes with that array."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(self.seen.mean())
+
+
+def test_an_array_that_is_computed_with_is_not_taken_for_one_that_is_kept(tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=r"`.mean` of a NumPy array is needed.*return super\(\).forward\(x\)"):
+        lq.quantize(_Computing().eval(), "int8", "torch", calibration_data=[torch.randn(4, 6, 3)], output_dir=tmp_path)
+
+
 @pytest.mark.parametrize(("recipe", "runtime"), [("int8_dynamic", "onnxruntime"), ("int8_weight_only", "torch")])
-@pytest.mark.parametrize("kind", ["encoder", "decoder", "copies"])
+@pytest.mark.parametrize("kind", ["encoder", "decoder", "copies", "arrays"])
 def test_exports(kind: str, recipe: str, runtime: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model = (_Copying() if kind == "copies" else _Masked(kind)).eval()
+    own = {"copies": _Copying, "arrays": _Looking}
+    model = (own[kind]() if kind in own else _Masked(kind)).eval()
     calls = [torch.randn(4, 6, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(2)]
 
     artifact = lq.quantize(model, recipe, runtime, calibration_data=calls, output_dir=tmp_path, threads=1)
 
+    assert "into_only" not in artifact.manifest
     loaded = lq.load(artifact.path)
     with torch.no_grad():
         torch.testing.assert_close(loaded(calls[1]), model(calls[1]), rtol=0.0, atol=0.1)
