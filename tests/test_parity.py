@@ -3,7 +3,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import lightning_models
@@ -320,12 +319,12 @@ def test_faults_fail_from_end_to_end_on_runtimes_that_cannot_run_single_operator
             y = simulated(wrong, x)
         return y + 0.56 * y.std() * torch.randn_like(y) if fault == "five decibels" else y
 
-    parity = check_parity(prepared, artifact, ModuleType("runtime"), Path(), [x])  # type: ignore[arg-type]
+    parity = check_parity(prepared, artifact, runtimes.get("inductor"), Path(), [x])  # type: ignore[arg-type]
     monkeypatch.undo()
     right = check_parity(
         prepared,
         lambda x: simulated(prepared, x),
-        ModuleType("runtime"),
+        runtimes.get("inductor"),
         Path(),
         [x],  # type: ignore[arg-type]
     )
