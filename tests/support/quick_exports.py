@@ -53,7 +53,7 @@ def _list_operators_once() -> None:
 
     def collect_once() -> Any:
         keys = torch._C._dispatch_get_registrations_for_dispatch_key("CompositeImplicitAutograd")
-        return collected(len(torch._C._dispatch_get_all_op_names()), len(keys))
+        return collected(tuple(torch._C._dispatch_get_all_op_names()), tuple(keys))
 
     for module in list(sys.modules.values()):
         if getattr(module, "_collect_all_valid_cia_ops", None) is collect:
