@@ -120,8 +120,9 @@ def _convert(prepared: Prepared, *, static_sizes: bool) -> nn.Module:
         route(module, bound)
         graphs.append(bound)
     _drop_weights(root, [path for path in prepared.islands if path], graphs)
-    # Exporters take the tensors of registered modules only.
-    root.add_module(GRAPHS, nn.ModuleList(graphs))
+    if graphs:
+        # Exporters take the tensors of registered modules only.
+        root.add_module(GRAPHS, nn.ModuleList(graphs))
     place(root, stored)
     return root.eval()
 

@@ -75,10 +75,10 @@ def choose_engine(
             it computes: the report then says what is wrong with it.
 
     Returns:
-        None where a runtime has but one.
+        None where a runtime has but one, or stores layers alone.
     """
     runtime = prepared.runtime
-    if not runtime.engines():
+    if not (runtime.engines() and prepared.operators):
         return None
     checks: dict[str, Parity] = {}
     calls: dict[str, Callable[[], Any]] = {}

@@ -150,7 +150,7 @@ def told_apart(first: float, second: float) -> tuple[str, str]:
 def _worst_operator(
     runtime: Runtime, model_path: Path, inputs: dict[str, Tensor], edges: list[tuple[str, Tensor]]
 ) -> tuple[str, float | None]:
-    if not runtime.KEEPS_EDGES:
+    if not (runtime.KEEPS_EDGES and edges):
         return "", None
     names = numbered(identity for identity, _ in edges)
     expected = {name: integers.cpu().numpy() for name, (_, integers) in zip(names, edges, strict=True)}

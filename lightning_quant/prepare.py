@@ -9,6 +9,7 @@ from lightning_quant import runtimes
 from lightning_quant.accuracy.ladder import check_steps
 from lightning_quant.errors import PlanError
 from lightning_quant.graph.analyze import analyze
+from lightning_quant.graph.leftovers import left_in_float
 from lightning_quant.graph.table import Selection
 from lightning_quant.host import moved_call, on_host
 from lightning_quant.overrides import select
@@ -42,7 +43,7 @@ def prepare(
         trains: whether it is to be trained through rounding, for which its forward must be traceable in training, too.
 
     Raises:
-        PlanError: nothing can be quantized.
+        PlanError: nothing can be quantized; for training also where weights alone would be stored.
         QuantizationError: the recipe has accuracy steps that do not exist, or that its observers do not serve.
     """
     chosen = recipes.get(recipe)
@@ -65,7 +66,19 @@ def prepare(
         module=module,
         trains=trains,
     )
+    if trains and analysis.nothing:
+        raise PlanError(f"{analysis.nothing}{_stored_alone(left_in_float(on_cpu, analysis.plan))}")
     prepared = Prepared(model, analysis, chosen, observer or chosen.training_observer)
     # What can be refused is refused now; the layers themselves are made of the weights that will be exported.
     prepared.plan = prepared.bound_to(on_cpu).planned()
+    if not prepared.plan.num_quantized:
+        raise PlanError(f"{analysis.nothing}{_stored_alone(prepared.left)}")
     return prepared
+
+
+def _stored_alone(left: frozenset[str]) -> str:
+    """Return a way out where graphs round nothing, but weights can be stored in eight bits."""
+    if not left:
+        return ""
+    able = runtimes.that(lambda other: other.LAYERS_IN_GRAPHS)
+    return f" Quantized after training, for runtime {able}, its weights are stored in eight bits."

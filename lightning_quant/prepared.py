@@ -119,7 +119,7 @@ class Prepared(CapturedModel):
         self.accuracy_steps: tuple[AccuracyStep, ...] = ()
         self.learned_steps: LearnedSteps | None = None
         self._stored: dict[str, nn.Module] | None = None
-        self._left = left_in_float(root, analysis.plan)
+        self.left = left_in_float(root, analysis.plan)
         # Float layers whose places stored ones have taken; graphs are traced with them.
         self.displaced: dict[str, nn.Module] = {}
         self.simulation = Simulation(self)
@@ -227,7 +227,7 @@ class Prepared(CapturedModel):
     def stored_layers(self) -> dict[str, nn.Module]:
         """Return the layers whose weights overrides leave to recipes of layers, made the first time they are needed."""
         if self._stored is None:
-            stored, self.plan = store_layers(self, self.recipe, self.plan, self._left)
+            stored, self.plan = store_layers(self, self.recipe, self.plan, self.left)
             # They are made on the CPU, and run beside the module's own layers.
             self._stored = self.beside(stored)
         return self._stored

@@ -63,11 +63,13 @@ class Analysis:
         plan: for readers and runtimes.
         islands: the graphs.
         captured: the captured call of the module.
+        nothing: why the graphs have nothing to quantize; empty where they have.
     """
 
     plan: Plan
     islands: tuple[Island, ...]
     captured: CapturedCall
+    nothing: str = ""
 
 
 class _Splitter:
@@ -149,7 +151,7 @@ def analyze(
     What cannot be traced in training mode is left out where the module is to be trained through rounding.
 
     Raises:
-        PlanError: nothing can be quantized, or a pattern matches no operator.
+        PlanError: a pattern matches no operator.
     """
     signature = own_signature(root)
     spec, tensors = flatten_call(signature, args, kwargs)
@@ -164,10 +166,11 @@ def analyze(
     # What is no part of the artifact is no part of what its shares are of.
     rows = [replace(row, macs=0, weights=0) if row.reason in _APART else row for row in rows]
     rows = [replace(r, excluded=r.action == "float" and bool(selection.exclusion(r.name, r.kind))) for r in rows]
-    plan = Plan(recipe, runtime, module, tuple(island.plan for island in splitter.islands), tuple(rows))
-    if not plan.num_quantized:
-        raise PlanError(_nothing(root, splitter.rows, splitter.reason))
-    return Analysis(plan, tuple(splitter.islands), CapturedCall(signature, spec, tensors))
+    # An empty graph, where nothing runs in integers, tells shares of a graph from those of layers alone.
+    graphs = tuple(island.plan for island in splitter.islands) or (GraphPlan("", (), ()),)
+    plan = Plan(recipe, runtime, module, graphs, tuple(rows))
+    nothing = "" if plan.num_quantized else _nothing(root, splitter.rows, splitter.reason)
+    return Analysis(plan, tuple(splitter.islands), CapturedCall(signature, spec, tensors), nothing)
 
 
 def _trace_for_both_modes(module: nn.Module, spec: CallSpec, tensors: list[Tensor]) -> Traced:
@@ -229,6 +232,9 @@ def _never_called(root: nn.Module, rows: list[Row], observed: ObservedCall) -> I
         id(child) for path, child in modules.items() if any(n == path or n.startswith(f"{path}.") for n in listed)
     }
     for path, child in modules.items():
+        if "parametrizations" in path.split("."):
+            # What makes a layer's weight belongs to the layer.
+            continue
         is_layer = ops.kind_of(child) in ops.WEIGHTED or (path and path in observed.first and _has_own_weights(child))
         if is_layer and id(child) not in called and not _is_part(modules, path, listed):
             reason = "inside a layer that runs as a whole"

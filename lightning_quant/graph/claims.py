@@ -100,7 +100,8 @@ def weigh(root: nn.Module, claims: list[Claim], rows: list[Row]) -> list[Row]:
             names.setdefault(id(parameter), []).append(name)
     found = list(rows)
     for own in names.values():
-        owners = [readers[name] if name in readers else _owner(name, modules) for name in own]
+        read = [name if name in readers else _made_of(name) for name in own]
+        owners = [readers[name] if name in readers else _owner(name, modules) for name in read]
         known = sorted((index for index in owners if index is not None), key=lambda i: claims[i].row.action != "float")
         number = parameters[own[0]].numel()
         if known:
@@ -108,6 +109,15 @@ def weigh(root: nn.Module, claims: list[Claim], rows: list[Row]) -> list[Row]:
         else:
             found.append(Row(own[0], "Parameter", "float", _NO_LAYER, weights=number))
     return found
+
+
+def _made_of(name: str) -> str:
+    """Return the name of the weight that a parameter is for, where a parametrization or weight norm makes one of it."""
+    layer, found, rest = name.rpartition("parametrizations.")
+    if found:
+        return layer + rest.partition(".")[0]
+    owner, _, own = name.rpartition(".")
+    return join(owner, "weight") if own in ("weight_g", "weight_v", "weight_orig") else name
 
 
 def _owner(name: str, modules: dict[str, int]) -> int | None:

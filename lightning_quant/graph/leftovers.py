@@ -12,7 +12,7 @@ from lightning_quant.graph.trace import has_hooks
 from lightning_quant.layers import class_for
 
 # Why they stay float says the table of the runtime, which knows more than their size.
-_IN_TABLES = (nn.Linear, nn.modules.conv._ConvNd)
+_IN_TABLES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 def left_in_float(root: nn.Module, plan: Plan) -> frozenset[str]:

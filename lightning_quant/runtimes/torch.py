@@ -81,8 +81,8 @@ class Torch(Runtime):
         _torch_static.set_engine(path, engine)
 
     def quantized_edges(self, path: Path) -> set[str]:
-        """Return the names of the plan's edges that a program has."""
-        return _torch_static.quantized_edges(path)
+        """Return the names of the plan's edges that a program has: none where it stores layers alone."""
+        return _torch_static.quantized_edges(path) if _is_static(path) else set()
 
     def export_tensors(self, module: nn.Module, path: Path) -> None:
         """Write the quantized layers and tensors of a module alone, for a module of the user's to be filled with."""

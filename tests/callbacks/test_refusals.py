@@ -203,12 +203,12 @@ def test_module_without_layers(kind: Kind, folder: Path) -> None:
     refuse(kind(module="net", output_dir=folder), "something to quantize, but there is nothing", Classifier(NoLayers()))
 
 
-def test_layers_that_the_runtime_does_not_have_in_integers(kind: Kind, folder: Path) -> None:
-    refuse(
-        kind(output_dir=folder),
-        r"something to quantize, but there is nothing: up \(ConvTranspose2d\): ONNX Runtime has no integer kernel",
-        Classifier(OnlyUnsupported()),
-    )
+def test_layers_that_the_runtime_does_not_have_in_integers(folder: Path) -> None:
+    text = r"something to quantize, but there is nothing: up \(ConvTranspose2d\): {}.*Quantized after training"
+    trained = QuantizationAwareTraining(output_dir=folder)
+    refuse(trained, text.format("ONNX Runtime has no integer kernel"), Classifier(OnlyUnsupported()))
+    without = PostTrainingQuantization(runtime="inductor", output_dir=folder)
+    refuse(without, text.format("Inductor computes it in float"), Classifier(OnlyUnsupported()))
 
 
 def test_everything_excluded(kind: Kind, folder: Path) -> None:

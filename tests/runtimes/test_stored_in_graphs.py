@@ -147,3 +147,54 @@ def test_transposed_layers_of_transformers_run_in_integers() -> None:
     plan = prepare(gpt2(), kwargs={"input_ids": torch.randint(96, (2, 6)), "use_cache": False}).plan
     assert {row.action for row in plan.rows if row.kind == "Conv1D"} == {"int8"}
     assert plan.weight_coverage == 1.0
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(x)[0]
+
+
+def upsampling() -> nn.Module:
+    return nn.Sequential(nn.ConvTranspose2d(8, 24, 4, 2, 1), nn.ReLU(), nn.ConvTranspose2d(24, 4, 4, 2, 1))
+
+
+ALONE = {
+    "LSTM": (Recurrent, torch.randn(4, 10, 16)),
+    "transposed convolutions": (upsampling, torch.randn(4, 8, 6, 6)),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "runtime"),
+    [
+        *((name, runtime) for name in ALONE for runtime in ("onnxruntime", "torch")),
+        ("transposed convolutions", "openvino"),
+    ],
+)
+def test_nets_without_integer_kernels_are_stored_small(name: str, runtime: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    make, x = ALONE[name]
+    model = make().eval()
+    artifact = quantize(model, "int8", runtime, calibration_data=[x], output_dir=tmp_path)
+    report = artifact.report
+
+    assert report["plan"]["weight_coverage"] == 1.0
+    assert report["plan"]["coverage"] == 0.0
+    assert not any("parity" in warning for warning in report["warnings"])
+    with torch.no_grad():
+        assert signal_to_noise(model(x), load(artifact.path)(x)) > 40
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm"])
+def test_weights_that_are_made_of_others_are_those_of_their_layer(norm: str) -> None:
+    made = getattr(torch.nn.utils.parametrizations, norm)
+    up = made(nn.ConvTranspose1d(8, 4, 4, 2, 1))
+    model = nn.Sequential(made(nn.Conv1d(4, 8, 3)), nn.ReLU(), up, nn.Conv1d(4, 4, 3))
+    plan = prepare(model.eval(), (torch.randn(2, 4, 16),)).plan
+
+    assert [row.action for row in plan.rows][:4] == ["int8", "fused", "int8 weights", "int8"]
+    assert plan.weight_coverage == 1.0
