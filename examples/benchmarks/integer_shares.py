@@ -59,19 +59,47 @@ def openvino_shares(model: Any, inputs: Tensor) -> Shares:
     """Read the shares from the layers of the compiled model, and from the model's constants."""
     import openvino
 
-    model = model.clone()
-    model.reshape(list(inputs.shape))
     constants = [op for op in model.get_ordered_ops() if op.get_type_name() == "Constant"]
+    indices = (openvino.Type.i64, openvino.Type.i32)
     stored = [
         (math.prod(op.get_output_shape(0)), op.get_output_element_type(0).size == 1)
         for op in constants
-        if len(op.get_output_shape(0)) > 1
-        and op.get_output_element_type(0) not in (openvino.Type.i64, openvino.Type.i32)
+        if len(op.get_output_shape(0)) > 1 and op.get_output_element_type(0) not in indices
     ]
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    layers = openvino.Core().compile_model(model, "CPU", settings).get_runtime_model().get_ordered_ops()
-    counted = [found for layer in layers if (found := _openvino_layer(layer)) is not None]
+    # Which kernels run tells the model that is called, which may be another than with fixed sizes; those tell shapes.
+    called = _compiled(model)
+    called(inputs.numpy())
+    kernels = {_name(layer): _is_in_integers(layer) for layer in called.get_runtime_model().get_ordered_ops()}
+    fixed = model.clone()
+    fixed.reshape(list(inputs.shape))
+    layers = _compiled(fixed).get_runtime_model().get_ordered_ops()
+    counted = [
+        (number, kernels.get(_name(layer), _is_in_integers(layer)))
+        for layer in layers
+        if (number := _openvino_multiply_adds(layer))
+    ]
     return Shares(_share(counted), _share(stored))
+
+
+def _compiled(model: Any) -> Any:
+    import openvino
+
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    return openvino.Core().compile_model(model, "CPU", settings)
+
+
+def _information(layer: Any, key: str) -> str:
+    information = layer.get_rt_info()
+    return information[key].astype(str) if key in information else ""
+
+
+def _name(layer: Any) -> str:
+    """Return the name of the operator that a layer was first of."""
+    return _information(layer, "originalLayersNames").partition(",")[0].partition("/")[0]
+
+
+def _is_in_integers(layer: Any) -> bool:
+    return _information(layer, "primitiveType").lower().endswith("_i8")
 
 
 def _is_integer(kind: str) -> bool:
@@ -81,7 +109,6 @@ def _is_integer(kind: str) -> bool:
 def _ort_multiply_adds(call: dict[str, Any]) -> int:
     kind = call["op_name"]
     shapes = [next(iter(shape.values())) for shape in call["input_type_shape"]]
-    result = math.prod(next(iter(call["output_type_shape"][0].values())))
     if kind in _ORT_RECURRENT:
         steps, batch, _ = shapes[0]
         return steps * batch * (math.prod(shapes[1]) + math.prod(shapes[2]))
@@ -89,7 +116,7 @@ def _ort_multiply_adds(call: dict[str, Any]) -> int:
     if position is None:
         return 0
     # Scales and zero points of integer operators stand between, those of one number as shapes without sizes.
-    factor = shapes[position]
+    result, factor = math.prod(next(iter(call["output_type_shape"][0].values()))), shapes[position]
     if kind == "ConvTranspose":
         return math.prod(shapes[0]) * math.prod(factor[1:])
     if "Conv" in kind:
@@ -97,25 +124,20 @@ def _ort_multiply_adds(call: dict[str, Any]) -> int:
     return result * shapes[0][-1]
 
 
-def _openvino_layer(layer: Any) -> tuple[int, bool] | None:
-    information = layer.get_rt_info()
-    kind, primitive = (
-        information[key].astype(str) if key in information else "" for key in ("layerType", "primitiveType")
-    )
+def _openvino_multiply_adds(layer: Any) -> int:
+    kind = _information(layer, "layerType")
     if kind not in _OPENVINO:
-        return None
+        return 0
     result, first = math.prod(layer.get_output_shape(0)), list(layer.get_input_shape(0))
     if kind.endswith("Seq"):
         sizes = [math.prod(layer.get_input_shape(index)) for index in range(layer.get_input_size())]
-        return first[0] * first[1] * sum(sorted(sizes)[-2:]), False
+        return first[0] * first[1] * sum(sorted(sizes)[-2:])
     weights = list(layer.get_input_shape(1)) if layer.get_input_size() > 1 else []
     if kind == "Convolution":
-        multiply_adds = result * math.prod(weights) // max(layer.get_output_shape(0)[1], 1)
-    elif kind == "Deconvolution":
-        multiply_adds = math.prod(first) * math.prod(weights) // max(first[1], 1)
-    else:
-        multiply_adds = result * first[-1]
-    return int(multiply_adds), primitive.lower().endswith("_i8")
+        return int(result * math.prod(weights) // max(layer.get_output_shape(0)[1], 1))
+    if kind == "Deconvolution":
+        return int(math.prod(first) * math.prod(weights) // max(first[1], 1))
+    return int(result * first[-1])
 
 
 def _share(counted: Iterable[tuple[int, bool]]) -> float:

@@ -27,6 +27,7 @@ class OperatorTable:
         one_channel: why convolutions of a single input channel stay float; empty when they do not.
         padded_average: why averages that count padded zeros stay float; empty when they do not.
         fuses_pad: whether a padding before a convolution disappears in it; otherwise what it makes is quantized.
+        quantized_unasked: kinds that stay float in plans, and that the runtime would run in integers of its own choice.
         moves_dequantization: whether dequantization moves behind pools, reshapes and clips, which changes averages.
     """
 
@@ -43,6 +44,7 @@ class OperatorTable:
     fuses_pad: bool = True
     one_channel: str = ""
     padded_average: str = ""
+    quantized_unasked: frozenset[str] = frozenset()
     moves_dequantization: bool = False
 
     def on(self, grid: Grid) -> "OperatorTable":

@@ -10,6 +10,9 @@ What the table says was tried on ONNX Runtime 1.31, CPU, with counts from the op
 - Linear on more than two dimensions becomes MatMulIntegerToFloat and a float bias; flattened to two it is one QGemm.
 - Activations of 16 bits have none at all: around Conv, Gemm, MatMul, Add, Mul, Concat, pooling and activations the
   session keeps DequantizeLinear and QuantizeLinear (uint16 or int16, opset 21) and computes in float.
+- SiLU as a product with a Sigmoid runs in integers and is as near to float: three convolutions of 64 channels on 32x32
+  with two of them took 0.57 ms for 0.79 with SiLU in float between two roundings (0.49 with ReLU). In float so take
+  Hardswish 0.66, GELU 0.70, PReLU 1.14, Mish 1.89.
 - There is no integer kernel for ConvTranspose, BatchNormalization, HardSwish, Gelu or PRelu on the CPU.
 """
 
@@ -47,16 +50,18 @@ _WITHOUT_KERNEL = (
         "layer_norm",
         "group_norm",
     ),
-    *("hardswish", "hardsigmoid", "gelu", "silu", "mish", "prelu", "elu", "selu", "tanh", "softplus", "log_softmax"),
+    *("hardswish", "hardsigmoid", "gelu", "mish", "prelu", "elu", "selu", "tanh", "softplus", "log_softmax"),
 )
 _REASONS = {
     **dict.fromkeys(_WITHOUT_KERNEL, "ONNX Runtime has no integer kernel for it on the CPU"),
+    "silu": "ONNX Runtime has no integer kernel for it on the CPU, but for the same as `x * torch.sigmoid(x)`",
     "softmax": "kept float: eight bits are too few for its tails",
 }
 _TABLE = OperatorTable(
     weighted=frozenset({"conv1d", "conv2d", "conv3d", "linear"}),
     fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     float_output=frozenset({"linear", "matmul"}),
+    quantized_unasked=frozenset({"softmax"}),
     own_scale=frozenset({"add", "mul", "matmul", "cat", "avg_pool", "global_avg_pool", "leaky_relu", "sigmoid"}),
     shared_scale=MOVING,
     reasons=_REASONS,
