@@ -13,8 +13,9 @@ def shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.
     """Put a clip to the tensor's own range, which changes nothing, between a quantized tensor and float layers.
 
     ONNX Runtime quantizes the weights of a float layer that reads DequantizeLinear directly, per tensor (its
-    transformer WeightBiasQuantization, 1.20 to 1.31), and runs a softmax between two quantized tensors in integers, 47 dB from
-    its simulation where ties alone leave 63. OpenVINO moves the dequantization behind a pool and a reshape, and then rounds what the pool averages, or pads integers with 0 whichever of them stands for zero; it moves it
+    transformer WeightBiasQuantization, 1.20 to 1.31), and runs a softmax between two quantized tensors in integers,
+    47 dB from its simulation where ties alone leave 63. OpenVINO moves the dequantization behind a pool and a reshape,
+    and then rounds what the pool averages, or pads integers with 0 whichever of them stands for zero; it moves it
     behind clips, too, but not behind a maximum (its low-precision passes, 2026.4, read from compiled models).
     """
     edges = {edge.key for edge in island.plan.edges}

@@ -500,7 +500,7 @@ def test_every_listed_operator_has_a_row_and_a_reason() -> None:
     assert all(row.reason for row in rows.values() if row.action == "float")
     expected = {"conv", "conv3d", "project", "attention", "attention.out_proj"}
     assert {row.name for row in rows.values() if row.action == "int8"} == expected
-    assert {row.name for row in rows.values() if row.action == "int8 weights"} == {"embedding", "lstm"}
+    assert {row.name for row in rows.values() if row.action == "int8 weights"} == {"embedding", "lstm", "up"}
 
 
 def test_a_row_says_int8_only_where_integers_are_computed() -> None:
@@ -518,7 +518,7 @@ def test_a_row_says_int8_only_where_integers_are_computed() -> None:
     rows = rows_of(Net(), IMAGE)
     assert {name: row.action for name, row in rows.items()} == {
         "down": "int8",
-        "up": "float",
+        "up": "int8 weights",
         "relu": "float",
         "mul": "float",
         "last": "int8",
