@@ -33,6 +33,27 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "later batches of validation are looked at before training",
+        "callbacks/base.py",
+        "                check_takes(prepared, args, kwargs)\n",
+        "                pass\n",
+        "callbacks/test_validation_batches.py -k decides_otherwise",
+    ),
+    Guard(
+        "an artifact without a program is not opened without a module",
+        "stored.py",
+        'if "into_only" in own.manifest and',
+        "if False and",
+        "test_inside.py -k told_what_to_type",
+    ),
+    Guard(
+        "random metrics are seen",
+        "evaluate.py",
+        "        self.draws = self.draws or self._before != _random_states()\n",
+        "        pass\n",
+        "callbacks/test_by_chance.py -k which_metrics",
+    ),
+    Guard(
         "ranges follow training batches alone",
         "callbacks/qat.py",
         "        prepared.observing = False\n",
