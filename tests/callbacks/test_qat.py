@@ -302,9 +302,9 @@ def test_evaluation_can_be_switched_off_and_a_second_fit_replaces_the_artifact(t
     module = seeded(Counting)
     fit(module, callback)
 
-    # Two batches of the run's own, one at fit start that shows how validation calls the module, and one that chose no
-    # range, to compare float and file on.
-    assert Counting.num_validations == 4
+    # Two batches of the run's own; at fit start one that shows how validation calls the module, and both to see whether
+    # they decide as it does; and one that chose no range, to compare float and file on.
+    assert Counting.num_validations == 6
     assert callback.artifact.report["metrics"] == []
 
     first = copy.deepcopy(callback.artifact.manifest)
