@@ -63,7 +63,7 @@ def store_layers(
         chosen = Selection(include=(pattern,))
         found = quantize_layers(model.root, args, kwargs, recipe=name, runtime=plan.runtime, selection=chosen)
         named = {row.name: row for row in found.plan.rows if matches(pattern, row.name, row.kind)}
-        plan = with_stored(plan, {label: row for label, row in named.items() if label not in layers})
+        plan = with_stored(model.root, plan, {label: row for label, row in named.items() if label not in layers})
         layers = {**found.layers, **layers}
     if left and in_graphs:
         try:
@@ -71,7 +71,7 @@ def store_layers(
         except PlanError:
             # Rows that say why the graph has no form of a layer stay as they are.
             return layers, plan
-        plan = with_stored(plan, {row.name: row for row in found.plan.rows if row.name in left})
+        plan = with_stored(model.root, plan, {row.name: row for row in found.plan.rows if row.name in left})
         layers = {**found.layers, **layers}
     return layers, plan
 

@@ -139,6 +139,12 @@ def test_little_in_integers_is_a_warning_with_what_would_help() -> None:
     assert low(rows[0], row("rnn", "GRU", "float", "as a whole", 9, 10), coverage=0.55) == []
 
 
+def test_layers_that_are_stored_compute_in_float() -> None:
+    rows = (row("conv", "Conv2d", "int8", "", 10, 10), row("rnn", "GRU", "int8 weights", "", 90, 90))
+    (warning,) = low(*rows, row("mean", "mean", "float", "nothing reads it"), coverage=0.1)
+    assert "most of the rest is in rnn (GRU: int8 weights)" in warning
+
+
 def test_few_stored_weights_are_a_warning_with_what_would_help() -> None:
     rows = (row("fc", "Linear", "int8", "", 10, 10), row("words", "Embedding", "float", "as a whole", 0, 90))
     (warning,) = low(*rows, coverage=1.0, weight_coverage=0.1)

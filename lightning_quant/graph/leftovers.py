@@ -32,11 +32,11 @@ def left_in_float(root: nn.Module, plan: Plan) -> frozenset[str]:
     return frozenset(found)
 
 
-def with_stored(plan: Plan, stored: Mapping[str, Row]) -> Plan:
-    """Return a plan with rows of stored layers, by label, in place of those of the float ones."""
+def with_stored(root: nn.Module, plan: Plan, stored: Mapping[str, Row]) -> Plan:
+    """Return a plan of a module with rows of stored layers, by label, in place of those of the float ones."""
     rows, known = [], set()
     for row in plan.rows:
-        label = next((name for name in (_path(row), row.name.partition("#")[0]) if name in stored), None)
+        label = next((name for name in (_label(root, _path(row)), row.name.partition("#")[0]) if name in stored), None)
         other = None if label is None else stored[label]
         if other is None or row.action in ("int8", "fused") or (row.kind == "Parameter" and not other.is_quantized):
             rows.append(row)

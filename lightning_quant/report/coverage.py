@@ -110,13 +110,15 @@ def low_coverage(plan: dict[str, Any]) -> list[str]:
         helps = f"recipe 'int8_weight_only' or 'int8_dynamic' on runtime {where} takes more layers"
     asked = [row for row in plan["rows"] if not row["excluded"]]
     left = [row for row in asked if row["action"] == "float"]
-    most = max((r for r in asked if r["action"] != "int8" and r["reason"]), key=lambda r: r["macs"], default=None)
+    # Of a static recipe, layers that are stored compute in float.
+    as_asked = ("int8", "fused") if plan["graphs"] else {row["action"] for row in asked} - {"float"}
+    most = max((row for row in asked if row["action"] not in as_asked), key=lambda row: row["macs"], default=None)
     found = []
     total, weights = (sum(row[what] for row in asked) for what in ("macs", "weights"))
     if most is not None and plan["coverage"] * sum(row["macs"] for row in plan["rows"]) < _LOW * total:
         found.append(
             f"only {plan['coverage']:.1%} of the multiply-adds run as {plan['recipe']!r} asks, most of the rest is in "
-            f"{most['name']} ({most['kind']}: {most['reason']}); {helps}"
+            f"{most['name']} ({most['kind']}: {most['reason'] or most['action']}); {helps}"
         )
     if plan["graphs"] and sum(row["weights"] for row in left) > (1 - _LOW) * weights:
         found.append(

@@ -44,15 +44,15 @@ def test_a_child_says_its_own_share_and_that_of_the_step(tmp_path: Path, caplog:
     assert scalars["quant/step_coverage"] == pytest.approx(share)
 
 
-class Volume(nn.Module):
-    """Most of it is a layer that has neither an integer nor a stored form."""
+class Mixed(nn.Module):
+    """Most of it is a product that ExecuTorch runs in float, with weights in float."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.conv, self.up, self.head = nn.Conv2d(1, 8, 3), nn.ConvTranspose3d(8, 8, 3), nn.Linear(8, NUM_CLASSES)
+        self.conv, self.mix, self.head = nn.Conv2d(1, 8, 3), nn.GRUCell(8, 64), nn.Linear(64, NUM_CLASSES)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.up(self.conv(x).unsqueeze(2)).mean((2, 3, 4)))
+        return self.head(self.mix(self.conv(x).mean((2, 3))))
 
 
 class StopBeforeTraining(Callback):
@@ -62,7 +62,11 @@ class StopBeforeTraining(Callback):
 
 def test_little_coverage_is_said_before_training(tmp_path: Path) -> None:
     with pytest.warns(NoEffectWarning) as said, pytest.raises(EnoughError):
-        fit(seeded(net=Volume()), PostTrainingQuantization(output_dir=tmp_path), StopBeforeTraining())
+        fit(
+            seeded(net=Mixed()),
+            PostTrainingQuantization("int8", "executorch", output_dir=tmp_path),
+            StopBeforeTraining(),
+        )
     texts = [str(warning.message) for warning in said]
     assert any("of the multiply-adds run as 'int8' asks" in text and "int8_weight_only" in text for text in texts)
     assert any("of the weights' bytes are stored with fewer bits" in text for text in texts)

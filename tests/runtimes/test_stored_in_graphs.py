@@ -198,3 +198,24 @@ def test_weights_that_are_made_of_others_are_those_of_their_layer(norm: str) -> 
 
     assert [row.action for row in plan.rows][:4] == ["int8", "fused", "int8 weights", "int8"]
     assert plan.weight_coverage == 1.0
+
+
+class Own(nn.Module):
+    """Multiplies by weights of its own beside a layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.mix = nn.Conv1d(4, 8, 3), nn.Parameter(torch.randn(8, 8, 100))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x).mean(2)
+        return torch.einsum("bi,bj,ijk->bk", x, x, self.mix)
+
+
+@pytest.mark.parametrize("build", [Own, lambda: nn.Sequential(Own())], ids=["root", "child"])
+def test_weights_of_own_code_are_counted_once(build: Any) -> None:
+    plan = prepare(build().eval(), (torch.randn(2, 4, 16),)).plan
+
+    assert sum(row.weights for row in plan.rows) == 4 * 8 * 3 + 8 * 8 * 100
+    assert [row.action for row in plan.rows if row.weights] == ["int8", "int8 weights"]
+    assert sum(row.macs for row in plan.rows) == sum(row.macs for row in plan.rows if row.kind in ("Conv1d", "einsum"))

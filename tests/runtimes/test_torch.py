@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from lightning_quant import artifact as artifacts
 from lightning_quant import load, runtimes, verify
 from lightning_quant.artifact import Artifact
-from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+from lightning_quant.errors import ArtifactError, QuantizationError
 from lightning_quant.export import export
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers.layer import StoredLayer
@@ -483,9 +483,13 @@ def test_model_that_does_not_export(tmp_path: Path) -> None:
             y = self.layer(x)
             return y * sum(value > 0 for value in y.flatten().tolist())
 
-    with pytest.raises(ExportError, match="PyTorch's exporter to take the module, but it says: "):
-        save(Counts(), {"x": torch.randn(2, 8)}, tmp_path / "artifact")
-    assert not (tmp_path / "artifact").exists() or not list((tmp_path / "artifact").iterdir())
+    artifact = save(Counts(), {"x": torch.randn(2, 8)}, tmp_path / "artifact")[1]
+
+    assert "PyTorch's exporter to take the module, but it says: " in artifact.manifest["into_only"]
+    with pytest.raises(ArtifactError, match=r"has no program of its own. Type `load\("):
+        load(artifact.path)
+    into = Counts().eval()
+    assert isinstance(load(artifact.path, into=into), Counts)
 
 
 def test_threads(saved: Any) -> None:
