@@ -58,9 +58,10 @@ def quantized_engine(name: str) -> Iterator[None]:
 
 @contextmanager
 def resizable_results() -> Iterator[None]:
-    """Let quantized linear layers of x86 and fbgemm run although the process asks for deterministic algorithms.
+    """Let quantized kernels run that resize, although the process asks for deterministic algorithms.
 
-    They resize their result, which PyTorch refuses then since it would not be filled; the kernels fill all of it.
+    PyTorch refuses linear layers of x86 and fbgemm then, and padding that reflects, as a result might not be filled;
+    these fill all of it.
     """
     if not torch.are_deterministic_algorithms_enabled() and "deterministic" not in _HELD:
         yield

@@ -59,6 +59,7 @@ class TorchStaticModule(LoadedModule):
         check_forms(program, signature, path)
         self.engine = program["engine"] if engine is None else engine
         _check_engine(self.engine)
+        self.resizes = _resizes(program, self.engine)
         self.threads = threads
         with _native(self.engine):
             self.program = Program(program, tensors_in(folder / files["model"]), path, once=True)
@@ -70,7 +71,7 @@ class TorchStaticModule(LoadedModule):
         """Run the program."""
         dtypes = [DTYPES[info.dtype] for info in self.signature.inputs]
         values = [tensor.detach().to("cpu", dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
-        with torch_threads(self.threads), _running(self.engine):
+        with torch_threads(self.threads), _running(resizes=self.resizes):
             outputs = self.program(values)
         device = tensors[0].device if tensors else torch.device("cpu")
         return [output.contiguous().to(device) for output in outputs]
@@ -181,7 +182,7 @@ def run_forced(path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarra
     check_common(edges, quantized_edges(path))
     given = {name: torch.from_numpy(integers) for name, integers in edges.items()}
     forced = Forced(module, given, program["engine"])
-    with _running(program["engine"]), torch.no_grad():
+    with _running(resizes=_resizes(program, program["engine"])), torch.no_grad():
         forced.run([inputs[info["name"]].detach().cpu() for info in program["inputs"]])
     return {name: integers.numpy() for name, integers in forced.computed.items()}
 
@@ -200,9 +201,14 @@ def _check_engine(engine: str) -> None:
         raise QuantizationError(f"Expected `engine` to be one of {engines()} of this PyTorch, but got {engine!r}.")
 
 
-def _running(engine: str) -> contextlib.AbstractContextManager[None]:
-    """Return what kernels of an engine need set while they run: nothing, but for those that resize their results."""
-    return resizable_results() if engine in ("x86", "fbgemm") else contextlib.nullcontext()
+def _resizes(program: dict[str, Any], engine: str) -> bool:
+    """Tell whether kernels resize their results: linear layers of some engines, and padding that reflects."""
+    return engine in ("x86", "fbgemm") or any("reflect" in step["args"] for step in program["steps"])
+
+
+def _running(*, resizes: bool) -> contextlib.AbstractContextManager[None]:
+    """Return what kernels need set while they run: nothing, but for those that resize their results."""
+    return resizable_results() if resizes else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

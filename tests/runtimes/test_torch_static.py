@@ -80,11 +80,20 @@ def simulated(prepared: Prepared, x: Tensor) -> Tensor:
 # --- what is computed
 
 
+RESIZING = {
+    "linear": (lambda: nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 2)), (2, 1)),
+    "reflecting": (lambda: nn.Sequential(nn.Conv2d(2, 4, 1), nn.ReflectionPad2d(1), nn.Conv2d(4, 2, 3)), (2, 2, 5, 5)),
+}
+
+
 @pytest.mark.parametrize("engine", ENGINES)
-def test_deterministic_algorithms_leave_it_as_it_is(engine: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("build", "size"), RESIZING.values(), ids=RESIZING)
+def test_deterministic_algorithms_leave_it_as_it_is(
+    build: Callable[[], nn.Module], size: tuple[int, ...], engine: str, tmp_path: Path
+) -> None:
     # Trainer(deterministic=True) asks for them, and PyTorch then refuses to resize quantized tensors.
     torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(1, 4), nn.ReLU(), nn.Linear(4, 2)).eval(), torch.randn(2, 1)
+    model, x = build().eval(), torch.randn(size)
     torch.use_deterministic_algorithms(True)
     try:
         prepared = ready(model, x)
