@@ -59,12 +59,11 @@ class TorchStaticModule(LoadedModule):
         check_forms(program, signature, path)
         self.engine = program["engine"] if engine is None else engine
         _check_engine(self.engine)
-        self.resizes = _resizes(program, self.engine)
         self.threads = threads
         with _native(self.engine):
             self.program = Program(program, tensors_in(folder / files["model"]), path, once=True)
         # Of a program whose steps have been read.
-        self.unread = steps.unread_inputs(program)
+        self.unread, self.resizes = steps.unread_inputs(program), _resizes(program, self.engine)
 
     @torch.no_grad()
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
