@@ -2,6 +2,8 @@
 
 import functools
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -24,10 +26,7 @@ def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> 
     """
     if not trainer.enable_validation:
         return None
-    # Outside the isolation: the trainer keeps what is set up here, with the random numbers that it draws for it.
-    _combined_loader(trainer, "validation")
-    duplicate = independent_copy(trainer, pl_module)
-    with isolated_rng(), unchanged(pl_module), torch.no_grad(), evaluation_mode(duplicate):
+    with rehearsed(trainer, pl_module, "validation") as duplicate:
         for batch in batches(trainer, pl_module, 1, "validation"):
             try:
                 with trainer.precision_plugin.val_step_context():
@@ -41,6 +40,22 @@ def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> 
             except Exception:
                 return None
     return None
+
+
+@contextmanager
+def rehearsed(trainer: Trainer, pl_module: LightningModule, data: str) -> Iterator[LightningModule]:
+    """Lend a copy of a module to try its evaluation on, before its time: the module and its random numbers stay.
+
+    Args:
+        trainer: at fit start.
+        pl_module: its module.
+        data: "train" or "validation", whose loaders are set up.
+    """
+    # Outside the isolation: the trainer keeps what is set up here, with the random numbers that it draws for it.
+    _combined_loader(trainer, data)
+    duplicate = independent_copy(trainer, pl_module)
+    with isolated_rng(), unchanged(pl_module), torch.no_grad(), evaluation_mode(duplicate):
+        yield duplicate
 
 
 def difference(module: nn.Module, training: Capture, evaluation: Capture, than: str = "training") -> str:

@@ -3,18 +3,17 @@
 import inspect
 from functools import partial
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
-from lightning_quant.callbacks.evaluation_call import difference
-from lightning_quant.callbacks.training_data import batches, independent_copy
+from lightning_quant.callbacks.evaluation_call import difference, rehearsed
+from lightning_quant.callbacks.training_data import batches
 from lightning_quant.calls import flatten_call
-from lightning_quant.capture import Capture, capture, isolated_rng, unchanged
+from lightning_quant.capture import Capture, capture
 from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import own_signature
 from lightning_quant.namespaces import is_overridden
-from lightning_quant.routing import evaluation_mode, resolve
+from lightning_quant.routing import resolve
 
 
 def prediction_call(trainer: Trainer, pl_module: LightningModule, path: str) -> Capture | None:
@@ -25,10 +24,9 @@ def prediction_call(trainer: Trainer, pl_module: LightningModule, path: str) -> 
     """
     if not is_overridden("predict_step", pl_module):
         return None
-    duplicate = independent_copy(trainer, pl_module)
     data = "validation" if trainer.enable_validation else "train"
-    names = list(inspect.signature(duplicate.predict_step).parameters)
-    with isolated_rng(), unchanged(pl_module), torch.no_grad(), evaluation_mode(duplicate):
+    with rehearsed(trainer, pl_module, data) as duplicate:
+        names = list(inspect.signature(duplicate.predict_step).parameters)
         for batch in batches(trainer, pl_module, 1, data):
             try:
                 found = capture(duplicate, partial(duplicate.predict_step, *(batch, 0, 0)[: len(names)]), path)

@@ -6,17 +6,16 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_quant.accuracy.recalibrate import Call
-from lightning_quant.callbacks.evaluation_call import run_validation
-from lightning_quant.callbacks.training_data import _combined_loader, _transferred, _undisturbed, independent_copy
+from lightning_quant.callbacks.evaluation_call import rehearsed, run_validation
+from lightning_quant.callbacks.training_data import _combined_loader, _transferred, _undisturbed
 from lightning_quant.calls import map_tensors
-from lightning_quant.capture import StepStoppedError, isolated_rng, unchanged
+from lightning_quant.capture import StepStoppedError
 from lightning_quant.compilation import original_path
-from lightning_quant.routing import evaluation_mode, resolve
+from lightning_quant.routing import resolve
 
 # Calls that are recorded of one step.
 _CALLS = 4
@@ -34,9 +33,6 @@ def validation_calls(trainer: Trainer, pl_module: LightningModule, path: str, nu
     Returns:
         As many as there are until a step fails; the loop itself will tell why.
     """
-    _combined_loader(trainer, "validation")
-    duplicate = independent_copy(trainer, pl_module)
-    module = resolve(duplicate, original_path(duplicate, path))
     calls: list[Call] = []
     of_step = 0
 
@@ -47,21 +43,19 @@ def validation_calls(trainer: Trainer, pl_module: LightningModule, path: str, nu
         of_step += 1
         calls.append(map_tensors(lambda tensor: tensor.detach().clone(), (args, kwargs)))
 
-    handle = module.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
-    try:
-        with isolated_rng(), unchanged(pl_module), torch.no_grad(), evaluation_mode(duplicate):
-            for batch, index, loader in spread_batches(trainer, duplicate, number):
-                of_step = 0
-                try:
-                    with trainer.precision_plugin.val_step_context():
-                        run_validation(duplicate, batch, index, loader)
-                except StepStoppedError:
-                    continue
-                # A validation that does not run here, on a copy and before its time, tells nothing.
-                except Exception:
-                    break
-    finally:
-        handle.remove()
+    with rehearsed(trainer, pl_module, "validation") as duplicate:
+        module = resolve(duplicate, original_path(duplicate, path))
+        module.register_forward_pre_hook(record, with_kwargs=True, prepend=True)
+        for batch, index, loader in spread_batches(trainer, duplicate, number):
+            of_step = 0
+            try:
+                with trainer.precision_plugin.val_step_context():
+                    run_validation(duplicate, batch, index, loader)
+            except StepStoppedError:
+                continue
+            # A validation that does not run here, on a copy and before its time, tells nothing.
+            except Exception:
+                break
     return calls
 
 
