@@ -6,6 +6,7 @@ come from: formats with native code (.pt2, .pte) run it when loaded, so load onl
 """
 
 import functools
+import importlib
 import itertools
 import json
 import platform
@@ -17,7 +18,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from lightning_quant import golden, runtimes
+from lightning_quant import __version__, golden, runtimes
 from lightning_quant.commit import commit, current, link, locked
 from lightning_quant.errors import ArtifactError, NoEffectWarning
 from lightning_quant.folder import check_folder, hash_file, is_free, staging
@@ -134,15 +135,15 @@ def _with_report(
     for name in names.values():
         link(source / name, folder / Path(name).name)
     files = {role: Path(name).name for role, name in names.items()}
-    standalone = _standalone(artifact, files)
+    lines = standalone(artifact, files)
     markdown = (
         f"{markdown.rstrip()}\n\n## What stays outside\n\n{one_line(artifact.manifest['outside'])}\n\n"
-        f"## Run it without lightning_quant, in this folder\n\n```python\n{standalone.strip()}\n```\n"
+        f"## Run it without lightning_quant, in this folder\n\n```python\n{lines.strip()}\n```\n"
     )
     content = {**artifact.manifest, "files": files, "sha256": hashes, "report": report}
     texts = {REPORT_MD: markdown, REPORT_JSON: json.dumps(report, indent=2, allow_nan=False)}
     try:
-        texts |= {} if to_page is None else {REPORT_HTML: to_page(content, standalone)}
+        texts |= {} if to_page is None else {REPORT_HTML: to_page(content, lines)}
     except _NO_PAGE as error:
         # What was trained and measured is not lost for the sake of its looks.
         warnings.warn(f"{REPORT_HTML} could not be made: {error!r}. Please report this.", NoEffectWarning, stacklevel=2)
@@ -161,14 +162,16 @@ def page_of(artifact: Artifact, to_page: ToPage) -> str:
     if artifact.report is None:
         raise ArtifactError(f"Expected {artifact.path} to hold a report, but nothing was measured of it.")
     try:
-        return to_page(artifact.manifest, _standalone(artifact, artifact.manifest["files"]))
+        return to_page(artifact.manifest, standalone(artifact))
     except _NO_PAGE as error:
         raise ArtifactError(
             f"Expected the report in {artifact.path} to be one of this version, but {type(error).__name__}: {error}."
         ) from error
 
 
-def _standalone(artifact: Artifact, files: dict[str, str]) -> str:
+def standalone(artifact: Artifact, files: dict[str, str] | None = None) -> str:
+    """Return the lines that run an artifact's model without this package, in its folder or one of these files."""
+    files = artifact.manifest["files"] if files is None else files
     runtime = runtimes.get(artifact.manifest["runtime"])
     own = {role: Path(files[role]).name for role in artifact.model_files}
     return runtime.standalone(own, artifact.signature)
@@ -193,7 +196,9 @@ def _holds(path: Path, artifact: Artifact) -> bool:
 
 @functools.cache
 def _version(package: str) -> str | None:
+    if package == __package__:
+        return __version__
     try:
         return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
+    except metadata.PackageNotFoundError:  # Installed without metadata: a source tree, a zip, a frozen program.
+        return getattr(importlib.import_module(package), "__version__", None)

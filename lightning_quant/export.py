@@ -5,15 +5,14 @@ import tempfile
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_quant import __version__, golden
 from lightning_quant import artifact as artifacts
-from lightning_quant import golden
 from lightning_quant.artifact import Artifact
 from lightning_quant.capture import isolated_rng
 from lightning_quant.captured import BATCH, DynamicShapes
@@ -96,28 +95,40 @@ def export(
         _leave_out_unread(prepared, staged)
         if release and isinstance(prepared, Layerwise):
             prepared.release()
-        signature = written.signature
-        content = {
-            "recipe": prepared.recipe.name,
-            "runtime": prepared.plan.runtime,
-            "signature": signature.to_dict(),
-            "plan": prepared.plan.to_dict(),
-            **({"into_only": prepared.into_only} if prepared.into_only else {}),
-            "outside": _outside(prepared),
-            **({"classes": list(classes)} if classes and _are_scored(classes, signature) else {}),
-            **_engine(prepared, staged, signature, engine),
-        }
-        _describe(runtime, staged, content)
-        golden.save(folder / golden.FILE, _golden_batch(prepared, written), content)
-        result = artifacts.write(output_dir, staged, content)
+        result = _publish(prepared, written, staged, output_dir, classes, engine)
     seconds["export"] = time.perf_counter() - started
     return result
+
+
+def _publish(
+    prepared: Quantizable,
+    written: _Written,
+    staged: Path,
+    output_dir: Path,
+    classes: tuple[str, ...] | None = None,
+    engine: str = AUTO,
+) -> Artifact:
+    """Make an artifact of a model file that is written."""
+    signature = written.signature
+    content = {
+        "recipe": prepared.recipe.name,
+        "runtime": prepared.plan.runtime,
+        "signature": signature.to_dict(),
+        "plan": prepared.plan.to_dict(),
+        **({"into_only": prepared.into_only} if prepared.into_only else {}),
+        "outside": _outside(prepared),
+        **({"classes": list(classes)} if classes and _are_scored(classes, signature) else {}),
+        **_engine(prepared, staged, signature, engine),
+    }
+    _describe(prepared.runtime, staged, content)
+    golden.save(staged.parent / golden.FILE, _golden_batch(prepared, written), content)
+    return artifacts.write(output_dir, staged, content)
 
 
 def _describe(runtime: Runtime, staged: Path, content: dict[str, Any]) -> None:
     """Write into a model file what a user of the file alone would ask, where its format has room for that."""
     facts: dict[str, Any] = {name: content[name] for name in ("recipe", "classes") if name in content}
-    facts["version"] = metadata.version("lightning_quant")
+    facts["version"] = __version__
     runtime.describe(staged, facts)
 
 
@@ -142,22 +153,24 @@ def trial_export(prepared: Quantizable, *, dynamic_shapes: ChosenShapes = None) 
     if isinstance(trial, Prepared):
         trial = _calibrated_once(trial)
     converted, output = _converted(trial, dynamic_dimensions(trial, chosen))
-    with tempfile.TemporaryDirectory() as folder:
-        staged = Path(folder) / trial.runtime.MODEL_FILE
+    with tempfile.TemporaryDirectory() as folder, artifacts.staging(Path(folder).resolve()) as place:
+        staged = place / trial.runtime.MODEL_FILE
         written = _write(trial, converted, output, staged, attempts(trial, chosen))
+        _leave_out_unread(trial, staged)
         _rehearse(trial, written, staged)
+        artifacts.standalone(_publish(trial, written, staged, place.parent))
     trial.share_sizes(prepared)
 
 
 def _rehearse(prepared: Quantizable, written: _Written, staged: Path) -> None:
-    """Do what follows a model file that is written: golden batch, parity, latency's calls, counting of operators."""
+    """Do what follows a model file that is written: latency's calls, parity, counting of operators."""
     runtime = prepared.runtime
-    _golden_batch(prepared, written)
     for number in (1, prepared.num_samples):
         args, kwargs = prepared.call(prepared.samples(number))
         with torch.no_grad():
             written.loaded(*args, **kwargs)
-    if isinstance(prepared, Prepared):
+    if isinstance(prepared, Prepared) and not runtime.engines():
+        # Where there are engines, their choice looks at it.
         check_parity(prepared, written.loaded, runtime, staged, prepared.samples(PARITY_SAMPLES))
     operators = tuple(operator for graph in prepared.plan.graphs for operator in graph.operators)
     runtime.still_float(operators, runtime.count_operators(staged))

@@ -14,7 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+import lightning_quant
 from lightning_quant import Artifact, Recipe, load, quantize, runtimes, verify
+from lightning_quant import artifact as artifact_module
 from lightning_quant.artifact import check_folder, read
 from lightning_quant.errors import ArtifactError, MissingRuntimeError, QuantizationError
 from lightning_quant.manifest import FORMAT_VERSION, dump
@@ -104,6 +106,23 @@ def test_manifest_says_what_the_model_is_and_where_it_comes_from(original: Artif
     assert [info["shape"] for info in manifest["signature"]["inputs"]] == [["batch", 6]]
 
 
+def test_packages_without_metadata_have_their_versions_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As in a source tree, a vendored copy, or a zip on the path.
+    def version(package: str) -> str:
+        raise metadata.PackageNotFoundError(package)
+
+    monkeypatch.setattr(metadata, "version", version)
+    artifact_module._version.cache_clear()
+    versions = make(tmp_path / "quantized").manifest["versions"]
+    artifact_module._version.cache_clear()
+
+    assert versions["lightning_quant"] == lightning_quant.__version__
+    assert versions["torch"] == torch.__version__
+    assert all(versions.values())
+
+
 def test_plan_lists_every_layer(original: Artifact) -> None:
     actions = {row["name"]: row["action"] for row in original.plan["rows"]}
 
@@ -154,7 +173,7 @@ def test_onnx_files_say_what_they_are(tmp_path: Path) -> None:
     prefix = "lightning_quant."
     said = {entry.key.removeprefix(prefix): entry.value for entry in onnx.load(artifact.model_path).metadata_props}
 
-    assert said["version"] == metadata.version("lightning_quant")
+    assert said["version"] == lightning_quant.__version__
     assert said["recipe"] == "mine"
     assert json.loads(said["classes"]) == ["cat", "dog"]
     low, high = json.loads(said["input_ranges"])[artifact.signature.inputs[0].name]

@@ -54,6 +54,16 @@ def test_lightning_cli_knows_the_callbacks_by_their_bare_names(first: str, tmp_p
     assert result.stdout == "['q']\n", result.stderr
 
 
+def test_the_version_is_one_literal_that_a_build_reads_without_importing() -> None:
+    root = Path(lightning_quant.__file__).parents[1]
+    result = run(
+        "import os; sys.modules['torch'] = None\nfrom setuptools.config.pyprojecttoml import read_configuration\n"
+        f"print(read_configuration({str(root / 'pyproject.toml')!r})['project']['version'])"
+    )
+
+    assert result.stdout.strip() == lightning_quant.__version__, result.stderr
+
+
 def test_public_names_are_what_they_say() -> None:
     # Importing a submodule binds its name in the package, which must not hide a function of that name.
     for module in pkgutil.walk_packages(lightning_quant.__path__, "lightning_quant."):

@@ -536,6 +536,19 @@ def test_a_trial_export_needs_no_ranges_and_leaves_none_behind() -> None:
     assert prepared.phase == "off"
 
 
+@pytest.mark.parametrize(
+    "last",
+    ["lightning_quant.golden.save", "lightning_quant.artifact.write", "lightning_quant.export._describe"],
+)
+def test_a_trial_export_writes_all_that_the_end_writes(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise QuantizationError("not possible here")
+
+    monkeypatch.setattr(last, fail)
+    with pytest.raises(QuantizationError, match="not possible here"):
+        trial_export(prepare(with_statistics(ResidualNet()).eval(), (IMAGE,)))
+
+
 def test_a_file_that_the_runtime_cannot_run_is_refused(tmp_path: Path) -> None:
     info = onnx.helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [1])
     node = onnx.helper.make_node("Unheard", ["x"], ["y"], domain="nobody")
