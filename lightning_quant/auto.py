@@ -9,14 +9,14 @@ from typing import Any
 from lightning_quant import golden, runtimes
 from lightning_quant.artifact import load
 from lightning_quant.errors import QuantizationError
-from lightning_quant.export import Quantizable, export
+from lightning_quant.export import export
 from lightning_quant.latency import Timing, measure
-from lightning_quant.report.make_report import parity_of
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.sizes import ChosenShapes
 
 
 def choose_runtime(
-    plan: Callable[[str], Quantizable], threads: int | None = None, dynamic_shapes: ChosenShapes = None
+    plan: Callable[[str], PlannedModel], threads: int | None = None, dynamic_shapes: ChosenShapes = None
 ) -> tuple[str, str]:
     """Return the name of the fastest correct runtime, and what was measured in words.
 
@@ -33,10 +33,10 @@ def choose_runtime(
         candidates: dict[str, Callable[[], Any]] = {}
         for runtime in runtimes.names():
             try:
-                quantized = plan(runtime)
-                artifact = export(quantized, Path(name, runtime), dynamic_shapes=dynamic_shapes)
+                model = plan(runtime)
+                artifact = export(model, Path(name, runtime), dynamic_shapes=dynamic_shapes)
                 loaded = load(artifact.path, threads=threads or 1)
-                failures = parity_of(quantized, loaded, artifact).failures
+                failures = model.parity(loaded, artifact.model_path).failures
             except QuantizationError as error:
                 refused[runtime] = str(error)
                 continue

@@ -243,3 +243,17 @@ def unique_names(names: list[str]) -> list[str]:
         seen[name] = count + 1
         result.append(name if count == 0 else f"{name}_{count}")
     return result
+
+
+def spec_of(signature: inspect.Signature, call: Call, *, needs_program: bool) -> tuple[CallSpec, list[Tensor], str]:
+    """Return a call's spec and tensors, and why it can be made in no other way than it was; empty where it can.
+
+    Raises:
+        CaptureError: it does not fit, or cannot be described although a program needs that.
+    """
+    try:
+        return *flatten_call(signature, *call), ""
+    except CaptureError as error:
+        if needs_program or not fits(signature, *call):
+            raise
+        return *opaque_spec(call), str(error)

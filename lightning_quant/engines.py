@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
 
 from lightning_quant import runtimes
 from lightning_quant.artifact import model_files
@@ -15,8 +14,8 @@ from lightning_quant.choice import check_choice
 from lightning_quant.errors import QuantizationError
 from lightning_quant.latency import Timing, measure
 from lightning_quant.names import EngineName
-from lightning_quant.parity import MINIMUM_SHARE, Parity, check_parity
-from lightning_quant.prepared import Prepared
+from lightning_quant.parity import MINIMUM_SHARE, PARITY_SAMPLES
+from lightning_quant.planned_model import Compared, PlannedModel
 from lightning_quant.signature import Signature
 
 AUTO: Literal["auto"] = "auto"
@@ -57,9 +56,7 @@ def check_engine(runtime: str, engine: str) -> None:
         )
 
 
-def choose_engine(
-    prepared: Prepared, staged: Path, signature: Signature, tensors: list[Tensor], engine: str = AUTO
-) -> EngineChoice | None:
+def choose_engine(model: PlannedModel, staged: Path, signature: Signature, engine: str = AUTO) -> EngineChoice | None:
     """Try engines on a written model, and let it run on one whose parity holds.
 
     By default that is the first in the runtime's own order, so that equal input gives an equal file; a timing would
@@ -67,25 +64,25 @@ def choose_engine(
     closest.
 
     Args:
-        prepared: what was exported.
+        model: what was exported.
         staged: the model file, not published yet.
         signature: of the model.
-        tensors: of the captured call, as many samples as are to be tried.
         engine: "fastest" to time those whose parity holds and take the fastest; or a name, to take that one whatever
             it computes: the report then says what is wrong with it.
 
     Returns:
         None where a runtime has but one, or stores layers alone.
     """
-    runtime = prepared.runtime
-    if not (runtime.engines() and prepared.operators):
+    runtime = model.runtime
+    if not (runtime.engines() and any(graph.operators for graph in model.plan.graphs)):
         return None
-    checks: dict[str, Parity] = {}
+    tensors = model.samples(PARITY_SAMPLES)
+    checks: dict[str, Compared] = {}
     calls: dict[str, Callable[[], Any]] = {}
     for name in runtime.engines() if engine in (AUTO, FASTEST) else [engine]:
         runtime.set_engine(staged, name)
         loaded = runtime.load(staged.parent, model_files(staged), signature, threads=torch.get_num_threads())
-        checks[name] = check_parity(prepared, loaded, runtime, staged, tensors)
+        checks[name] = model.parity(loaded, staged)
         calls[name] = functools.partial(loaded.run, tensors)
         if engine == AUTO and not checks[name].failures:
             break
@@ -97,16 +94,16 @@ def choose_engine(
     return EngineChoice(chosen, _in_words(chosen, timings, checks, engine))
 
 
-def _operators_hold(parity: Parity) -> bool:
+def _operators_hold(parity: Compared) -> bool:
     """Tell whether each operator alone is right: in deep networks rounding ties add up all the same."""
     return parity.worst_share is not None and parity.worst_share >= MINIMUM_SHARE
 
 
-def _rank(parity: Parity) -> tuple[float, float]:
+def _rank(parity: Compared) -> tuple[float, float]:
     return parity.worst_share or 0.0, parity.artifact_db
 
 
-def _in_words(chosen: str, timings: dict[str, Timing], checks: dict[str, Parity], engine: str) -> str:
+def _in_words(chosen: str, timings: dict[str, Timing], checks: dict[str, Compared], engine: str) -> str:
     which = "fastest" if engine == FASTEST else "first in order"
     if engine not in (AUTO, FASTEST):
         why = "was asked for"

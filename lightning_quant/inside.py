@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.capture import isolated_rng
-from lightning_quant.captured import CapturedModel
 from lightning_quant.loaded import LoadedModule
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.process import torch_threads
 from lightning_quant.routing import clone, evaluation_mode, without_fast_path
 from lightning_quant.signature import Signature, described, tensor_leaves
@@ -38,7 +38,7 @@ class InsideModule(LoadedModule):
     """
 
     def __init__(
-        self, module: nn.Module, captured: CapturedModel, signature: Signature, threads: int | None = None
+        self, module: nn.Module, captured: PlannedModel, signature: Signature, threads: int | None = None
     ) -> None:
         super().__init__(signature)
         self.module, self.threads = module, threads
@@ -58,7 +58,7 @@ class InsideModule(LoadedModule):
 
 
 def load_inside(
-    captured: CapturedModel, folder: Path, files: dict[str, str], signature: Signature, threads: int | None = None
+    captured: PlannedModel, folder: Path, files: dict[str, str], signature: Signature, threads: int | None = None
 ) -> InsideModule:
     """Load what lies in a folder into a copy of the module that it was made of."""
     filled = captured.runtime.load(folder, files, signature, into=clone(captured.root))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.captured import CapturedModel
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.routing import as_exported
 
 # Where a module has what it shows as an attribute beside the plain ones.
@@ -21,7 +21,7 @@ _FEW, _MORE = 2, 3
 
 
 @contextmanager
-def sizes_forgotten(module: nn.Module, captured: CapturedModel) -> Iterator[None]:
+def sizes_forgotten(module: nn.Module, captured: PlannedModel) -> Iterator[None]:
     """Let each call find sizes of no call kept while a block runs, and put every plain attribute back afterwards.
 
     Args:
@@ -40,7 +40,7 @@ def sizes_forgotten(module: nn.Module, captured: CapturedModel) -> Iterator[None
         _set(module, before)
 
 
-def _following(module: nn.Module, captured: CapturedModel) -> dict[tuple[str, str], Any]:
+def _following(module: nn.Module, captured: PlannedModel) -> dict[tuple[str, str], Any]:
     """Return the attributes that follow the number of samples, with a value that fits no call."""
     batch = captured.batch
     if batch is None or batch.size < _MORE:

@@ -1,13 +1,13 @@
 """Does an artifact of quantized layers keep what the layers in memory keep of the float model?"""
 
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
-from lightning_quant.layerwise import Layerwise
-from lightning_quant.noise import alike, signal_to_noise
-from lightning_quant.parity import equal_argmax
+from lightning_quant.calls import Call
+from lightning_quant.noise import alike, equal_argmax, signal_to_noise
 from lightning_quant.signature import tensor_leaves
 
 # Decibels that an artifact may lie farther from float than the layers in memory: kernels of runtimes round otherwise.
@@ -27,6 +27,9 @@ class LayerParity:
         equal_argmax: share of equal predictions of float and artifact where the result is class scores `(batch,
             classes)`, else None.
     """
+
+    # Layers are not compared one by one.
+    worst_share: ClassVar[None] = None
 
     quantization_db: float
     artifact_db: float
@@ -56,11 +59,16 @@ class LayerParity:
 
 
 @torch.no_grad()
-def check_layer_parity(quantized: Layerwise, artifact: nn.Module) -> LayerParity:
-    """Run the artifact on the captured call and compare with what float model and quantized layers made of it."""
-    args, kwargs = quantized.call(quantized.tensors)
-    floating, simulated = (tensor_leaves(output) for output in quantized.outputs)
-    exported = tensor_leaves(artifact(*args, **kwargs))
+def check_layer_parity(call: Call, outputs: tuple[Any, Any], artifact: nn.Module) -> LayerParity:
+    """Run an artifact on the captured call and compare.
+
+    Args:
+        call: the captured call.
+        outputs: what the float model and the quantized layers in memory made of it.
+        artifact: the loaded artifact.
+    """
+    floating, simulated = (tensor_leaves(output) for output in outputs)
+    exported = tensor_leaves(artifact(*call.args, **call.kwargs))
     return LayerParity(
         quantization_db=signal_to_noise(*alike(floating, simulated)),
         artifact_db=signal_to_noise(*alike(simulated, exported)),

@@ -4,36 +4,36 @@ One call of the float model decides: each layer is tried where it runs, on what 
 that is needed takes its place. Layers that stay float, and all that is no layer, are shared with the float model.
 """
 
-import ctypes
-import inspect
 import math
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
-from lightning_quant.calls import Call, CallSpec, CapturedCall, fits, flatten_call, opaque_spec
+from lightning_quant.calls import Call, CapturedCall, spec_of
 from lightning_quant.capture import isolated_rng
-from lightning_quant.captured import CapturedModel
-from lightning_quant.errors import CaptureError, ExportError, PlanError
+from lightning_quant.errors import ExportError, PlanError
 from lightning_quant.graph.analyze import check_patterns, own_signature
 from lightning_quant.graph.plan import Plan
 from lightning_quant.graph.table import Selection
-from lightning_quant.host import moved_call, on_host
+from lightning_quant.host import give_back_memory, moved_call, on_host
+from lightning_quant.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.layers.correction import correct_biases
 from lightning_quant.layers.finite import check_output, check_weights
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.placement import place, placed
 from lightning_quant.layers.refine import refine
+from lightning_quant.layers.refusals import check_runs
 from lightning_quant.layers.rows import rows_of
 from lightning_quant.layers.shared import keep_ties, read_beside
 from lightning_quant.layers.trial import Trial, trials
 from lightning_quant.noise import alike, signal_to_noise
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.routing import (
     call_watched,
@@ -46,15 +46,17 @@ from lightning_quant.structures import reachable_tensors
 from lightning_quant.together import join_parts, part, parts_of, signature_of_parts
 
 
-class Layerwise(CapturedModel):
+class Layerwise(PlannedModel):
     """A float module, the plan for its layers, and the quantized layers that can take their places.
 
     Attributes:
         layers: name of every place to the quantized layer for it; a layer that is used in two places is one object.
         outputs: what the float module and the quantized one make of the captured call.
         given: the captured call itself, where it holds what no spec can describe.
-        parts: names of the modules that are quantized together, where it is not the root itself.
     """
+
+    GUESSES_SEQUENCES = True
+    recipe: LayerRecipe
 
     def __init__(
         self,
@@ -70,7 +72,31 @@ class Layerwise(CapturedModel):
         self.varying: set[tuple[str, int]] = set()
         self.outputs: tuple[Any, Any] = (None, None)
         self.given: Call | None = None
-        self.parts: tuple[str, ...] = ()
+
+    @property
+    def least_stored_share(self) -> float:
+        """Share of the weights that must be stored with fewer bits."""
+        return self.recipe.min_stored_share
+
+    @property
+    def evaluated_layers(self) -> tuple[str, ...]:
+        """Names of the quantized layers' places."""
+        return tuple(self.layers)
+
+    @property
+    def takes_any_call(self) -> bool:
+        """Whether the user's own code runs around an artifact's layers, with whatever calls it makes."""
+        return self.runtime.IN_PROCESS
+
+    @property
+    def runs_inside(self) -> bool:
+        """Whether an artifact is evaluated inside the module: one that is a layer itself has nothing to be filled."""
+        return self.takes_any_call and "" not in self.layers
+
+    @property
+    def may_give_up_program(self) -> bool:
+        """Whether the runtime has artifacts without a program, and there is a module around the layers to be filled."""
+        return self.runtime.FILLS_MODULES and "" not in self.layers
 
     def call(self, tensors: list[Tensor] | None = None) -> Call:
         """Return the captured call, with these tensors in place of its own where one can be made with them."""
@@ -87,7 +113,7 @@ class Layerwise(CapturedModel):
         Raises:
             ExportError: the runtime has no such artifacts, or there is no module around the layer to be filled.
         """
-        if not self.runtime.FILLS_MODULES or "" in self.layers:
+        if not self.may_give_up_program:
             raise ExportError(reason)
         self.into_only = reason.rstrip(".")
 
@@ -125,10 +151,15 @@ class Layerwise(CapturedModel):
     def release(self) -> None:
         """Give up the quantized layers, once they are on disk; the outputs stay."""
         self.layers = {}
-        # glibc keeps what was freed in pieces of a few megabytes: a fifth of the float model's bytes, as measured.
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-        if trim is not None:
-            trim(0)
+        give_back_memory()
+
+    def converted(self, *, static_sizes: bool) -> tuple[nn.Module, Any]:
+        """Return the quantized module and its result for the captured call; it is the same for all sizes."""
+        return self.quantized(), self.outputs[1]
+
+    def parity(self, loaded: nn.Module, model_path: Path) -> LayerParity:
+        """Compare a loaded artifact with the float model and the quantized layers."""
+        return check_layer_parity(self.call(self.tensors), self.outputs, loaded)
 
     def quantized(self) -> nn.Module:
         """Return a copy of the module with the quantized layers in place; other tensors are shared."""
@@ -144,7 +175,7 @@ class Layerwise(CapturedModel):
         with placed(self.root, self.layers):
             yield
 
-    def on_host(self) -> "Layerwise":
+    def on_host(self) -> Self:
         """Return itself: layers are made on the CPU in float32."""
         return self
 
@@ -204,7 +235,7 @@ def quantize_layers(
         CalibrationError: a weight of a layer, or what the module answers, is not finite.
     """
     chosen = recipes.get(recipe)
-    if not isinstance(chosen, LayerRecipe):
+    if chosen.needs_calibration:
         raise PlanError(f"Expected `recipe` to quantize layers, but {chosen.name!r} needs `prepare` and calibration.")
     selection = selection or Selection()
     source, model = model, on_host(model)
@@ -213,20 +244,10 @@ def quantize_layers(
     parts = parts_of(args)
     if parts:
         join_parts(model)
-    where = runtimes.get(runtime, exporting=True)
     signature = signature_of_parts() if parts else own_signature(model)
-    needs_program = not where.FILLS_MODULES
-    spec, tensors, opaque = _spec_of(signature, Call(args, kwargs), needs_program=needs_program)
-    if where.HALF_ARITHMETIC is None:
-        raise PlanError(
-            f"Expected `runtime` to run quantized layers for {chosen.name!r}, but {runtime!r} does not. Use runtime "
-            f"{runtimes.that(lambda other: other.runs_layers(chosen.schemes))}, or recipe 'int8'."
-        )
-    refused = next((name for name in chosen.schemes if name in where.LAYER_REFUSALS), None)
-    if refused is not None:
-        reason = where.LAYER_REFUSALS[refused]
-        raise PlanError(f"Expected a recipe that {runtime!r} runs, but got {chosen.name!r}: {reason}.")
-    found = trials(model, chosen, selection, Call(args, kwargs), half_arithmetic=where.HALF_ARITHMETIC)
+    needs_program = not runtimes.get(runtime, exporting=True).FILLS_MODULES
+    spec, tensors, opaque = spec_of(signature, Call(args, kwargs), needs_program=needs_program)
+    found = trials(model, chosen, selection, Call(args, kwargs), half_arithmetic=check_runs(runtime, chosen))
     for trial in found.values():
         if parts and not any(f"{trial.place}.".startswith(f"{name}.") for name in parts):
             trial.stay_float("the training step does not call it, or it does not learn")
@@ -263,20 +284,6 @@ def quantize_layers(
         quantized.give_up_program(f"it is of several modules, which other code calls one by one: {', '.join(parts)}")
     quantized.compare()
     return quantized
-
-
-def _spec_of(signature: inspect.Signature, call: Call, *, needs_program: bool) -> tuple[CallSpec, list[Tensor], str]:
-    """Return a call's spec and tensors, and why it can be made in no other way than it was; empty where it can.
-
-    Raises:
-        CaptureError: it does not fit, or cannot be described although a program needs that.
-    """
-    try:
-        return *flatten_call(signature, *call), ""
-    except CaptureError as error:
-        if needs_program or not fits(signature, *call):
-            raise
-        return *opaque_spec(call), str(error)
 
 
 @torch.no_grad()

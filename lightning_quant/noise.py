@@ -42,3 +42,16 @@ def alike(reference: Any, other: Any) -> tuple[list[Tensor], list[Tensor]]:
     pairs = zip(pytree.tree_leaves(reference), pytree.tree_leaves(other), strict=True)
     kept = [(a, b) for a, b in pairs if isinstance(a, Tensor) and a.shape == b.shape]
     return [a for a, _ in kept], [b for _, b in kept]
+
+
+def equal_argmax(simulated: list[Any], exported: list[Any]) -> float | None:
+    """Return the share of equal predictions where the result is class scores `(batch, classes)`, else None."""
+    if (
+        len(simulated) != 1
+        or simulated[0].shape != exported[0].shape
+        or simulated[0].dim() != 2
+        or simulated[0].shape[1] < 2
+        or not simulated[0].is_floating_point()
+    ):
+        return None
+    return (simulated[0].argmax(1) == exported[0].argmax(1)).float().mean().item()

@@ -8,14 +8,14 @@ from torch import nn
 
 from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
-from lightning_quant.captured import CapturedModel
 from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.graph.analyze import Analysis
 from lightning_quant.graph.leftovers import with_stored
 from lightning_quant.graph.plan import Operator, Plan, identify
 from lightning_quant.graph.table import Selection, matches
-from lightning_quant.recipe import LayerRecipe, Recipe
+from lightning_quant.planned_model import PlannedModel
+from lightning_quant.recipe import Recipe
 
 FLOAT = "float"
 _BY_ITSELF = "int8_weight_only"
@@ -29,7 +29,7 @@ def select(selection: Selection, recipe: Recipe) -> Selection:
 
 
 def store_layers(
-    model: CapturedModel, recipe: Recipe, plan: Plan, left: frozenset[str]
+    model: PlannedModel, recipe: Recipe, plan: Plan, left: frozenset[str]
 ) -> tuple[dict[str, nn.Module], Plan]:
     """Quantize the layers that recipes of layers store, on the weights and the captured call as they are.
 
@@ -111,7 +111,7 @@ def _stored(recipe: Recipe) -> dict[str, str]:
     """
     named = {pattern: target for pattern, target in recipe.overrides.items() if isinstance(target, str)}
     found = {pattern: recipes.RECIPES.get(target) for pattern, target in named.items()}
-    return {p: r.name for p, r in found.items() if isinstance(r, LayerRecipe) and "dynamic" not in r.schemes}
+    return {p: r.name for p, r in found.items() if r and not r.needs_calibration and "dynamic" not in r.schemes}
 
 
 def check_targets(recipe: Recipe) -> None:
@@ -131,7 +131,7 @@ def _grid(recipe: Recipe, pattern: str, target: str) -> int:
     if bits is not None:
         return 2 ** (int(bits[1]) - 1) - 1
     other = recipes.RECIPES.get(target) if isinstance(target, str) else None
-    if not isinstance(other, Recipe) or other.activation != recipe.activation:
+    if other is None or not other.needs_calibration or other.activation != recipe.activation:
         raise QuantizationError(
             f"Expected `overrides` to map {pattern!r} to 'float', 'int4_weights' to 'int8_weights', or the name of a "
             f"recipe with the activations of {recipe.name!r} or with no activations at all, but got {target!r}."

@@ -2,14 +2,13 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lightning_quant.named_edges import numbered
-from lightning_quant.noise import alike, signal_to_noise
+from lightning_quant.noise import alike, equal_argmax, signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.runtimes import Runtime
@@ -18,6 +17,8 @@ from lightning_quant.ties import farthest, off_ties, tipped_ties
 
 # Share of an operator's values that must lie within one step of the simulation, given equal inputs.
 MINIMUM_SHARE = 0.999
+# Samples that are looked at; every operator of the model is compared on them.
+PARITY_SAMPLES = 16
 # Decibels by which simulation and artifact must be closer to each other than simulation and float.
 MARGIN_DB = 10.0
 
@@ -161,16 +162,3 @@ def _worst_operator(
         if share < worst[1] or not worst[0]:
             worst = (name, share)
     return worst
-
-
-def equal_argmax(simulated: list[Any], exported: list[Any]) -> float | None:
-    """Return the share of equal predictions where the result is class scores `(batch, classes)`, else None."""
-    if (
-        len(simulated) != 1
-        or simulated[0].shape != exported[0].shape
-        or simulated[0].dim() != 2
-        or simulated[0].shape[1] < 2
-        or not simulated[0].is_floating_point()
-    ):
-        return None
-    return (simulated[0].argmax(1) == exported[0].argmax(1)).float().mean().item()

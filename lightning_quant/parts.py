@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from lightning_quant.calls import flatten_call
-from lightning_quant.captured import CapturedModel
 from lightning_quant.decisions import decisions, in_words
 from lightning_quant.errors import FixedSizesError
 from lightning_quant.loaded import LoadedModule
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.routing import evaluation_mode
 from lightning_quant.signature import tensor_leaves
 
@@ -22,7 +22,7 @@ class InParts:
         captured: what it was exported from; its samples do not depend on each other.
     """
 
-    def __init__(self, artifact: LoadedModule, captured: CapturedModel) -> None:
+    def __init__(self, artifact: LoadedModule, captured: PlannedModel) -> None:
         self.artifact, self.captured = artifact, captured
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -70,12 +70,12 @@ class InParts:
         return torch.cat([tensor, *[last] * missing], dimension) if missing else tensor
 
 
-def in_parts(artifact: LoadedModule, captured: CapturedModel) -> LoadedModule | InParts:
+def in_parts(artifact: LoadedModule, captured: PlannedModel) -> LoadedModule | InParts:
     """Return what takes any number of samples, where the file alone does not."""
     return artifact if captured.varies_in_file else InParts(artifact, captured)
 
 
-def check_takes(captured: CapturedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def check_takes(captured: PlannedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Make sure that evaluation can call the file as it does the module.
 
     Raises:

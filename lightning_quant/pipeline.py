@@ -27,7 +27,7 @@ from lightning_quant.checkpoint import load_module
 from lightning_quant.compilation import is_compiled
 from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CalibrationError, NoEffectWarning, QuantizationError
-from lightning_quant.export import Quantizable, export
+from lightning_quant.export import export
 from lightning_quant.graph.table import Selection
 from lightning_quant.host import device_for_search, on_host
 from lightning_quant.labels import class_labels
@@ -35,6 +35,7 @@ from lightning_quant.layerwise import quantize_layers
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.names import Engine, Recipes, Runtime
 from lightning_quant.output_noise import HeldOut, held_back
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.process import alone
@@ -121,7 +122,7 @@ def quantize(
         if first is None:
             raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
         seconds: dict[str, float] = {}
-        make = _quantize_layers if isinstance(recipe, LayerRecipe) else _calibrated
+        make = _calibrated if recipe.needs_calibration else _quantize_layers
         notes: tuple[str, ...] = ()
         calls = itertools.chain([first], calls)
         chosen: str = runtime
@@ -135,14 +136,12 @@ def quantize(
             notes, calls = (note,), iter(data)
         # A recipe with accuracy steps holds one of its calls back for itself.
         held: list[Call] = []
-        calls = held_back(calls, 2 if isinstance(recipe, Recipe) and recipe.accuracy_steps else 1, held)
+        calls = held_back(calls, recipe.needed_calls, held)
         few = list(itertools.islice(calls, NUM_CALLS)) if sensitivity else []
-        quantized: Quantizable = make(model, recipe, chosen, selection, itertools.chain(few, calls), seconds)  # type: ignore[arg-type]
+        quantized: PlannedModel = make(model, recipe, chosen, selection, itertools.chain(few, calls), seconds)  # type: ignore[arg-type]
         for call in held:
             quantized.note_sizes(*call)
-        found = None
-        if sensitivity and isinstance(quantized, Prepared):
-            found = rank_operators(quantized, few)
+        found = rank_operators(Prepared.of(quantized), few) if sensitivity else None
         quantized = quantized.on_host()
         artifact = export(
             quantized,
@@ -153,8 +152,7 @@ def quantize(
             release=True,
             engine=engine,
         )
-        if isinstance(quantized, Prepared):
-            notes += outcomes(quantized.accuracy_steps)
+        notes += outcomes(quantized.accuracy_steps)
         notes += given.notes
         notes += notes_of_sizes(quantized)
         # Measured on a copy: another run may replace the artifact meanwhile.
@@ -271,7 +269,7 @@ def _quantize_layers(
     selection: Selection,
     calls: Iterator[Call],
     seconds: dict[str, float],
-) -> Quantizable:
+) -> PlannedModel:
     """Quantize on the first call; the others tell which sizes vary."""
     started = time.perf_counter()
     args, kwargs = next(calls)

@@ -13,8 +13,8 @@ from lightning_quant.graph.leftovers import left_in_float
 from lightning_quant.graph.table import Selection
 from lightning_quant.host import moved_call, on_host
 from lightning_quant.overrides import select
-from lightning_quant.prepared import Prepared
-from lightning_quant.recipe import Recipe
+from lightning_quant.recipe import AnyRecipe
+from lightning_quant.static_model import StaticModel
 
 
 def prepare(
@@ -22,13 +22,13 @@ def prepare(
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
     *,
-    recipe: str | Recipe = "int8",
+    recipe: str | AnyRecipe = "int8",
     runtime: str = "onnxruntime",
     selection: Selection | None = None,
     observer: str | None = None,
     module: str = "",
     trains: bool = True,
-) -> Prepared:
+) -> StaticModel:
     """Plan a module from one call and return it ready to be attached; the module is left as it was.
 
     Args:
@@ -47,7 +47,7 @@ def prepare(
         QuantizationError: the recipe has accuracy steps that do not exist, or that its observers do not serve.
     """
     chosen = recipes.get(recipe)
-    if not isinstance(chosen, Recipe):
+    if not chosen.needs_calibration:
         raise PlanError(f"Expected `recipe` to quantize a graph, but {chosen.name!r} quantizes layers without one.")
     check_steps(chosen)
     chosen.check_percentile(observer or chosen.training_observer)
@@ -68,7 +68,7 @@ def prepare(
     )
     if trains and analysis.nothing:
         raise PlanError(f"{analysis.nothing}{_stored_alone(left_in_float(on_cpu, analysis.plan))}")
-    prepared = Prepared(model, analysis, chosen, observer or chosen.training_observer)
+    prepared = StaticModel(model, analysis, chosen, observer or chosen.training_observer)
     # What can be refused is refused now; the layers themselves are made of the weights that will be exported.
     prepared.plan = prepared.bound_to(on_cpu).planned()
     if not prepared.plan.num_quantized:

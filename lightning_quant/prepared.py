@@ -9,15 +9,14 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.adjustments import AccuracyStep, ChannelScale, Layer
+from lightning_quant.adjustments import ChannelScale, Layer
 from lightning_quant.bias_correction import InputMeans, bias_correction
 from lightning_quant.calls import CallSpec
-from lightning_quant.captured import CapturedModel
 from lightning_quant.compilation import kept_from_compilers
 from lightning_quant.errors import QuantizationError
 from lightning_quant.folding import Folded, fold, fold_adjusted, statistics
@@ -29,6 +28,7 @@ from lightning_quant.host import HOST, copied_to, on_host
 from lightning_quant.layers.placement import placed
 from lightning_quant.learned_steps import LearnedSteps
 from lightning_quant.overrides import override_weights, store_layers
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.ranges import Ranges
 from lightning_quant.recipe import Recipe
 from lightning_quant.routing import Route, copied, device_of, evaluation_mode, fetch, resolve, route, unroute
@@ -69,7 +69,7 @@ class RoutedForward(Route):
         self.__init__(**state)  # type: ignore[misc]
 
 
-class Prepared(CapturedModel):
+class Prepared(PlannedModel):
     """A module, its plan, and the state of its quantizers.
 
     Attributes:
@@ -83,12 +83,9 @@ class Prepared(CapturedModel):
         learned_steps: the weights' scales while they are trained; None where they follow from the weights.
         layers: operator to the layer that stands in for the module's own, where an accuracy algorithm changed it.
         channels: edge to how its values map on the grid, where they are not rounded as they are.
-        accuracy_steps: what was tried for accuracy, and what came of it.
-        learns_from_captured: whether training calls the module otherwise than it was captured, so that tensors which
-            training never reaches have the ranges of the captured call.
     """
 
-    learns_from_captured = False
+    recipe: Recipe
 
     def __init__(self, root: nn.Module, analysis: Analysis, recipe: Recipe, observer: str) -> None:
         self.root, self.plan, self.recipe = root, analysis.plan, recipe
@@ -116,7 +113,6 @@ class Prepared(CapturedModel):
         self.bias_corrections: dict[str, Tensor] = {}
         self.layers: dict[str, Layer] = {}
         self.channels: dict[str, ChannelScale] = {}
-        self.accuracy_steps: tuple[AccuracyStep, ...] = ()
         self.learned_steps: LearnedSteps | None = None
         self._stored: dict[str, nn.Module] | None = None
         self.left = left_in_float(root, analysis.plan)
@@ -142,6 +138,17 @@ class Prepared(CapturedModel):
         twin.simulation.only, twin.displaced = self.simulation.only, dict(self.displaced)
         self._twins.add(twin)
         return twin
+
+    @classmethod
+    def of(cls, model: PlannedModel) -> Self:
+        """Return a model as what it is, where only a recipe with a graph can have led.
+
+        Raises:
+            QuantizationError: it is of a recipe of layers.
+        """
+        if not isinstance(model, cls):
+            raise QuantizationError(f"Expected `recipe` to be one with a graph, but got {model.recipe.name!r}.")
+        return model
 
     @property
     def phase(self) -> str:
@@ -180,7 +187,7 @@ class Prepared(CapturedModel):
         return isinstance(present, RoutedForward) and present.prepared is self
 
     @contextmanager
-    def attached(self, phase: str, *, observing: bool = False) -> Iterator[None]:
+    def attached(self, phase: str = "frozen", *, observing: bool = False) -> Iterator[None]:
         """Route while a block runs, in a phase of its own."""
         stored = self.stored_layers() if phase == "frozen" and self.simulation.only is None else {}
         before, self.control = self.control, Control(observing=observing)
@@ -214,7 +221,7 @@ class Prepared(CapturedModel):
         """Whether calibration changed biases or layers, which only the integer computation knows of."""
         return bool(self.bias_corrections or self.layers)
 
-    def bound_to(self, root: nn.Module, tensors: list[Tensor] | None = None) -> "Prepared":
+    def bound_to(self, root: nn.Module, tensors: list[Tensor] | None = None) -> Self:
         """Return the same plan and ranges over another module of the same structure, and another captured call."""
         other = copy.copy(self)
         other.root = root
@@ -245,7 +252,7 @@ class Prepared(CapturedModel):
         self.stored_layers()
         return self.plan
 
-    def on_host(self) -> "Prepared":
+    def on_host(self) -> Self:
         """Return the same over a float32 module on the CPU, where it is converted and measured: itself if it is so."""
         root = on_host(self.root)
         self.to(HOST)

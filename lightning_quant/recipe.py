@@ -6,7 +6,7 @@ A new named recipe is one constant in `RECIPES`.
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 from lightning_quant.arguments import check_fields, check_flag, check_number, check_positive, check_texts
 from lightning_quant.choice import check_choice, closest
@@ -75,6 +75,9 @@ class Recipe:
             `lightning_quant.accuracy.batch_norm`.
     """
 
+    # Whether it quantizes a graph, with ranges that calibration or training teaches.
+    needs_calibration: ClassVar[Literal[True]] = True
+
     name: str = "int8"
     weight: IntegerSpec = field(default_factory=lambda: IntegerSpec(symmetric=True, per_channel=True))
     activation: IntegerSpec = field(default_factory=IntegerSpec)
@@ -117,6 +120,17 @@ class Recipe:
     def activation_grid(self) -> Grid:
         """Integers of the activations."""
         return activation_grid(self.activation.bits, symmetric=self.activation.symmetric)
+
+    @property
+    def needed_calls(self) -> int:
+        """Least number of calls to calibrate on: accuracy steps are judged on others than they learn from."""
+        return 2 if self.accuracy_steps else 1
+
+    @property
+    def against_noise(self) -> str:
+        """What helps against too much of it, in words."""
+        steps = "" if self.accuracy_steps else "Try recipe 'int8_accurate', or keep"
+        return f"{steps or 'Keep'} the layers float that `sensitivity=True` finds, with `exclude`"
 
     def _check_kernels(self, role: str, spec: IntegerSpec) -> None:
         """Refuse what no integer kernel takes."""
@@ -168,6 +182,8 @@ class LayerRecipe:
             report says that the recipe failed.
     """
 
+    needs_calibration: ClassVar[Literal[False]] = False
+
     name: str
     schemes: tuple[str, ...]
     floor_db: float = 20.0
@@ -182,6 +198,18 @@ class LayerRecipe:
         check_number("min_stored_share", self.min_stored_share, 0, 1)
         check_positive("group_size", self.group_size)
         check_flag("gptq", self.gptq)
+
+    @property
+    def needed_calls(self) -> int:
+        """Number of calls that are needed: one, to try the layers on."""
+        return 1
+
+    @property
+    def against_noise(self) -> str:
+        """What helps against too much of it, in words."""
+        if any("4bit" in scheme for scheme in self.schemes):
+            return "Try recipe 'int8_weight_only'"
+        return "Try recipe 'int8_weight_only' or 'float16', or keep layers float with `exclude`"
 
 
 AnyRecipe = Recipe | LayerRecipe

@@ -7,7 +7,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.layers.storage import SCHEMES
 from lightning_quant.observers import OBSERVERS
 from lightning_quant.overrides import check_targets
-from lightning_quant.recipe import AnyRecipe, Recipe
+from lightning_quant.recipe import AnyRecipe
 
 
 def check_names(recipe: AnyRecipe) -> None:
@@ -16,7 +16,7 @@ def check_names(recipe: AnyRecipe) -> None:
     Raises:
         QuantizationError: there is not; the message has the closest.
     """
-    if not isinstance(recipe, Recipe):
+    if not recipe.needs_calibration:
         for scheme in recipe.schemes:
             check_choice("recipe.schemes", scheme, SCHEMES)
         return

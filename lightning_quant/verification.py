@@ -18,8 +18,7 @@ from lightning_quant.errors import ArtifactError
 from lightning_quant.inside import Answers
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.machine import cpu_name
-from lightning_quant.noise import alike, signal_to_noise
-from lightning_quant.parity import equal_argmax
+from lightning_quant.noise import alike, equal_argmax, signal_to_noise
 from lightning_quant.signature import Signature, tensor_leaves
 from lightning_quant.signing import Key
 

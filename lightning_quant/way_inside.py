@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from lightning_quant import runtimes
 from lightning_quant.errors import ExportError, FixedSizesError, UntraceableError
-from lightning_quant.recipe import AnyRecipe, LayerRecipe
+from lightning_quant.recipe import AnyRecipe
 
 _INSIDE = (
     "Or quantize layers alone, inside your own module, which needs neither graph nor program: recipe 'int8_dynamic' or "
@@ -16,7 +16,7 @@ _INSIDE = (
 def fills_modules(recipe: AnyRecipe, runtime: str) -> bool:
     """Tell whether an artifact may be layers and tensors alone, for a module of the user's to be filled with."""
     is_known = runtime in runtimes.names()
-    return is_known and isinstance(recipe, LayerRecipe) and runtimes.get(runtime).FILLS_MODULES
+    return is_known and not recipe.needs_calibration and runtimes.get(runtime).FILLS_MODULES
 
 
 @contextmanager

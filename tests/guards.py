@@ -35,7 +35,7 @@ GUARDS = (
     Guard(
         "later batches of validation are looked at before training",
         "callbacks/base.py",
-        "                check_takes(prepared, args, kwargs)\n",
+        "                check_takes(model, args, kwargs)\n",
         "                pass\n",
         "callbacks/test_validation_batches.py -k decides_otherwise",
     ),
@@ -324,8 +324,8 @@ GUARDS = (
     Guard(
         "the trial export runs on the CPU",
         "export.py",
-        "    trial = prepared.on_host()\n",
-        "    trial = prepared\n",
+        "    trial = model.on_host().for_trial()\n",
+        "    trial = model.for_trial()\n",
         "devices/test_callbacks.py -k anew",
     ),
     Guard(

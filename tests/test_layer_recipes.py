@@ -11,7 +11,6 @@ from transformers.pytorch_utils import Conv1D
 
 from lightning_quant import load, verify
 from lightning_quant.export import export
-from lightning_quant.layer_parity import check_layer_parity
 from lightning_quant.layerwise import quantize_layers
 
 pytestmark = [
@@ -102,7 +101,7 @@ def test_contract(recipe: str, runtime: str, tmp_path: Path) -> None:
     loaded = load(tmp_path)
     # A Trainer sets the mode of all modules around validation.
     loaded.train().eval()
-    assert not check_layer_parity(quantized, loaded).failures
+    assert not quantized.parity(loaded, artifact.model_path).failures
     for batch, length in ((2, 6), (1, 9), (4, 3)):
         given = call(batch, length)
         with torch.no_grad():

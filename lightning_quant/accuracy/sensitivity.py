@@ -22,7 +22,7 @@ from lightning_quant.host import moved_call
 from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.progress import tracked
-from lightning_quant.recipe import AnyRecipe, Recipe
+from lightning_quant.recipe import AnyRecipe
 from lightning_quant.routing import device_of, evaluation_mode
 from lightning_quant.tables import one_line, text_table
 
@@ -217,7 +217,7 @@ def check_rankable(recipe: AnyRecipe, *, sensitivity: bool) -> None:
     Raises:
         QuantizationError: sensitivity is wanted of such a recipe.
     """
-    if sensitivity and not isinstance(recipe, Recipe):
+    if sensitivity and not recipe.needs_calibration:
         raise QuantizationError(
             f"Expected a recipe that is calibrated for `sensitivity`, such as 'int8', but got {recipe.name!r}, whose "
             "plan has the signal-to-noise ratios of layers that kept a safer scheme."

@@ -5,23 +5,23 @@ import warnings
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant.errors import NoEffectWarning
-from lightning_quant.export import Quantizable
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.report.coverage import low_coverage
 
 # What is left beside the module is no more than losses and metrics take.
 _NEARLY_ALL = 0.995
 
 
-def announce(callback: str, module: str, prepared: Quantizable, step_share: float) -> None:
+def announce(callback: str, module: str, model: PlannedModel, step_share: float) -> None:
     """Say how much is quantized, and warn where that is little.
 
     Args:
         callback: name of its class.
         module: name of the module.
-        prepared: with the plan.
+        model: with the plan.
         step_share: share of the multiply-adds of the LightningModule's step that the module makes, in [0, 1].
     """
-    plan, of_step = prepared.plan, ""
+    plan, of_step = model.plan, ""
     if step_share < _NEARLY_ALL:
         of_step = f", which is {plan.coverage * step_share:.1%} of the multiply-adds of the whole step"
     rank_zero_info(

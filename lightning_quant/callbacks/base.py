@@ -48,19 +48,19 @@ from lightning_quant.choice import check_choice
 from lightning_quant.distributed import Group
 from lightning_quant.engines import AUTO, check_engine
 from lightning_quant.errors import CaptureError, QuantizationError
-from lightning_quant.export import Quantizable, trial_export
+from lightning_quant.export import trial_export
 from lightning_quant.folder import fleeting_folder, output_folder
 from lightning_quant.graph.analyze import has_weights
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import may_have_layers
-from lightning_quant.layerwise import Layerwise, quantize_layers
+from lightning_quant.layerwise import quantize_layers
 from lightning_quant.loss_inputs import LossInputs, leave_out_labels
 from lightning_quant.names import Engine, Example, ExampleName, Recipes, Runtime, Weights, WeightsName
 from lightning_quant.namespaces import is_overridden, trainer_class
 from lightning_quant.parts import check_takes
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.prepare import prepare
-from lightning_quant.prepared import Prepared
-from lightning_quant.recipe import AnyRecipe, LayerRecipe
+from lightning_quant.recipe import AnyRecipe
 from lightning_quant.report.limits import Limits, check_measured, limits_from, unlogged
 from lightning_quant.routing import resolve
 from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
@@ -129,7 +129,7 @@ class QuantizationCallback(Callback):
         self.limits = _refused_in_callback(limits_from, limits)
         _refused_in_callback(self._check_arguments)
         # Known from fit start on, when the module exists on its device and its data can be read.
-        self.prepared: Quantizable | None = None
+        self.prepared: PlannedModel | None = None
         self.artifact: Artifact | None = None
         self.loss_inputs: LossInputs | None = None
         self.path = ""
@@ -264,7 +264,7 @@ class QuantizationCallback(Callback):
             raise MisconfigurationException(f"Expected {ckpt_path} to become an artifact, but fit was cut short.")
         return self.artifact
 
-    def require_prepared(self) -> Quantizable:
+    def require_prepared(self) -> PlannedModel:
         """Return the prepared model, which exists from fit start on."""
         if self.prepared is None:
             raise MisconfigurationException(
@@ -324,16 +324,16 @@ class QuantizationCallback(Callback):
         with way_inside(self.recipe, self.runtime):
             with borrowed_loaders(trainer):
                 self.group.together(self._prepare, trainer, pl_module)
-            prepared = self.require_prepared()
-            sizes = self.group.on_first(self._try_export, prepared)
-            self.group.together(self._take_sizes, trainer, pl_module, prepared, sizes)
+            model = self.require_prepared()
+            sizes = self.group.on_first(self._try_export, model)
+            self.group.together(self._take_sizes, trainer, pl_module, model, sizes)
 
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.prepared is not None:
             self.prepared.detach()
         self.artifact, self._begun, self.step_share = None, False, 1.0
         _check_initialized(pl_module)
-        is_wanted = may_have_layers(pl_module) if isinstance(self.recipe, LayerRecipe) else has_weights
+        is_wanted = has_weights if self.recipe.needs_calibration else may_have_layers(pl_module)
         together = fills_modules(self.recipe, self.chosen_runtime)
         found = capture_call(trainer, pl_module, self.module, self.example, is_wanted, together=together)
         self.path = found.path
@@ -344,8 +344,7 @@ class QuantizationCallback(Callback):
             self.chosen_runtime, note = self.group.on_first(choose_at_start, self, module, found)
             self.findings += (note,)
         self.prepared = self._plan(resolve(pl_module, found.path), found)
-        if isinstance(self.prepared, Prepared):
-            self.prepared.learns_from_captured = bool(self._evaluated_otherwise)
+        self.prepared.learns_from_captured = self._evaluated_otherwise
         if self._evaluated is not None:
             self.prepared.note_sizes(self._evaluated.args, self._evaluated.kwargs)
             for call in validation_calls(trainer, pl_module, found.path, _BATCHES):
@@ -353,9 +352,9 @@ class QuantizationCallback(Callback):
         name = found.path or ", ".join(found.parts) or f"{type(pl_module).__name__}.forward"
         announce(type(self).__name__, name, self.prepared, self.step_share)
 
-    def _plan(self, module: nn.Module, found: Capture) -> Quantizable:
+    def _plan(self, module: nn.Module, found: Capture) -> PlannedModel:
         where: dict[str, Any] = {"runtime": self.chosen_runtime, "selection": self.selection, "module": found.path}
-        if isinstance(self.recipe, LayerRecipe):
+        if not self.recipe.needs_calibration:
             args, kwargs, self.loss_inputs = found.args, found.kwargs, None
             if not found.parts:
                 args, kwargs, self.loss_inputs = leave_out_labels(module, args, kwargs)
@@ -429,32 +428,30 @@ class QuantizationCallback(Callback):
             rank_zero_info(f"{type(self).__name__}: {finding}.")
             self.findings += (finding,)
 
-    def _try_export(self, prepared: Quantizable) -> tuple[Any, ...]:
+    def _try_export(self, model: PlannedModel) -> tuple[Any, ...]:
         """Try the end, and return what was found out of the sizes."""
-        trial_export(prepared, dynamic_shapes=self.dynamic_shapes)
-        return prepared.found_sizes()
+        trial_export(model, dynamic_shapes=self.dynamic_shapes)
+        return model.found_sizes()
 
     def _take_sizes(
-        self, trainer: Trainer, pl_module: LightningModule, prepared: Quantizable, found: tuple[Any, ...]
+        self, trainer: Trainer, pl_module: LightningModule, model: PlannedModel, found: tuple[Any, ...]
     ) -> None:
         """Let every process know what the first found out; say what stays as captured, and refuse what cannot be."""
-        prepared.take_sizes(found)
-        for note in notes_of_sizes(prepared):
+        model.take_sizes(found)
+        for note in notes_of_sizes(model):
             rank_zero_info(f"{type(self).__name__}: {note}.")
-        if isinstance(prepared, Layerwise):
-            prepared.detach()
-        in_process = isinstance(prepared, Layerwise) and prepared.runtime.IN_PROCESS
-        if self._evaluated is not None and self.evaluate and not in_process:
-            number = _MANY_BATCHES if prepared.decided else _BATCHES
-            check_takes(prepared, self._evaluated.args, self._evaluated.kwargs)
+        model.detach()
+        if self._evaluated is not None and self.evaluate and not model.takes_any_call:
+            number = _MANY_BATCHES if model.decided else _BATCHES
+            check_takes(model, self._evaluated.args, self._evaluated.kwargs)
             for args, kwargs in validation_calls(trainer, pl_module, self.path, number):
-                check_takes(prepared, args, kwargs)
+                check_takes(model, args, kwargs)
 
 
-def _note_sizes(prepared: Quantizable, call: Call) -> None:
+def _note_sizes(model: PlannedModel, call: Call) -> None:
     """Remember the sizes of a call, unless it is one that no file can take."""
     with suppress(CaptureError):
-        prepared.note_sizes(*call)
+        model.note_sizes(*call)
 
 
 def _load_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> None:

@@ -16,7 +16,6 @@ from lightning_quant import artifact as artifacts
 from lightning_quant.accuracy.rounded_parts import all_but
 from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
-from lightning_quant.calibrate import observe_unreached
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.by_chance import in_words
@@ -28,12 +27,12 @@ from lightning_quant.callbacks.states import state_of
 from lightning_quant.calls import Call
 from lightning_quant.errors import FixedSizesError
 from lightning_quant.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
-from lightning_quant.export import Quantizable, export
+from lightning_quant.export import export
 from lightning_quant.host import HOST, copied_to
 from lightning_quant.labels import class_labels
-from lightning_quant.layerwise import Layerwise
 from lightning_quant.output_noise import HeldOut
 from lightning_quant.parts import in_parts
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.prepared import Prepared
 from lightning_quant.report.make_report import make_report
 from lightning_quant.report.metrics import MetricRow
@@ -48,7 +47,7 @@ class Deployment:
 
     Attributes:
         pl_module: an independent copy of the LightningModule with these weights in float32.
-        prepared: the prepared model over its module.
+        model: the planned model over its module.
         checkpoint: the checkpoint file that the weights come from or that training wrote last, if any.
         notes: what the report should say of the choice.
         sensitivity: which operator costs what, where that was asked for.
@@ -56,7 +55,7 @@ class Deployment:
     """
 
     pl_module: LightningModule
-    prepared: Quantizable
+    model: PlannedModel
     checkpoint: Path | None
     notes: tuple[str, ...]
     sensitivity: Sensitivity | None = None
@@ -68,15 +67,15 @@ def choose_weights(
 ) -> Deployment:
     """Copy the last or the best weights; with `with_ranges`, the ranges come from the same checkpoint file."""
     duplicate = clone(pl_module, unrouted=True)
-    prepared = callback.require_prepared()
+    model = callback.require_prepared()
     checkpoint = _existing(_best_path(trainer) or _last_path(trainer))
     notes = callback.notes
     if callback.weights == "best" and not notes:
-        notes = _load_best(callback, trainer, duplicate, prepared, with_ranges=with_ranges)
+        notes = _load_best(callback, trainer, duplicate, model, with_ranges=with_ranges)
     callback.group.share_tensors(duplicate)
     duplicate = copied_to(duplicate, HOST)
-    bound = prepared.bound_to(resolve(duplicate, callback.path)).on_host()
-    bound.varying = set().union(*callback.group.gather(prepared.varying))
+    bound = model.bound_to(resolve(duplicate, callback.path)).on_host()
+    bound.varying = set().union(*callback.group.gather(model.varying))
     return Deployment(duplicate, bound, checkpoint, notes)
 
 
@@ -86,8 +85,7 @@ def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deploym
     # A run that started from a checkpoint, without training, is started again in the same way.
     advice = "" if callback.notes else f" If this is interrupted: {recovery(callback, trainer)}"
     rank_zero_info(f"{type(callback).__name__}: writing {folder}.{advice}")
-    if isinstance(deployment.prepared, Prepared):
-        observe_unreached(deployment.prepared)
+    deployment.model.observe_unreached()
     artifact = callback.artifact = group.on_first(_export, callback, trainer, deployment, folder)
     with contextlib.ExitStack() as stack:
         # Measured on a copy: another run may replace the artifact meanwhile.
@@ -103,7 +101,7 @@ def _measure(
 ) -> Artifact:
     """Evaluate and measure a private copy of an artifact, and add the report to the artifact."""
     metrics: tuple[MetricRow, ...] = ()
-    notes = (*callback.findings, *deployment.notes, *notes_of_sizes(deployment.prepared))
+    notes = (*callback.findings, *deployment.notes, *notes_of_sizes(deployment.model))
     calls: list[Call] = []
     if callback.evaluate:
         started = time.perf_counter()
@@ -124,11 +122,11 @@ def _measure(
 
 
 def _export(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, folder: Path) -> Artifact:
-    prepared = deployment.prepared
+    model = deployment.model
     dataset = getattr(trainer.train_dataloader, "dataset", None)
-    classes = class_labels(deployment.pl_module, prepared.root, getattr(trainer, "datamodule", None), dataset)
+    classes = class_labels(deployment.pl_module, model.root, getattr(trainer, "datamodule", None), dataset)
     return export(
-        prepared,
+        model,
         folder,
         dynamic_shapes=callback.dynamic_shapes,
         classes=classes,
@@ -146,7 +144,7 @@ def _report(
     metrics: tuple[MetricRow, ...],
 ) -> Artifact:
     report = make_report(
-        deployment.prepared,
+        deployment.model,
         own,
         metrics=metrics,
         seconds=callback.seconds,
@@ -168,13 +166,13 @@ def _metrics(
     callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, own: Artifact, calls: list[Call]
 ) -> tuple[tuple[MetricRow, ...], tuple[str, ...]]:
     """Return the metrics and what to know of them, and append a call of validation to `calls`."""
-    pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
+    pl_module, model, path = deployment.pl_module, deployment.model, callback.path
     limit = callback.limit_eval_batches
     group = callback.group
     float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group, recorded=calls)
     if not float_values:
         return (), ()
-    with prepared.attached("frozen"):
+    with model.attached("frozen"):
         simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
     exported, number = dict[str, float](), None
     try:
@@ -200,7 +198,7 @@ def _gains(
     """Return how the user's metrics change with what is advised to be kept float."""
     if found.advice is None:
         return {}
-    prepared: Any = deployment.prepared
+    prepared = Prepared.of(deployment.model)
     limit, values = callback.limit_eval_batches, []
     for left_out in ((), found.advice.names):
         with prepared.simulation.quantizing_only(all_but(prepared, left_out)), prepared.attached("frozen"):
@@ -212,33 +210,26 @@ def _evaluate_artifact(
     callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, own: Artifact
 ) -> tuple[dict[str, float], int | None]:
     """Return the metrics of the file, and the number of samples that it saw where that is known."""
-    pl_module, prepared, path = deployment.pl_module, deployment.prepared, callback.path
+    pl_module, model, path = deployment.pl_module, deployment.model, callback.path
     limit, group = callback.limit_eval_batches, callback.group
-    in_process = prepared.runtime.IN_PROCESS
-    # A module that is one layer has nothing inside to be filled.
-    if in_process and isinstance(prepared, Layerwise) and "" not in prepared.layers:
+    if model.runs_inside:
         # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.
         filled = clone(pl_module)
         artifacts.open_model(own, into=resolve(filled, path))
         # Its layers are the CPU's: another device would run them with kernels of its own.
         return evaluate(trainer, filled, path, limit_batches=limit, group=group, on_cpu=True), None
-    target: Callable[..., Any] = in_parts(artifacts.open_model(own), prepared)
+    target: Callable[..., Any] = in_parts(artifacts.open_model(own), model)
     without_loss = False
     if callback.loss_inputs is not None:
         target = callback.loss_inputs.outside(target)
         without_loss = callback.loss_inputs.formula is None
-    if isinstance(prepared, Layerwise):
-        layers = tuple(prepared.layers)
-    else:
-        operators = [operator for graph in prepared.plan.graphs if not graph.path for operator in graph.operators]
-        layers = tuple(layer for operator in operators if (layer := operator.weight.rpartition(".")[0]))
     counted = CountedCalls(target)
     values: dict[str, float] = evaluate(
         trainer,
         pl_module,
         path,
         counted,
-        quantized_layers=weighted_layers(prepared.root, layers),
+        quantized_layers=weighted_layers(model.root, model.evaluated_layers),
         limit_batches=limit,
         group=group,
     )
@@ -251,7 +242,7 @@ def _load_best(
     callback: QuantizationCallback,
     trainer: Trainer,
     duplicate: LightningModule,
-    prepared: Quantizable,
+    model: PlannedModel,
     *,
     with_ranges: bool,
 ) -> tuple[str, ...]:
@@ -266,7 +257,7 @@ def _load_best(
             return (
                 f"weights are the last ones: the best checkpoint {path.name} was saved before fake quantization began",
             )
-        prepared.load_state_dict(state)  # type: ignore[union-attr]
+        Prepared.of(model).load_state_dict(state)
     duplicate.load_state_dict(saved["state_dict"], assign=True)
     return (f"weights are the best ones, from {path.name}",)
 

@@ -23,7 +23,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.names import Data, DataName, Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.observer_merge import check_mergeable
 from lightning_quant.prepared import Prepared
-from lightning_quant.recipe import AnyRecipe, Recipe
+from lightning_quant.recipe import AnyRecipe
 from lightning_quant.recorded_calls import recorded_calls
 from lightning_quant.report.limits import Limits
 from lightning_quant.routing import resolve
@@ -134,22 +134,22 @@ class PostTrainingQuantization(QuantizationCallback):
 
     @override
     def observer(self) -> str:
-        return self.recipe.calibration_observer if isinstance(self.recipe, Recipe) else ""
+        return self.recipe.calibration_observer if self.recipe.needs_calibration else ""
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit ends: calibrate on the weights to export, then convert, export, measure, log."""
         deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
-        if isinstance(deployment.prepared, Prepared):
-            found = self._calibrate(trainer, deployment.prepared, deployment.pl_module)
-            steps = outcomes(deployment.prepared.accuracy_steps)
+        if self.recipe.needs_calibration:
+            found = self._calibrate(trainer, Prepared.of(deployment.model), deployment.pl_module)
+            steps = outcomes(deployment.model.accuracy_steps)
             deployment = replace(deployment, notes=(*deployment.notes, *steps), sensitivity=found)
         self.artifact = finish(self, trainer, deployment)
 
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._prepare(trainer, pl_module)
-        if isinstance(self.recipe, Recipe):
+        if self.recipe.needs_calibration:
             if self.group.size > 1:
                 check_mergeable("calibration_observer", self.observer(), self.recipe, in_training=False)
             if self.group.size > 1 and (self.recipe.accuracy_steps or self.sensitivity):
@@ -158,9 +158,9 @@ class PostTrainingQuantization(QuantizationCallback):
                     f"Expected one process, but got {self.group.size}: {what} all batches in one. Use 'int8' without "
                     "`sensitivity`, or quantize the checkpoint afterwards with `quantize_checkpoint`."
                 )
-            # Accuracy steps are judged on batches that they have not seen.
-            needed = 2 if self.recipe.accuracy_steps else 1
-            check_data(trainer, pl_module, self.calibration.data, needed, self.calibration.num_batches)
+            check_data(
+                trainer, pl_module, self.calibration.data, self.recipe.needed_calls, self.calibration.num_batches
+            )
 
     def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> Sensitivity | None:
         """Calibrate on the trainer's device, and measure there which operator costs what where that is wanted."""

@@ -30,7 +30,7 @@ from lightning_quant.learned_steps import LearnedSteps
 from lightning_quant.names import Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.observer_merge import check_mergeable
 from lightning_quant.prepared import Prepared
-from lightning_quant.recipe import LayerRecipe, Recipe
+from lightning_quant.recipe import Recipe
 from lightning_quant.recorded_calls import recorded_calls
 from lightning_quant.report.limits import Limits
 from lightning_quant.routing import evaluation_mode
@@ -121,7 +121,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             name=name,
             limits=limits,
         )
-        if isinstance(self.recipe, LayerRecipe):
+        if not self.recipe.needs_calibration:
             raise MisconfigurationException(
                 f"Expected `recipe` to be one for training, such as 'int8', but got {self.recipe.name!r}, whose "
                 "layers are quantized after training. Use PostTrainingQuantization."
@@ -143,10 +143,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def require_prepared(self) -> Prepared:
         """Return the prepared model, which has a graph: recipes of layers are refused."""
-        prepared = super().require_prepared()
-        if not isinstance(prepared, Prepared):
-            raise MisconfigurationException(f"Expected `recipe` to be one for training, but got {self.recipe!r}.")
-        return prepared
+        return Prepared.of(super().require_prepared())
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -209,7 +206,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         """Measure BatchNorm's statistics on a copy that may run the user's training step, and take them over."""
         duplicate = working_copy(trainer, deployment.pl_module)
         root = module_at(duplicate, self.path)
-        prepared = deployment.prepared.bound_to(root)
+        prepared = Prepared.of(deployment.model).bound_to(root)
         number = self.require_prepared().recipe.batch_norm_batches
         steps = calibration_steps(trainer, duplicate, number, 0, "train")
         measured: dict[str, Tensor] = {}
@@ -220,20 +217,18 @@ class QuantizationAwareTraining(QuantizationCallback):
                 yield step
                 measured.update({name: buffer.clone() for name, buffer in root.named_buffers()})
 
-        if isinstance(prepared, Prepared):
-            reestimate_batch_norm(prepared, noting())
-        for name, buffer in deployment.prepared.root.named_buffers():
+        reestimate_batch_norm(prepared, noting())
+        for name, buffer in deployment.model.root.named_buffers():
             buffer.copy_(measured[name])
 
-    def _rank(self, trainer: Trainer, deployment: Deployment) -> Sensitivity | None:
+    def _rank(self, trainer: Trainer, deployment: Deployment) -> Sensitivity:
         """Measure every operator on training batches, which a copy may run the user's training step on."""
         duplicate = working_copy(trainer, deployment.pl_module)
         root = module_at(duplicate, self.path)
         with recorded_calls(root, NUM_CALLS) as calls, evaluation_mode(root), torch.no_grad():
             for step in calibration_steps(trainer, duplicate, NUM_CALLS, 0, "train"):
                 step()
-        prepared = deployment.prepared.bound_to(root)
-        return rank_operators(prepared, calls) if isinstance(prepared, Prepared) else None
+        return rank_operators(Prepared.of(deployment.model).bound_to(root), calls)
 
     def _begin(self, trainer: Trainer) -> None:
         prepared = self.require_prepared()

@@ -8,12 +8,11 @@ from torch import nn
 from lightning_quant.auto import choose_runtime
 from lightning_quant.calibrate import observe, settle
 from lightning_quant.capture import Capture
-from lightning_quant.export import Quantizable
 from lightning_quant.host import HOST, copied_to, moved_call
 from lightning_quant.layerwise import quantize_layers
 from lightning_quant.loss_inputs import leave_out_labels
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.prepare import prepare
-from lightning_quant.recipe import LayerRecipe
 
 if TYPE_CHECKING:
     from lightning_quant.callbacks.base import QuantizationCallback
@@ -28,11 +27,11 @@ def choose_at_start(callback: "QuantizationCallback", module: nn.Module, found: 
     duplicate = copied_to(module, HOST, unrouted=True)
     args, kwargs = moved_call(found.args, found.kwargs)
     recipe, selection = callback.recipe, callback.selection
-    if isinstance(recipe, LayerRecipe):
+    if not recipe.needs_calibration:
         args, kwargs, _ = leave_out_labels(duplicate, args, kwargs)
 
-    def plan(runtime: str) -> Quantizable:
-        if isinstance(recipe, LayerRecipe):
+    def plan(runtime: str) -> PlannedModel:
+        if not recipe.needs_calibration:
             return quantize_layers(duplicate, args, kwargs, recipe=recipe, runtime=runtime, selection=selection)
         where: dict[str, Any] = {"runtime": runtime, "selection": selection, "trains": callback.prepares_training}
         prepared = prepare(duplicate, args, kwargs, recipe=recipe, observer="min_max", **where)

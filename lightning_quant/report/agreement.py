@@ -2,8 +2,7 @@
 
 from dataclasses import dataclass
 
-from lightning_quant.layer_parity import LayerParity
-from lightning_quant.parity import Parity
+from lightning_quant.planned_model import Compared
 from lightning_quant.report.section import Section
 from lightning_quant.tables import one_line
 
@@ -16,7 +15,7 @@ class Agreement(Section):
         parity: None when it was not checked.
     """
 
-    parity: Parity | LayerParity | None
+    parity: Compared | None
 
     def text(self) -> str:
         """Return parity in one line."""
@@ -30,5 +29,4 @@ class Agreement(Section):
         """Return whether it failed, and the worst operator's share of values within one step."""
         if self.parity is None:
             return {}
-        share = {"parity_worst_share": self.parity.worst_share} if isinstance(self.parity, Parity) else {}
-        return {**share, "parity_failed": float(bool(self.failures()))}
+        return {"parity_worst_share": self.parity.worst_share, "parity_failed": float(bool(self.failures()))}

@@ -16,16 +16,14 @@ from lightning_quant import artifact as artifacts
 from lightning_quant.accuracy.sensitivity import Sensitivity
 from lightning_quant.artifact import Artifact
 from lightning_quant.errors import QuantizationError
-from lightning_quant.export import PARITY_SAMPLES, Quantizable, export_float, samples_of
 from lightning_quant.host import moved_call
 from lightning_quant.inside import Answers, load_inside
 from lightning_quant.latency import Timing, measure
-from lightning_quant.layer_parity import LayerParity, check_layer_parity
-from lightning_quant.layerwise import Layerwise
 from lightning_quant.loaded import LoadedModule
 from lightning_quant.machine import cpu_name
+from lightning_quant.model_file import export_float
 from lightning_quant.output_noise import HeldOut, Noise, measure_noise
-from lightning_quant.parity import Parity, check_parity
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.process import torch_threads
 from lightning_quant.report.agreement import Agreement
 from lightning_quant.report.coverage import Coverage
@@ -44,7 +42,7 @@ from lightning_quant.signature import make_signature
 
 
 def make_report(
-    prepared: Quantizable,
+    model: PlannedModel,
     artifact: Artifact,
     *,
     metrics: tuple[MetricRow, ...] = (),
@@ -61,7 +59,7 @@ def make_report(
     """Measure an artifact against the float module it came from.
 
     Args:
-        prepared: the trained or calibrated model, detached and on the CPU.
+        model: the trained or calibrated model, detached and on the CPU.
         artifact: private copy of what was exported from it.
         metrics: validation metrics, measured elsewhere.
         seconds: times of the stages so far.
@@ -75,41 +73,40 @@ def make_report(
         limits: what the artifact is to keep to.
     """
     seconds = dict(seconds or {})
-    runtime = prepared.runtime
+    runtime = model.runtime
     threads = threads or torch.get_num_threads()
-    loaded = _opened(prepared, artifact, threads)
-    compared: tuple[nn.Module, nn.Module] = (prepared.root, loaded)
-    if prepared.into_only:
-        compared = (Answers(prepared.root), Answers(loaded))
+    loaded = _opened(model, artifact, threads)
+    compared: tuple[nn.Module, nn.Module] = (model.root, loaded)
+    if model.into_only:
+        compared = (Answers(model.root), Answers(loaded))
     started = time.perf_counter()
-    parity = parity_of(prepared, compared[1], artifact)
-    noise, unfit = _noise(prepared, *compared, held)
+    parity = model.parity(compared[1], artifact.model_path)
+    noise, unfit = _noise(model, *compared, held)
     seconds["parity"] = time.perf_counter() - started
     started = time.perf_counter()
-    latency, remarks = _latency(prepared, loaded, threads)
+    latency, remarks = _latency(model, loaded, threads)
     seconds["latency"] = time.perf_counter() - started
     operators = runtime.count_operators(artifact.model_path)
-    planned = tuple(operator for graph in prepared.plan.graphs for operator in graph.operators)
-    least = prepared.recipe.min_stored_share if isinstance(prepared, Layerwise) else None
+    planned = tuple(operator for graph in model.plan.graphs for operator in graph.operators)
     sections: tuple[Section, ...] = (
         Metrics(metrics, trained),
-        NoiseSection(noise, _way_out(prepared, sensitivity)),
-        Size(tensor_bytes(prepared.root), checkpoint_bytes, artifact.size_bytes),
-        Speed(latency, prepared.plan.runtime, threads, cpu_name()),
+        NoiseSection(noise, _way_out(model, sensitivity)),
+        Size(tensor_bytes(model.root), checkpoint_bytes, artifact.size_bytes),
+        Speed(latency, model.plan.runtime, threads, cpu_name()),
         Agreement(parity),
         Notes((*notes, *_engine(artifact), *remarks, *unfit)),
         Ranking(sensitivity),
         Coverage(
-            prepared.plan.to_dict(),
+            model.plan.to_dict(),
             operators,
-            runtime.still_float(planned if any(row.action == "int8" for row in prepared.plan.rows) else (), operators),
+            runtime.still_float(planned if any(row.action == "int8" for row in model.plan.rows) else (), operators),
             step_share,
-            least,
+            model.least_stored_share,
         ),
         Seconds(seconds),
     )
     return with_limits(
-        Report(prepared.recipe.name, prepared.plan.runtime, artifact.manifest["versions"], sections),
+        Report(model.recipe.name, model.plan.runtime, artifact.manifest["versions"], sections),
         limits or NO_LIMITS,
     )
 
@@ -120,15 +117,15 @@ def with_limits(report: Report, limits: Limits) -> Report:
     return dataclasses.replace(report, sections=(*report.sections, kept))
 
 
-def _opened(prepared: Quantizable, artifact: Artifact, threads: int) -> LoadedModule:
+def _opened(model: PlannedModel, artifact: Artifact, threads: int) -> LoadedModule:
     """Load an artifact, one without a program into a copy of the module that it was made of."""
-    if prepared.into_only:
-        return load_inside(prepared, artifact.path, artifact.model_files, artifact.signature, threads)
+    if model.into_only:
+        return load_inside(model, artifact.path, artifact.model_files, artifact.signature, threads)
     return artifacts.open_model(artifact, threads=threads)
 
 
 def _noise(
-    prepared: Quantizable, root: nn.Module, loaded: nn.Module, held: HeldOut | None
+    model: PlannedModel, root: nn.Module, loaded: nn.Module, held: HeldOut | None
 ) -> tuple[Noise, tuple[str, ...]]:
     """Compare on held-out calls, or on the captured one where there are none or they are no calls of the artifact."""
     unfit: tuple[str, ...] = ()
@@ -138,32 +135,19 @@ def _noise(
             return measure_noise(root, loaded, HeldOut(calls, held.base)), ()
         except QuantizationError as error:
             unfit = (f"{held.base} does not fit the artifact, so noise was measured on the captured call: {error}",)
-    captured = HeldOut((prepared.call(),), "the captured call, which took part in the choice of ranges")
+    captured = HeldOut((model.call(),), "the captured call, which took part in the choice of ranges")
     return measure_noise(root, loaded, captured), unfit
 
 
-def _way_out(prepared: Quantizable, sensitivity: Sensitivity | None) -> str:
+def _way_out(model: PlannedModel, sensitivity: Sensitivity | None) -> str:
     """Say what helps against noise: what sensitivity advises, where that was asked for."""
     if sensitivity is not None and sensitivity.advice is not None:
         return f"Keep {', '.join(sensitivity.advice.names)} float with `exclude`, as sensitivity advises"
-    if isinstance(prepared, Layerwise):
-        if any("4bit" in scheme for scheme in prepared.recipe.schemes):
-            return "Try recipe 'int8_weight_only'"
-        return "Try recipe 'int8_weight_only' or 'float16', or keep layers float with `exclude`"
-    steps = "" if prepared.recipe.accuracy_steps else "Try recipe 'int8_accurate', or keep"
-    return f"{steps or 'Keep'} the layers float that `sensitivity=True` finds, with `exclude`"
+    return model.recipe.against_noise
 
 
 def _engine(artifact: Artifact) -> tuple[str, ...]:
     return (artifact.manifest["engine"]["measured"],) if "engine" in artifact.manifest else ()
-
-
-def parity_of(prepared: Quantizable, loaded: nn.Module, artifact: Artifact) -> Parity | LayerParity:
-    """Compare an artifact with what was exported to it."""
-    if isinstance(prepared, Layerwise):
-        return check_layer_parity(prepared, loaded)
-    runtime = prepared.runtime
-    return check_parity(prepared, loaded, runtime, artifact.model_path, samples_of(prepared, PARITY_SAMPLES))
 
 
 def tensor_bytes(module: nn.Module) -> int:
@@ -172,18 +156,18 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _latency(prepared: Quantizable, loaded: nn.Module, threads: int) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
+def _latency(model: PlannedModel, loaded: nn.Module, threads: int) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
     remarks: tuple[str, ...] = ()
-    with tempfile.TemporaryDirectory() as folder, torch_threads(threads), evaluation_mode(prepared.root):
-        in_process = prepared.runtime.IN_PROCESS
+    with tempfile.TemporaryDirectory() as folder, torch_threads(threads), evaluation_mode(model.root):
+        in_process = model.runtime.IN_PROCESS
         try:
-            runtime_float = None if in_process else _load_float(prepared, Path(folder), threads)
+            runtime_float = None if in_process else _load_float(model, Path(folder), threads)
         except QuantizationError as error:
-            runtime_float, remarks = None, (f"the float model has no peer in {prepared.plan.runtime}: {error}",)
+            runtime_float, remarks = None, (f"the float model has no peer in {model.plan.runtime}: {error}",)
         rows = []
-        for batch in dict.fromkeys((prepared.smallest, prepared.num_samples)):
-            args, kwargs = prepared.call(samples_of(prepared, batch))
-            contestants: dict[str, Callable[[], Any]] = {"torch": functools.partial(prepared.root, *args, **kwargs)}
+        for batch in dict.fromkeys((model.smallest, model.num_samples)):
+            args, kwargs = model.call(model.samples(batch))
+            contestants: dict[str, Callable[[], Any]] = {"torch": functools.partial(model.root, *args, **kwargs)}
             if runtime_float is not None:
                 contestants["float"] = functools.partial(runtime_float, *args, **kwargs)
             contestants["artifact"] = functools.partial(loaded, *args, **kwargs)
@@ -192,11 +176,11 @@ def _latency(prepared: Quantizable, loaded: nn.Module, threads: int) -> tuple[tu
     return tuple(rows), remarks
 
 
-def _load_float(prepared: Quantizable, folder: Path, threads: int) -> nn.Module:
-    path = export_float(prepared, folder)
-    args, kwargs = prepared.call()
+def _load_float(model: PlannedModel, folder: Path, threads: int) -> nn.Module:
+    path = export_float(model, folder)
+    args, kwargs = model.call()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        output = prepared.root(*args, **kwargs)
-    signature = make_signature(replace(prepared.captured, dynamic=prepared.exported or {}), output)
-    runtime = prepared.runtime
+        output = model.root(*args, **kwargs)
+    signature = make_signature(replace(model.captured, dynamic=model.exported or {}), output)
+    runtime = model.runtime
     return runtime.load(folder, artifacts.model_files(path), signature, threads=threads)

@@ -13,7 +13,7 @@ from typing import Any
 from lightning_quant.arguments import check_threads
 from lightning_quant.choice import check_choice, did_you_mean
 from lightning_quant.errors import MissingRuntimeError, QuantizationError
-from lightning_quant.recipe import AnyRecipe, Recipe
+from lightning_quant.recipe import AnyRecipe
 from lightning_quant.runtimes._runtime import Runtime
 
 
@@ -65,7 +65,7 @@ def check_recipe(name: str, recipe: AnyRecipe) -> None:
     Raises:
         QuantizationError: it does not; the message says which it runs, and who runs this one.
     """
-    if not isinstance(recipe, Recipe) or recipe.activation_grid in get(name).TABLE.grids:
+    if not recipe.needs_calibration or recipe.activation_grid in get(name).TABLE.grids:
         return
     grid = recipe.activation_grid
     known = ", ".join(sorted(map(str, get(name).TABLE.grids)))

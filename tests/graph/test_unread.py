@@ -12,7 +12,6 @@ from lightning_quant.calibrate import calibrate
 from lightning_quant.export import export
 from lightning_quant.graph.plan import UNREAD
 from lightning_quant.prepare import prepare
-from lightning_quant.report.make_report import parity_of
 
 X = torch.randn(4, 2, 12, generator=torch.Generator().manual_seed(0))
 
@@ -86,7 +85,7 @@ def test_unread_results_are_left_out(net: type[nn.Module], runtime: str, tmp_pat
     artifact = export(prepared, tmp_path)
 
     loaded, where = load(tmp_path, threads=1), runtimes.get(runtime)
-    parity = parity_of(prepared, loaded, artifact)
+    parity = prepared.parity(loaded, artifact.model_path)
     operators = tuple(operator for graph in prepared.plan.graphs for operator in graph.operators)
     assert (parity.worst_share or 0.0) >= 0.999
     assert where.still_float(operators, where.count_operators(artifact.model_path)) == {}

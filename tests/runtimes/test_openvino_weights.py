@@ -14,7 +14,7 @@ from lightning_quant.artifact import Artifact
 from lightning_quant.errors import ExportError, PlanError
 from lightning_quant.export import export
 from lightning_quant.layerwise import Layerwise, quantize_layers
-from lightning_quant.report.make_report import parity_of, tensor_bytes
+from lightning_quant.report.make_report import tensor_bytes
 from lightning_quant.runtimes import openvino
 
 X = torch.randn(4, 256, generator=torch.Generator().manual_seed(0))
@@ -52,7 +52,7 @@ def test_artifact_computes_what_the_layers_in_memory_do(name: str, recipe: str, 
     }
     build, call = calls[name]
     quantized, artifact = saved(build().eval(), recipe, tmp_path / "artifact", **call)
-    parity = parity_of(quantized, load(artifact.path, threads=1), artifact)
+    parity = quantized.parity(load(artifact.path, threads=1), artifact.model_path)
 
     assert parity.failures == []
     # Arithmetic alone is between them.
@@ -77,7 +77,7 @@ def test_recurrent_layers_store_half_precision_and_are_refused_integers(tmp_path
     call = {"tokens": tokens(2, 7)}
     quantized, artifact = saved(TokenClassifier().eval(), "float16", tmp_path / "artifact", **call)
 
-    assert parity_of(quantized, load(artifact.path), artifact).failures == []
+    assert quantized.parity(load(artifact.path), artifact.model_path).failures == []
     with pytest.raises(ExportError, match=r"OpenVINO to run the exported model, but it says: LSTM.* expects Constant"):
         saved(TokenClassifier().eval(), "int8_weight_only", tmp_path / "other", **call)
 

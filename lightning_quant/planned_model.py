@@ -1,19 +1,27 @@
-"""A module with one captured call and the plan for it: what every way of quantizing starts from."""
+"""A module with one captured call and the plan for it: what every way of quantizing starts from, and gives an artifact.
+
+What stages ask of it is the same whether its recipe needs a graph or not, so that none of them has to know which it is.
+"""
 
 import inspect
+from contextlib import AbstractContextManager
 from functools import cached_property
+from pathlib import Path
 from types import EllipsisType
-from typing import Any
+from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from lightning_quant import runtimes
+from lightning_quant.adjustments import AccuracyStep
 from lightning_quant.batch import Batch, find_batch
 from lightning_quant.calls import Call, CallSpec, CapturedCall, DynamicShapes, flatten_call
 from lightning_quant.capture import isolated_rng
+from lightning_quant.errors import ExportError
 from lightning_quant.graph.plan import Plan
 from lightning_quant.host import HOST, copied_to
+from lightning_quant.recipe import AnyRecipe
 from lightning_quant.routing import evaluation_mode, without_fast_path
 from lightning_quant.runtimes import Runtime
 from lightning_quant.signature import leaves_of
@@ -22,11 +30,31 @@ from lightning_quant.signature import leaves_of
 BATCH = "batch"
 
 
-class CapturedModel:
-    """Base of `Prepared`, for recipes that need a graph, and of `Layerwise`, for those that need none.
+class Compared(Protocol):
+    """How far an artifact agrees with what was exported to it: `Parity`, or `LayerParity`.
+
+    Attributes:
+        artifact_db: signal-to-noise of what was exported against the artifact, in decibels.
+        worst_share: of the worst operator, the share of values within one step; None where none is compared alone.
+    """
+
+    @property
+    def artifact_db(self) -> float: ...  # noqa: D102
+
+    @property
+    def worst_share(self) -> float | None: ...  # noqa: D102
+
+    @property
+    def failures(self) -> list[str]:
+        """What is wrong, in plain words; empty when the artifact is what was exported."""
+
+
+class PlannedModel:
+    """Base of `StaticModel`, for recipes that need a graph, and of `Layerwise`, for those that need none.
 
     Attributes:
         root: the float module; it owns every parameter and buffer.
+        recipe: numerics.
         captured: the captured call, on the CPU in float32; `signature`, `spec` and `tensors` are its own.
         plan: what happens to each layer, and why.
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
@@ -35,9 +63,17 @@ class CapturedModel:
         decided: what Python reads out of tensors in the captured call, where the file answers such calls alone.
         into_only: why there is no program of it, so that an artifact is loaded into a module of the user's; empty where
             there is one.
+        parts: names of the modules that are quantized together, where it is not the root itself.
+        learns_from_captured: whether training calls the module otherwise than it was captured, so that tensors which
+            training never reaches have the ranges of the captured call.
+        accuracy_steps: what calibration tried for accuracy, and what came of it.
     """
 
+    # Whether token ids and masks may be of any length though all calls had one: where nothing in a file depends on it.
+    GUESSES_SEQUENCES: ClassVar[bool] = False
+
     root: nn.Module
+    recipe: AnyRecipe
     captured: CapturedCall
     plan: Plan
     varying: set[tuple[str, int]]
@@ -47,6 +83,9 @@ class CapturedModel:
     refused: tuple[tuple[DynamicShapes, str], ...] = ()
     decided: tuple[tuple[str, Any], ...] = ()
     into_only: str = ""
+    parts: tuple[str, ...] = ()
+    learns_from_captured: bool = False
+    accuracy_steps: tuple[AccuracyStep, ...] = ()
 
     @property
     def signature(self) -> inspect.Signature:
@@ -113,7 +152,7 @@ class CapturedModel:
             return self.batch.size
         return self.tensors[0].shape[0] if self.tensors and self.tensors[0].dim() else 1
 
-    def share_sizes(self, other: "CapturedModel") -> None:
+    def share_sizes(self, other: "PlannedModel") -> None:
         """Let another binding know what was found out of the sizes."""
         other.varying = self.varying
         other.take_sizes(self.found_sizes())
@@ -130,8 +169,78 @@ class CapturedModel:
         """Return the captured call, with these tensors in place of its own if there are any."""
         return self.captured.bind(tensors)
 
-    def on_host(self) -> "CapturedModel":
+    @property
+    def least_stored_share(self) -> float | None:
+        """Share of the weights that must be stored with fewer bits; None where the recipe asks for none."""
+        return None
+
+    @property
+    def evaluated_layers(self) -> tuple[str, ...]:
+        """Names of the layers that do not run themselves when the artifact runs in the module's place."""
+        raise NotImplementedError
+
+    @property
+    def takes_any_call(self) -> bool:
+        """Whether the user's own code runs around an artifact's layers, with whatever calls it makes."""
+        return False
+
+    @property
+    def runs_inside(self) -> bool:
+        """Whether an artifact is evaluated inside the module, which there must be something around its layers for."""
+        return False
+
+    @property
+    def may_give_up_program(self) -> bool:
+        """Whether an artifact may have layers and tensors alone."""
+        return False
+
+    def give_up_program(self, reason: str) -> None:
+        """Note why an artifact will have layers and tensors alone.
+
+        Raises:
+            ExportError: it cannot be without a program.
+        """
+        raise ExportError(reason)
+
+    def on_host(self) -> Self:
         """Return the same over a float32 module on the CPU, where it is converted and measured: itself if it is so."""
+        raise NotImplementedError
+
+    def bound_to(self, root: nn.Module, tensors: list[Tensor] | None = None) -> "PlannedModel":
+        """Return the same over another module of the same structure, and another captured call."""
+        raise NotImplementedError
+
+    def for_trial(self) -> Self:
+        """Return what can be exported before there is anything but the captured call."""
+        return self
+
+    def observe_unreached(self) -> None:
+        """Learn from the captured call what no batch has taught, where training calls otherwise."""
+
+    def converted(self, *, static_sizes: bool) -> tuple[nn.Module, Any]:
+        """Return the module to export and its result for the captured call, on the CPU.
+
+        Args:
+            static_sizes: whether all dimensions but the batch stay as captured.
+
+        Raises:
+            ExportError: it does not compute what was simulated.
+        """
+        raise NotImplementedError
+
+    def attached(self, phase: str = "frozen") -> AbstractContextManager[None]:
+        """Let the module compute what its artifact will, while a block runs."""
+        raise NotImplementedError
+
+    def parity(self, loaded: nn.Module, model_path: Path) -> Compared:
+        """Compare a loaded artifact, and its model file, with what was exported to it."""
+        raise NotImplementedError
+
+    def release(self) -> None:
+        """Give up what is of no use once it is on disk."""
+
+    def detach(self) -> None:
+        """Leave the module as it was."""
         raise NotImplementedError
 
     def note_sizes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
