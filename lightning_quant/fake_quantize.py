@@ -92,7 +92,6 @@ def fake_quantize(
     grid: Grid,
     *,
     relu: bool = False,
-    extremes: Tensor | None = None,
 ) -> Tensor:
     """Round to a grid and back; the gradient is 1 inside the range and 0 outside.
 
@@ -102,11 +101,10 @@ def fake_quantize(
         zero_point: 0-dim float32 holding a whole number of the grid; or a number.
         grid: the integers.
         relu: whether to round what a ReLU makes of x, in the same passes.
-        extremes: where a kernel serves x, `(2,)` float32 to raise to minus the lowest and the highest rounded value.
     """
     if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
         if kernels.serve_values(x):
-            return kernels.round_values(x, scale, zero_point, grid, relu=relu, extremes=extremes)
+            return kernels.round_values(x, kernels.Rows(scale, zero_point, 0, grid, relu))
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return _OnDevice.apply(x, scale, zero_point, grid.low, grid.high, relu)
         scale, zero_point = scale.item(), zero_point.item()
@@ -117,9 +115,9 @@ class _Given(torch.autograd.Function):
     """A weight that was rounded already; the gradient passes unchanged."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, rounded: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, rounded: list[Tensor]) -> Tensor:
         ctx.dtype = weight.dtype
-        return rounded.view_as(rounded)
+        return rounded.pop()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
@@ -128,7 +126,8 @@ class _Given(torch.autograd.Function):
 
 def pass_gradient(weight: Tensor, rounded: Tensor) -> Tensor:
     """Return the rounded weight with a gradient that passes to the weight unchanged."""
-    return _Given.apply(weight, rounded)
+    # In a list: what is passed as a tensor costs more, and would have to be returned as a view.
+    return _Given.apply(weight, [rounded])
 
 
 class _PerChannel(torch.autograd.Function):

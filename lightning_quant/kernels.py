@@ -4,7 +4,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -38,14 +38,9 @@ class _Passed(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, grad: Tensor, mask: Tensor, strides: tuple[int, ...]) -> Tensor:
-        from lightning_quant import triton_kernels
-
         ctx.save_for_backward(mask)
         ctx.strides = strides
-        if grad.stride() != strides:
-            # The bits are in the order in which the values lie in memory.
-            grad = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)
-        return triton_kernels.pass_gradient(grad, mask)
+        return _passed(grad, mask, strides)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -53,23 +48,48 @@ class _Passed(torch.autograd.Function):
         return _Passed.apply(grad, mask, ctx.strides), None, None
 
 
+def _passed(grad: Tensor, mask: Tensor, strides: tuple[int, ...]) -> Tensor:
+    from lightning_quant import triton_kernels
+
+    if grad.stride() != strides:
+        # The bits are in the order in which the values lie in memory.
+        grad = torch.empty_strided(grad.shape, strides, dtype=grad.dtype, device=grad.device).copy_(grad)
+    return triton_kernels.pass_gradient(grad, mask)
+
+
+class Rows(NamedTuple):
+    """What kernels read and write of one edge, in tables on the device.
+
+    Attributes:
+        scales: `(edges,)` float32.
+        zero_points: `(edges,)` float32.
+        row: of the edge in both.
+        grid: the integers.
+        relu: whether to round what a ReLU makes of the values.
+        seen: `(rows, 2)` float32, minus the lowest and the highest value, which are raised to those of what is rounded.
+        seen_row: of the edge in that.
+    """
+
+    scales: Tensor
+    zero_points: Tensor
+    row: int
+    grid: Grid
+    relu: bool
+    seen: Tensor | None = None
+    seen_row: int = 0
+
+
 class _Rounded(torch.autograd.Function):
     """Keeps one bit of each value for the gradient, not the values: 1/16 of their memory in half precision."""
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        scale: Tensor,
-        zero_point: Tensor,
-        grid: Grid,
-        relu: bool,
-        extremes: Tensor | None,
-        masks: bool,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: Rows, masks: bool) -> Tensor:
         from lightning_quant import triton_kernels
 
-        y, mask = triton_kernels.round_values(x, scale, zero_point, grid, relu=relu, masks=masks, extremes=extremes)
+        scales, zero_points, row, grid, relu, seen, seen_row = rows
+        y, mask = triton_kernels.round_values(
+            x, scales, zero_points, row, grid, relu=relu, masks=masks, seen=seen, seen_row=seen_row
+        )
         if masks:
             ctx.save_for_backward(mask)
             ctx.strides = x.stride()
@@ -78,31 +98,27 @@ class _Rounded(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (mask,) = ctx.saved_tensors
-        return _Passed.apply(grad, mask, ctx.strides), None, None, None, None, None, None
+        # A function costs the host as much as its kernel: only gradients of gradients need it.
+        passed = _Passed.apply if torch.is_grad_enabled() else _passed
+        return passed(grad, mask, ctx.strides), None, None
 
 
-def round_values(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, *, relu: bool, extremes: Tensor | None = None
-) -> Tensor:
-    """Round as `fake_quantize` does.
+def round_values(x: Tensor, rows: Rows) -> Tensor:
+    """Round a tensor that `serve_values` is true of, as `fake_quantize` does."""
+    return _Rounded.apply(_dense(x), rows, torch.is_grad_enabled() and x.requires_grad)
+
+
+def observe_values(x: Tensor, seen: Tensor, seen_row: int) -> None:
+    """Raise a row of `seen`, minus the lowest and the highest value, to those of a tensor.
 
     Args:
         x: that `serve_values` is true of.
-        scale: 0-dim float32.
-        zero_point: 0-dim float32.
-        grid: the integers.
-        relu: whether to round what a ReLU makes of x.
-        extremes: `(2,)` float32, minus the lowest and the highest value, which is raised to those of what is rounded.
+        seen: `(rows, 2)` float32.
+        seen_row: which of them.
     """
-    masks = torch.is_grad_enabled() and x.requires_grad
-    return _Rounded.apply(_dense(x), scale, zero_point, grid, relu, extremes, masks)
-
-
-def observe_values(x: Tensor, extremes: Tensor) -> None:
-    """Raise `extremes`, minus the lowest and the highest value, to those of a tensor that `serve_values` is true of."""
     from lightning_quant import triton_kernels
 
-    triton_kernels.observe_values(_dense(x.detach()), extremes)
+    triton_kernels.observe_values(_dense(x.detach()), seen, seen_row)
 
 
 def are_rows(weights: Sequence[Tensor]) -> bool:

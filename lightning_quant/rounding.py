@@ -68,7 +68,7 @@ class Rounding:
         self._plain: dict[str, tuple[Tensor, Tensor]] = {}
         # What kernels see, a row for each edge: minus the lowest and the highest value.
         self._table: Tensor | None = None
-        self._in_table: dict[str, Tensor] = {}
+        self._rows: dict[str, int] = {}
 
     def run(self, tensors: list[Tensor]) -> Any:
         """Run the graph on the tensors of a call, and let what was seen count from the next run on."""
@@ -78,15 +78,15 @@ class Rounding:
 
     def quantize_edge(self, identity: str, x: Tensor) -> Tensor:
         """Observe and round one tensor, as the phase says."""
-        extremes = self._observe(identity, x, relu=False)
-        return x if self._grids is None else self._round(self._grids, identity, x, extremes=extremes)
+        seen_row = self._observe(identity, x, relu=False)
+        return x if self._grids is None else self._round(self._grids, identity, x, seen_row)
 
     def quantize_relu(self, identity: str, relu: nn.Module | None, x: Tensor) -> Tensor:
         """Observe and round what a ReLU returns, in the passes that rounding takes anyway."""
         if self._grids is None or (relu is not None and not _is_plain(relu)) or self._ranges.needs_values:
             return self.quantize_edge(identity, F.relu(x) if relu is None else relu(x))
-        extremes = self._observe(identity, x, relu=True)
-        return self._round(self._grids, identity, x, relu=True, extremes=extremes)
+        seen_row = self._observe(identity, x, relu=True)
+        return self._round(self._grids, identity, x, seen_row, relu=True)
 
     def run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
         """Call a layer with its rounded weight."""
@@ -122,40 +122,38 @@ class Rounding:
         """Call a BatchNorm that is no layer of PyTorch's and is fused into an operator before it."""
         return self._simulation.run_functional_batch_norm(identity, x, *args, **kwargs)
 
-    def _round(
-        self, grids: Grids, identity: str, x: Tensor, *, relu: bool = False, extremes: Tensor | None = None
-    ) -> Tensor:
+    def _round(self, grids: Grids, identity: str, x: Tensor, seen_row: int | None, *, relu: bool = False) -> Tensor:
         row = self._ranges.rows[identity]
-        if torch.compiler.is_compiling() or grids.numbers is None or kernels.serve_values(x):
-            scale, zero_point = grids.scales[row], grids.zero_points[row]
-            return fake_quantize(x, scale, zero_point, self._grid, relu=relu, extremes=extremes)
+        if kernels.serve_values(x):
+            seen = (None, 0) if seen_row is None else (self._table, seen_row)
+            rows = kernels.Rows(grids.scales, grids.zero_points, row, self._grid, relu, *seen)
+            return kernels.round_values(x, rows)
+        if torch.compiler.is_compiling() or grids.numbers is None:
+            return fake_quantize(x, grids.scales[row], grids.zero_points[row], self._grid, relu=relu)
         return fake_quantize(x, *grids.numbers[row], self._grid, relu=relu)
 
-    def _observe(self, identity: str, x: Tensor, *, relu: bool) -> Tensor | None:
-        """Look at an edge; return the row for its extremes where a kernel that rounds it is to fill it in."""
+    def _observe(self, identity: str, x: Tensor, *, relu: bool) -> int | None:
+        """Look at an edge; return the row for its extremes where the kernel that rounds it is to fill it in."""
         if not self._observes or not self._ranges.edges[identity].observed or x.numel() == 0:
             return None
         if self._ranges.needs_values:
             self._ranges.observe(identity, x)
         elif kernels.serve_values(x):
-            extremes = self._in_table[identity] = self._row(x.device)
+            if self._table is None:
+                self._table = torch.full((len(self.graph.edges), 2), -torch.inf, device=x.device)
+            row = self._rows[identity] = len(self._rows)
             if self._grids is not None:
-                return extremes
-            kernels.observe_values(x, extremes)
+                return row
+            kernels.observe_values(x, self._table, row)
         else:
             low, high = torch.aminmax(x.detach())
             (self._before_relu if relu else self._plain)[identity] = low, high
         return None
 
-    def _row(self, device: torch.device) -> Tensor:
-        if self._table is None:
-            self._table = torch.full((len(self.graph.edges), 2), -torch.inf, device=device)
-        return self._table[len(self._in_table)]
-
     def _note(self) -> None:
         if self._table is not None:
-            rows = self._table[: len(self._in_table)]
-            self._ranges.note(Seen(tuple(self._in_table), -rows[:, 0], rows[:, 1]))
+            rows = self._table[: len(self._rows)]
+            self._ranges.note(Seen(tuple(self._rows), -rows[:, 0], rows[:, 1]))
         parts = [(seen, bound) for seen, bound in ((self._before_relu, 0.0), (self._plain, None)) if seen]
         if not parts:
             return

@@ -4,9 +4,14 @@ Triton was chosen over functions under `torch.compile`: one kernel serves all si
 costs the host less than a compiled function's guards, and division is that of IEEE 754, so that the integers are those
 of the CPU. Nothing is read on the host. Triton comes with CUDA builds of torch; `kernels` imports this file where it is
 there.
+
+What a step costs is mostly the host's time for its many small launches (ResNet50 on an H100: two thirds of what
+rounding added). So numbers of single edges are rows of tables that kernels read, not tensors that the host takes out,
+and kernels are launched as compiled.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -21,14 +26,17 @@ _PROGRAMS = 1024
 _ROUNDING: tl.constexpr = tl.constexpr(12582912.0)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["row", "seen_row"],
+    do_not_specialize_on_alignment=["scales", "zero_points", "seen"],
+)
 def _rounding(
-    x, y, mask, extremes, scale, zero_point, size,
+    x, y, mask, scales, zero_points, row, seen, seen_row, size,
     lowest_integer: tl.constexpr, highest_integer: tl.constexpr,
     relu: tl.constexpr, masks: tl.constexpr, observes: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    step = tl.load(scale)
-    zero = tl.load(zero_point)
+    step = tl.load(scales + row)
+    zero = tl.load(zero_points + row)
     highest = highest_integer - zero
     lowest = lowest_integer - zero
     upper = (highest + 0.5) * step
@@ -43,11 +51,11 @@ def _rounding(
         inside = place < size
         value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
         if observes:
-            seen = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL) if relu else value
+            result = tl.maximum(value, 0.0, propagate_nan=tl.PropagateNan.ALL) if relu else value
             # What is no number must not get lost in a comparison: it comes out as an infinite range.
-            is_nan = seen != seen
-            high = tl.maximum(high, tl.where(inside, tl.where(is_nan, float("inf"), seen), float("-inf")))
-            minus_low = tl.maximum(minus_low, tl.where(inside, tl.where(is_nan, float("inf"), -seen), float("-inf")))
+            is_nan = result != result
+            high = tl.maximum(high, tl.where(inside, tl.where(is_nan, float("inf"), result), float("-inf")))
+            minus_low = tl.maximum(minus_low, tl.where(inside, tl.where(is_nan, float("inf"), -result), float("-inf")))
         integer = tl.clamp(tl.div_rn(value, step), lowest, highest, propagate_nan=tl.PropagateNan.ALL)
         integer = (integer + _ROUNDING) - _ROUNDING
         tl.store(y + place, (integer * step).to(y.dtype.element_ty, fp_downcast_rounding="rtne"), mask=inside)
@@ -57,8 +65,8 @@ def _rounding(
             byte = start // 8 + tl.arange(0, block // 8)
             tl.store(mask + byte, tl.sum(bits, axis=1).to(tl.uint8), mask=byte * 8 < size)
     if observes:
-        tl.atomic_max(extremes, tl.max(minus_low, axis=0), sem="relaxed")
-        tl.atomic_max(extremes + 1, tl.max(high, axis=0), sem="relaxed")
+        tl.atomic_max(seen + 2 * seen_row, tl.max(minus_low, axis=0), sem="relaxed")
+        tl.atomic_max(seen + 2 * seen_row + 1, tl.max(high, axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -71,8 +79,8 @@ def _passing(grad, mask, result, size, block: tl.constexpr):
     tl.store(result + place, tl.where(kept != 0, value, 0.0), mask=inside)
 
 
-@triton.jit
-def _observing(x, extremes, size, block: tl.constexpr):
+@triton.jit(do_not_specialize=["seen_row"], do_not_specialize_on_alignment=["seen"])
+def _observing(x, seen, seen_row, size, block: tl.constexpr):
     high = tl.full([block], float("-inf"), tl.float32)
     minus_low = tl.full([block], float("-inf"), tl.float32)
     for start in range(tl.program_id(0).to(tl.int64) * block, size, tl.num_programs(0) * block):
@@ -82,8 +90,8 @@ def _observing(x, extremes, size, block: tl.constexpr):
         is_nan = value != value
         high = tl.maximum(high, tl.where(inside, tl.where(is_nan, float("inf"), value), float("-inf")))
         minus_low = tl.maximum(minus_low, tl.where(inside, tl.where(is_nan, float("inf"), -value), float("-inf")))
-    tl.atomic_max(extremes, tl.max(minus_low, axis=0), sem="relaxed")
-    tl.atomic_max(extremes + 1, tl.max(high, axis=0), sem="relaxed")
+    tl.atomic_max(seen + 2 * seen_row, tl.max(minus_low, axis=0), sem="relaxed")
+    tl.atomic_max(seen + 2 * seen_row + 1, tl.max(high, axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -119,47 +127,79 @@ def _rounding_rows(first, places, lengths, scales, rounded, rounded_places, bloc
 
 def round_values(
     x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row: int,
     grid: Grid,
     *,
     relu: bool,
     masks: bool,
-    extremes: Tensor | None,
+    seen: Tensor | None,
+    seen_row: int,
 ) -> tuple[Tensor, Tensor]:
     """Return the rounded values and, when asked for, a bit for each of them: whether it lay on the grid.
 
     Args:
         x: dense.
-        scale: 0-dim float32.
-        zero_point: 0-dim float32.
+        scales: `(edges,)` float32.
+        zero_points: `(edges,)` float32.
+        row: of the edge in both.
         grid: the integers.
         relu: whether to round what a ReLU makes of x.
         masks: whether to make the bits, `(values / 8,)` uint8.
-        extremes: `(2,)` float32, minus the lowest and the highest value, which is raised to those of x.
+        seen: `(rows, 2)` float32, minus the lowest and the highest value, which are raised to those of x.
+        seen_row: where.
     """
+    size = x.numel()
     y = torch.empty_like(x)
-    mask = torch.empty((x.numel() + 7) // 8 if masks else 1, dtype=torch.uint8, device=x.device)
-    programs = (min(triton.cdiv(x.numel(), _BLOCK), _PROGRAMS),)
-    seen = scale if extremes is None else extremes
-    _rounding[programs](
-        x, y, mask, seen, scale, zero_point, x.numel(),
-        grid.low, grid.high, relu, masks, extremes is not None, _BLOCK,
-    )  # fmt: skip
+    mask = torch.empty((size + 7) // 8 if masks else 1, dtype=torch.uint8, device=x.device)
+    observes = seen is not None
+    integers = grid.low, grid.high, relu, masks, observes, _BLOCK
+    programs = min(triton.cdiv(size, _BLOCK), _PROGRAMS)
+    key = x.dtype, grid.low, grid.high, relu, masks, observes
+    table = scales if seen is None else seen
+    _launch(_rounding, programs, key, x, y, mask, scales, zero_points, row, table, seen_row, size, *integers)
     return y, mask
 
 
 def pass_gradient(grad: Tensor, mask: Tensor) -> Tensor:
     """Return a gradient where the mask of `round_values` has its bit, and zero elsewhere."""
     result = torch.empty_like(grad)
-    _passing[(triton.cdiv(grad.numel(), _BLOCK),)](grad, mask, result, grad.numel(), _BLOCK)
+    size = grad.numel()
+    _launch(_passing, triton.cdiv(size, _BLOCK), (grad.dtype,), grad, mask, result, size, _BLOCK)
     return result
 
 
-def observe_values(x: Tensor, extremes: Tensor) -> None:
-    """Raise `extremes`, minus the lowest and the highest value, to those of a dense tensor."""
-    programs = (min(triton.cdiv(x.numel(), _BLOCK), _PROGRAMS),)
-    _observing[programs](x, extremes, x.numel(), _BLOCK)
+def observe_values(x: Tensor, seen: Tensor, seen_row: int) -> None:
+    """Raise a row of `seen`, minus the lowest and the highest value, to those of a dense tensor."""
+    size = x.numel()
+    programs = min(triton.cdiv(size, _BLOCK), _PROGRAMS)
+    _launch(_observing, programs, (x.dtype,), x, seen, seen_row, size, _BLOCK)
+
+
+_compiled: dict[Any, Any] = {}
+
+
+def _launch(kernel: Any, programs: int, key: tuple[Any, ...], x: Tensor, *arguments: Any) -> None:
+    """Launch a kernel over the values of a tensor, as compiled where it is by now.
+
+    Triton asks of each launch again which of a kernel's versions serves its arguments (3.6.0, `JITFunction.run`), which
+    costs the host more than the launch. `key` says what it would find, together with the device and with whether
+    lengths and places are multiples of 16; what is rare in that goes Triton's way.
+    """
+    device, size = x.get_device(), x.numel()
+    if not x.is_cuda:  # Triton's interpreter
+        kernel[(programs,)](x, *arguments)
+    elif device != torch.cuda.current_device():
+        # Kernels run on the current device, which that of a module need not be.
+        with torch.cuda.device(device):
+            kernel[(programs,)](x, *arguments)
+    elif x.data_ptr() % 16 or not 1 < size < 2**31:
+        kernel[(programs,)](x, *arguments)
+    elif (compiled := _compiled.get(key := (kernel, device, size % 16 == 0, *key))) is not None:
+        compiled[(programs, 1, 1)](x, *arguments)
+    else:
+        _compiled[key] = kernel[(programs,)](x, *arguments)
 
 
 class Rows:

@@ -26,7 +26,9 @@ WAYS = ["plain", pytest.param("triton", marks=triton_alone)]
 def rounded(way: str, x: Tensor, grid: tuple[Tensor, Tensor], relu: bool) -> Tensor:
     if way == "plain":
         return _OnDevice.apply(x, *grid, 0, 255, relu)
-    return kernels.round_values(x, *(p.to(x.device) for p in grid), UINT8, relu=relu)
+    # Among others, as edges are: a kernel takes its row out of tables.
+    scales, zero_points = (torch.stack([p + 1, p, p - 1]).to(x.device) for p in grid)
+    return kernels.round_values(x, kernels.Rows(scales, zero_points, 1, UINT8, relu))
 
 
 def values(dtype: torch.dtype, grid: tuple[Tensor, Tensor]) -> Tensor:
@@ -77,14 +79,15 @@ def on_host(x: Tensor, grid: tuple[Tensor, Tensor], relu: bool) -> Tensor:
 def test_extremes_are_seen_in_the_same_pass(relu: bool) -> None:
     grid = affine_parameters(torch.tensor(-1.0), torch.tensor(2.0), UINT8)
     x = torch.randn(5, 777, device=DEVICE)
-    extremes = torch.full((2,), -torch.inf, device=DEVICE)
-    kernels.round_values(x, *(p.to(DEVICE) for p in grid), UINT8, relu=relu, extremes=extremes)
-    seen = x.relu() if relu else x
+    seen = torch.full((3, 2), -torch.inf, device=DEVICE)
+    kernels.round_values(x, kernels.Rows(*(p.to(DEVICE) for p in grid), 0, UINT8, relu, seen, 1))
+    rounded = x.relu() if relu else x
 
-    assert (-extremes[0]).item() == seen.min().item()
-    assert extremes[1].item() == seen.max().item()
-    kernels.observe_values(3 * x, extremes)
-    assert extremes[1].item() == (3 * x).max().item()
+    assert (-seen[1, 0]).item() == rounded.min().item()
+    assert seen[1, 1].item() == rounded.max().item()
+    kernels.observe_values(3 * x, seen, 1)
+    assert seen[1, 1].item() == (3 * x).max().item()
+    assert not torch.isfinite(seen[[0, 2]]).any()
 
 
 @triton_alone
@@ -92,10 +95,10 @@ def test_extremes_are_seen_in_the_same_pass(relu: bool) -> None:
 def test_what_is_not_finite_is_not_lost(value: float) -> None:
     x = torch.randn(3000, device=DEVICE)
     x[1234] = value
-    extremes = torch.full((2,), -torch.inf, device=DEVICE)
-    kernels.observe_values(x, extremes)
+    seen = torch.full((1, 2), -torch.inf, device=DEVICE)
+    kernels.observe_values(x, seen, 0)
 
-    assert not bool(torch.isfinite(extremes).all())
+    assert not bool(torch.isfinite(seen).all())
 
 
 @triton_alone
@@ -116,3 +119,29 @@ def test_all_weights_are_rounded_in_one_launch(dtype: torch.dtype) -> None:
         scale = scale.view(-1, *[1] * (weight.dim() - 1))
         assert result.stride() == weight.stride()
         assert torch.equal(result, torch.round(weight.float() / scale) * scale)
+
+
+@triton_alone
+@pytest.mark.parametrize("relu", [False, True])
+def test_kernels_that_are_compiled_already_serve_other_sizes_and_places(relu: bool) -> None:
+    grid = affine_parameters(torch.tensor(-1.0), torch.tensor(2.0), UINT8)
+    for size in (4096, 4096, 5000, 4097, 1, 48, 16, 7):
+        values = torch.randn(size + 1)
+        for start in (0, 1):  # the second does not lie at a multiple of 16 bytes
+            x = values.to(DEVICE)[start : start + size].requires_grad_()
+            here = values[start : start + size].clone().requires_grad_()
+            actual, expected = rounded("triton", x, grid, relu), on_host(here, grid, relu)
+            actual.sum().backward()
+            expected.sum().backward()
+
+            assert torch.equal(actual.cpu(), expected)
+
+
+@triton_alone
+def test_gradients_of_gradients_pass() -> None:
+    grid = affine_parameters(torch.tensor(-1.0), torch.tensor(2.0), UINT8)
+    x = torch.linspace(-3, 3, 50, device=DEVICE).requires_grad_()
+    (first,) = torch.autograd.grad((rounded("triton", x, grid, False) * x).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+
+    assert torch.equal(second, 2 * ((x > -1) & (x < 2)).float())

@@ -103,20 +103,34 @@ def _kernel(name: str, *tensors: Tensor | None) -> Iterator[None]:
 
 
 def _round_values(
-    x: Tensor, scale: Tensor, zero_point: Tensor, grid: Grid, *, relu: bool, masks: bool, extremes: Tensor | None
+    x: Tensor,
+    scales: Tensor,
+    zero_points: Tensor,
+    row: int,
+    grid: Grid,
+    *,
+    relu: bool,
+    masks: bool,
+    seen: Tensor | None,
+    seen_row: int,
 ) -> tuple[Tensor, Tensor]:
     y, bits = torch.empty_like(x), torch.empty((x.numel() + 7) // 8 if masks else 0, dtype=torch.uint8)
     with _kernel("round_values", x, y, bits):
+        scale, zero_point = scales.view(-1)[row], zero_points.view(-1)[row]
         value = x.detach().float()
         value = value.relu() if relu else value
-        if extremes is not None:
-            extremes.copy_(torch.maximum(extremes, torch.stack([-value.min(), value.max()])))
+        if seen is not None:
+            _raise_to(seen[seen_row], value)
         lower = torch.zeros(()) if relu else (grid.low - zero_point - 0.5) * scale
         kept = (x.detach() > lower) & (value < (grid.high - zero_point + 0.5) * scale)
         y.copy_((value / scale).round().clamp(grid.low - zero_point, grid.high - zero_point) * scale)
     # The bits themselves lie in a tensor of bytes here, which only `_pass_gradient` reads.
     bits.kept = kept  # type: ignore[attr-defined]
     return y, bits
+
+
+def _raise_to(extremes: Tensor, values: Tensor) -> None:
+    extremes.copy_(torch.maximum(extremes, torch.stack([-values.min(), values.max()])))
 
 
 def _pass_gradient(grad: Tensor, mask: Tensor) -> Tensor:
@@ -126,9 +140,9 @@ def _pass_gradient(grad: Tensor, mask: Tensor) -> Tensor:
     return result
 
 
-def _observe_values(x: Tensor, extremes: Tensor) -> None:
+def _observe_values(x: Tensor, seen: Tensor, seen_row: int) -> None:
     with _kernel("observe_values", x):
-        extremes.copy_(torch.maximum(extremes, torch.stack([-x.float().min(), x.float().max()])))
+        _raise_to(seen[seen_row], x.float())
 
 
 class _Rows:
