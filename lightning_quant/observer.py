@@ -1,7 +1,8 @@
 """What every observer is, and the two that look at nothing but each tensor's extremes."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -74,6 +75,28 @@ class Observer(ABC):
                 setattr(self, name, value.to(device))
 
 
+@dataclass(frozen=True)
+class Ends:
+    """The ends of several observers' ranges side by side.
+
+    Attributes:
+        lows: `(observers,)` float32.
+        highs: likewise.
+        views: the single ends, which the observers hold.
+    """
+
+    lows: Tensor
+    highs: Tensor
+    views: tuple[tuple[Tensor, Tensor], ...]
+
+    def are_of(self, observers: Collection[Observer]) -> bool:
+        """Tell whether these are the ends of all these observers, in this order, to this day."""
+        return len(observers) == len(self.views) and all(
+            observer.low is low and observer.high is high
+            for observer, (low, high) in zip(observers, self.views, strict=True)
+        )
+
+
 class Extremes(Observer):
     """An observer that the extremes of a tensor are enough for."""
 
@@ -81,33 +104,39 @@ class Extremes(Observer):
 
     @classmethod
     @torch.no_grad()
-    def update_all(cls, observers: "Sequence[Extremes]", lows: Tensor, highs: Tensor) -> None:
+    def update_all(cls, observers: "Sequence[Extremes]", lows: Tensor, highs: Tensor, ends: Ends | None = None) -> Ends:
         """Let the extremes of one tensor for each observer count as an update, in one operation for all of them.
 
         Args:
             observers: all of this class.
             lows: `(observers,)`, any float dtype.
             highs: likewise.
+            ends: what the last update returned, which saves putting the old ends side by side where they still are.
         """
-        for observer, low, high in zip(observers, *cls._ends(observers, lows, highs), strict=True):
+        lows, highs = lows.float(), highs.float()
+        if ends is not None and ends.are_of(observers):
+            old = ends.lows, ends.highs
+        else:
+            old = cls._side_by_side(observers, lows, highs)
+        lows, highs = cls._combine(observers, old, (lows, highs))
+        ends = Ends(lows, highs, tuple(zip(lows.unbind(), highs.unbind(), strict=True)))
+        for observer, (low, high) in zip(observers, ends.views, strict=True):
             observer.low, observer.high = low, high
             observer.num_updates += 1
+        return ends
 
     def _update(self, x: Tensor, low: Tensor, high: Tensor) -> None:
-        ((self.low,), (self.high,)) = self._ends([self], low.view(1), high.view(1))
+        new = low.view(1), high.view(1)
+        lows, highs = self._combine([self], self._side_by_side([self], *new), new)
+        self.low, self.high = lows[0], highs[0]
 
-    @classmethod
-    def _ends(
-        cls, observers: "Sequence[Extremes]", lows: Tensor, highs: Tensor
-    ) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-        """Return the new low and high of each observer, 0-dim."""
-        lows, highs = lows.float(), highs.float()
+    @staticmethod
+    def _side_by_side(observers: "Sequence[Extremes]", lows: Tensor, highs: Tensor) -> tuple[Tensor, Tensor]:
         # What has no range yet takes that of its first batch.
         old = [(low, high) if o.low is None or o.high is None else (o.low, o.high)
                for o, low, high in zip(observers, lows.unbind(), highs.unbind(), strict=True)]  # fmt: skip
         old_lows, old_highs = (torch.stack(ends) for ends in zip(*old, strict=True))
-        lows, highs = cls._combine(observers, (old_lows, old_highs), (lows, highs))
-        return lows.unbind(), highs.unbind()
+        return old_lows, old_highs
 
     @classmethod
     @abstractmethod

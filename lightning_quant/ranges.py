@@ -12,6 +12,7 @@ from lightning_quant import kernels, observers
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.fake_quantize import affine_parameters
 from lightning_quant.graph.plan import Edge, identify, path_of
+from lightning_quant.observer import Ends
 from lightning_quant.observers import Extremes, Observer
 from lightning_quant.recipe import Recipe
 
@@ -77,6 +78,7 @@ class Ranges:
         self._parameters: dict[str, tuple[Tensor, Tensor]] = {}
         self._grids: Grids | None = None
         self._seen: list[Seen] = []
+        self._ends: Ends | None = None
         self._is_running = False
         # Ranges of edges in the first run that reaches them.
         self._first: dict[str, tuple[Tensor, Tensor]] = {}
@@ -147,7 +149,7 @@ class Ranges:
         """Let extremes count as an update of the ranges of these edges, `(edges,)` each."""
         taking = [o for identity in edges if isinstance(o := self._observers[identity], Extremes)]
         if taking:
-            type(taking[0]).update_all(taking, lows, highs)
+            self._ends = type(taking[0]).update_all(taking, lows, highs, self._ends)
         self._seen, self._first = [], {}
         self.forget_parameters()
 
@@ -188,16 +190,16 @@ class Ranges:
     def grids(self) -> Grids:
         """Return scale and zero point of all edges, the same as `parameters` gives, in one operation for all."""
         if self._grids is None:
-            device = next((o.low.device for o in self._observers.values() if o.low is not None), torch.device("cpu"))
-            # What is infinite leaves minimum and maximum over a group as they are.
-            nothing = torch.tensor(torch.inf, device=device), torch.tensor(-torch.inf, device=device)
-            ranges = [self._range(i) if self._has_range(i) else nothing for i in self._observers]
-            lows, highs = (torch.stack(ends)[self._padded_members(device)] for ends in zip(*ranges, strict=True))
+            # As they stand beside each other after a training step, when nothing else has moved them.
+            if not self.chosen and self._ends is not None and self._ends.are_of(self._observers.values()):
+                ends, missing = (self._ends.lows, self._ends.highs), frozenset[str]()
+            else:
+                ends, missing = self._all_ends(), self._missing()
+            device = ends[0].device
+            lows, highs = (end[self._padded_members(device)] for end in ends)
             scales, zero_points = affine_parameters(lows.amin(1), highs.amax(1), self.grid)
             on_host = device.type == "cpu" and not kernels.serve(device, torch.float32)
             numbers = list(zip(scales.tolist(), zero_points.tolist(), strict=True)) if on_host else None
-            known = {g for g, members in self._members.items() if all(self._has_range(m) for m in members)}
-            missing = frozenset(identity for identity, group in self._group.items() if group not in known)
             self._grids = Grids(scales, zero_points, numbers, missing, not missing)
         return self._grids
 
@@ -290,6 +292,20 @@ class Ranges:
         longest = max(map(len, members))
         self._padded = torch.tensor([row + row[:1] * (longest - len(row)) for row in members], device=device)
         return self._padded
+
+    def _all_ends(self) -> tuple[Tensor, Tensor]:
+        """Return the ends of all observers' ranges, `(observers,)` each."""
+        device = next((o.low.device for o in self._observers.values() if o.low is not None), torch.device("cpu"))
+        # What is infinite leaves minimum and maximum over a group as they are.
+        nothing = torch.tensor(torch.inf, device=device), torch.tensor(-torch.inf, device=device)
+        ranges = [self._range(i) if self._has_range(i) else nothing for i in self._observers]
+        lows, highs = (torch.stack(ends) for ends in zip(*ranges, strict=True))
+        return lows, highs
+
+    def _missing(self) -> frozenset[str]:
+        """Return the edges without a range."""
+        known = {g for g, members in self._members.items() if all(self._has_range(m) for m in members)}
+        return frozenset(identity for identity, group in self._group.items() if group not in known)
 
     def _has_range(self, identity: str) -> bool:
         return identity in self.chosen or self._observers[identity].low is not None

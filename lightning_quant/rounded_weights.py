@@ -187,7 +187,7 @@ def _site(module: nn.Module, place: Place, device: torch.device | None) -> _Site
 
 def _module_at(module: nn.Module, names: tuple[str, ...]) -> nn.Module:
     for name in names:
-        module = getattr(module, name)
+        module = module._modules[name]  # type: ignore[assignment]
     return module
 
 

@@ -116,4 +116,9 @@ def _kinds(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | N
 
 def _flags(module: nn.Module) -> tuple[bool, ...]:
     """Return the train and eval flags of a tree."""
-    return tuple(child.training for child in module.modules())
+    flags, waiting = [], [module]
+    while waiting:
+        child = waiting.pop()
+        flags.append(child.training)
+        waiting += [below for below in child._modules.values() if below is not None]
+    return tuple(flags)
