@@ -74,12 +74,12 @@ def ours(model: nn.Module, images: Tensor, labels: Tensor, phase: str, *, compil
     model = copy.deepcopy(model)
     prepared = prepare(model, (images[:2],), recipe="int8", runtime="onnxruntime")
     prepared.attach()
-    step = training_step(model, images, labels, torch.compile(model) if compiled else model, prepared)
+    step = training_step(model, images, labels, model, prepared)
     for known in ("observe", "fake_quantize", PHASES[phase]):
         prepared.set_phase(known)
         step()
         step()
-    return step
+    return training_step(model, images, labels, torch.compile(model), prepared) if compiled else step
 
 
 def theirs(model: nn.Module, images: Tensor, labels: Tensor, phase: str) -> Callable[[], None]:
@@ -136,26 +136,42 @@ def peak_mib(step: Callable[[], None], device: torch.device) -> float:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def time_contest(contest: Contest, device: torch.device, rounds: int) -> str:
-    """Return the table of one model's times."""
+@dataclass
+class Field:
+    """The steps of all contestants over one model, and of those that fail the reason."""
+
+    contest: Contest
+    device: torch.device
+    steps: dict[str, Callable[[], None]]
+    failures: dict[str, str]
+
+
+def line_up(contest: Contest, device: torch.device) -> Field:
+    """Make every contestant's step and call it three times."""
     torch.manual_seed(0)
     model = contest.build().train().to(device, memory_format=torch.channels_last)
     images = torch.randn(contest.batch, 3, contest.size, contest.size, device=device)
     images, labels = images.to(memory_format=torch.channels_last), torch.randint(1000, (contest.batch,), device=device)
-    steps, failures = {}, []
+    field = Field(contest, device, {}, {})
     for name, make in contestants(model, images, labels).items():
         try:
-            steps[name] = make()
+            step = make()
             for _ in range(3):
-                steps[name]()
+                step()
         except (RuntimeError, NotImplementedError, TypeError) as error:
-            steps.pop(name, None)
-            failures.append((name, "fails", "", "", str(error).split("\n")[0][:80]))
-    times: dict[str, list[float]] = {name: [] for name in steps}
+            field.failures[name] = str(error).split("\n")[0][:80]
+        else:
+            field.steps[name] = step
+    return field
+
+
+def time_field(field: Field, rounds: int) -> str:
+    """Return the table of one model's times."""
+    times: dict[str, list[float]] = {name: [] for name in field.steps}
     for _ in range(rounds):
-        for name, step in steps.items():
-            times[name].append(milliseconds(step, device))
-    memory = {name: peak_mib(step, device) for name, step in steps.items()}
+        for name, step in field.steps.items():
+            times[name].append(milliseconds(step, field.device))
+    memory = {name: peak_mib(step, field.device) for name, step in field.steps.items()}
     rows = []
     for name, values in times.items():
         base = "float, compiled" if name.endswith("compiled") else "float"
@@ -163,7 +179,8 @@ def time_contest(contest: Contest, device: torch.device, rounds: int) -> str:
         ratio = middle / statistics.median(times[base]) if base in times else float("nan")
         ratio_of_memory = memory[name] / memory[base] if base in times else float("nan")
         rows.append((name, f"{middle:.1f} [{low:.1f}, {high:.1f}]", f"{ratio:.2f}", f"{ratio_of_memory:.2f}", ""))
-    return table([*rows, *failures], (contest.name, "ms [quartiles]", "this / float", "peak memory / float", "reason"))
+    rows += [(name, "fails", "", "", reason) for name, reason in field.failures.items()]
+    return table(rows, (field.contest.name, "ms [quartiles]", "this / float", "peak memory / float", "reason"))
 
 
 def count_contest(contest: Contest) -> list[tuple[str, ...]]:
@@ -202,7 +219,8 @@ def main() -> None:
         return
     device = torch.device(arguments.device)
     where = f"{torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}" if device.type == "cuda" else "CPU"
-    publish("gpu_training", where, *(time_contest(contest, device, arguments.rounds) for contest in contests))
+    tables = [time_field(line_up(contest, device), arguments.rounds) for contest in contests]
+    publish("gpu_training", where, *tables, packages=("triton",) if device.type == "cuda" else ())
 
 
 if __name__ == "__main__":

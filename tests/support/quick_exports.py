@@ -56,7 +56,8 @@ def _list_operators_once() -> None:
         return collected(tuple(torch._C._dispatch_get_all_op_names()), tuple(keys))
 
     for module in list(sys.modules.values()):
-        if getattr(module, "_collect_all_valid_cia_ops", None) is collect:
+        # Lazy modules of other packages would load all that they have when asked.
+        if getattr(module, "__dict__", {}).get("_collect_all_valid_cia_ops") is collect:
             module._collect_all_valid_cia_ops = collect_once
 
 
