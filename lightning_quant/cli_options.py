@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import typing
@@ -190,11 +191,16 @@ def _method_options(command: str) -> str:
 
 def _type_text(hint: Any) -> str:
     """Return a type as a reader of help wants it: the choices of a name, and no None."""
-    parts: Sequence[Any] = typing.get_args(hint) if typing.get_origin(hint) not in (list, dict, typing.Literal) else ()
+    whole = (list, dict, tuple, os.PathLike, typing.Literal)
+    parts: Sequence[Any] = typing.get_args(hint) if typing.get_origin(hint) not in whole else ()
     if not parts:
         if typing.get_origin(hint) is typing.Literal:
             return f"one of {', '.join(map(str, typing.get_args(hint)))}"
-        return hint.__name__ if isinstance(hint, type) and typing.get_origin(hint) is None else str(hint)
+        return (
+            hint.__name__
+            if isinstance(hint, type) and typing.get_origin(hint) is None
+            else str(hint).replace("typing.", "")
+        )
     has_choices = any(typing.get_origin(part) is typing.Literal for part in parts)
     shown = [part for part in parts if part is not type(None) and not (has_choices and part is str)]
     return ", or ".join(map(_type_text, shown))

@@ -12,11 +12,10 @@ import torch
 from torch import nn
 
 from lightning_quant import artifact as artifacts
-from lightning_quant import recipe as recipes
 from lightning_quant import runtimes
-from lightning_quant.accuracy.sensitivity import NUM_CALLS, check_rankable, rank_operators
+from lightning_quant.accuracy.sensitivity import NUM_CALLS, rank_operators
 from lightning_quant.adjustments import outcomes
-from lightning_quant.arguments import check_flag, check_name, check_on_device, check_path, check_threads, patterns
+from lightning_quant.arguments import check_name, check_on_device
 from lightning_quant.artifact import Artifact
 from lightning_quant.auto import choose_runtime
 from lightning_quant.batch_readings import run_call
@@ -25,7 +24,7 @@ from lightning_quant.calibration_data import CalibrationCalls
 from lightning_quant.calls import Call
 from lightning_quant.checkpoint import load_module
 from lightning_quant.compilation import is_compiled
-from lightning_quant.engines import AUTO, check_engine
+from lightning_quant.engines import AUTO
 from lightning_quant.errors import CalibrationError, NoEffectWarning, QuantizationError
 from lightning_quant.export import export
 from lightning_quant.graph.table import Selection
@@ -40,23 +39,25 @@ from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.process import alone
 from lightning_quant.recipe import AnyRecipe, LayerRecipe, Recipe
-from lightning_quant.report.limits import Limits, check_measured, limits_from
+from lightning_quant.report.limits import Limits, check_measured
 from lightning_quant.report.make_report import make_report
 from lightning_quant.report.page import to_html
 from lightning_quant.routing import device_of
-from lightning_quant.sizes import ChosenShapes, chosen_shapes, notes_of_sizes
+from lightning_quant.settings import Settings, documented
+from lightning_quant.sizes import ChosenShapes, notes_of_sizes
 from lightning_quant.way_inside import way_inside
 
 
-def quantize(
+@documented(Settings)
+def quantize(  # noqa: D417  `documented` adds the shared ones
     model_or_checkpoint: nn.Module | str | os.PathLike[str],
     recipe: Recipes | dict[str, Any] | AnyRecipe = "int8",
     runtime: Runtime = "onnxruntime",
     *,
     calibration_data: Any = None,
     output_dir: str | os.PathLike[str] | None = None,
-    include: str | tuple[str, ...] | list[str] = ("*",),
-    exclude: str | tuple[str, ...] | list[str] = (),
+    include: str | list[str] | tuple[str, ...] = ("*",),
+    exclude: str | list[str] | tuple[str, ...] = (),
     dynamic_shapes: ChosenShapes = None,
     threads: int | None = None,
     sensitivity: bool = False,
@@ -70,32 +71,15 @@ def quantize(
 
     Args:
         model_or_checkpoint: the float module, or the path of a Lightning checkpoint.
-        recipe: numerics, by name or object.
-        runtime: where the artifact will run; "auto" makes one for every installed runtime and keeps the fastest whose
-            parity holds, with what was measured in the report.
         calibration_data: a DataLoader or LightningDataModule, of whose batches the first 32 are cut to what the module
             takes, by name or by number, with a warning of what is left out; or any iterable of calls, each a tensor, a
             tuple of arguments or a dict of keyword arguments; or one tensor. Batches as in training; a few hundred
             samples are enough. Recipes of layers need one call, to try the layers on.
-        output_dir: the artifact's folder; "quantized" in the working directory by default. An artifact there
-            is replaced.
-        include: fnmatch patterns on qualified names and layer types of what may be quantized; one alone may be a text.
-        exclude: likewise, of what stays float.
-        dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary; "static"
-            keeps all sizes of the captured call, the batch among them.
-        threads: for the latencies in the report; torch's number of threads by default.
-        sensitivity: whether the report says which operator costs what; it runs the model four to six times for each
-            operator, on the first two calls. For recipes that need calibration.
-        engine: whose kernels run a static recipe on runtime "torch": by default the first whose parity holds, in an
-            order of their own; "fastest" measures those whose parity holds, with what was measured in the report, so
-            that equal runs may end with different ones.
         lightning_module: of a checkpoint: its LightningModule's class, or an instance, which gets the weights.
         module: of a checkpoint: qualified name of the module to quantize, whose calls `calibration_data` holds; the
             LightningModule's own forward by default.
         trust_checkpoint: whether to load more of it than tensors and plain values, such as hyperparameters of any
             class, which runs code of whoever wrote the file.
-        limits: on size and speed, such as `{"max_size_ratio": 0.3, "min_speedup": 1.5}`; one that is missed is a
-            warning, and exit code 1 of every command.
 
     Raises:
         QuantizationError: an argument is wrong or a stage failed; nothing is half written.
@@ -104,13 +88,11 @@ def quantize(
         NoEffectWarning: for each warning in the report: failed parity, a failed recipe, a missed limit, a larger or
             slower file.
     """
-    recipe, selection = recipes.get(recipe), Selection(patterns("include", include), patterns("exclude", exclude))
-    _check_arguments(recipe, runtime, engine, output_dir, threads)
-    chosen_shapes(dynamic_shapes)
-    limits = limits_from(limits)
+    settings = Settings.of(locals())
+    recipe, selection, limits = settings.recipe, settings.selection, settings.limits
     check_measured(limits, "`quantize` runs none: use PostTrainingQuantization and its `quantize_checkpoint`")
-    check_flag("sensitivity", sensitivity)
-    check_rankable(recipe, sensitivity=sensitivity)
+    if runtime != AUTO:
+        runtimes.check_recipe(runtime, recipe)
     with alone(), way_inside(recipe, runtime):
         model = _float_module(model_or_checkpoint, lightning_module, module, trust=trust_checkpoint)
         if device_for_search(device_of(model)) != device_of(model):
@@ -171,21 +153,6 @@ def quantize(
         for text in report.warnings:
             warnings.warn(f"{artifact.path}: {text}.", NoEffectWarning, stacklevel=2)
         return artifact
-
-
-def _check_arguments(
-    recipe: AnyRecipe,
-    runtime: Runtime,
-    engine: Engine,
-    output_dir: str | os.PathLike[str] | None,
-    threads: int | None,
-) -> None:
-    runtimes.check_name(runtime)
-    if runtime != AUTO:
-        runtimes.check_recipe(runtime, recipe)
-    check_engine(runtime, engine)
-    check_path("output_dir", output_dir)
-    check_threads(threads)
 
 
 def _float_module(

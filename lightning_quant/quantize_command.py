@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import inspect
+import os
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,6 +22,7 @@ from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import QuantizationError
 from lightning_quant.names import Engine, Recipes, Runtime
 from lightning_quant.report.limits import NO_LIMITS, Limits, missed_limits
+from lightning_quant.settings import CallbackSettings, documented
 
 OWN_SUBCOMMANDS = ("quantize", "inspect")
 """What `QuantizationCLI` adds to LightningCLI."""
@@ -29,17 +31,18 @@ OWN_SUBCOMMANDS = ("quantize", "inspect")
 class Quantizing:
     """What a Trainer class gets: methods that LightningCLI reads its subcommands' arguments from."""
 
-    def quantize(
+    @documented(CallbackSettings, output="output_dir")
+    def quantize(  # noqa: D417  `documented` adds the shared ones
         self,
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
         recipe: Recipes | dict[str, Any] = "int8",
         runtime: Runtime = "onnxruntime",
-        output: str = "quantized",
+        output: str | os.PathLike[str] | None = None,
         module: str | None = None,
-        include: list[str] | None = None,
-        exclude: list[str] | None = None,
+        include: str | list[str] | tuple[str, ...] = ("*",),
+        exclude: str | list[str] | tuple[str, ...] = (),
         num_batches: int = 32,
         evaluate: bool = True,
         threads: int | None = None,
@@ -47,7 +50,7 @@ class Quantizing:
         engine: Engine = "auto",
         trust: bool = False,
         weights_only: bool | None = None,
-        limits: Limits | None = None,
+        limits: Limits | dict[str, Any] | None = None,
     ) -> Any:
         """Quantize a trained checkpoint and write the artifact, evaluated with the model's own validation.
 
@@ -55,41 +58,19 @@ class Quantizing:
             model: the LightningModule.
             datamodule: its data.
             ckpt_path: any checkpoint of the model.
-            recipe: numerics, by name, or fields of a recipe, `overrides` say.
-            runtime: where the artifact will run; "auto" takes the fastest installed one whose parity holds.
-            output: the artifact's folder.
-            module: name of the module to quantize; found by itself when left out.
-            include: fnmatch patterns on qualified names and layer types of what may be quantized.
-            exclude: likewise, of what stays float.
             num_batches: training batches to calibrate with.
-            evaluate: whether to run the validation loop on float, simulated and exported model.
-            threads: for the latencies in the report.
-            sensitivity: whether the report says which operator costs what.
-            engine: whose kernels run on runtime "torch": the first whose parity holds; "fastest" measures them.
             trust: load more of the checkpoint than tensors and plain values, which runs code of whoever wrote it.
             weights_only: false is `trust`, as in `fit`.
-            limits: what the artifact must keep to; where it does not, `QuantizationCLI` ends with exit code 1.
         """
+        shared = CallbackSettings.among(locals())
         if ckpt_path is None:
             raise QuantizationError("Expected `--ckpt_path` to name a trained checkpoint, but got none.")
-        callback = PostTrainingQuantization(
-            recipe,
-            runtime,
-            module=module,
-            output_dir=output,
-            include=include or ["*"],
-            exclude=exclude or [],
-            calibration={"num_batches": num_batches},
-            evaluate=evaluate,
-            threads=threads,
-            sensitivity=sensitivity,
-            engine=engine,
-            limits=limits,
-        )
+        callback = PostTrainingQuantization(**shared, output_dir=output, calibration={"num_batches": num_batches})
         options = {"trust_checkpoint": trust or weights_only is False, **_options(self)}
         return callback.quantize_checkpoint(ckpt_path, model, datamodule, **options)
 
-    def inspect(
+    @documented(CallbackSettings)
+    def inspect(  # noqa: D417  `documented` adds the shared ones
         self,
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
@@ -97,8 +78,8 @@ class Quantizing:
         recipe: Recipes | dict[str, Any] = "int8",
         runtime: Runtime = "onnxruntime",
         module: str | None = None,
-        include: list[str] | None = None,
-        exclude: list[str] | None = None,
+        include: str | list[str] | tuple[str, ...] = ("*",),
+        exclude: str | list[str] | tuple[str, ...] = (),
         trust: bool = False,
         weights_only: bool | None = None,
     ) -> Any:
@@ -108,25 +89,14 @@ class Quantizing:
             model: the LightningModule.
             datamodule: its data.
             ckpt_path: a checkpoint of the model, whose hyperparameters and weights are taken; not needed.
-            recipe: numerics, by name, or fields of a recipe, `overrides` say.
-            runtime: where the artifact would run.
-            module: name of the module to quantize; found by itself when left out.
-            include: fnmatch patterns on qualified names and layer types of what may be quantized.
-            exclude: likewise, of what stays float.
             trust: load more of the checkpoint than tensors and plain values, which runs code of whoever wrote it.
             weights_only: false is `trust`, as in `fit`.
         """
+        shared = CallbackSettings.among(locals())
         if ckpt_path is not None:
             load_weights(model, ckpt_path, trust=trust or weights_only is False)
         with tempfile.TemporaryDirectory() as folder:
-            callback = Inspection(
-                recipe,
-                runtime,
-                module=module,
-                output_dir=Path(folder) / "none",
-                include=include or ["*"],
-                exclude=exclude or [],
-            )
+            callback = Inspection(**shared, output_dir=Path(folder) / "none")
             options: dict[str, Any] = {"max_epochs": 0, "callbacks": [callback], "devices": 1}
             Trainer(**_options(self), **options, **_QUIET).fit(model, datamodule=datamodule)
             prepared = callback.require_prepared()

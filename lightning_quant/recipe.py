@@ -254,7 +254,8 @@ RECIPES: dict[str, AnyRecipe] = {
 def get(recipe: "Recipes | dict[str, Any] | AnyRecipe") -> AnyRecipe:
     """Return the recipe of that name, or build one from its fields, or pass one through.
 
-    A dict whose `name` is that of a known recipe changes fields of it; any other makes a new `Recipe`.
+    A dict whose `name` is that of a known recipe changes fields of it; any other makes a new `Recipe`, or, where it has
+    `schemes`, a new `LayerRecipe`.
 
     Raises:
         QuantizationError: the name or a field is unknown, or a name inside it.
@@ -274,12 +275,36 @@ def get(recipe: "Recipes | dict[str, Any] | AnyRecipe") -> AnyRecipe:
     return RECIPES[recipe]
 
 
+def spelled(recipe: AnyRecipe) -> str | dict[str, Any]:
+    """Return what `get` makes the same recipe of: its name, or a dict of what is not as in the one it builds upon."""
+    named = RECIPES.get(recipe.name)
+    base = named if type(named) is type(recipe) else _new(vars(recipe))
+    if base == recipe:
+        return recipe.name
+    return {"name": recipe.name, **_changed(base, recipe)}
+
+
+def _new(values: Mapping[str, Any]) -> AnyRecipe:
+    """Return what a recipe with a name of its own builds upon; fields tell of which kind it is."""
+    return LayerRecipe("", ()) if "schemes" in values else Recipe(name="")
+
+
+def _changed(base: Any, value: Any) -> dict[str, Any]:
+    """Return the fields in which a dataclass is not as another; of those that are grids, their fields."""
+    pairs = {item.name: (getattr(base, item.name), getattr(value, item.name)) for item in fields(base)}
+    return {
+        name: _changed(before, after) if isinstance(after, IntegerSpec) else after
+        for name, (before, after) in pairs.items()
+        if before != after
+    }
+
+
 def _from_dict(values: dict[str, Any]) -> AnyRecipe:
     name = values.get("name", "int8")
     if not isinstance(name, str) or (name not in RECIPES and closest(name, RECIPES, cutoff=0.9)):
         # Else the numerics of `int8` would go under a name that says something else.
         check_choice("recipe.name", name, RECIPES, " or a name unlike them")
-    base = RECIPES.get(name, Recipe())
+    base = RECIPES.get(name) or _new(values)
     check_fields("recipe", values, [item.name for item in fields(base)])
     grids = {item.name for item in fields(base) if isinstance(getattr(base, item.name), IntegerSpec)}
     changed = {k: _grid(base, k, v) if k in grids and isinstance(v, dict) else v for k, v in values.items()}

@@ -34,9 +34,9 @@ class Guard:
 GUARDS = (
     Guard(
         "later batches of validation are looked at before training",
-        "callbacks/base.py",
-        "                check_takes(model, args, kwargs)\n",
-        "                pass\n",
+        "callbacks/validation_batches.py",
+        "        check_takes(model, args, kwargs)\n",
+        "        pass\n",
         "callbacks/test_validation_batches.py -k decides_otherwise",
     ),
     Guard(
@@ -140,7 +140,7 @@ GUARDS = (
     Guard(
         "strategies that shard are refused",
         "callbacks/base.py",
-        "            _refused_in_callback(self._check_strategy, trainer)\n",
+        "            refused_in_callback(refusals.check_strategy, trainer)\n",
         "",
         "callbacks/test_distributed_training.py -k shard",
     ),
@@ -161,7 +161,7 @@ GUARDS = (
     Guard(
         "a second training of one module is refused",
         "callbacks/qat.py",
-        "        _check_others(self, trainer)\n",
+        "        check_trained_once(self.path, [other.path for other in others if other.prepared is not None])\n",
         "",
         "callbacks/test_other_callbacks.py -k two_trainings",
     ),
@@ -189,7 +189,7 @@ GUARDS = (
     Guard(
         "lazy layers are refused",
         "callbacks/base.py",
-        "        _check_initialized(pl_module)\n",
+        "        refusals.check_initialized(pl_module)\n",
         "",
         "callbacks/test_model_peculiarities.py -k lazy",
     ),
@@ -217,8 +217,8 @@ GUARDS = (
     Guard(
         "calls beside the forward are found",
         "callbacks/base.py",
-        "        self.findings = self._look_beside(trainer, pl_module, found)\n",
-        "",
+        "step.share, announce_beside(type(self).__name__, found, step)\n",
+        "step.share, ()\n",
         "callbacks/test_model_peculiarities.py -k beside",
     ),
     Guard(

@@ -148,13 +148,13 @@ def test_a_scripted_module_has_no_code_to_trace(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("exclude", ["head", ["head"], ("head",), iter(["head"])])
 def test_one_pattern_is_one_pattern(exclude: Any) -> None:
-    assert lq.PostTrainingQuantization(exclude=exclude).selection.exclude == ("head",)
+    assert lq.PostTrainingQuantization(exclude=exclude).settings.exclude == ("head",)
 
 
 def test_layers_may_be_named_by_their_class() -> None:
     callback = lq.PostTrainingQuantization(include=nn.Conv2d, exclude=[nn.Linear, "head"])  # type: ignore[arg-type]
-    assert callback.selection.include == ("Conv2d",)
-    assert callback.selection.exclude == ("Linear", "head")
+    assert callback.settings.include == ("Conv2d",)
+    assert callback.settings.exclude == ("Linear", "head")
 
 
 def test_types_name_what_there_is() -> None:

@@ -524,7 +524,8 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
         cli.main(["quantize", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert ended.value.code == 0
-    assert "--recipe numerics, by name, or fields of a recipe" in said
+    assert "--recipe numerics: a name out of `lightning_quant.recipe.RECIPES`" in said
+    assert "list[str], or tuple[str, ...], default: ('*',))" in said
     assert "one of int8, int8_accurate, " in said
     assert "--num_batches training batches to calibrate with. (int, default: 32)" in said
     assert "--max-drop METRIC=AMOUNT" in said

@@ -4,6 +4,8 @@ import warnings
 
 from lightning.pytorch.utilities import rank_zero_info
 
+from lightning_quant.callbacks.observe_step import Step
+from lightning_quant.capture import Capture
 from lightning_quant.errors import NoEffectWarning
 from lightning_quant.planned_model import PlannedModel
 from lightning_quant.report.coverage import low_coverage
@@ -30,6 +32,31 @@ def announce(callback: str, module: str, model: PlannedModel, step_share: float)
     )
     for warning in low_coverage(plan.to_dict()):
         warn(f"{callback}: {warning}.")
+
+
+def announce_beside(callback: str, found: Capture, step: Step) -> tuple[str, ...]:
+    """Say what of the step's layers the module's own forward does not reach: return it for the report, if any.
+
+    Args:
+        callback: name of its class.
+        found: the call of the module that was recorded.
+        step: what was seen of `training_step`.
+    """
+    if found.beside:
+        finding = (
+            f"training_step calls {', '.join(map(repr, found.beside))} beside {found.path!r}, which makes "
+            f"{step.share:.1%} of its multiply-adds: those modules are float"
+        )
+        rank_zero_info(f"{callback}: {finding}. Choose another one with `module=...`.")
+        return (finding,)
+    if not step.beside:
+        return ()
+    finding = (
+        f"training_step also calls {', '.join(step.beside[:5])}{', ...' if len(step.beside) > 5 else ''} past the "
+        f"forward of {found.path!r}: those calls are float"
+    )
+    warn(f"{callback}: {finding}. Call {found.path!r} itself to have them quantized.")
+    return (finding,)
 
 
 def warn(message: str) -> None:

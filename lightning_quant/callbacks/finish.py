@@ -22,7 +22,6 @@ from lightning_quant.callbacks.by_chance import in_words
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.held_out import held_out
 from lightning_quant.callbacks.publish import publish
-from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.states import state_of
 from lightning_quant.calls import Call
 from lightning_quant.errors import FixedSizesError
@@ -70,7 +69,7 @@ def choose_weights(
     model = callback.require_prepared()
     checkpoint = _existing(_best_path(trainer) or _last_path(trainer))
     notes = callback.notes
-    if callback.weights == "best" and not notes:
+    if callback.settings.weights == "best" and not notes:
         notes = _load_best(callback, trainer, duplicate, model, with_ranges=with_ranges)
     callback.group.share_tensors(duplicate)
     duplicate = copied_to(duplicate, HOST)
@@ -83,7 +82,7 @@ def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deploym
     """Export, evaluate the artifact with the user's validation, report to files, terminal and loggers."""
     group, folder = callback.group, callback.last_folder
     # A run that started from a checkpoint, without training, is started again in the same way.
-    advice = "" if callback.notes else f" If this is interrupted: {recovery(callback, trainer)}"
+    advice = "" if callback.notes else f" If this is interrupted: {callback.way_back(trainer)}"
     rank_zero_info(f"{type(callback).__name__}: writing {folder}.{advice}")
     deployment.model.observe_unreached()
     artifact = callback.artifact = group.on_first(_export, callback, trainer, deployment, folder)
@@ -103,7 +102,7 @@ def _measure(
     metrics: tuple[MetricRow, ...] = ()
     notes = (*callback.findings, *deployment.notes, *notes_of_sizes(deployment.model))
     calls: list[Call] = []
-    if callback.evaluate:
+    if callback.settings.evaluate:
         started = time.perf_counter()
         metrics, by_chance = _metrics(callback, trainer, deployment, own, calls)
         notes += by_chance
@@ -128,10 +127,10 @@ def _export(callback: QuantizationCallback, trainer: Trainer, deployment: Deploy
     return export(
         model,
         folder,
-        dynamic_shapes=callback.dynamic_shapes,
+        dynamic_shapes=callback.settings.dynamic_shapes,
         classes=classes,
         seconds=callback.seconds,
-        engine=callback.engine,
+        engine=callback.settings.engine,
     )
 
 
@@ -149,13 +148,13 @@ def _report(
         metrics=metrics,
         seconds=callback.seconds,
         checkpoint_bytes=deployment.checkpoint.stat().st_size if deployment.checkpoint else None,
-        threads=callback.threads,
+        threads=callback.settings.threads,
         notes=deployment.notes,
         sensitivity=deployment.sensitivity,
         step_share=callback.step_share,
         trained=callback.trains_rounded,
         held=deployment.held,
-        limits=callback.limits,
+        limits=callback.settings.limits,
     )
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
     publish(callback, trainer, report, artifact)
@@ -167,7 +166,7 @@ def _metrics(
 ) -> tuple[tuple[MetricRow, ...], tuple[str, ...]]:
     """Return the metrics and what to know of them, and append a call of validation to `calls`."""
     pl_module, model, path = deployment.pl_module, deployment.model, callback.path
-    limit = callback.limit_eval_batches
+    limit = callback.settings.limit_eval_batches
     group = callback.group
     float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group, recorded=calls)
     if not float_values:
@@ -199,7 +198,7 @@ def _gains(
     if found.advice is None:
         return {}
     prepared = Prepared.of(deployment.model)
-    limit, values = callback.limit_eval_batches, []
+    limit, values = callback.settings.limit_eval_batches, []
     for left_out in ((), found.advice.names):
         with prepared.simulation.quantizing_only(all_but(prepared, left_out)), prepared.attached("frozen"):
             values.append(evaluate(trainer, deployment.pl_module, callback.path, limit_batches=limit))
@@ -211,7 +210,7 @@ def _evaluate_artifact(
 ) -> tuple[dict[str, float], int | None]:
     """Return the metrics of the file, and the number of samples that it saw where that is known."""
     pl_module, model, path = deployment.pl_module, deployment.model, callback.path
-    limit, group = callback.limit_eval_batches, callback.group
+    limit, group = callback.settings.limit_eval_batches, callback.group
     if model.runs_inside:
         # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.
         filled = clone(pl_module)
@@ -251,7 +250,7 @@ def _load_best(
         return ("weights are the last ones: no ModelCheckpoint has a best checkpoint",)
     # Written by this very run, so nothing in it is foreign; hyperparameters may be of any class.
     saved = torch.load(path, map_location="cpu", weights_only=False)
-    state = state_of(callback, saved.get("callbacks", {})) or {}
+    state = state_of(callback, callback.settings, saved.get("callbacks", {})) or {}
     if with_ranges:
         if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm"):
             return (

@@ -32,7 +32,7 @@ def held_out(
     calibration = getattr(callback, "calibration", None)
     data, number = (calibration.data, calibration.num_batches) if calibration else ("train", None)
     # Where validation calls the module otherwise, its first call is the captured one.
-    chose = number if data == "validation" else int(callback._evaluated_otherwise)
+    chose = number if data == "validation" else int(callback.exported is not None and callback.exported.otherwise)
     if evaluated and not chose:
         return _bound(callback, evaluated, "the first call of validation, which chose no range")
     recorded = functools.partial(_recorded, callback, trainer, pl_module)

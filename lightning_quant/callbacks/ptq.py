@@ -1,10 +1,10 @@
 """Post-training quantization as a callback."""
 
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 from lightning.pytorch import LightningModule, Trainer
@@ -14,8 +14,9 @@ from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_op
 from lightning_quant.adjustments import outcomes
 from lightning_quant.arguments import check_positive, from_fields
 from lightning_quant.calibrate import calibrate
-from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback
+from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.finish import choose_weights, finish
+from lightning_quant.callbacks.refusals import refused_in_callback
 from lightning_quant.callbacks.training_data import calibration_steps, check_data, working_copy
 from lightning_quant.choice import check_choice
 from lightning_quant.distributed import calibrate_together
@@ -27,6 +28,7 @@ from lightning_quant.recipe import AnyRecipe
 from lightning_quant.recorded_calls import recorded_calls
 from lightning_quant.report.limits import Limits
 from lightning_quant.routing import resolve
+from lightning_quant.settings import CallbackSettings, documented
 from lightning_quant.sizes import ChosenShapes
 
 
@@ -51,37 +53,25 @@ class Calibration:
             raise QuantizationError(f"Expected `calibration.seed` to be an integer, but got {self.seed!r:.60}.")
 
 
+@dataclass(frozen=True)
+class CalibrationSettings(CallbackSettings):
+    """What post-training quantization takes.
+
+    Attributes:
+        calibration: which batches ranges are learned from, as a dict of `num_batches`, `data` ("train", or "validation"
+            where that is wanted by name) and `seed`.
+    """
+
+    calibration: Calibration = field(default_factory=Calibration)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._hold("calibration", _calibration(self.calibration))
+
+
+@documented(CalibrationSettings)
 class PostTrainingQuantization(QuantizationCallback):
     """Leave training alone, and when fit ends calibrate, export and measure an integer model.
-
-    Args:
-        recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe` or `LayerRecipe`, or a dict of
-            fields. Recipes of layers (dynamic, weight-only, half precision) are not calibrated.
-        runtime: where the artifact will run; "auto" tries every installed one when fit begins and takes the fastest
-            whose parity holds, with what was measured in the report.
-        module: name of the module to quantize; by default the outermost one with layers to quantize that
-            `training_step` calls.
-        output_dir: the artifact's folder; "quantized" beside the logs by default. An artifact there is replaced.
-        calibration: which batches ranges are learned from.
-        include: fnmatch patterns on qualified names and layer types of what may be quantized; one alone may be a text.
-        exclude: likewise, of what stays float.
-        example: what the call to export comes from: "train_batch", with the arguments that validation has where those
-            differ; "predict_batch", with those of `predict_step`; or "example_input_array".
-        weights: "last", or "best": those of ModelCheckpoint's best checkpoint.
-        evaluate: whether to run the validation loop on float, simulated and exported model when fit ends.
-        limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
-        threads: for the latencies in the report; torch's number of threads by default.
-        engine: whose kernels run on runtime "torch": by default the first whose parity holds, in an order of their own;
-            "fastest" measures those whose parity holds, so that equal runs may end with different ones.
-        dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary; "static"
-            keeps all sizes of the captured call, the batch among them.
-        sensitivity: whether the report says which operator costs what: it runs the module four to six times for each
-            operator, on two calibration batches, and the validation loop twice for the worst one. For recipes that
-            are calibrated, in one process.
-        name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
-            of these callbacks "quant/<recipe>-<runtime>/".
-        limits: what the artifact must keep to, such as `{"max_drop": {"val_f1": 0.01}, "max_size_ratio": 0.3}`, see
-            `lightning_quant.report.limits.Limits`; one that is missed is a warning, and exit code 1 of every command.
 
     Raises:
         MisconfigurationException: before the first batch, when anything is known to fail, with the way out.
@@ -97,7 +87,7 @@ class PostTrainingQuantization(QuantizationCallback):
         runtime: Runtime = "onnxruntime",
         *,
         module: str | None = None,
-        output_dir: str | Path | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
         calibration: Calibration | dict[str, Any] | None = None,
         include: str | list[str] | tuple[str, ...] = ("*",),
         exclude: str | list[str] | tuple[str, ...] = (),
@@ -112,35 +102,23 @@ class PostTrainingQuantization(QuantizationCallback):
         name: str | None = None,
         limits: Limits | dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            recipe,
-            runtime,
-            module=module,
-            output_dir=output_dir,
-            include=include,
-            exclude=exclude,
-            example=example,
-            weights=weights,
-            evaluate=evaluate,
-            limit_eval_batches=limit_eval_batches,
-            threads=threads,
-            engine=engine,
-            dynamic_shapes=dynamic_shapes,
-            sensitivity=sensitivity,
-            name=name,
-            limits=limits,
-        )
-        self.calibration = _refused_in_callback(_calibration, calibration)
+        super().__init__(refused_in_callback(CalibrationSettings.of, locals()))
+
+    @property
+    @override
+    def settings(self) -> CalibrationSettings:
+        return CalibrationSettings.of(vars(self))
 
     @override
     def observer(self) -> str:
-        return self.recipe.calibration_observer if self.recipe.needs_calibration else ""
+        recipe = self.settings.recipe
+        return recipe.calibration_observer if recipe.needs_calibration else ""
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit ends: calibrate on the weights to export, then convert, export, measure, log."""
         deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
-        if self.recipe.needs_calibration:
+        if self.settings.recipe.needs_calibration:
             found = self._calibrate(trainer, Prepared.of(deployment.model), deployment.pl_module)
             steps = outcomes(deployment.model.accuracy_steps)
             deployment = replace(deployment, notes=(*deployment.notes, *steps), sensitivity=found)
@@ -149,38 +127,38 @@ class PostTrainingQuantization(QuantizationCallback):
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._prepare(trainer, pl_module)
-        if self.recipe.needs_calibration:
+        settings = self.settings
+        recipe, calibration = settings.recipe, settings.calibration
+        if recipe.needs_calibration:
             if self.group.size > 1:
-                check_mergeable("calibration_observer", self.observer(), self.recipe, in_training=False)
-            if self.group.size > 1 and (self.recipe.accuracy_steps or self.sensitivity):
-                what = "`sensitivity` needs" if self.sensitivity else f"the accuracy steps of {self.recipe.name!r} need"
+                check_mergeable("calibration_observer", self.observer(), recipe, in_training=False)
+            if self.group.size > 1 and (recipe.accuracy_steps or settings.sensitivity):
+                what = "`sensitivity` needs" if settings.sensitivity else f"the accuracy steps of {recipe.name!r} need"
                 raise QuantizationError(
                     f"Expected one process, but got {self.group.size}: {what} all batches in one. Use 'int8' without "
                     "`sensitivity`, or quantize the checkpoint afterwards with `quantize_checkpoint`."
                 )
-            check_data(
-                trainer, pl_module, self.calibration.data, self.recipe.needed_calls, self.calibration.num_batches
-            )
+            check_data(trainer, pl_module, calibration.data, recipe.needed_calls, calibration.num_batches)
 
     def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> Sensitivity | None:
         """Calibrate on the trainer's device, and measure there which operator costs what where that is wanted."""
         started = time.perf_counter()
         duplicate = working_copy(trainer, pl_module)
         prepared = deployed.bound_to(resolve(duplicate, self.path))
-        chosen, group = self.calibration, self.group
+        chosen, group = self.settings.calibration, self.group
         number = math.ceil(chosen.num_batches / group.size)
 
         def steps() -> Iterator[Callable[[], Any]]:
             return calibration_steps(trainer, duplicate, number, chosen.seed, chosen.data)
 
-        with recorded_calls(prepared.root, NUM_CALLS if self.sensitivity else 0) as calls:
+        with recorded_calls(prepared.root, NUM_CALLS if self.settings.sensitivity else 0) as calls:
             if group.size == 1:
                 calibrate(prepared, steps())
             else:
                 calibrate_together(group, prepared, steps)
         deployed.take_over(prepared)
         self.seconds["calibrate"] = time.perf_counter() - started
-        return rank_operators(prepared, calls) if self.sensitivity else None
+        return rank_operators(prepared, calls) if self.settings.sensitivity else None
 
 
 def _calibration(given: Any) -> Calibration:

@@ -7,7 +7,8 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant.artifact import Artifact
-from lightning_quant.callbacks.base import QuantizationCallback, warn
+from lightning_quant.callbacks.announce import warn
+from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.loggers import Entry, write_down
 from lightning_quant.report.report import Report
 
@@ -36,13 +37,13 @@ def prefix_of(callback: QuantizationCallback, trainer: Trainer) -> str:
     Where nobody named them, several are told apart by recipe and runtime, with the module where those are the same, and
     a number where that is, too.
     """
-    if callback.name is not None:
-        return f"quant/{callback.name}"
+    if callback.settings.name is not None:
+        return f"quant/{callback.settings.name}"
     every = [c for c in trainer.callbacks if isinstance(c, QuantizationCallback)]  # type: ignore[attr-defined]
     if len(every) < 2:
         return "quant"
-    unnamed = [c for c in every if c.name is None]
-    names = [f"{c.recipe.name}-{c.runtime}" for c in unnamed]
+    unnamed = [c for c in every if c.settings.name is None]
+    names = [f"{c.settings.recipe.name}-{c.settings.runtime}" for c in unnamed]
     counts = collections.Counter(names)
     names = [f"{n}-{c.path}" if counts[n] > 1 and c.path else n for n, c in zip(names, unnamed, strict=True)]
     position = next(i for i, c in enumerate(unnamed) if c is callback)

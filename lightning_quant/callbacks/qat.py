@@ -3,26 +3,22 @@
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import replace
-from pathlib import Path
+import os
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from torch import Tensor
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_quant.accuracy.batch_norm import reestimate_batch_norm
-from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_operators
-from lightning_quant.callbacks.base import QuantizationCallback, _refused_in_callback, warn
-from lightning_quant.callbacks.finish import Deployment, choose_weights, finish
+from lightning_quant.callbacks.after_training import rank, reestimate
+from lightning_quant.callbacks.announce import warn
+from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.finish import choose_weights, finish
+from lightning_quant.callbacks.refusals import check_trained_once, refused_in_callback
 from lightning_quant.callbacks.schedule import Schedule, Timeline, read_schedule, resolve
 from lightning_quant.callbacks.states import state_of
-from lightning_quant.callbacks.training_data import calibration_steps, working_copy
 from lightning_quant.distributed import merge_batch
 from lightning_quant.engines import AUTO
 from lightning_quant.errors import QuantizationError
@@ -31,46 +27,41 @@ from lightning_quant.names import Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.observer_merge import check_mergeable
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import Recipe
-from lightning_quant.recorded_calls import recorded_calls
 from lightning_quant.report.limits import Limits
-from lightning_quant.routing import evaluation_mode
-from lightning_quant.routing import resolve as module_at
+from lightning_quant.settings import CallbackSettings, documented
 from lightning_quant.sizes import ChosenShapes
 
 
+@dataclass(frozen=True)
+class TrainingSettings(CallbackSettings):
+    """What quantization-aware training takes.
+
+    Attributes:
+        recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe`, or a dict of its fields; no recipe
+            of layers.
+        schedule: when the phases of training begin, as a `Schedule` or a dict of its fields.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    schedule: Schedule = field(default_factory=Schedule)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.recipe.needs_calibration:
+            raise QuantizationError(
+                f"Expected `recipe` to be one for training, such as 'int8', but got {self.recipe.name!r}, whose "
+                "layers are quantized after training. Use PostTrainingQuantization."
+            )
+        self._hold("schedule", read_schedule(self.schedule))
+
+
+@documented(TrainingSettings)
 class QuantizationAwareTraining(QuantizationCallback):
     """Train through rounding, and export an integer model when fit ends.
 
     Only the module's `forward` is routed to a graph with fake quantization while fit runs: type, parameters,
     `state_dict`, optimizers and checkpoints are those of the float model, and so is the module after fit, with weights
     that were trained through rounding.
-
-    Args:
-        recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe`, or a dict of its fields.
-        runtime: where the artifact will run; "auto" tries every installed one when fit begins and takes the fastest
-            whose parity holds, with what was measured in the report.
-        module: name of the module to quantize; by default the outermost one with layers to quantize that
-            `training_step` calls.
-        output_dir: the artifact's folder; "quantized" beside the logs by default. An artifact there is replaced.
-        schedule: when the phases of training begin.
-        include: fnmatch patterns on qualified names and layer types of what may be quantized; one alone may be a text.
-        exclude: likewise, of what stays float.
-        example: what the call to export comes from: "train_batch", with the arguments that validation has where those
-            differ; "predict_batch", with those of `predict_step`; or "example_input_array".
-        weights: "last", or "best": the best checkpoint of ModelCheckpoint, weights and ranges from the same file.
-        evaluate: whether to run the validation loop on float, simulated and exported model when fit ends.
-        limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
-        threads: for the latencies in the report; torch's number of threads by default.
-        engine: whose kernels run on runtime "torch": by default the first whose parity holds, in an order of their own;
-            "fastest" measures those whose parity holds, so that equal runs may end with different ones.
-        dynamic_shapes: input name to dimension to its name, for dimensions beside the batch that may vary; "static"
-            keeps all sizes of the captured call, the batch among them.
-        sensitivity: whether the report says which operator costs what, with the trained weights and ranges; see
-            `PostTrainingQuantization`. In one process.
-        name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
-            of these callbacks "quant/<recipe>-<runtime>/".
-        limits: what the artifact must keep to, such as `{"max_drop": {"val_f1": 0.01}, "max_size_ratio": 0.3}`, see
-            `lightning_quant.report.limits.Limits`; one that is missed is a warning, and exit code 1 of every command.
 
     Raises:
         MisconfigurationException: before the first batch, when anything is known to fail, with the way out.
@@ -88,7 +79,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         runtime: Runtime = "onnxruntime",
         *,
         module: str | None = None,
-        output_dir: str | Path | None = None,
+        output_dir: str | os.PathLike[str] | None = None,
         schedule: Schedule | dict[str, Any] | None = None,
         include: str | list[str] | tuple[str, ...] = ("*",),
         exclude: str | list[str] | tuple[str, ...] = (),
@@ -103,42 +94,24 @@ class QuantizationAwareTraining(QuantizationCallback):
         name: str | None = None,
         limits: Limits | dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            recipe,
-            runtime,
-            module=module,
-            output_dir=output_dir,
-            include=include,
-            exclude=exclude,
-            example=example,
-            weights=weights,
-            evaluate=evaluate,
-            limit_eval_batches=limit_eval_batches,
-            threads=threads,
-            engine=engine,
-            dynamic_shapes=dynamic_shapes,
-            sensitivity=sensitivity,
-            name=name,
-            limits=limits,
-        )
-        if not self.recipe.needs_calibration:
-            raise MisconfigurationException(
-                f"Expected `recipe` to be one for training, such as 'int8', but got {self.recipe.name!r}, whose "
-                "layers are quantized after training. Use PostTrainingQuantization."
-            )
-        self.schedule = _refused_in_callback(read_schedule, schedule)
+        super().__init__(refused_in_callback(TrainingSettings.of, locals()))
         self.timeline = Timeline({}, in_epochs=False)
         # A checkpoint's state arrives before fit start, when there is nothing yet to put it into.
         self._restored: dict[str, Any] | None = None
 
+    @property
+    @override
+    def settings(self) -> TrainingSettings:
+        return TrainingSettings.of(vars(self))
+
     @override
     def observer(self) -> str:
-        return self.recipe.training_observer
+        return self.settings.recipe.training_observer
 
     @override
     def hyperparameters(self) -> dict[str, Any]:
         """Return what an artifact is made with, and when the phases of training begin."""
-        points = {f"schedule/{name}": value for name, value in dataclasses.asdict(self.schedule).items()}
+        points = {f"schedule/{name}": value for name, value in dataclasses.asdict(self.settings.schedule).items()}
         return {**super().hyperparameters(), **{k: "never" if v == math.inf else v for k, v in points.items()}}
 
     def require_prepared(self) -> Prepared:
@@ -148,10 +121,10 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit begins: capture, plan, trial export; take over the ranges of a resumed run."""
-        if self._checkpoint is not None and self.runtime == AUTO:
-            self._take_runtime(_refused_in_callback(self._state_in, self._checkpoint))
+        if self._checkpoint is not None and self.settings.runtime == AUTO:
+            self._take_runtime(refused_in_callback(self._state_in, self._checkpoint))
         super().on_fit_start(trainer, pl_module)
-        _refused_in_callback(self._begin, trainer)
+        refused_in_callback(self._begin, trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -196,39 +169,11 @@ class QuantizationAwareTraining(QuantizationCallback):
             note = "nothing was trained through rounding: the run ended before fake quantization began"
             warn(f"QuantizationAwareTraining: {note}.")
             deployment = replace(deployment, notes=(*deployment.notes, note))
-        if self.require_prepared().recipe.batch_norm_batches > 0 and self.require_prepared().quantizes:
-            self._reestimate(trainer, deployment)
-        if self.sensitivity and self.require_prepared().quantizes:
-            deployment = replace(deployment, sensitivity=self._rank(trainer, deployment))
+        if self.settings.recipe.batch_norm_batches > 0 and self.require_prepared().quantizes:
+            reestimate(trainer, deployment, self.path, self.settings.recipe.batch_norm_batches)
+        if self.settings.sensitivity and self.require_prepared().quantizes:
+            deployment = replace(deployment, sensitivity=rank(trainer, deployment, self.path))
         self.artifact = finish(self, trainer, deployment)
-
-    def _reestimate(self, trainer: Trainer, deployment: Deployment) -> None:
-        """Measure BatchNorm's statistics on a copy that may run the user's training step, and take them over."""
-        duplicate = working_copy(trainer, deployment.pl_module)
-        root = module_at(duplicate, self.path)
-        prepared = Prepared.of(deployment.model).bound_to(root)
-        number = self.require_prepared().recipe.batch_norm_batches
-        steps = calibration_steps(trainer, duplicate, number, 0, "train")
-        measured: dict[str, Tensor] = {}
-
-        def noting() -> Iterator[Callable[[], Any]]:
-            # The end of the steps puts the copy's buffers back.
-            for step in steps:
-                yield step
-                measured.update({name: buffer.clone() for name, buffer in root.named_buffers()})
-
-        reestimate_batch_norm(prepared, noting())
-        for name, buffer in deployment.model.root.named_buffers():
-            buffer.copy_(measured[name])
-
-    def _rank(self, trainer: Trainer, deployment: Deployment) -> Sensitivity:
-        """Measure every operator on training batches, which a copy may run the user's training step on."""
-        duplicate = working_copy(trainer, deployment.pl_module)
-        root = module_at(duplicate, self.path)
-        with recorded_calls(root, NUM_CALLS) as calls, evaluation_mode(root), torch.no_grad():
-            for step in calibration_steps(trainer, duplicate, NUM_CALLS, 0, "train"):
-                step()
-        return rank_operators(Prepared.of(deployment.model).bound_to(root), calls)
 
     def _begin(self, trainer: Trainer) -> None:
         prepared = self.require_prepared()
@@ -239,8 +184,9 @@ class QuantizationAwareTraining(QuantizationCallback):
             self.metrics_before = state.get("metrics_before", {})
             prepared.load_state_dict(state)
             return
-        _check_others(self, trainer)
-        self.timeline = resolve(self.schedule, trainer)
+        others = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining) and c is not self]  # type: ignore[attr-defined]
+        check_trained_once(self.path, [other.path for other in others if other.prepared is not None])
+        self.timeline = resolve(self.settings.schedule, trainer)
         prepared.ranges.waits = self.group.size > 1
         # Another forward in the way is found here, not when the first phase begins.
         prepared.attach()
@@ -274,8 +220,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super()._check_names(trainer, pl_module)
         if self.group.size > 1:
-            check_mergeable("training_observer", self.observer(), self.recipe, in_training=True)
-        if self.group.size > 1 and self.sensitivity:
+            check_mergeable("training_observer", self.observer(), self.settings.recipe, in_training=True)
+        if self.group.size > 1 and self.settings.sensitivity:
             raise QuantizationError(
                 f"Expected one process for `sensitivity`, but got {self.group.size}. Train without it, and use "
                 "`quantize_checkpoint` with it afterwards."
@@ -283,7 +229,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _take_runtime(self, state: dict[str, Any]) -> None:
         """Go on with the runtime that was chosen when training began: it says which tensors have ranges."""
-        if self.runtime == AUTO:
+        if self.settings.runtime == AUTO:
             self.chosen_runtime = state.get("runtime", "")
 
     def _state_in(self, checkpoint: dict[str, Any]) -> dict[str, Any]:
@@ -291,7 +237,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         states = {
             key: state for key, state in checkpoint.get("callbacks", {}).items() if key.startswith(type(self).__name__)
         }
-        state = state_of(self, states) or (next(iter(states.values())) if len(states) == 1 else None)
+        state = state_of(self, self.settings, states) or (next(iter(states.values())) if len(states) == 1 else None)
         if not state or state["phase"] == "off":
             raise QuantizationError(
                 f"Expected a checkpoint with the ranges of {self.state_key}, but it has "
@@ -304,7 +250,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Called when fit resumes: find the state that an earlier version saved under another name."""
         states = checkpoint.get("callbacks", {})
-        if self.state_key not in states and (state := state_of(self, states)) is not None:
+        if self.state_key not in states and (state := state_of(self, self.settings, states)) is not None:
             self.load_state_dict(copy.deepcopy(state))
 
     @override
@@ -327,15 +273,3 @@ class QuantizationAwareTraining(QuantizationCallback):
 def is_updating_batch_norm(trainer: Trainer) -> bool:
     """Tell whether StochasticWeightAveraging runs its last epoch, which is there to measure BatchNorm anew."""
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))
-
-
-def _check_others(callback: QuantizationAwareTraining, trainer: Trainer) -> None:
-    for other in trainer.callbacks:  # type: ignore[attr-defined]
-        if not isinstance(other, QuantizationAwareTraining) or other is callback or other.prepared is None:
-            continue
-        inner, outer = sorted((callback.path, other.path), key=len, reverse=True)
-        if inner == outer or not outer or inner.startswith(f"{outer}."):
-            raise QuantizationError(
-                "Expected modules to be trained through one rounding each, but two QuantizationAwareTraining callbacks "
-                f"train {inner!r}. Train with one, and let PostTrainingQuantization make the other artifact."
-            )

@@ -1,7 +1,7 @@
 """`runtime="auto"` at fit start: which runtime the artifact will run on, measured on the weights that are there."""
 
 import functools
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -13,29 +13,33 @@ from lightning_quant.layerwise import quantize_layers
 from lightning_quant.loss_inputs import leave_out_labels
 from lightning_quant.planned_model import PlannedModel
 from lightning_quant.prepare import prepare
-
-if TYPE_CHECKING:
-    from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.settings import Settings
 
 
-def choose_at_start(callback: "QuantizationCallback", module: nn.Module, found: Capture) -> tuple[str, str]:
+def choose_at_start(settings: Settings, module: nn.Module, found: Capture, *, trains: bool) -> tuple[str, str]:
     """Return the fastest correct runtime and what was measured, with ranges of the captured call alone.
 
     Training through rounding needs to know the runtime, which says what is rounded; and weights change neither how long
     a kernel takes nor whether it is right, which the report checks again at the end.
+
+    Args:
+        settings: recipe, selection, and what latencies are measured with.
+        module: to quantize.
+        found: a call of it.
+        trains: whether it will be trained through rounding.
     """
     duplicate = copied_to(module, HOST, unrouted=True)
     args, kwargs = moved_call(found.args, found.kwargs)
-    recipe, selection = callback.recipe, callback.selection
+    recipe, selection = settings.recipe, settings.selection
     if not recipe.needs_calibration:
         args, kwargs, _ = leave_out_labels(duplicate, args, kwargs)
 
     def plan(runtime: str) -> PlannedModel:
         if not recipe.needs_calibration:
             return quantize_layers(duplicate, args, kwargs, recipe=recipe, runtime=runtime, selection=selection)
-        where: dict[str, Any] = {"runtime": runtime, "selection": selection, "trains": callback.prepares_training}
+        where: dict[str, Any] = {"runtime": runtime, "selection": selection, "trains": trains}
         prepared = prepare(duplicate, args, kwargs, recipe=recipe, observer="min_max", **where)
         settle(prepared, observe(prepared, [functools.partial(duplicate, *args, **kwargs)], None), None)
         return prepared
 
-    return choose_runtime(plan, callback.threads, callback.dynamic_shapes)
+    return choose_runtime(plan, settings.threads, settings.dynamic_shapes)

@@ -2,18 +2,19 @@
 
 import ast
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from lightning_quant.callbacks.base import QuantizationCallback
+from lightning.pytorch import Callback
+
+from lightning_quant.settings import CallbackSettings
 
 
-def identity_of(callback: "QuantizationCallback") -> dict[str, Any]:
+def identity_of(settings: CallbackSettings) -> dict[str, Any]:
     """Return what makes a callback's state its own."""
-    return {"recipe": callback.recipe.name, "module": callback.module, "runtime": callback.runtime}
+    return {"recipe": settings.recipe.name, "module": settings.module, "runtime": settings.runtime}
 
 
-def state_of(callback: "QuantizationCallback", states: Mapping[str, Any]) -> dict[str, Any] | None:
+def state_of(callback: Callback, settings: CallbackSettings, states: Mapping[str, Any]) -> dict[str, Any] | None:
     """Return a callback's state among those of a checkpoint; earlier versions had the folder in the key, too."""
     if callback.state_key in states:
         return states[callback.state_key]
@@ -21,7 +22,7 @@ def state_of(callback: "QuantizationCallback", states: Mapping[str, Any]) -> dic
     matching = [
         state
         for key, state in states.items()
-        if key.startswith(f"{kind}{{") and _without_folder(key.removeprefix(kind)) == identity_of(callback)
+        if key.startswith(f"{kind}{{") and _without_folder(key.removeprefix(kind)) == identity_of(settings)
     ]
     return matching[0] if len(matching) == 1 else None
 

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -15,10 +15,36 @@ from lightning_quant.callbacks.training_data import _combined_loader, _transferr
 from lightning_quant.calls import map_tensors
 from lightning_quant.capture import StepStoppedError
 from lightning_quant.compilation import original_path
+from lightning_quant.errors import CaptureError
+from lightning_quant.parts import check_takes
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.routing import resolve
 
 # Calls that are recorded of one step.
 _CALLS = 4
+
+
+# Batches of each validation loader whose calls are looked at before training, and where Python reads values in them.
+_BATCHES, _MANY_BATCHES = 4, 32
+
+
+def note_sizes(model: PlannedModel, trainer: Trainer, pl_module: LightningModule, path: str) -> None:
+    """Remember the sizes of the first calls that validation makes, but for those that no file can take."""
+    for call in validation_calls(trainer, pl_module, path, _BATCHES):
+        with suppress(CaptureError):
+            model.note_sizes(*call)
+
+
+def check_batches(model: PlannedModel, trainer: Trainer, pl_module: LightningModule, path: str) -> None:
+    """Refuse, before training, a file that does not take the calls that validation makes.
+
+    They are the first of each loader, and more of them where Python decides by values in them.
+
+    Raises:
+        CaptureError: there is one that it does not take.
+    """
+    for args, kwargs in validation_calls(trainer, pl_module, path, _MANY_BATCHES if model.decided else _BATCHES):
+        check_takes(model, args, kwargs)
 
 
 def validation_calls(trainer: Trainer, pl_module: LightningModule, path: str, number: int) -> list[Call]:

@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer
 from lightning_models import Classifier
 
 import lightning_quant as lq
-from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.states import state_of
 
 SHARED = {
@@ -43,7 +42,7 @@ def again(callback: Any, folder: Path) -> Any:
     checkpoint = folder / "last.ckpt"
     checkpoint.touch()
     saving = SimpleNamespace(last_model_path=str(checkpoint))
-    text = recovery(callback, SimpleNamespace(checkpoint_callbacks=[saving]))  # type: ignore[arg-type]
+    text = callback.way_back(SimpleNamespace(checkpoint_callbacks=[saving]))
     (line,) = (line.strip() for line in text.splitlines() if line.strip().startswith("callback = "))
     names: dict[str, Any] = {"lq": lq}
     exec(line, names)
@@ -78,7 +77,7 @@ def test_the_printed_lines_make_the_artifact(
     )
     trainer.fit(model, train_dataloaders, val_dataloaders)
     callback.path, callback.last_folder = "net", tmp_path / "artifact"
-    lines = recovery(callback, trainer)
+    lines = callback.way_back(trainer)
 
     said = ("train_dataloaders=train_dataloaders", "val_dataloaders=val_dataloaders", "limit_val_batches=1", *expected)
     assert [part for part in said if part not in lines] == []
@@ -86,11 +85,6 @@ def test_the_printed_lines_make_the_artifact(
     names = {"model": module(), "train_dataloaders": train_dataloaders, "val_dataloaders": val_dataloaders}
     exec("\n".join(line.strip() for line in lines.splitlines() if line.startswith("    ")), names)
     assert (tmp_path / "artifact" / "manifest.json").exists()
-
-
-def settings(callback: Any) -> dict[str, Any]:
-    names = [name for name in inspect.signature(type(callback)).parameters if name not in ("include", "exclude")]
-    return {name: getattr(callback, name) for name in names} | {"selection": callback.selection}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,7 +95,7 @@ def test_the_printed_line_makes_an_equal_callback(kind: type[Any], tmp_path: Pat
     callback = kind("int8_reduce_range", "openvino", **given)
     callback.path, callback.last_folder = "net", tmp_path / "artifact"
 
-    assert settings(again(callback, tmp_path)) == settings(callback)
+    assert again(callback, tmp_path).settings == callback.settings
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,7 +104,7 @@ def test_own_recipes_and_engines_are_in_the_line(kind: type[Any], tmp_path: Path
     callback = kind(recipe, "torch", engine="onednn", output_dir=str(tmp_path / "artifact"))
     callback.last_folder = tmp_path / "artifact"
 
-    assert settings(again(callback, tmp_path)) == settings(callback)
+    assert again(callback, tmp_path).settings == callback.settings
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda callback: pickle.loads(pickle.dumps(callback))])
@@ -137,7 +131,10 @@ def test_a_state_that_was_saved_with_the_folder_in_its_name_is_found() -> None:
     identity = {"runtime": "onnxruntime", "recipe": "int8", "module": "net", "output_dir": "a"}
     old, other = (f"QuantizationAwareTraining{identity | changed}" for changed in ({}, {"module": "head"}))
 
-    assert state_of(callback, {old: {"phase": "observe"}, other: {}, "EarlyStopping{'monitor': 'x'}": {}}) == {
-        "phase": "observe"
-    }
-    assert state_of(callback, {other: {"phase": "observe"}, "QuantizationAwareTraining{oops": {}}) is None
+    assert state_of(
+        callback, callback.settings, {old: {"phase": "observe"}, other: {}, "EarlyStopping{'monitor': 'x'}": {}}
+    ) == {"phase": "observe"}
+    assert (
+        state_of(callback, callback.settings, {other: {"phase": "observe"}, "QuantizationAwareTraining{oops": {}})
+        is None
+    )

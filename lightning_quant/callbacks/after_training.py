@@ -1,0 +1,52 @@
+"""What is measured on training batches after training: BatchNorm's statistics, and which operator costs what."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from torch import Tensor
+
+from lightning_quant.accuracy.batch_norm import reestimate_batch_norm
+from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_operators
+from lightning_quant.callbacks.finish import Deployment
+from lightning_quant.callbacks.training_data import calibration_steps, working_copy
+from lightning_quant.prepared import Prepared
+from lightning_quant.recorded_calls import recorded_calls
+from lightning_quant.routing import evaluation_mode, resolve
+
+
+def reestimate(trainer: Trainer, deployment: Deployment, path: str, number: int) -> None:
+    """Measure BatchNorm's statistics on a copy that may run the user's training step, and take them over.
+
+    Args:
+        trainer: whose data is meant.
+        deployment: the weights to export.
+        path: name of the module that was trained.
+        number: of training batches.
+    """
+    duplicate = working_copy(trainer, deployment.pl_module)
+    root = resolve(duplicate, path)
+    prepared = Prepared.of(deployment.model).bound_to(root)
+    steps = calibration_steps(trainer, duplicate, number, 0, "train")
+    measured: dict[str, Tensor] = {}
+
+    def noting() -> Iterator[Callable[[], Any]]:
+        # The end of the steps puts the copy's buffers back.
+        for step in steps:
+            yield step
+            measured.update({name: buffer.clone() for name, buffer in root.named_buffers()})
+
+    reestimate_batch_norm(prepared, noting())
+    for name, buffer in deployment.model.root.named_buffers():
+        buffer.copy_(measured[name])
+
+
+def rank(trainer: Trainer, deployment: Deployment, path: str) -> Sensitivity:
+    """Measure every operator on training batches, which a copy may run the user's training step on."""
+    duplicate = working_copy(trainer, deployment.pl_module)
+    root = resolve(duplicate, path)
+    with recorded_calls(root, NUM_CALLS) as calls, evaluation_mode(root), torch.no_grad():
+        for step in calibration_steps(trainer, duplicate, NUM_CALLS, 0, "train"):
+            step()
+    return rank_operators(Prepared.of(deployment.model).bound_to(root), calls)
