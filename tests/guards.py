@@ -219,7 +219,7 @@ GUARDS = (
         "callbacks/base.py",
         "step.share, announce_beside(type(self).__name__, found, step)\n",
         "step.share, ()\n",
-        "callbacks/test_model_peculiarities.py -k beside",
+        "callbacks/test_observe_step.py -k beside",
     ),
     Guard(
         "evaluation knows the epoch",

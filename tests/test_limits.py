@@ -8,14 +8,12 @@ from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_models import NUM_CLASSES, Classifier, fit
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassF1Score
 
 from lightning_quant import PostTrainingQuantization, cli, quantize
-from lightning_quant.callbacks.directions import watched
 from lightning_quant.errors import NoEffectWarning, QuantizationError
 from lightning_quant.evaluate import evaluate
 from lightning_quant.report.limits import Limits, columns, limits_from, missed_limits, summary
@@ -189,12 +187,3 @@ def test_torchmetrics_says_which_way_is_better() -> None:
     assert {"val_f1", "seen", "val_loss"} <= set(found)
     assert found.higher_is_better["val_f1"] is True
     assert "seen" not in found.higher_is_better
-
-
-def test_callbacks_that_watch_a_metric_say_it_too() -> None:
-    callbacks = [ModelCheckpoint(monitor="val_loss"), EarlyStopping("val_iou", mode="max"), ModelCheckpoint()]
-    states = {callback.state_key: {} for callback in callbacks}
-
-    assert watched(SimpleNamespace(callbacks=callbacks)) == {"val_loss": False, "val_iou": True}
-    # A checkpoint is quantized by a Trainer without them.
-    assert watched(SimpleNamespace(callbacks=[]), {"callbacks": states}) == {"val_loss": False, "val_iou": True}

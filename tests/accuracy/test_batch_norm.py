@@ -1,14 +1,11 @@
 """Statistics of BatchNorm measured anew under rounding."""
 
 import functools
-from pathlib import Path
 
 import pytest
 import torch
-from lightning_models import equal_tensors, fit, seeded, tensors_of
 from models import CASES
 
-import lightning_quant as lq
 from lightning_quant.accuracy.batch_norm import reestimate_batch_norm
 from lightning_quant.calibrate import calibrate
 from lightning_quant.errors import CalibrationError
@@ -40,17 +37,3 @@ def test_statistics_are_the_means_over_all_batches_of_what_the_rounded_layer_giv
     assert [module.training for module in model.modules()] == flags
     with pytest.raises(CalibrationError, match="at least one batch"):
         reestimate_batch_norm(prepared, [])
-
-
-@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
-def test_the_artifact_of_a_fit_has_them_and_the_users_module_has_not(tmp_path: Path) -> None:
-    models = {}
-    for number in (0, 4):
-        folder = tmp_path / str(number)
-        callback = lq.QuantizationAwareTraining({"batch_norm_batches": number}, output_dir=folder, threads=1)
-        module = seeded()
-        fit(module, callback, max_epochs=1, default_root_dir=tmp_path)
-        models[number] = (tensors_of(module), lq.load(folder, threads=1))
-    assert equal_tensors(models[0][0], models[4][0])
-    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert not torch.equal(models[0][1](x), models[4][1](x))

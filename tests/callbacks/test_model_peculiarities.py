@@ -26,7 +26,6 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from lightning_quant import QuantizationAwareTraining, load
-from lightning_quant.errors import NoEffectWarning
 from lightning_quant.prepared import RoutedForward
 
 pytestmark = [
@@ -358,26 +357,3 @@ def test_copies_made_while_training(kind: Any, tmp_path: Path) -> None:
         assert [student for student, _ in watch.seen] == [teacher for _, teacher in watch.seen]
         assert {phase for phase, _ in watch.seen} == {"observe", "fake_quantize", "frozen"}
         assert watch.updates[:3] == [{2}, {4}, {6}]
-
-
-class Beside(Classifier):
-    """Calls its network, and a part of it once more past the network's own forward."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-        return super().training_step(batch, batch_idx) + 0.01 * self.net.features(batch[0]).square().mean()
-
-
-@feature("Modules", "self.net.features(x) beside self.net(x) in training_step", note="found at fit start, and reported")
-def test_calls_beside_the_forward_are_reported(kind: Any, tmp_path: Path) -> None:
-    callback = kind(output_dir=tmp_path, module="net", evaluate=False)
-    with pytest.warns(NoEffectWarning, match=r"also calls net\.conv1, net\.conv2 past the forward of 'net'"):
-        fit(seeded(Beside), callback)
-
-    assert any("those calls are float" in note for note in callback.artifact.report["notes"])
-
-
-def test_no_calls_beside_the_forward_are_found_where_there_are_none(tmp_path: Path) -> None:
-    callback = QuantizationAwareTraining(output_dir=tmp_path, evaluate=False)
-    fit(seeded(), callback)
-
-    assert callback.findings == ()

@@ -14,7 +14,6 @@ from lightning.pytorch import Trainer
 from lightning_models import Classifier
 
 import lightning_quant as lq
-from lightning_quant.callbacks.states import state_of
 
 SHARED = {
     "module": "net",
@@ -113,28 +112,3 @@ def test_copies_know_their_arguments(duplicate: Any, tmp_path: Path) -> None:
     callback.last_folder = tmp_path
 
     assert again(callback, tmp_path).threads == 3
-
-
-def test_a_state_is_of_its_module_and_recipe_wherever_the_artifact_goes() -> None:
-    here, there = (lq.QuantizationAwareTraining(module="net", output_dir=folder) for folder in ("a", "b"))
-    assert here.state_key == there.state_key
-    others = [
-        lq.QuantizationAwareTraining(module="head"),
-        lq.QuantizationAwareTraining("int8_reduce_range", module="net"),
-        lq.QuantizationAwareTraining(module="net", runtime="openvino"),
-    ]
-    assert len({here.state_key, *(other.state_key for other in others)}) == 4
-
-
-def test_a_state_that_was_saved_with_the_folder_in_its_name_is_found() -> None:
-    callback = lq.QuantizationAwareTraining(module="net", output_dir="b")
-    identity = {"runtime": "onnxruntime", "recipe": "int8", "module": "net", "output_dir": "a"}
-    old, other = (f"QuantizationAwareTraining{identity | changed}" for changed in ({}, {"module": "head"}))
-
-    assert state_of(
-        callback, callback.settings, {old: {"phase": "observe"}, other: {}, "EarlyStopping{'monitor': 'x'}": {}}
-    ) == {"phase": "observe"}
-    assert (
-        state_of(callback, callback.settings, {other: {"phase": "observe"}, "QuantizationAwareTraining{oops": {}})
-        is None
-    )

@@ -1,0 +1,23 @@
+"""What is measured of a trained module is in the artifact, and not in the user's module."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from lightning_models import equal_tensors, fit, seeded, tensors_of
+
+import lightning_quant as lq
+
+
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+def test_statistics_measured_anew_are_in_the_artifact_and_not_in_the_users_module(tmp_path: Path) -> None:
+    models = {}
+    for number in (0, 4):
+        folder = tmp_path / str(number)
+        callback = lq.QuantizationAwareTraining({"batch_norm_batches": number}, output_dir=folder, threads=1)
+        module = seeded()
+        fit(module, callback, max_epochs=1, default_root_dir=tmp_path)
+        models[number] = (tensors_of(module), lq.load(folder, threads=1))
+    assert equal_tensors(models[0][0], models[4][0])
+    x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert not torch.equal(models[0][1](x), models[4][1](x))
