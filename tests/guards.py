@@ -33,6 +33,13 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "a graph that does otherwise than the forward it was traced from is left out",
+        "graph/faithful.py",
+        '        found = _unfaithful(traced, module, tensors, *calls[""])\n',
+        "        found = None\n",
+        "graph/test_proxy.py -k runs_as_it_is",
+    ),
+    Guard(
         "later batches of validation are looked at before training",
         "callbacks/validation_batches.py",
         "        check_takes(model, args, kwargs)\n",

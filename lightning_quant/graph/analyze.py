@@ -13,10 +13,11 @@ from lightning_quant.graph import operations as ops
 from lightning_quant.graph.claims import Claim, claim_of, settle, weigh
 from lightning_quant.graph.counting import ObservedCall, observe_call
 from lightning_quant.graph.expansions import is_expanded
+from lightning_quant.graph.faithful import trace_faithfully
 from lightning_quant.graph.patterns import Matcher
 from lightning_quant.graph.plan import COMPUTED_ONCE, UNREAD, GraphPlan, Plan, Row, join
 from lightning_quant.graph.table import OperatorTable, Selection, matches
-from lightning_quant.graph.trace import Traced, trace
+from lightning_quant.graph.trace import Traced
 from lightning_quant.graph.unread import remove_unread
 from lightning_quant.routing import as_exported, clone, evaluation_mode, resolve, training_mode
 
@@ -98,7 +99,8 @@ class _Splitter:
         try:
             signature = own_signature(module)
             spec, tensors = flatten_call(signature, args, kwargs)
-            traced = (_trace_for_both_modes if self.trains else trace)(module, spec, tensors)
+            calls = _calls_under(path, self.observed.first)
+            traced = (_trace_for_both_modes if self.trains else trace_faithfully)(module, spec, tensors, calls)
         except (UntraceableError, ValueError) as error:
             self.reason = self.reason or str(error)
             self._refuse(path, module, str(error))
@@ -173,7 +175,13 @@ def analyze(
     return Analysis(plan, tuple(splitter.islands), CapturedCall(signature, spec, tensors), nothing)
 
 
-def _trace_for_both_modes(module: nn.Module, spec: CallSpec, tensors: list[Tensor]) -> Traced:
+def _calls_under(path: str, calls: dict[str, Any]) -> dict[str, Any]:
+    """Return the calls of a module and those inside by their paths in it."""
+    inside = f"{path}." if path else ""
+    return {"": calls[path], **{name.removeprefix(inside): calls[name] for name in calls if name.startswith(inside)}}
+
+
+def _trace_for_both_modes(module: nn.Module, spec: CallSpec, tensors: list[Tensor], calls: dict[str, Any]) -> Traced:
     """Trace in eval mode, leaving out also what cannot be traced in training mode.
 
     Raises:
@@ -181,10 +189,10 @@ def _trace_for_both_modes(module: nn.Module, spec: CallSpec, tensors: list[Tenso
     """
     reasons: dict[str, str] = {}
     while True:
-        traced = trace(module, spec, tensors, set(reasons))
+        traced = trace_faithfully(module, spec, tensors, calls, set(reasons))
         reasons |= traced.opaque
         with training_mode(module):
-            in_training = trace(module, spec, tensors, set(reasons)).opaque
+            in_training = trace_faithfully(module, spec, tensors, calls, set(reasons)).opaque
         if not in_training:
             return Traced(traced.graph, traced.output_spec, reasons)
         reasons |= in_training

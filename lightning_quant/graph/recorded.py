@@ -1,16 +1,21 @@
-"""What no proxy overrides and becomes nodes all the same: constructors, the larger of two sizes, buffers set anew."""
+"""What no proxy overrides and becomes nodes, or is answered, all the same: constructors, lengths, buffers set anew."""
 
 import builtins
 import operator
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from lightning_quant.graph.proxy import ShapedProxy
+
 _CONSTRUCTORS = ("rand", "randn", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
+# Their code asks for types of what it makes itself.
+_LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning"})
 _WRITES = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 
 
@@ -47,6 +52,12 @@ def functions_recorded(tracer: fx.Tracer) -> Iterator[None]:
     for name, target in (("max", torch.sym_max), ("min", torch.sym_min)):
         originals[builtins, name] = getattr(builtins, name)
         replaced[builtins, name] = recorded_extreme(getattr(builtins, name), target)
+    originals |= {(builtins, function.__name__): function for function in (len, callable, isinstance)}
+    originals[torch, "is_tensor"] = torch.is_tensor
+    replaced[builtins, "len"] = _length_recorded(len)
+    replaced[builtins, "callable"] = _callability_told(callable)
+    replaced[builtins, "isinstance"] = _class_told(isinstance)
+    replaced[torch, "is_tensor"] = lambda value: issubclass(_kind_of(value), Tensor)
     set_attribute = originals[nn.Module, "__setattr__"] = nn.Module.__setattr__
 
     def set_buffer(module: nn.Module, name: str, value: Any) -> None:
@@ -66,3 +77,71 @@ def functions_recorded(tracer: fx.Tracer) -> Iterator[None]:
     finally:
         for (owner, name), original in originals.items():
             setattr(owner, name, original)
+
+
+def _length_recorded(length: Callable[[Any], int]) -> Callable[[Any], Any]:
+    """Return `len` for proxies, too, whose own methods may answer with a whole number only."""
+
+    def call(value: Any, /) -> Any:
+        if type(value) is ShapedProxy and isinstance(value.fake, Tensor):
+            return value.size(0)
+        return length(value)
+
+    return call
+
+
+def _callability_told(is_callable: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    """Return `callable` for proxies, too, all of which can be called."""
+
+    def call(value: Any, /) -> bool:
+        return is_callable(value.fake if type(value) is ShapedProxy else value)
+
+    return call
+
+
+def _class_told(is_instance: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+    """Return `isinstance` that knows what proxies stand for, but for PyTorch's own code, which has to meet proxies."""
+
+    def call(value: Any, kinds: Any, /) -> bool:
+        if type(value) is not ShapedProxy or is_instance(value, kinds):
+            return is_instance(value, kinds)
+        asking = sys._getframe(1).f_globals.get("__name__", "").partition(".")[0]
+        return asking not in ("torch", __package__.partition(".")[0]) and issubclass(value.kind, kinds)
+
+    return call
+
+
+def _kind_of(value: Any) -> type:
+    return value.kind if type(value) is ShapedProxy else type(value)
+
+
+class _AskingType(type):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        if len(args) == 1 and not kwargs:
+            return _kind_of(args[0])
+        return type(*args, **kwargs)
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, type)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, type)
+
+
+class _Type(type, metaclass=_AskingType):
+    """Stands for `type` in the code of modules: that of a proxy is the class of the value that it stands for."""
+
+
+@contextmanager
+def types_told(root: nn.Module) -> Iterator[None]:
+    """Let `type(y) is Tensor` be true of proxies in a block, in the files of the classes of a tree's modules."""
+    names = {kind.__module__ for module in root.modules() for kind in type(module).__mro__} - {"builtins"}
+    own = [name for name in names if name in sys.modules and name.partition(".")[0] not in _LIBRARIES]
+    files = [file for file in (vars(sys.modules[name]) for name in own) if "type" not in file]
+    for file in files:
+        file["type"] = _Type
+    try:
+        yield
+    finally:
+        for file in files:
+            del file["type"]

@@ -25,8 +25,8 @@ from lightning_quant.foreign_operators import ForeignOperatorsInlined
 from lightning_quant.graph.counting import counted_by, multiply_add_counter
 from lightning_quant.graph.expansions import expansion_of, is_expanded, layer_read_by, transformers_traceable
 from lightning_quant.graph.normalize import functionalize
-from lightning_quant.graph.proxy import ShapedProxy
-from lightning_quant.graph.recorded import functions_recorded
+from lightning_quant.graph.proxy import ShapedProxy, settled
+from lightning_quant.graph.recorded import functions_recorded, types_told
 from lightning_quant.graph.side_effects import attributes, check_attributes
 from lightning_quant.graph.size_conditions import decided, is_of_sizes
 from lightning_quant.routing import clone, device_of, without_fast_path
@@ -89,6 +89,8 @@ class _Tracer(fx.Tracer):
         return not is_expanded(m) and super().is_leaf_module(m, module_qualified_name)
 
     def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
         if not is_dataclass(a) or isinstance(a, type):
             return super().create_arg(a)
         # Calling the class with its fields, as fx does, is not what makes every dataclass.
@@ -119,7 +121,7 @@ class _Tracer(fx.Tracer):
             self.scopes.pop()
         # This graph is of no use, but what else cannot be traced is found on the same pass.
         result = super().call_module(m, forward, args, kwargs)
-        if "unknown" in result.node.meta:
+        if isinstance(result, fx.Proxy) and "unknown" in result.node.meta:
             raise _StopError from failed
         return result
 
@@ -152,7 +154,7 @@ class _Tracer(fx.Tracer):
         except _UnknownError as error:
             proxy.node.meta["unknown"] = str(error)
         self._label(proxy.node)
-        return proxy
+        return settled(proxy, str(args[1]) if target is getattr else operation_name(proxy.node))
 
     def to_bool(self, obj: fx.Proxy) -> bool:
         value = obj.node.meta.get("fake")
@@ -233,7 +235,8 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
             before = attributes(copy)
             # Autocast keeps the weights that it casts; those of a trace are not real.
             uncast = torch.autocast(device, enabled=False)
-            with functions_recorded(tracer), transformers_traceable(), torch.enable_grad(), uncast, without_fast_path():
+            told = functions_recorded(tracer), types_told(copy), transformers_traceable()
+            with told[0], told[1], told[2], torch.enable_grad(), uncast, without_fast_path():
                 graph = tracer.trace(copy)
             if not tracer.failures:
                 check_attributes(before, copy)
