@@ -68,7 +68,7 @@ class ChannelScale:
 
 def unscaled(channels: int, axis: int) -> ChannelScale:
     """Return the channel scale that changes nothing."""
-    return ChannelScale(torch.ones(channels), torch.zeros(channels), axis)
+    return ChannelScale(torch.ones(channels, dtype=torch.float32), torch.zeros(channels, dtype=torch.float32), axis)
 
 
 @dataclass(frozen=True)

@@ -159,7 +159,7 @@ def _merged_extremes(group: Group, ranges: Ranges) -> Tensor:
     """Return `(observers, 2)`: minus the minimum and the maximum that any process saw, or minus infinity."""
     observers = list(ranges.observers.values())
     device = next((o.low.device for o in observers if o.low is not None), group.device)
-    nothing = torch.tensor(-torch.inf, device=device)
+    nothing = torch.tensor(-torch.inf, dtype=torch.float32, device=device)
     rows = [torch.stack([nothing, nothing] if o.low is None or o.high is None else [-o.low, o.high]) for o in observers]
     return group.maximum(torch.stack(rows).nan_to_num(torch.inf, torch.inf, -torch.inf))
 

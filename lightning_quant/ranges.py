@@ -160,7 +160,7 @@ class Ranges:
             device: where the result lies when nothing was seen.
         """
         device = self._seen[0].lows.device if self._seen else device
-        rows = torch.full((len(self._observers), 2), -torch.inf, device=device)
+        rows = torch.full((len(self._observers), 2), -torch.inf, dtype=torch.float32, device=device)
         if self._seen:
             seen, places = self._joined(), {identity: place for place, identity in enumerate(self._observers)}
             index = torch.tensor([places[identity] for identity in seen.edges], device=device)
@@ -297,8 +297,8 @@ class Ranges:
         """Return the ends of all observers' ranges, `(observers,)` each."""
         device = next((o.low.device for o in self._observers.values() if o.low is not None), torch.device("cpu"))
         # What is infinite leaves minimum and maximum over a group as they are.
-        nothing = torch.tensor(torch.inf, device=device), torch.tensor(-torch.inf, device=device)
-        ranges = [self._range(i) if self._has_range(i) else nothing for i in self._observers]
+        low, high = torch.tensor([torch.inf, -torch.inf], dtype=torch.float32, device=device).unbind()
+        ranges = [self._range(i) if self._has_range(i) else (low, high) for i in self._observers]
         lows, highs = (torch.stack(ends) for ends in zip(*ranges, strict=True))
         return lows, highs
 

@@ -155,7 +155,8 @@ class RoundedWeights:
         key = (tuple(values), tuple(sizes), type(values[0]), device)
         if key not in self._constants:
             spread = [value for value, size in zip(values, sizes, strict=True) for _ in range(size)]
-            self._constants[key] = torch.tensor(spread, device=device)
+            dtype = torch.float32 if isinstance(values[0], float) else torch.int64
+            self._constants[key] = torch.tensor(spread, dtype=dtype, device=device)
         return self._constants[key]
 
 

@@ -140,7 +140,7 @@ class Rounding:
             self._ranges.observe(identity, x)
         elif kernels.serve_values(x):
             if self._table is None:
-                self._table = torch.full((len(self.graph.edges), 2), -torch.inf, device=x.device)
+                self._table = torch.full((len(self.graph.edges), 2), -torch.inf, dtype=torch.float32, device=x.device)
             row = self._rows[identity] = len(self._rows)
             if self._grids is not None:
                 return row

@@ -228,7 +228,7 @@ class Rows:
 
     def maxima(self) -> Tensor:
         """Return the largest magnitude of each row, `(rows,)` float32."""
-        maxima = torch.empty(len(self.lengths), device=self.first.device)
+        maxima = torch.empty(len(self.lengths), dtype=torch.float32, device=self.first.device)
         _maxima[(len(self.lengths),)](self.first, self.places, self.lengths, maxima, 1024)
         return maxima
 

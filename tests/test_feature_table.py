@@ -35,7 +35,10 @@ once, in about half a minute. `pytest -m gpu` runs the same tests on a CUDA devi
 islands, batch norm, best weights. After training: `int8` on three runtimes, `int8_accurate`, five recipes of layers \
 on two. Both: under `torch.compile` (its `eager` backend), `runtime="auto"`, averages of weights, checkpoints. \
 Resuming from and to the CPU; two callbacks. One process; no speed is told |
-| CUDA | - | nothing of this version: no GPU was at hand |
+| CUDA 13.0, one H100 80GB | 2.11.0, Triton 3.6.0 | On 2026-11-27, Lightning 2.6.6, driver 580.159: of `tests/devices` \
+(44 s on ten processes), the kernels and 16-mixed 101 of 107 passed. Four of the others let Lightning choose the \
+device that they were to resume on; two, `16-true` and `bf16-true`, found a table in the default dtype. All six are \
+repaired, and have not run on a GPU since |
 """
 
 

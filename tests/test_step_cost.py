@@ -112,8 +112,37 @@ def trained(case: Case, phase: str, where: Any, recipe: str = "int8") -> tuple[l
     return found, prepared.ranges.state_dict()
 
 
+@contextmanager
+def half_by_default(where: Callable[[], Any]) -> Iterator[None]:
+    """Let tensors that are made from nothing be half precision, as in the steps of Lightning's "16-true"."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with where():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def is_float(value: Any) -> bool:
     return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@pytest.mark.parametrize("where", [nullcontext, as_on_a_gpu])
+@pytest.mark.parametrize("phase", ["observe", "fake_quantize"])
+def test_a_default_of_half_precision_changes_no_number(phase: str, where: Callable[[], Any]) -> None:
+    case = next(case for case in CASES if case.name == "residual")
+    found, state = trained(case, phase, half_by_default(where))
+    expected, expected_state = trained(case, phase, where())
+
+    for actual, value in zip(found, expected, strict=True):
+        assert torch.equal(actual, value)
+    for identity, saved in expected_state.items():
+        assert all(
+            torch.equal(torch.as_tensor(state[identity][name]), torch.as_tensor(value))
+            and torch.as_tensor(state[identity][name]).dtype == torch.as_tensor(value).dtype
+            for name, value in saved.items()
+        )
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int4_weights"])

@@ -19,8 +19,12 @@ from lightning_quant.grid import UINT8
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 HAS_TRITON = importlib.util.find_spec("triton") is not None and (INTERPRETED or torch.cuda.is_available())
 DEVICE = torch.device("cuda" if HAS_TRITON and not INTERPRETED else "cpu")
-triton_alone = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton and a GPU, or TRITON_INTERPRET=1")
-WAYS = ["plain", pytest.param("triton", marks=triton_alone)]
+needs_triton = pytest.mark.skipif(not HAS_TRITON, reason="needs Triton and a GPU, or TRITON_INTERPRET=1")
+WAYS = ["plain", pytest.param("triton", marks=[needs_triton, pytest.mark.gpu])]
+
+
+def triton_alone(test: Any) -> Any:
+    return needs_triton(pytest.mark.gpu(test))
 
 
 def rounded(way: str, x: Tensor, grid: tuple[Tensor, Tensor], relu: bool) -> Tensor:

@@ -159,7 +159,7 @@ def learn_rounding(
     with torch.no_grad():
         nearest = torch.round(weight / scale).clamp(-quant_max, quant_max) * scale
         power = float((compute(inputs[0][:batch], nearest) - targets[0][:batch]).square().mean()) or 1.0  # type: ignore[operator]
-    shares = torch.tensor([float(len(x)) for x in inputs])
+    shares = torch.tensor([float(len(x)) for x in inputs], dtype=torch.float32)
     for iteration in range(iterations):
         size = 0 if len(inputs) == 1 else int(torch.multinomial(shares, 1, generator=generator))
         chosen = torch.randperm(len(inputs[size]), generator=generator)[:batch]

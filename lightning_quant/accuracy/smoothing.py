@@ -82,7 +82,7 @@ def activation_maxima(prepared: Prepared, groups: list[ScalingGroup], calls: lis
 
 def column_maximum(weights: list[Tensor], channels: int) -> Tensor:
     """Return the largest magnitude that reads each input channel, over all given weights, `(channels,)`."""
-    maximum = torch.zeros(channels, device=weights[0].device)
+    maximum = torch.zeros(channels, dtype=torch.float32, device=weights[0].device)
     for weight in weights:
         flat = weight.abs().flatten(2).amax(2) if weight.dim() > 2 else weight.abs()
         by_channel = flat.view(channels // weight.shape[1], -1, weight.shape[1]).amax(1).flatten()

@@ -59,8 +59,11 @@ class _UnknownError(Exception):
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, spec: CallSpec, tensors: list[Tensor], opaque: set[str]) -> None:
+    def __init__(self, root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[str]) -> None:
         super().__init__(param_shapes_constant=False)
+        # The module may have moved since its call was captured, to a GPU for training or back: the call goes along.
+        self.device = device_of(root)
+        self.devices = {self.device, *(parameter.device for parameter in root.parameters())}
         self.proxy_buffer_attributes = True
         self.spec, self.tensors, self.opaque = spec, tensors, opaque
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -167,7 +170,8 @@ class _Tracer(fx.Tracer):
     def _propagate(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         if kind == "placeholder":
             index = sum(1 for node in self.graph.nodes if node.op == "placeholder") - 1
-            return self.mode.from_tensor(self.tensors[index].detach())
+            fake = self.mode.from_tensor(self.tensors[index].detach())
+            return fake if fake.device in self.devices else fake.to(self.device)
         for read in pytree.tree_leaves((args, kwargs)):
             if isinstance(read, fx.Proxy) and "unknown" in read.node.meta:
                 raise _UnknownError(read.node.meta["unknown"])
@@ -230,7 +234,7 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
     device = device_of(root).type
     while True:
         copy = clone(root, unrouted=True)
-        tracer = _Tracer(spec, tensors, {*(opaque or ()), *reasons})
+        tracer = _Tracer(root, spec, tensors, {*(opaque or ()), *reasons})
         try:
             before = attributes(copy)
             # Autocast keeps the weights that it casts; those of a trace are not real.

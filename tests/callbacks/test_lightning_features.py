@@ -393,6 +393,7 @@ def test_precisions(kind: Any, precision: Any, tmp_path: Path) -> None:
     check(callback, module)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: on the CPU 16-mixed is bf16-mixed in disguise")
 @feature("Precision", "16-mixed", needs="a GPU")
 def test_mixed_half_precision_on_a_gpu(kind: Any, tmp_path: Path) -> None:

@@ -89,7 +89,8 @@ def test_best_weights(where: Any, tmp_path: Path) -> None:
 @pytest.mark.parametrize("recipe", ["int8", pytest.param("int4_weights", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("to_device", [True, False])
 def test_resuming_on_another_device(where: Any, tmp_path: Path, recipe: str, to_device: bool) -> None:
-    places = [{}, where.options()] if to_device else [where.options(), {}]
+    here = {"accelerator": "cpu"}
+    places = [here, where.options()] if to_device else [where.options(), here]
     arguments = {"recipe": recipe, "output_dir": tmp_path / "artifact", "schedule": SCHEDULE}
     first = QuantizationAwareTraining(**arguments, evaluate=False)
     trainer = fit(seeded(), first, max_epochs=1, **places[0])
@@ -101,10 +102,40 @@ def test_resuming_on_another_device(where: Any, tmp_path: Path, recipe: str, to_
     check(second)
 
 
+class Asking(nn.BatchNorm2d):
+    """A BatchNorm with an activation, in the way of timm's: its forward asks what it is given."""
+
+    def __init__(self, channels: int, activation: nn.Module) -> None:
+        super().__init__(channels)
+        self.act = activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._assert(x.ndim == 4, f"expected 4D input (got {x.ndim}D input)")
+        assert x.device == self.weight.device
+        statistics = self.running_mean, self.running_var, self.weight, self.bias
+        return self.act(nn.functional.batch_norm(x, *statistics, self.training, 0.1, self.eps))
+
+
+class InvertedResidual(nn.Module):
+    """A depthwise convolution between two others, and a shortcut."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm1 = nn.Conv2d(1, 8, 3), Asking(8, nn.ReLU())
+        self.depthwise, self.norm2 = nn.Conv2d(8, 8, 3, padding=1, groups=8), Asking(8, nn.ReLU())
+        self.last, self.norm3 = nn.Conv2d(8, 8, 1), Asking(8, nn.Identity())
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm1(self.first(x))
+        x = x + self.norm3(self.last(self.norm2(self.depthwise(x))))
+        return self.head(x.mean((2, 3)))
+
+
 @pytest.mark.parametrize("recipe", ["int8", "int8_accurate"])
 def test_calibration(where: Any, tmp_path: Path, recipe: str) -> None:
     callback = PostTrainingQuantization(recipe, output_dir=tmp_path / "artifact", sensitivity=True)
-    fit(seeded(), callback, **where.options())
+    fit(seeded(net=InvertedResidual()), callback, **where.options())
     check(callback)
     assert callback.artifact.report["sensitivity"]["layers"]
 
