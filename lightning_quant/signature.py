@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,22 +13,10 @@ from torch.utils import _pytree as pytree
 from lightning_quant.call_checks import DTYPES, TensorInfo, as_captured, check_named_sizes, difference
 from lightning_quant.calls import CapturedCall, constant_names, context_of, flatten_call, unique_names
 from lightning_quant.errors import ArtifactError, ExportError, FixedSizesError, QuantizationError
+from lightning_quant.result import build, decode, freeze, indices, plain, structure_of, text
 from lightning_quant.structures import reachable_tensors
 
 _KINDS = {kind.name: kind for kind in inspect._ParameterKind}
-
-
-class Record(dict):
-    """The fields of a dataclass that an artifact returns: readable by key, by attribute and by position."""
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return self[name]
-        except KeyError:
-            raise AttributeError(f"no field {name!r} among {list(self)}") from None
-
-    def __getitem__(self, key: Any) -> Any:
-        return list(self.values())[key] if isinstance(key, int | slice) else super().__getitem__(key)
 
 
 @dataclass(frozen=True)
@@ -85,7 +72,7 @@ class Signature:
         spec, tensors = flatten_call(self._inspect(), args, kwargs)
         names = tuple(info.name for info in self.inputs)
         given = {
-            name: _plain(value)
+            name: plain(value)
             for name, (_, value) in zip(constant_names(spec, tensors), spec.constants, strict=True)
             if not (value is None and name in self.optional)
         }
@@ -97,7 +84,7 @@ class Signature:
                 f"Expected what the call carries beside tensors to be {self.context}, as captured, but got {context}: "
                 "it is part of the exported model. Export again from a call with it."
             )
-        captured = [_plain(value) for value in self.constants]
+        captured = [plain(value) for value in self.constants]
         if list(given.values()) != captured:
             raise QuantizationError(
                 f"Expected the constants of the captured call, {difference(captured, given)}: they are part of the "
@@ -132,7 +119,7 @@ class Signature:
 
     def unflatten(self, tensors: list[Tensor]) -> Any:
         """Return the result that these output tensors make up."""
-        return _build(self.structure, tensors)
+        return build(self.structure, tensors)
 
     def check_decided(self, outputs: list[Tensor]) -> None:
         """Refuse the NaN of a file that answers calls alone which decide as the captured one.
@@ -149,7 +136,7 @@ class Signature:
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists that JSON can hold."""
-        return {**dataclasses.asdict(self), "constants": [_plain(value) for value in self.constants]}
+        return {**dataclasses.asdict(self), "constants": [plain(value) for value in self.constants]}
 
     @staticmethod
     def from_dict(values: dict[str, Any]) -> "Signature":
@@ -160,18 +147,18 @@ class Signature:
         """
         try:
             signature = Signature(
-                parameters=tuple((_text(n), _text(k), d) for n, k, d in values["parameters"]),
+                parameters=tuple((text(n), text(k), d) for n, k, d in values["parameters"]),
                 inputs=tuple(_info(info) for info in values["inputs"]),
-                constants=tuple(_freeze(value) for value in values["constants"]),
+                constants=tuple(freeze(value) for value in values["constants"]),
                 outputs=tuple(_info(info) for info in values["outputs"]),
                 structure=values["structure"],
                 # Manifests of earlier versions have neither.
                 context=str(values.get("context", "")),
-                optional=tuple(_text(name) for name in values.get("optional", ())),
-                decisions=tuple(_text(line) for line in values.get("decisions", ())),
+                optional=tuple(text(name) for name in values.get("optional", ())),
+                decisions=tuple(text(line) for line in values.get("decisions", ())),
             )
             signature._inspect()
-            if _indices(signature.structure) != list(range(len(signature.outputs))):
+            if indices(signature.structure) != list(range(len(signature.outputs))):
                 raise ValueError("the result is not made of the outputs in order")
             names = [info.name for info in (*signature.inputs, *signature.outputs)]
             if len(set(names)) != len(names):
@@ -213,7 +200,7 @@ def make_signature(
         for name, tensor in zip(call.names, call.tensors, strict=True)
     )
     leaves: list[Tensor] = []
-    structure = _structure(output, leaves)
+    structure = structure_of(output, leaves)
     varying = [{} if place is None else {place[0]: _of_samples(place[1])} for place in places]
     outputs = tuple(
         _describe(name, leaf, named)
@@ -221,7 +208,7 @@ def make_signature(
             output_names(output, call.names), leaves, varying or [{} for _ in leaves], strict=True
         )
     )
-    constants = tuple(_decode(_plain(value)) for _, value in call.spec.constants)
+    constants = tuple(decode(plain(value)) for _, value in call.spec.constants)
     return Signature(parameters, inputs, constants, outputs, structure, context_of(call.spec))
 
 
@@ -232,7 +219,7 @@ def _of_samples(each: int) -> str:
 def tensor_leaves(output: Any) -> list[Tensor]:
     """Return the tensors of a result in the order in which they are exported."""
     leaves: list[Tensor] = []
-    _structure(output, leaves)
+    structure_of(output, leaves)
     return leaves
 
 
@@ -253,58 +240,8 @@ def leaves_of(output: Any) -> list[Tensor]:
 def output_names(output: Any, inputs: tuple[str, ...]) -> list[str]:
     """Return a name for every tensor of a result that no input has: its path in it, or "output"."""
     names: list[str] = []
-    _structure(output, [], names)
+    structure_of(output, [], names)
     return unique_names([*inputs, *names])[len(inputs) :]
-
-
-def _structure(value: Any, leaves: list[Tensor], names: list[str] | None = None, path: str = "") -> Any:
-    def inside(key: Any, item: Any) -> Any:
-        return _structure(item, leaves, names, f"{path}_{key}" if path else str(key))
-
-    if isinstance(value, Tensor):
-        leaves.append(value)
-        if names is not None:
-            name = "".join(c if c.isalnum() else "_" for c in path) or "output"
-            names.append(f"output_{name}" if name[0].isdigit() else name)
-        return {"tensor": len(leaves) - 1}
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = ((f.name, getattr(value, f.name)) for f in dataclasses.fields(value))
-        return {
-            "record": {
-                name: inside(name, item) for name, item in (value.items() if isinstance(value, dict) else fields)
-            }
-        }
-    if isinstance(value, dict):
-        return {"dict": [[key, inside(key, item)] for key, item in value.items()]}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {"record": {name: inside(name, getattr(value, name)) for name in value._fields}}
-    if isinstance(value, list | tuple):
-        return {type(value).__name__: [inside(index, item) for index, item in enumerate(value)]}
-    if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-        raise ExportError("Expected forward to return tensors, but it returns a number computed from a dynamic shape.")
-    if value is None or isinstance(value, bool | int | float | str):
-        return {"constant": _plain(value)}
-    if any((base.__name__, base.__module__) == ("Cache", "transformers.cache_utils") for base in type(value).__mro__):
-        # Keys and values for a next call: code that generates has its own, and an artifact is called once at a time.
-        return {"constant": None}
-    raise ExportError(
-        f"Expected forward to return tensors in lists, dicts or dataclasses, but got {type(value).__name__}. "
-        "Quantize a child module that returns tensors; callbacks take its name as `module=...`."
-    )
-
-
-def _build(structure: Any, tensors: list[Tensor]) -> Any:
-    ((kind, content),) = structure.items()
-    if kind == "tensor":
-        return tensors[content]
-    if kind == "constant":
-        return _decode(content)
-    if kind == "record":
-        return Record({name: _build(item, tensors) for name, item in content.items()})
-    if kind == "dict":
-        return {key: _build(item, tensors) for key, item in content}
-    items = [_build(item, tensors) for item in content]
-    return tuple(items) if kind == "tuple" else items
 
 
 def _describe(name: str, tensor: Tensor, dynamic: dict[int, str]) -> TensorInfo:
@@ -313,7 +250,7 @@ def _describe(name: str, tensor: Tensor, dynamic: dict[int, str]) -> TensorInfo:
 
 
 def _info(values: dict[str, Any]) -> TensorInfo:
-    info = TensorInfo(_text(values["name"]), _text(values["dtype"]), tuple(values["shape"]))
+    info = TensorInfo(text(values["name"]), text(values["dtype"]), tuple(values["shape"]))
     if info.dtype not in DTYPES:
         raise ValueError(f"{info.dtype} is no dtype")
     for size in info.shape:
@@ -322,66 +259,13 @@ def _info(values: dict[str, Any]) -> TensorInfo:
     return info
 
 
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise TypeError(f"{value!r} is no name")
-    return value
-
-
-def _indices(structure: Any) -> list[int]:
-    """Return the outputs that a result is made of, in order; raise unless `_build` can build it."""
-    ((kind, content),) = structure.items()
-    if kind == "tensor":
-        if type(content) is not int:
-            raise TypeError(f"{content!r} is no index")
-        return [content]
-    if kind == "constant":
-        _decode(content)
-        return []
-    if kind == "record":
-        items = [content[_text(name)] for name in content]
-    elif kind == "dict":
-        items = [item for _, item in content]
-        if not all(key is None or isinstance(key, bool | int | float | str) for key, _ in content):
-            raise TypeError("a key of a dict is no plain value")
-    elif kind in ("list", "tuple"):
-        items = list(content)
-    else:
-        raise ValueError(f"{kind!r} is no kind of result")
-    return [index for item in items for index in _indices(item)]
-
-
 def _default_of(parameter: inspect.Parameter) -> Any:
     if parameter.default is inspect.Parameter.empty:
         return "required"
     leaves = pytree.tree_leaves(parameter.default)
-    plain = all(x is None or isinstance(x, bool | int | float | str) for x in leaves)
-    return {"value": pytree.tree_map(_plain, parameter.default)} if plain else "required"
+    is_plain = all(x is None or isinstance(x, bool | int | float | str) for x in leaves)
+    return {"value": pytree.tree_map(plain, parameter.default)} if is_plain else "required"
 
 
 def _default(default: Any) -> Any:
-    return _freeze(default["value"])
-
-
-def _plain(value: Any) -> Any:
-    """Return a value that JSON can hold: infinities and NaN, which it has no numbers for, by name."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return {"float": str(value)}
-    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
-
-
-def _decode(value: Any) -> Any:
-    """Return the value that `_plain` wrote."""
-    if isinstance(value, dict) and set(value) == {"float"}:
-        return float(value["float"])
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    raise TypeError(f"{value!r} is no plain value")
-
-
-def _freeze(value: Any) -> Any:
-    if isinstance(value, list):
-        return tuple(_freeze(item) for item in value)
-    if isinstance(value, dict) and set(value) != {"float"}:
-        return {key: _freeze(item) for key, item in value.items()}
-    return _decode(value)
+    return freeze(default["value"])
