@@ -19,7 +19,7 @@ from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.candidates import is_left_out
 from lightning_quant.graph.code import clear_of_own_names, with_any_names
 from lightning_quant.graph.moves import border_of
-from lightning_quant.graph.plan import Operator, identify
+from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.trace import trace
 from lightning_quant.layers.parameters import read_from_children
 from lightning_quant.layers.placement import place
@@ -101,6 +101,8 @@ def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
     # In eval mode throughout: in training a look at a weight may change it, as spectral norm's power iteration does.
     with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
         prepared.root(*args, **kwargs)
+        # What is converted has the layers that these weights, which may have been trained, are stored in.
+        prepared.plan = prepared.stored_plan()
         return _convert(prepared, static_sizes=static_sizes)
 
 
@@ -187,11 +189,11 @@ def _convert_island(
     for operator in island.plan.operators:
         if operator.weight:
             name = f"quantized_{len(layers)}"
-            identity, node = identify(island.path, operator.key), nodes[operator.key]
+            node = nodes[operator.key]
             layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-            layers[name] = _convert_layer(prepared, identity, operator, node, layer)
+            layers[name] = _convert_layer(prepared, operator, node, layer)
             if (border := border_of(layer)) is not None:
-                _pad_before(graph, node, border, _quantizer(prepared, prepared.reads[identity][0]).grid)
+                _pad_before(graph, node, border, _quantizer(prepared, operator.reads[0]).grid)
             _replace_layer(graph, operator, nodes, name)
         elif operator.kind == "global_avg_pool" and static_sizes:
             _pool_with_static_window(nodes[operator.key])
@@ -200,13 +202,12 @@ def _convert_island(
     for edge in island.plan.edges:
         if edge.passed:
             continue
-        identity = identify(island.path, edge.key)
-        quantizer = _quantizer(prepared, identity)
+        quantizer = _quantizer(prepared, edge.identity)
         # A name of its own in the whole module: exporters may know no more than the last part of a path.
-        layers[name := f"edge_{list(prepared.ranges.edges).index(identity)}"] = quantizer
+        layers[name := f"edge_{list(prepared.ranges.edges).index(edge.identity)}"] = quantizer
         pair = _insert_pair(graph, nodes[edge.key], name, quantizer.grid)
-        if identity in prepared.channels:
-            _scale_channels(island, edge.key, prepared.channels[identity].to(torch.device("cpu")), *pair)
+        if edge.identity in prepared.channels:
+            _scale_channels(island, edge.key, prepared.channels[edge.identity].to(torch.device("cpu")), *pair)
     for name, layer in layers.items():
         module.add_module(name, layer)
     for node in nodes.values():
@@ -232,12 +233,10 @@ def _quantizer(prepared: Prepared, identity: str) -> EdgeQuantizer:
 
 
 @torch.no_grad()
-def _convert_layer(
-    prepared: Prepared, identity: str, operator: Operator, node: fx.Node, layer: nn.Module | None
-) -> QuantizedLayer:
+def _convert_layer(prepared: Prepared, operator: Operator, node: fx.Node, layer: nn.Module | None) -> QuantizedLayer:
     """Fold BatchNorm into a layer and quantize it; node and layer have its strides, the prepared has its weights."""
-    folded = prepared.folded(identity)
-    integers = prepared.weight_integers(identity, folded).to(torch.int8)
+    folded = prepared.folded(operator.identity)
+    integers = prepared.weight_integers(operator.identity, folded).to(torch.int8)
     bias = folded.bias_integers.to(torch.int32)
     options = layer_options(node, operator, layer)
     tensors = (integers, folded.scale, bias, folded.bias_step)

@@ -4,76 +4,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from torch import nn
-
 from lightning_quant import recipe as recipes
-from lightning_quant import runtimes
 from lightning_quant.choice import did_you_mean
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.graph.analyze import Analysis
-from lightning_quant.graph.leftovers import with_stored
-from lightning_quant.graph.plan import Operator, Plan, identify
+from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import Selection, matches
-from lightning_quant.planned_model import PlannedModel
 from lightning_quant.recipe import Recipe
 
 FLOAT = "float"
-_BY_ITSELF = "int8_weight_only"
 _WEIGHTS = re.compile(r"int([4-8])_weights")
 
 
 def select(selection: Selection, recipe: Recipe) -> Selection:
     """Return a selection that leaves out what overrides keep in float or have stored by a recipe of layers."""
     kept = tuple(pattern for pattern, target in recipe.overrides.items() if target == FLOAT)
-    return replace(selection, exclude=(*selection.exclude, *kept), stored=tuple(_stored(recipe).items()))
-
-
-def store_layers(
-    model: PlannedModel, recipe: Recipe, plan: Plan, left: frozenset[str]
-) -> tuple[dict[str, nn.Module], Plan]:
-    """Quantize the layers that recipes of layers store, on the weights and the captured call as they are.
-
-    These are those that overrides name, and those that graphs have no integer form of, in eight bits.
-
-    Args:
-        model: the float module and its captured call.
-        recipe: for its overrides.
-        plan: of the graphs.
-        left: labels of the layers that graphs have no integer form of.
-
-    Returns:
-        name of every place to the layer for it, and the plan with rows that say so.
-
-    Raises:
-        PlanError: a pattern names no layer that its recipe can quantize, or the runtime runs no such layers.
-    """
-    from lightning_quant.layerwise import quantize_layers
-
-    args, kwargs = model.call()
-    layers: dict[str, nn.Module] = {}
-    stored = _stored(recipe)
-    in_graphs = model.runtime.LAYERS_IN_GRAPHS
-    if stored and not in_graphs:
-        raise PlanError(
-            f"Expected `overrides` for runtime {plan.runtime!r} to name 'float' or grids of 4 to 8 bits, but got "
-            f"{sorted(set(stored.values()))}. Use {runtimes.that(lambda other: other.LAYERS_IN_GRAPHS)}, or keep those "
-            "layers in float."
-        )
-    for pattern, name in stored.items():
-        chosen = Selection(include=(pattern,))
-        found = quantize_layers(model.root, args, kwargs, recipe=name, runtime=plan.runtime, selection=chosen)
-        named = {row.name: row for row in found.plan.rows if matches(pattern, row.name, row.kind)}
-        plan = with_stored(model.root, plan, {label: row for label, row in named.items() if label not in layers})
-        layers = {**found.layers, **layers}
-    if left and in_graphs:
-        try:
-            found = quantize_layers(model.root, args, kwargs, recipe=_BY_ITSELF, runtime=plan.runtime, only=left)
-        except PlanError:
-            # Rows that say why the graph has no form of a layer stay as they are.
-            return layers, plan
-        plan = with_stored(model.root, plan, {row.name: row for row in found.plan.rows if row.name in left})
-        layers = {**found.layers, **layers}
-    return layers, plan
+    return replace(selection, exclude=(*selection.exclude, *kept), stored=tuple(stored_by(recipe).items()))
 
 
 def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis: Analysis) -> dict[str, int]:
@@ -83,18 +29,18 @@ def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis
         QuantizationError: an override names no recipe, or one that needs other activations than this recipe's.
         PlanError: a pattern matches no weighted operator.
     """
-    elsewhere = {FLOAT, *_stored(recipe).values()}
+    elsewhere = {FLOAT, *stored_by(recipe).values()}
     grids = {p: _grid(recipe, p, target) for p, target in recipe.overrides.items() if target not in elsewhere}
     kinds = {row.name: row.kind for row in analysis.plan.rows}
     found: dict[str, int] = {}
     used: set[str] = set()
     for graph in analysis.plan.graphs:
         for operator in graph.operators:
-            name = ".".join(part for part in (graph.path, operator.key) if part)
+            name = operator.name
             fitting = [pattern for pattern in grids if operator.weight and matches(pattern, name, kinds.get(name, ""))]
             used.update(fitting)
             if fitting:
-                found[identify(graph.path, operator.key)] = grids[fitting[0]]
+                found[operator.identity] = grids[fitting[0]]
     unused = sorted(set(grids) - used)
     if unused:
         raise PlanError(
@@ -104,7 +50,7 @@ def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis
     return found
 
 
-def _stored(recipe: Recipe) -> dict[str, str]:
+def stored_by(recipe: Recipe) -> dict[str, str]:
     """Return pattern to recipe, for overrides that name a recipe of layers.
 
     Not those with ranges that arrive with each row: their sums are not those of the simulation, to the bit.
@@ -120,7 +66,7 @@ def check_targets(recipe: Recipe) -> None:
     Raises:
         QuantizationError: one names no recipe, or one that needs other activations than this recipe's.
     """
-    elsewhere = {FLOAT, *_stored(recipe).values()}
+    elsewhere = {FLOAT, *stored_by(recipe).values()}
     for pattern, target in recipe.overrides.items():
         if target not in elsewhere:
             _grid(recipe, pattern, target)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from lightning_quant.calls import CallSpec, flatten_call, rebuild_call
-from lightning_quant.prepared import Control, Prepared
+from lightning_quant.prepared import Prepared
+from lightning_quant.quantizers import Control
 from lightning_quant.signature import tensor_leaves
 from lightning_quant.visible import visible
 

@@ -70,7 +70,7 @@ def prepare(
         raise PlanError(f"{analysis.nothing}{_stored_alone(left_in_float(on_cpu, analysis.plan))}")
     prepared = StaticModel(model, analysis, chosen, observer or chosen.training_observer)
     # What can be refused is refused now; the layers themselves are made of the weights that will be exported.
-    prepared.plan = prepared.bound_to(on_cpu).planned()
+    prepared.plan = prepared.bound_to(on_cpu).stored_plan()
     if not prepared.plan.num_quantized:
         raise PlanError(f"{analysis.nothing}{_stored_alone(prepared.left)}")
     return prepared

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_quant import kernels, observers
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.fake_quantize import affine_parameters
-from lightning_quant.graph.plan import Edge, identify, path_of
+from lightning_quant.graph.plan import Edge
 from lightning_quant.observer import Ends
 from lightning_quant.observers import Extremes, Observer
 from lightning_quant.recipe import Recipe
@@ -70,7 +70,7 @@ class Ranges:
         self.needs_values = observers.build(observer, recipe).needs_values
         self.waits = False
         self.chosen: dict[str, tuple[Tensor, Tensor]] = {}
-        self._group = {identity: identify(path_of(identity), edge.group) for identity, edge in edges.items()}
+        self._group = {identity: edge.shared for identity, edge in edges.items()}
         self._members: dict[str, list[str]] = {}
         for identity in self._observers:
             self._members.setdefault(self._group[identity], []).append(identity)

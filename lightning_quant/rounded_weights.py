@@ -5,7 +5,7 @@ Nothing is kept from one run to the next but constants: optimizers and weight av
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,13 +13,11 @@ from torch import Tensor, nn
 from lightning_quant import kernels
 from lightning_quant.fake_quantize import channel_extremes, fake_quantize_weight, pass_gradient, weight_scale
 from lightning_quant.folding import Statistics, fold, gain_and_shift, statistics
-from lightning_quant.graph.plan import Norm, path_of
-from lightning_quant.graph.trace import has_hooks
+from lightning_quant.graph.plan import Norm
 from lightning_quant.learned_steps import LearnedSteps, quantize_with_learned_step
+from lightning_quant.quantizers import Quantizers
 from lightning_quant.ranges import Grids
-
-if TYPE_CHECKING:
-    from lightning_quant.prepared import Prepared
+from lightning_quant.routing import has_hooks
 
 
 @dataclass(frozen=True)
@@ -56,16 +54,16 @@ class _Site:
 class RoundedWeights:
     """Rounds the weights of one graph."""
 
-    def __init__(self, prepared: "Prepared", operators: tuple[str, ...]) -> None:
+    def __init__(self, quantizers: Quantizers, operators: tuple[str, ...]) -> None:
         self.places = []
         self._num_operators = len(operators)
         for identity in operators:
-            operator = prepared.operators[identity]
+            operator = quantizers.operators[identity]
             weight, bias = (tuple(name.split(".")) if name else () for name in (operator.weight, operator.bias))
-            row = prepared.ranges.rows.get(prepared.reads[identity][0])
-            constants = prepared.islands[path_of(identity)].constants
+            row = quantizers.ranges.rows.get(operator.reads[0])
+            constants = quantizers.islands[operator.path].constants
             if row is not None and not {operator.weight, operator.bias} & constants.keys():
-                quant_max = prepared.weight_quant_max(identity)
+                quant_max = quantizers.weight_quant_max(identity)
                 self.places.append(Place(identity, weight, bias, operator.norm, quant_max, row))
         self._constants: dict[object, Tensor] = {}
         self._rows: tuple[object, Any] | None = None

@@ -5,7 +5,7 @@ sees of its edges is taken in afterwards, likewise. A layer with hooks or a para
 before it is called, goes the way of `Simulation`.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -14,39 +14,37 @@ from torch import Tensor, nn
 from lightning_quant import kernels
 from lightning_quant.fake_quantize import fake_quantize
 from lightning_quant.graph.instrument import Instrumented
-from lightning_quant.graph.trace import has_hooks
 from lightning_quant.ranges import Grids, Seen
 from lightning_quant.rounded_weights import RoundedWeights
-from lightning_quant.routing import shadowed
-
-if TYPE_CHECKING:
-    from lightning_quant.prepared import Prepared
+from lightning_quant.routing import has_hooks, shadowed
+from lightning_quant.simulation import Simulation
 
 _CONVOLUTIONS = frozenset({nn.Conv1d, nn.Conv2d, nn.Conv3d})
 _LAYERS = _CONVOLUTIONS | {nn.Linear, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.ReLU}
 
 
-def rounds_plainly(prepared: "Prepared", graph: Instrumented) -> bool:
+def rounds_plainly(simulation: Simulation, graph: Instrumented) -> bool:
     """Tell whether a run of a graph can be carried out by `Rounding`: nothing looks on, and every edge has a range."""
-    if not prepared.simulation.is_plain:
+    if not simulation.is_plain:
         return False
-    if not prepared.quantizes:
+    if not simulation.quantizers.quantizes:
         return True
-    grids = prepared.ranges.grids()
+    grids = simulation.quantizers.ranges.grids()
     return grids.is_complete or grids.missing.isdisjoint(graph.edges)
 
 
-def is_traceable(prepared: "Prepared", graph: Instrumented, weights: RoundedWeights, module: nn.Module) -> bool:
+def is_traceable(simulation: Simulation, graph: Instrumented, weights: RoundedWeights, module: nn.Module) -> bool:
     """Tell whether compilers can look into a run of a graph as a whole: nothing in it is decided by what it sees.
 
     Layers with hooks or parametrizations, learned steps, observers that look at all values, and edges without a range
     keep a graph from them. What was seen in a call before must have been taken in.
     """
-    if prepared.ranges.has_seen or prepared.ranges.needs_values or prepared.learned_steps is not None:
+    quantizers, ranges = simulation.quantizers, simulation.quantizers.ranges
+    if ranges.has_seen or ranges.needs_values or quantizers.learned_steps is not None:
         return False
-    if prepared.quantizes and not (prepared.ranges.has_grids and weights.are_plain(module)):
+    if quantizers.quantizes and not (ranges.has_grids and weights.are_plain(module)):
         return False
-    return rounds_plainly(prepared, graph)
+    return rounds_plainly(simulation, graph)
 
 
 class Rounding:
@@ -56,13 +54,14 @@ class Rounding:
         rounded: operator to its rounded weight.
     """
 
-    def __init__(self, prepared: "Prepared", graph: Instrumented, weights: RoundedWeights, module: nn.Module) -> None:
+    def __init__(self, simulation: Simulation, graph: Instrumented, weights: RoundedWeights, module: nn.Module) -> None:
         self.graph, self.module = graph, module
-        self._simulation, self._ranges = prepared.simulation, prepared.ranges
-        self._observes = prepared.observing and prepared.phase in ("observe", "fake_quantize")
-        self._grids: Grids | None = self._ranges.grids() if prepared.quantizes else None
-        self._grid = prepared.ranges.grid
-        self.rounded = weights.rounded(module, self._grids, prepared.learned_steps) if self._grids else {}
+        quantizers = simulation.quantizers
+        self._simulation, self._ranges = simulation, quantizers.ranges
+        self._observes = quantizers.observes
+        self._grids: Grids | None = self._ranges.grids() if quantizers.quantizes else None
+        self._grid = self._ranges.grid
+        self.rounded = weights.rounded(module, self._grids, quantizers.learned_steps) if self._grids else {}
         # Extremes of what a ReLU is still to be applied to, and of what is as it is.
         self._before_relu: dict[str, tuple[Tensor, Tensor]] = {}
         self._plain: dict[str, tuple[Tensor, Tensor]] = {}

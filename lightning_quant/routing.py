@@ -240,3 +240,10 @@ def call_watched(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Tell whether calling the module runs hooks, which inlining it would skip."""
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )

@@ -1,8 +1,9 @@
 """Runs of prepared graphs: which graph serves a call, and who carries it out."""
 
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -11,12 +12,11 @@ from lightning_quant.exact import exact_arithmetic
 from lightning_quant.graph.instrument import Instrumented, instrument
 from lightning_quant.graph.size_conditions import decides
 from lightning_quant.layers.placement import placed
+from lightning_quant.planned_model import PlannedModel
 from lightning_quant.rounded_weights import RoundedWeights
 from lightning_quant.rounding import Rounding, is_traceable, rounds_plainly
 from lightning_quant.routing import device_of, resolve
-
-if TYPE_CHECKING:
-    from lightning_quant.prepared import Prepared
+from lightning_quant.simulation import Simulation
 
 _CONSTANTS = (type(None), bool, int, float, str)
 
@@ -31,10 +31,19 @@ class Entry:
 
 
 class Runner:
-    """Runs the graphs of a prepared module: one for each structure of a call and each set of train and eval flags."""
+    """Runs the graphs of a prepared module: one for each structure of a call and each set of train and eval flags.
 
-    def __init__(self, prepared: "Prepared") -> None:
-        self._prepared = prepared
+    Args:
+        model: gets to know the sizes of calls.
+        simulation: carries out what training's shortcut cannot, and has the quantizers.
+        displaced: gives the float layers to trace with, on the module's device, where others stand in their places.
+    """
+
+    def __init__(
+        self, model: PlannedModel, simulation: Simulation, displaced: Callable[[], dict[str, nn.Module]]
+    ) -> None:
+        self._model, self._simulation, self._displaced = model, simulation, displaced
+        self._quantizers = simulation.quantizers
         self._graphs: dict[Any, Entry] = {}
         # Calls whose forward branches on sizes have a graph for each.
         self._of_sizes: set[Any] = set()
@@ -44,48 +53,47 @@ class Runner:
 
     def run(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an island's graph on a call."""
-        prepared = self._prepared
-        device = device_of(prepared.root)
-        if prepared.ranges.device != device:
-            prepared.to(device)
-        module = resolve(prepared.root, path)
+        quantizers, simulation = self._quantizers, self._simulation
+        device = device_of(quantizers.root)
+        if quantizers.ranges.device != device:
+            quantizers.to(device)
+        module = resolve(quantizers.root, path)
         entry, tensors = self._find(path, module, args, kwargs)
         if not path:
-            prepared.note_sizes_of(entry.names, tensors)
-        prepared.ranges.begin_run(entry.graph.edges, observing=prepared.observing)
-        if rounds_plainly(prepared, entry.graph):
-            return Rounding(prepared, entry.graph, entry.weights, module).run(tensors)
-        simulation = prepared.simulation
+            self._model.note_sizes_of(entry.names, tensors)
+        quantizers.ranges.begin_run(entry.graph.edges, observing=quantizers.observing)
+        if rounds_plainly(simulation, entry.graph):
+            return Rounding(simulation, entry.graph, entry.weights, module).run(tensors)
         exact = exact_arithmetic() if simulation.computes_integers or simulation.only is not None else nullcontext()
-        with prepared.ranges.running(), exact:
+        with quantizers.ranges.running(), exact:
             result = entry.graph.function(module, simulation, *tensors)
         return entry.graph.output_spec.build(result)
 
     def is_traceable(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether the graph of a call is there and compilers can look into it."""
-        module, kinds = resolve(self._prepared.root, path), _kinds(args, kwargs)
+        module, kinds = resolve(self._quantizers.root, path), _kinds(args, kwargs)
         key = (path, kinds, _flags(module))
         if kinds is None or key not in self._calls:
             return False
         entry, _ = self._calls[key]
-        return is_traceable(self._prepared, entry.graph, entry.weights, module)
+        return is_traceable(self._simulation, entry.graph, entry.weights, module)
 
     def graph(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
         """Return the graph that runs an island on calls of this structure under the module's present flags."""
         return self._entry(path, spec, tensors).graph
 
     def _entry(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Entry:
-        prepared, module = self._prepared, resolve(self._prepared.root, path)
+        quantizers, module = self._quantizers, resolve(self._quantizers.root, path)
         key: Any = (path, spec.key(), _flags(module))
         sizes = tuple(tensor.shape for tensor in tensors)
         key = (key, sizes) if key in self._of_sizes else key
         if key not in self._graphs:
-            with placed(prepared.root, prepared.beside(prepared.displaced)):
-                graph = instrument(module, prepared.islands[path], spec, tensors)
+            with placed(quantizers.root, self._displaced()):
+                graph = instrument(module, quantizers.islands[path], spec, tensors)
             if decides(graph.graph) and key[-1] is not sizes:
                 self._of_sizes.add(key)
                 key = (key, sizes)
-            self._graphs[key] = Entry(graph, RoundedWeights(prepared, graph.operators), spec.names)
+            self._graphs[key] = Entry(graph, RoundedWeights(quantizers, graph.operators), spec.names)
         return self._graphs[key]
 
     def _find(
@@ -96,7 +104,7 @@ class Runner:
         if kinds is not None and key in self._calls:
             entry, positions = self._calls[key]
             return entry, [given[position] for position in positions]
-        spec, tensors = flatten_call(self._prepared.islands[path].signature, args, kwargs)
+        spec, tensors = flatten_call(self._quantizers.islands[path].signature, args, kwargs)
         entry = self._entry(path, spec, tensors)
         places = {id(value): place for place, value in enumerate(given) if isinstance(value, Tensor)}
         # A tensor that was passed twice may come as two the next time.

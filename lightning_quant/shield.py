@@ -1,11 +1,12 @@
 """What keeps runtimes from quantizing, unasked, float layers that read a quantized tensor."""
 
+from collections.abc import Collection
+
 import torch
 from torch import fx, nn
 
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island, has_weights
-from lightning_quant.graph.plan import identify
 from lightning_quant.prepared import Prepared
 
 
@@ -18,7 +19,7 @@ def shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.
     and then rounds what the pool averages, or pads integers with 0 whichever of them stands for zero; it moves it
     behind clips, too, but not behind a maximum (its low-precision passes, 2026.4, read from compiled models).
     """
-    edges = {edge.key for edge in island.plan.edges}
+    edges = {edge.key: edge.identity for edge in island.plan.edges}
     moves_dequantization = prepared.runtime.TABLE.moves_dequantization
     for node in list(nodes.values()):
         is_float = node.meta["key"] not in island.plan.weighted and _runs_weights(node, module)
@@ -29,8 +30,8 @@ def shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.
             origin = source
             while origin.meta["key"] not in edges and ops.describe(origin, module).kind in ops.MOVING:
                 origin = ops.moved_from(origin)
-            identity = identify(island.path, origin.meta["key"])
-            if origin.meta["key"] not in edges or identity in prepared.channels:
+            identity = edges.get(origin.meta["key"])
+            if identity is None or identity in prepared.channels:
                 continue
             scale, zero_point = prepared.ranges.parameters(identity)
             low = (prepared.ranges.grid.low - zero_point - 1) * scale
@@ -51,7 +52,7 @@ def _runs_weights(node: fx.Node, module: nn.Module) -> bool:
     return node.op == "call_module" and has_weights(module.get_submodule(str(node.target)))
 
 
-def _is_changed(node: fx.Node, island: Island, edges: set[str], module: nn.Module) -> bool:
+def _is_changed(node: fx.Node, island: Island, edges: Collection[str], module: nn.Module) -> bool:
     """Tell whether a node is a float average over windows, which OpenVINO would round, or over padded zeros."""
     kind = ops.describe(node, module).kind
     if kind not in ("avg_pool", "adaptive_avg_pool") or node.meta["key"] in {o.key for o in island.plan.operators}:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -15,12 +15,9 @@ from lightning_quant.fake_quantize import fake_quantize, fake_quantize_weight
 from lightning_quant.folding import Folded
 from lightning_quant.graph.moves import border_of
 from lightning_quant.learned_steps import quantize_with_learned_step
+from lightning_quant.quantizers import Quantizers
 from lightning_quant.routing import fetch, shadowed, unparametrized
 from lightning_quant.visible import visible
-
-if TYPE_CHECKING:
-    from lightning_quant.prepared import Prepared
-
 
 # Share of itself by which a value moves when float32 factors are multiplied in another order, a few roundings each.
 _JITTER = 2.0**-20
@@ -30,7 +27,7 @@ class Simulation:
     """Runs the operators of a prepared module as its phase says.
 
     Attributes:
-        prepared: whose plan, ranges and phase count.
+        quantizers: whose operators, ranges and phase count.
         integers: edge to the integers, without zero point and not clipped, that its producer has just computed for it.
         input_means: when set, gets the means of what weighted operators read while observing.
         only: when set, the weighted operators and edges that are rounded; all others compute in float.
@@ -40,8 +37,8 @@ class Simulation:
         jitter: when set, draws by how much of itself a value is moved before it is rounded.
     """
 
-    def __init__(self, prepared: "Prepared") -> None:
-        self.prepared = prepared
+    def __init__(self, quantizers: Quantizers) -> None:
+        self.quantizers = quantizers
         self.integers: dict[str, Tensor] = {}
         self.input_means: InputMeans | None = None
         self.only: frozenset[str] | None = None
@@ -107,40 +104,40 @@ class Simulation:
 
     def rounds(self, identity: str) -> bool:
         """Tell whether an operator's weight or an edge is rounded now."""
-        return self.prepared.quantizes and (self.only is None or identity in self.only)
+        return self.quantizers.quantizes and (self.only is None or identity in self.only)
 
     @property
     def is_plain(self) -> bool:
         """Whether a run does what training does: nothing looks on, all is rounded, and nothing is adjusted."""
         looks_on = (self.only, self.watcher, self.recorded, self.jitter, self.input_means, self.hidden)
-        changed = self.prepared.channels or self.prepared.layers or self.prepared.ranges.chosen
+        changed = self.quantizers.channels or self.quantizers.layers or self.quantizers.ranges.chosen
         return all(value is None for value in looks_on) and not changed and not self.computes_integers
 
     @property
     def computes_integers(self) -> bool:
         """Whether operators compute what integer kernels do: in evaluation, without gradients or after calibration."""
-        in_evaluation = not self.prepared.root.training and (not torch.is_grad_enabled() or self.prepared.adjusted)
-        return self.prepared.quantizes and in_evaluation and self.only is None
+        in_evaluation = not self.quantizers.root.training and (not torch.is_grad_enabled() or self.quantizers.adjusted)
+        return in_evaluation and self.only is None and self.quantizers.quantizes
 
     def quantize_edge(self, identity: str, x: Tensor) -> Tensor:
         """Observe and round one tensor, as the phase says."""
-        if self.prepared.observing and self.prepared.phase in ("observe", "fake_quantize"):
-            seen = self.prepared.on_grid(identity, x, clipped=True)
-            self.prepared.ranges.observe(identity, visible(seen, self.hidden))
+        if self.quantizers.observes:
+            seen = self.quantizers.on_grid(identity, x, clipped=True)
+            self.quantizers.ranges.observe(identity, visible(seen, self.hidden))
         if self.watcher is not None:
             self.watcher(identity, x)
         if not self.rounds(identity):
             return x
-        scale, zero_point = self.prepared.ranges.parameters(identity)
-        grid, integers = self.prepared.ranges.grid, self.integers.pop(identity, None)
+        scale, zero_point = self.quantizers.ranges.parameters(identity)
+        grid, integers = self.quantizers.ranges.grid, self.integers.pop(identity, None)
         if integers is None:
-            rounded = fake_quantize(self._moved(self.prepared.on_grid(identity, x)), scale, zero_point, grid)
+            rounded = fake_quantize(self._moved(self.quantizers.on_grid(identity, x)), scale, zero_point, grid)
         else:
             rounded = (integers.clamp(grid.low - zero_point.item(), grid.high - zero_point.item()) * scale).to(x.dtype)
         if self.recorded is not None:
             integers = torch.round(rounded.detach().float() / scale + zero_point)
             self.recorded.append((identity, integers.to(grid.dtype)))
-        channels = self.prepared.channels.get(identity)
+        channels = self.quantizers.channels.get(identity)
         return rounded if channels is None else channels.from_grid(rounded)
 
     def quantize_relu(self, identity: str, relu: nn.Module | None, x: Tensor) -> Tensor:
@@ -178,16 +175,17 @@ class Simulation:
 
     def function_of(self, identity: str) -> Callable[..., Tensor]:
         """Return what computes a functional layer."""
-        return getattr(F, self.prepared.operators[identity].kind)
+        return getattr(F, self.quantizers.operators[identity].kind)
 
     def run_add(self, identity: str, first: Tensor, second: Tensor) -> Tensor:
         """Add two quantized tensors."""
-        edges, output = self.prepared.reads[identity], self.prepared.writes[identity]
-        rounded = all(edge in self.prepared.ranges.edges for edge in edges)
-        if self.computes_integers and self.prepared.operators[identity].quantized_output and rounded:
-            one, other = (self.prepared.ranges.parameters(edge) for edge in edges)
-            operands = self.prepared.on_grid(edges[0], first), self.prepared.on_grid(edges[1], second)
-            grid = self.prepared.ranges.parameters(output)
+        operator = self.quantizers.operators[identity]
+        edges, output = operator.reads, operator.writes
+        rounded = all(edge in self.quantizers.ranges.edges for edge in edges)
+        if self.computes_integers and operator.quantized_output and rounded:
+            one, other = (self.quantizers.ranges.parameters(edge) for edge in edges)
+            operands = self.quantizers.on_grid(edges[0], first), self.quantizers.on_grid(edges[1], second)
+            grid = self.quantizers.ranges.parameters(output)
             self.integers[output] = integer.add(*operands, (one, other), grid, self._round)
         return first + second
 
@@ -195,7 +193,7 @@ class Simulation:
         """Call a BatchNorm that is fused into an operator, unless that one computed it in integers already."""
         if self._is_normalized(identity):
             return x
-        if self.prepared.phase != "frozen_batch_norm":
+        if self.quantizers.phase != "frozen_batch_norm":
             return norm(x)
         mean, variance = fetch(norm, "running_mean"), fetch(norm, "running_var")
         return F.batch_norm(x, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)  # type: ignore[arg-type]
@@ -215,7 +213,7 @@ class Simulation:
         """The same for a BatchNorm that is no layer of PyTorch's, with the arguments of `F.batch_norm`."""
         if self._is_normalized(identity):
             return x
-        training = training and self.prepared.phase != "frozen_batch_norm"
+        training = training and self.quantizers.phase != "frozen_batch_norm"
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
     def _is_normalized(self, identity: str) -> bool:
@@ -238,52 +236,54 @@ class Simulation:
     def _run_weighted(
         self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor]
     ) -> Tensor:
-        computed = self.prepared.computes_weight(identity)
-        folded = self.prepared.folded(identity, weight=weight.detach() if computed else None)
+        computed = self.quantizers.computes_weight(identity)
+        folded = self.quantizers.folded(identity, weight=weight.detach() if computed else None)
         if self.only is not None:
             return self._run_alone(identity, folded, x, call)
         if not self.computes_integers:
             return call(x, self._rounded_weight(identity, weight, folded), bias)
-        operator, edge = self.prepared.operators[identity], self.prepared.reads[identity][0]
-        input_scale, _ = self.prepared.ranges.parameters(edge)
-        integers = self.prepared.weight_integers(identity, folded)
-        on_grid = self.prepared.on_grid(edge, x.float())
+        operator = self.quantizers.operators[identity]
+        edge = operator.reads[0]
+        input_scale, _ = self.quantizers.ranges.parameters(edge)
+        integers = self.quantizers.weight_integers(identity, folded)
+        on_grid = self.quantizers.on_grid(edge, x.float())
         with torch.autocast(x.device.type, enabled=False):
             sums = call(torch.round(on_grid / input_scale), integers, None)
         shape = (-1,) if operator.kind == "linear" else (-1, *[1] * (sums.dim() - 2))
         sums, step = sums + folded.bias_integers.view(shape), folded.bias_step.view(shape)
         if operator.quantized_output and not operator.moved:
-            output = self.prepared.writes[identity]
-            scale, _ = self.prepared.ranges.parameters(output)
+            output = operator.writes
+            scale, _ = self.quantizers.ranges.parameters(output)
             self.integers[output] = integer.requantize(sums, step, scale, self._round)
         return (sums * step).to(x.dtype)
 
     def _rounded_weight(self, identity: str, weight: Tensor, folded: Folded) -> Tensor:
-        if self.prepared.learned_steps is None:
+        if self.quantizers.learned_steps is None:
             return fake_quantize_weight(weight, folded.unfolded_scale)
-        quant_max = self.prepared.weight_quant_max(identity)
-        step = self.prepared.learned_steps.step_of(identity, weight, quant_max)
+        quant_max = self.quantizers.weight_quant_max(identity)
+        step = self.quantizers.learned_steps.step_of(identity, weight, quant_max)
         # A scale that was stretched for the sake of the bias is not the learned one, and passes no gradient to it.
         step = torch.where(folded.unfolded_scale > step * 1.0001, folded.unfolded_scale, step)
         return quantize_with_learned_step(weight, step, quant_max)
 
     def _run_alone(self, identity: str, folded: Folded, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
         """Compute a layer with a rounded weight among others that stay float."""
-        operator, edge = self.prepared.operators[identity], self.prepared.reads[identity][0]
-        integers = self.prepared.weight_integers(identity, folded)
+        operator = self.quantizers.operators[identity]
+        edge = operator.reads[0]
+        integers = self.quantizers.weight_integers(identity, folded)
         weight = integers * folded.scale.view(-1, *[1] * (integers.dim() - 1))
-        y = call(self.prepared.on_grid(edge, x.float()), weight, None)
+        y = call(self.quantizers.on_grid(edge, x.float()), weight, None)
         y = y + folded.bias.view((-1,) if operator.kind == "linear" else (-1, *[1] * (y.dim() - 2)))
-        channels = self.prepared.channels.get(self.prepared.writes[identity])
+        channels = self.quantizers.channels.get(operator.writes)
         y = (y if channels is None else channels.from_grid(y)).to(x.dtype)
         if operator.batch_norm:
             self._normalized.add(identity)
         return y
 
     def _note_input(self, identity: str, x: Tensor, border: tuple[list[int], str] | None = None) -> None:
-        if self.prepared.observing and self.input_means is not None:
+        if self.quantizers.observing and self.input_means is not None:
             x = x if border is None else F.pad(x, *border)
-            operator = self.prepared.operators[identity]
-            x = self.prepared.on_grid(self.prepared.reads[identity][0], x)
+            operator = self.quantizers.operators[identity]
+            x = self.quantizers.on_grid(operator.reads[0], x)
             seen = visible(x, self.hidden) if operator.kind == "linear" else x
             self.input_means.update(identity, operator.kind, seen)

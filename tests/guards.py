@@ -83,8 +83,8 @@ GUARDS = (
     ),
     Guard(
         "copies move no range",
-        "prepared.py",
-        "return self.control.observing and not self._is_twin",
+        "quantizers.py",
+        "return self.control.observing and not self.is_twin",
         "return self.control.observing",
         "callbacks/test_model_peculiarities.py -k copies",
     ),
@@ -351,7 +351,7 @@ GUARDS = (
     ),
     Guard(
         "learned steps follow the module",
-        "prepared.py",
+        "quantizers.py",
         "            self.learned_steps.to(device)\n",
         "            pass\n",
         "devices/test_functions.py -k learned",
@@ -359,7 +359,7 @@ GUARDS = (
     Guard(
         "ranges follow the module",
         "running.py",
-        "            prepared.to(device)\n",
+        "            quantizers.to(device)\n",
         "            pass\n",
         "devices/test_functions.py -k between",
     ),

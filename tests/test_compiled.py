@@ -11,7 +11,8 @@ from torch._dynamo.utils import counters
 
 from lightning_quant.learned_steps import LearnedSteps
 from lightning_quant.prepare import prepare
-from lightning_quant.prepared import PHASES, Prepared
+from lightning_quant.prepared import Prepared
+from lightning_quant.quantizers import PHASES
 
 IMAGE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -13,7 +13,8 @@ from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
-from lightning_quant.prepared import PHASES, Prepared
+from lightning_quant.prepared import Prepared
+from lightning_quant.quantizers import PHASES
 from lightning_quant.recipe import Recipe
 from lightning_quant.signature import tensor_leaves
 

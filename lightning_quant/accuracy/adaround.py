@@ -14,7 +14,6 @@ from torch import Tensor
 from lightning_quant.accuracy.lockstep import Site, lockstep
 from lightning_quant.accuracy.rescale import along_rows, folded_layer
 from lightning_quant.calls import Call
-from lightning_quant.graph.plan import path_of
 from lightning_quant.prepared import Prepared
 from lightning_quant.progress import bar
 
@@ -69,7 +68,7 @@ def adaround(
     progress = bar("AdaRound", "layer", total=number)
 
     def visit(site: Site) -> None:
-        progress.set_postfix_str(f"{path_of(site.identity)}{site.operator.key}")
+        progress.set_postfix_str(site.operator.name)
         if time.monotonic() < deadline and any(x.numel() for x in site.quantized_inputs):
             results.append(_reconstruct(prepared, site, iterations, learning_rate, regularization, batch))
         progress.update()

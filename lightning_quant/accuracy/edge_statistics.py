@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from lightning_quant.calls import Call
-from lightning_quant.graph.plan import identify, path_of
 from lightning_quant.prepared import Prepared
 
 
@@ -88,8 +87,8 @@ def edge_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, EdgeStat
 def _channel_axes(prepared: Prepared) -> dict[str, int]:
     """Return edge to the dimension of its channels, for those that weighted operators write or read."""
     axes: dict[str, int] = {}
-    for identity, operator in prepared.operators.items():
+    for operator in prepared.operators.values():
         if operator.weight:
             axis = -1 if operator.kind == "linear" else 1
-            axes |= {identify(path_of(identity), key): axis for key in (operator.inputs[0], operator.output)}
+            axes |= {operator.reads[0]: axis, operator.writes: axis}
     return axes

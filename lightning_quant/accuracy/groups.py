@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.moves import KEEPS_CHANNELS
-from lightning_quant.graph.plan import Operator, identify
+from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.trace import trace
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode, resolve
@@ -134,12 +134,13 @@ class _Finder:
         limits = [self._bounds(o) for o in operators if o.output in keys and o.quantized_output]
         if len(sizes) != 1 or any(-math.inf < low < 0 for low, _ in limits):
             return None
+        identities = {edge.key: edge.identity for edge in self.island.plan.edges}
         return ScalingGroup(
-            edges=tuple(identify(self.island.path, key) for key in keys),
+            edges=tuple(identities[key] for key in keys),
             axis=axis,
             channels=sizes.pop(),
-            producers=tuple(identify(self.island.path, o.key) for o in writers),
-            consumers=tuple(identify(self.island.path, o.key) for o in readers),
+            producers=tuple(o.identity for o in writers),
+            consumers=tuple(o.identity for o in readers),
             links=sum(self._find(key) == root for key in self.links),
             from_float=any(key not in self.written for key in keys),
             clip=min((high for _, high in limits), default=math.inf),

@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from lightning_quant.calls import Call, flatten_call
 from lightning_quant.convert import layer_options
 from lightning_quant.graph.moves import border_of
-from lightning_quant.graph.plan import Operator, identify, path_of
+from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.size_conditions import decides
 from lightning_quant.prepared import Prepared
 from lightning_quant.routing import evaluation_mode, resolve
@@ -131,7 +131,7 @@ def _site(prepared: Prepared, module: nn.Module, node: fx.Node, runs: list[_Run]
     in_layer = node.target == "run_layer"
     layer = module.get_submodule(str(node.args[2].target)) if in_layer else None  # type: ignore[union-attr]
     source = node.args[3 if in_layer else 2] if "x" not in node.kwargs else node.kwargs["x"]
-    edge = identify(path_of(identity), operator.inputs[0])
+    edge = operator.reads[0]
     inputs: dict[str, list[Tensor]] = {"off": [], "frozen": []}
     border = border_of(layer)
     for run in runs:

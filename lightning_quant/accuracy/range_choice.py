@@ -13,7 +13,6 @@ from lightning_quant.accuracy.rescale import folded_layer
 from lightning_quant.calls import Call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.fake_quantize import affine_parameters, channel_maximum, fake_quantize, weight_scale
-from lightning_quant.graph.plan import identify, path_of
 from lightning_quant.grid import Grid
 from lightning_quant.observers import Histogram
 from lightning_quant.prepared import Prepared
@@ -45,7 +44,7 @@ def choose_ranges(prepared: Prepared, calls: list[Call]) -> int:
     candidates: dict[str, list[Range]] = {}
 
     def visit(site: Site) -> None:
-        edge = prepared.ranges.source(identify(path_of(site.identity), site.operator.inputs[0]))
+        edge = prepared.ranges.source(site.operator.reads[0])
         observer = prepared.ranges.observers[edge]
         if not isinstance(observer, Histogram):
             raise QuantizationError(

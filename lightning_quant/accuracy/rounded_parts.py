@@ -2,36 +2,33 @@
 
 from collections.abc import Collection
 
-from lightning_quant.graph.plan import identify, path_of
 from lightning_quant.prepared import Prepared
 
 
 def name_of(prepared: Prepared, identity: str) -> str:
     """Return an operator's qualified name, as plans and overrides call it."""
-    return ".".join(part for part in (path_of(identity), prepared.operators[identity].key) if part)
+    return prepared.operators[identity].name
 
 
 def own_parts(prepared: Prepared, identity: str) -> tuple[frozenset[str], frozenset[str]]:
     """Return an operator's weight, and the edges that are its own: its output and what float operators hand it."""
-    operator, path = prepared.operators[identity], path_of(identity)
+    operator = prepared.operators[identity]
     weight = frozenset({identity}) if operator.weight else frozenset()
-    output = {identify(path, operator.output)} if operator.quantized_output else set()
+    output = {operator.writes} if operator.quantized_output else set()
     return weight, frozenset(output | read_from_float(prepared, identity))
 
 
 def read_from_float(prepared: Prepared, identity: str) -> set[str]:
     """Return the input edges that no operator writes: they are quantized for the sake of those that read them."""
-    path = path_of(identity)
-    written = {identify(path_of(i), o.output) for i, o in prepared.operators.items() if o.quantized_output}
-    inputs = {identify(path, key) for key in prepared.operators[identity].inputs}
+    written = {operator.writes for operator in prepared.operators.values() if operator.quantized_output}
+    inputs = set(prepared.operators[identity].reads)
     return {edge for edge in inputs & set(prepared.ranges.observers) if edge not in written}
 
 
 def touched_edges(prepared: Prepared, identity: str) -> set[str]:
     """Return the edges that an operator reads or writes: kernels of integers need all of them rounded."""
-    operator, path = prepared.operators[identity], path_of(identity)
-    keys = [*operator.inputs, *([operator.output] if operator.quantized_output else [])]
-    return {identify(path, key) for key in keys} & set(prepared.ranges.edges)
+    operator = prepared.operators[identity]
+    return {*operator.reads, *([operator.writes] if operator.quantized_output else [])} & set(prepared.ranges.edges)
 
 
 def all_but(prepared: Prepared, names: Collection[str] = ()) -> frozenset[str]:

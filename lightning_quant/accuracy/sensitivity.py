@@ -17,7 +17,6 @@ from lightning_quant.calls import Call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.exact import exact_arithmetic
 from lightning_quant.fake_quantize import fake_quantize
-from lightning_quant.graph.plan import identify, path_of
 from lightning_quant.host import moved_call
 from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.prepared import Prepared
@@ -244,7 +243,7 @@ def _own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str
     statistics: dict[str, dict[str, Any]] = {}
     grid = prepared.ranges.grid
     for identity, operator in prepared.operators.items():
-        edge = identify(path_of(identity), operator.output if operator.quantized_output else operator.inputs[0])
+        edge = operator.writes if operator.quantized_output else operator.reads[0]
         found, ratio = seen.get(edge), weight_noise.get(identity, 0.0)
         if operator.quantized_output:
             ratio = _output_noise(prepared, calls, identity, edge)
@@ -301,7 +300,7 @@ def _weight_noise(prepared: Prepared, calls: list[Call]) -> dict[str, float]:
         folded = prepared.folded(site.identity)
         integers = prepared.weight_integers(site.identity, folded)
         rounded = integers * folded.scale.view(-1, *[1] * (integers.dim() - 1))
-        edge = identify(path_of(site.identity), site.operator.inputs[0])
+        edge = site.operator.reads[0]
         reads_float = edge in read_from_float(prepared, site.identity)
         signal = total = 0.0
         for x in site.float_inputs:

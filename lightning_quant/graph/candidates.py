@@ -11,7 +11,7 @@ from lightning_quant.graph.constants import constant
 from lightning_quant.graph.norms import norm_of, normalizes_channels
 from lightning_quant.graph.plan import Norm
 from lightning_quant.graph.table import OperatorTable, Selection
-from lightning_quant.graph.trace import has_hooks
+from lightning_quant.routing import has_hooks
 
 
 @dataclass

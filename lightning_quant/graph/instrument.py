@@ -13,7 +13,6 @@ from lightning_quant.calls import CallSpec, ResultSpec
 from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.code import with_any_names
 from lightning_quant.graph.operations import argument, describe
-from lightning_quant.graph.plan import identify
 from lightning_quant.graph.trace import trace
 
 
@@ -50,24 +49,24 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
         simulation = graph.placeholder("lightning_quant_simulation")
     for operator in island.plan.operators:
         if operator.weight and operator.key in keys:
-            _quantize_weight(graph, simulation, keys[operator.key], identify(island.path, operator.key))
+            _quantize_weight(graph, simulation, keys[operator.key], operator.identity)
         if operator.kind == "add" and len(operator.inputs) == 2 and operator.key in keys:
             node = keys[operator.key]
-            _call(graph, simulation, node, "run_add", (identify(island.path, operator.key), *node.args[:2]))
+            _call(graph, simulation, node, "run_add", (operator.identity, *node.args[:2]))
         if operator.batch_norm in keys:
-            _run_batch_norm(graph, simulation, keys[operator.batch_norm], identify(island.path, operator.key))
+            _run_batch_norm(graph, simulation, keys[operator.batch_norm], operator.identity)
     places = {node: place for place, node in enumerate(nodes)}
-    edges = {edge.key: keys[edge.key] for edge in island.plan.edges if edge.key in keys and not edge.passed}
-    rounded = sorted(edges, key=lambda key: places[edges[key]])
-    for key in rounded:
-        _quantize_edge(graph, simulation, edges[key], identify(island.path, key), module)
+    edges = [edge for edge in island.plan.edges if edge.key in keys and not edge.passed]
+    edges.sort(key=lambda edge: places[keys[edge.key]])
+    for edge in edges:
+        _quantize_edge(graph, simulation, keys[edge.key], edge.identity, module)
     graph.lint()
     return Instrumented(
         graph,
         _function_of(graph),
         traced.output_spec,
-        tuple(identify(island.path, key) for key in rounded),
-        tuple(identify(island.path, o.key) for o in island.plan.operators if o.weight and o.key in keys),
+        tuple(edge.identity for edge in edges),
+        tuple(o.identity for o in island.plan.operators if o.weight and o.key in keys),
     )
 
 

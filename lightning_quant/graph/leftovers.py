@@ -8,8 +8,8 @@ from torch import nn
 from lightning_quant.graph.analyze import UNREACHED
 from lightning_quant.graph.expansions import is_expanded
 from lightning_quant.graph.plan import UNREAD, Plan, Row
-from lightning_quant.graph.trace import has_hooks
 from lightning_quant.layers import class_for
+from lightning_quant.routing import has_hooks
 
 # Why they stay float says the table of the runtime, which knows more than their size.
 _IN_TABLES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

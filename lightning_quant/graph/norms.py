@@ -7,7 +7,7 @@ from torch import Tensor, fx, nn
 
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.plan import Norm, join
-from lightning_quant.graph.trace import has_hooks
+from lightning_quant.routing import has_hooks
 
 _NO_STATISTICS = "it keeps no running statistics to fold"
 

@@ -120,7 +120,9 @@ class Matcher(Candidates):
             if node in wanted:
                 key = node.meta["key"]
                 passed = node in groups and self.operations[node].kind == "pass"
-                self.edges[node] = Edge(key, groups.get(node, key), observed=node not in groups, passed=passed)
+                self.edges[node] = Edge(
+                    key, groups.get(node, key), observed=node not in groups, passed=passed, path=self.path
+                )
         return [self._operator(unit) for unit in units]
 
     def _added_before_rounding(self, unit: Unit) -> set[fx.Node]:
@@ -204,6 +206,7 @@ class Matcher(Candidates):
             norm=unit.norm,
             moved=unit.moved,
             activation=key(unit.activation),
+            path=self.path,
         )
 
     def _computed(self, unit: Unit, position: int, name: str) -> str:

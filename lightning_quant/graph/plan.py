@@ -1,6 +1,7 @@
 """The plan: what happens to each operator of a module, or the reason it stays float. Data only, no tensors."""
 
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 COMPUTED_ONCE = "computed from parameters alone, so once and for all when the model is converted"
@@ -17,12 +18,24 @@ class Edge:
         observed: whether its own values count for the group's range; a max-pool's output is covered by its input.
         passed: whether its node only passes its input on, as dropout does in evaluation: nothing is left to round, and
             in training the values that dropout scales up must not be clipped.
+        path: of the graph that it is in; known by its `identity` among the edges of all graphs.
     """
 
     key: str
     group: str
     observed: bool = True
     passed: bool = False
+    path: str = ""
+
+    @cached_property
+    def identity(self) -> str:
+        """Name among all graphs of a plan."""
+        return identify(self.path, self.key)
+
+    @cached_property
+    def shared(self) -> str:
+        """Name of the group among all graphs of a plan."""
+        return identify(self.path, self.group)
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class Operator:
         norm: names of the statistics of that.
         moved: whether values are moved between the layer and that, so that the output has another shape.
         activation: key of a fused activation.
+        path: of the graph that it is in; known by its `identity` among the operators of all graphs.
     """
 
     key: str
@@ -78,6 +92,27 @@ class Operator:
     norm: Norm | None = None
     moved: bool = False
     activation: str = ""
+    path: str = ""
+
+    @cached_property
+    def identity(self) -> str:
+        """Name among all graphs of a plan."""
+        return identify(self.path, self.key)
+
+    @cached_property
+    def reads(self) -> tuple[str, ...]:
+        """Identities of the edges that it reads, in order."""
+        return tuple(identify(self.path, key) for key in self.inputs)
+
+    @cached_property
+    def writes(self) -> str:
+        """Identity of its output, which is an edge where that is quantized."""
+        return identify(self.path, self.output)
+
+    @property
+    def name(self) -> str:
+        """Qualified name, as rows and overrides call it."""
+        return join(self.path, self.key)
 
 
 @dataclass(frozen=True)
@@ -122,6 +157,12 @@ class GraphPlan:
     def weighted(self) -> frozenset[str]:
         """Keys of the operators that carry weights."""
         return frozenset(operator.key for operator in self.operators if operator.weight)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return nested dicts and lists that JSON can hold, with the path said once."""
+        parts: dict[str, tuple[Operator | Edge, ...]] = {"operators": self.operators, "edges": self.edges}
+        told = {name: tuple(_without_path(item) for item in part) for name, part in parts.items()}
+        return {"path": self.path, **told}
 
 
 @dataclass(frozen=True)
@@ -176,12 +217,12 @@ class Plan:
         """
         graphs, dropped = [], set[str]()
         for graph in self.graphs:
-            edges = tuple(edge for edge in graph.edges if edge.passed or identify(graph.path, edge.key) in present)
+            edges = tuple(edge for edge in graph.edges if edge.passed or edge.identity in present)
             missing = {edge.key for edge in graph.edges} - {edge.key for edge in edges}
             kept = tuple(o for o in graph.operators if not missing & {o.output, *o.inputs})
             gone = {o for o in graph.operators if o not in kept}
             names = missing | {key for o in gone for key in (o.key, o.batch_norm, o.activation, o.pad) if key}
-            dropped |= {".".join(part for part in (graph.path, key) if part) for key in names}
+            dropped |= {join(graph.path, key) for key in names}
             graphs.append(replace(graph, operators=kept, edges=edges))
         unread = {"action": "float", "reason": UNREAD, "macs": 0, "weights": 0}
         rows = (
@@ -193,7 +234,8 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists that JSON can hold."""
         shares = ("coverage", "weight_coverage", "stored_share")
-        return {**asdict(self), **{name: getattr(self, name) for name in shares}}
+        graphs = tuple(graph.to_dict() for graph in self.graphs)
+        return {**asdict(self), "graphs": graphs, **{name: getattr(self, name) for name in shares}}
 
     def shares(self) -> str:
         """Say how much of the call's arithmetic and of the weights that is."""
@@ -212,14 +254,13 @@ def identify(path: str, key: str) -> str:
     return f"{path}:{key}"
 
 
-def path_of(identity: str) -> str:
-    """Return the path of the graph that an identified edge or operator belongs to."""
-    return identity.partition(":")[0]
-
-
 def join(*parts: str) -> str:
     """Join dotted paths, leaving out empty ones."""
     return ".".join(part for part in parts if part)
+
+
+def _without_path(item: Operator | Edge) -> dict[str, Any]:
+    return {name: value for name, value in asdict(item).items() if name != "path"}
 
 
 def _share(part: int, whole: int) -> float:

@@ -29,7 +29,7 @@ from lightning_quant.graph.proxy import ShapedProxy, settled
 from lightning_quant.graph.recorded import functions_recorded, types_told
 from lightning_quant.graph.side_effects import attributes, check_attributes
 from lightning_quant.graph.size_conditions import decided, is_of_sizes
-from lightning_quant.routing import clone, device_of, without_fast_path
+from lightning_quant.routing import clone, device_of, has_hooks, without_fast_path
 from lightning_quant.structures import register_structures
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
@@ -286,13 +286,6 @@ def _rebuilding(kind: type, treespec: Any) -> Any:
 
     rebuild.__name__ = kind.__name__
     return rebuild
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Tell whether calling the module runs hooks, which inlining it would skip."""
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
 
 
 def operation_name(node: fx.Node) -> str:
