@@ -8,10 +8,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from lightning_quant.adjustments import ChannelScale
-from lightning_quant.calls import ResultSpec, flatten_call
 from lightning_quant.decomposed import define_operators
 from lightning_quant.errors import ExportError
 from lightning_quant.graph import operations as ops
@@ -26,62 +25,14 @@ from lightning_quant.layers.placement import place
 from lightning_quant.named_edges import EdgeQuantizer
 from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.prepared import Prepared
+from lightning_quant.qdq import BoundGraph, QuantizedLayer, layer_options
 from lightning_quant.routing import clone, evaluation_mode, resolve, route
 from lightning_quant.shield import shield_float_layers
 
-_INT32 = torch.iinfo(torch.int32)
 _TOLERANCE_DB = 3.0
 _ENOUGH_DB = 40.0
 # Name of the child that holds the graphs of a module that is converted in parts.
-GRAPHS = "quantized_graphs"
-
-
-class BoundGraph(nn.Module):
-    """A graph over flat tensors that is called like the module it was traced from."""
-
-    def __init__(self, graph_module: fx.GraphModule, island: Island, output_spec: ResultSpec) -> None:
-        super().__init__()
-        self.graph_module = graph_module
-        self.signature, self.output_spec = island.signature, output_spec
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the graph on a call of the captured structure."""
-        _, tensors = flatten_call(self.signature, args, kwargs)
-        return self.output_spec.build(self.graph_module(*tensors))
-
-
-class QuantizedLayer(nn.Module):
-    """A convolution or linear layer with an int8 weight and an int32 bias, in QDQ form.
-
-    Attributes:
-        weight: `(out_channels, ...)`, int8.
-        weight_scale: `(out_channels,)`, float32.
-        bias: `(out_channels,)`, int32, in steps of `bias_scale`.
-        bias_scale: `(out_channels,)`, input scale times weight scale.
-    """
-
-    def __init__(
-        self, kind: str, options: dict[str, Any], weight: Tensor, scale: Tensor, bias: Tensor, bias_scale: Tensor
-    ) -> None:
-        super().__init__()
-        self.kind, self.options = kind, options
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("bias", bias)
-        self.register_buffer("bias_scale", bias_scale)
-        self.register_buffer("zero_points", torch.zeros_like(scale, dtype=torch.int64))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Compute with dequantized weight and bias."""
-        dequantize = torch.ops.quantized_decomposed.dequantize_per_channel
-        weight = dequantize(self.weight, self.weight_scale, self.zero_points, 0, -128, 127, torch.int8)
-        bias = dequantize(self.bias, self.bias_scale, self.zero_points, 0, _INT32.min, _INT32.max, torch.int32)
-        if self.kind == "linear":
-            # Every runtime has an integer kernel with bias for a matrix product of two dimensions, and none for more.
-            flat = x.flatten(0, -2) if x.dim() > 2 else x
-            y = F.linear(flat, weight, bias)
-            return y.unflatten(0, x.shape[:-1]) if x.dim() > 2 else y
-        return getattr(F, self.kind)(x, weight, bias, **self.options)
+_GRAPHS = "quantized_graphs"
 
 
 def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
@@ -124,14 +75,9 @@ def _convert(prepared: Prepared, *, static_sizes: bool) -> nn.Module:
     _drop_weights(root, [path for path in prepared.islands if path], graphs)
     if graphs:
         # Exporters take the tensors of registered modules only.
-        root.add_module(GRAPHS, nn.ModuleList(graphs))
+        root.add_module(_GRAPHS, nn.ModuleList(graphs))
     place(root, stored)
     return root.eval()
-
-
-def is_static(module: nn.Module) -> bool:
-    """Tell whether a module, or a part of it, is a QDQ graph."""
-    return any(isinstance(child, BoundGraph) for child in module.modules())
 
 
 def _drop_weights(root: nn.Module, paths: list[str], graphs: list[BoundGraph]) -> None:
@@ -224,7 +170,7 @@ def _convert_island(
     graph_module.recompile()
     for name in (*layers, *renamed):
         del module._modules[name]
-    return BoundGraph(graph_module, island, traced.output_spec)
+    return BoundGraph(graph_module, island.signature, traced.output_spec)
 
 
 def _quantizer(prepared: Prepared, identity: str) -> EdgeQuantizer:
@@ -241,23 +187,6 @@ def _convert_layer(prepared: Prepared, operator: Operator, node: fx.Node, layer:
     options = layer_options(node, operator, layer)
     tensors = (integers, folded.scale, bias, folded.bias_step)
     return QuantizedLayer(operator.kind, options, *(tensor.detach().cpu() for tensor in tensors))
-
-
-def layer_options(node: fx.Node, operator: Operator, layer: nn.Module | None) -> dict[str, Any]:
-    """Return stride, padding, dilation and groups of a convolution, from its layer or from the call's arguments.
-
-    Its padding is of zeros: there is none where `border_of` has one of values.
-    """
-    if operator.kind == "linear":
-        return {}
-    defaults = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
-    if layer is not None:
-        options = {name: getattr(layer, name) for name in defaults}
-        return options if border_of(layer) is None else {**options, "padding": 0}
-    first = 5 if node.target == "run_function" else 3
-    given = {name: ops.argument(node, first + i, name, defaults[name]) for i, name in enumerate(defaults)}
-    # Numbers of channels, say, that forward reads from shapes.
-    return fx.node.map_arg(given, lambda size: size.meta["fake"])
 
 
 def _pad_before(graph: fx.Graph, node: fx.Node, border: tuple[list[int], str], grid: tuple[Any, ...]) -> None:

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.convert import QuantizedLayer, check_agreement, convert
+from lightning_quant.convert import check_agreement, convert
 from lightning_quant.errors import CalibrationError, ExportError
 from lightning_quant.named_edges import EdgeQuantizer
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
+from lightning_quant.qdq import QuantizedLayer
 from lightning_quant.recipe import IntegerSpec, Recipe
 from lightning_quant.signature import tensor_leaves
 

@@ -13,11 +13,11 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
 from lightning_quant.calls import Call, flatten_call
-from lightning_quant.convert import layer_options
 from lightning_quant.graph.moves import border_of
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.size_conditions import decides
 from lightning_quant.prepared import Prepared
+from lightning_quant.qdq import layer_options
 from lightning_quant.routing import evaluation_mode, resolve
 
 _WEIGHTED = ("run_layer", "run_function")

@@ -6,19 +6,14 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lightning_quant.accuracy.advice import Advice, advise
-from lightning_quant.accuracy.edge_statistics import edge_statistics, ratio_to_median
-from lightning_quant.accuracy.lockstep import Site, lockstep
-from lightning_quant.accuracy.rescale import folded_layer
-from lightning_quant.accuracy.rounded_parts import all_but, name_of, own_parts, read_from_float
+from lightning_quant.accuracy.own_statistics import error_of, own_statistics
+from lightning_quant.accuracy.rounded_parts import all_but, name_of, own_parts
 from lightning_quant.calls import Call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.exact import exact_arithmetic
-from lightning_quant.fake_quantize import fake_quantize
 from lightning_quant.host import moved_call
-from lightning_quant.noise import alike, signal_to_noise
 from lightning_quant.prepared import Prepared
 from lightning_quant.progress import tracked
 from lightning_quant.recipe import AnyRecipe
@@ -30,8 +25,6 @@ Score = Callable[[list[Any]], float]
 NUM_CALLS = 2
 # What is printed as 0.0000.
 _SMALLEST_GAIN = 5e-5
-# Scale and zero point of an int8 weight and of its int32 bias, for each output channel of an ONNX file.
-_BYTES_OF_SCALES = 13
 
 
 @dataclass(frozen=True)
@@ -176,10 +169,10 @@ def sensitivity(prepared: Prepared, calls: list[Call], *, score: Score | None = 
 
         def measure(quantized: frozenset[str]) -> tuple[float, float | None]:
             outputs = run(quantized)
-            return _error(exact, outputs), None if score is None else score(outputs)
+            return error_of(exact, outputs), None if score is None else score(outputs)
 
         error, score_of_all = measure(everything)
-        own = _own_statistics(prepared, calls)
+        own = own_statistics(prepared, calls)
         layers = []
         for identity, operator in tracked(prepared.operators.items(), "Sensitivity", "operator"):
             weight, edges = own_parts(prepared, identity)
@@ -230,85 +223,3 @@ def rank_operators(prepared: Prepared, calls: list[Call]) -> Sensitivity:
         prepared = prepared.on_host()
     device = device_of(prepared.root)
     return sensitivity(prepared, [moved_call(*call, device) for call in calls[:NUM_CALLS]])
-
-
-def _error(exact: list[Any], actual: list[Any]) -> float:
-    decibels = signal_to_noise(*alike(exact, actual))
-    return 10 ** (-decibels / 10)
-
-
-def _own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str, Any]]:
-    """Return for each operator its own signal-to-noise ratio, its range, and how far its channels differ."""
-    seen, weight_noise = edge_statistics(prepared, calls), _weight_noise(prepared, calls)
-    statistics: dict[str, dict[str, Any]] = {}
-    grid = prepared.ranges.grid
-    for identity, operator in prepared.operators.items():
-        edge = operator.writes if operator.quantized_output else operator.reads[0]
-        found, ratio = seen.get(edge), weight_noise.get(identity, 0.0)
-        if operator.quantized_output:
-            ratio = _output_noise(prepared, calls, identity, edge)
-        low = high = 0.0
-        if edge in prepared.ranges.edges:
-            scale, zero_point = prepared.ranges.parameters(edge)
-            low, high = float((grid.low - zero_point) * scale), float((grid.high - zero_point) * scale)
-        widest, extra = 1.0, 0
-        if operator.weight:
-            weight = folded_layer(prepared, identity).weight
-            spans = weight.abs().flatten(1).amax(1)
-            widest = ratio_to_median(spans)
-            extra = 3 * weight.numel() - _BYTES_OF_SCALES * len(weight)
-        statistics[identity] = {
-            "own_db": -10 * math.log10(ratio) if ratio else math.inf,
-            "low": low,
-            "high": high,
-            "clipped": 0.0 if found is None else found.outside / found.number,
-            "widest": widest,
-            "spread": 1.0 if found is None else found.spread,
-            "float_bytes": extra,
-        }
-    return statistics
-
-
-def _output_noise(prepared: Prepared, calls: list[Call], identity: str, edge: str) -> float:
-    """Return noise over signal of an operator's rounded output, with nothing else quantized."""
-    outputs: dict[bool, list[Tensor]] = {False: [], True: []}
-    weight, edges = own_parts(prepared, identity)
-    for rounded, values in outputs.items():
-
-        def watch(seen: str, x: Tensor, values: list[Tensor] = values) -> None:
-            if seen == edge:
-                values.append(prepared.on_grid(edge, x).float().clone())
-
-        only = (weight | edges) if rounded else frozenset()
-        simulation = prepared.simulation
-        with simulation.quantizing_only(only), simulation.watching(watch), prepared.attached("frozen"):
-            for args, kwargs in calls:
-                prepared.root(*args, **kwargs)
-    parameters, integers = prepared.ranges.parameters(edge), prepared.ranges.grid
-    return _error(outputs[False], [fake_quantize(x, *parameters, integers) for x in outputs[True]])
-
-
-def _weight_noise(prepared: Prepared, calls: list[Call]) -> dict[str, float]:
-    """Return noise over signal of weighted operators that answer in float, from their weights and what is their own."""
-    noise: dict[str, float] = {}
-    grid = prepared.ranges.grid
-
-    def visit(site: Site) -> None:
-        if site.operator.quantized_output:
-            return
-        layer = folded_layer(prepared, site.identity)
-        folded = prepared.folded(site.identity)
-        integers = prepared.weight_integers(site.identity, folded)
-        rounded = integers * folded.scale.view(-1, *[1] * (integers.dim() - 1))
-        edge = site.operator.reads[0]
-        reads_float = edge in read_from_float(prepared, site.identity)
-        signal = total = 0.0
-        for x in site.float_inputs:
-            exact = site.compute(x, layer.weight, layer.bias)
-            x = fake_quantize(x, *prepared.ranges.parameters(edge), grid) if reads_float else x
-            signal += float(exact.square().sum())
-            total += float((site.compute(x, rounded, folded.bias) - exact).square().sum())
-        noise[site.identity] = total / signal if signal else 0.0
-
-    lockstep(prepared, calls, visit, quantized=False)
-    return noise

@@ -23,6 +23,7 @@ from lightning_quant.calls import CapturedCall
 from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.table import OperatorTable
+from lightning_quant.qdq import is_static
 from lightning_quant.runtimes import _torch_layers, _torch_static, _torch_steps
 from lightning_quant.runtimes._fill import fill
 from lightning_quant.runtimes._runtime import Runtime
@@ -98,8 +99,6 @@ class Torch(Runtime):
         Raises:
             ExportError: PyTorch's exporter refuses the module, with its reason, or a part of it is none of PyTorch's.
         """
-        from lightning_quant.convert import is_static
-
         write = _torch_static.export if is_static(module) else _torch_layers.export
         write(module, call, path)
 
