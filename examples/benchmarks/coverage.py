@@ -14,6 +14,7 @@ import functools
 import importlib.util
 import inspect
 import json
+import math
 import tempfile
 import time
 import traceback
@@ -40,11 +41,14 @@ import lightning_quant as lq
 from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.errors import NoEffectWarning, QuantizationError
 from lightning_quant.export import export
+from lightning_quant.loaded import LoadedModule
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
 
 OURS = ("onnxruntime", "openvino")
+FLOATS = ("eager", "float, ONNX Runtime", "float, OpenVINO")
 ORT_PEER, NNCF = "quantize_static", "NNCF"
+TIMED = (*OURS, ORT_PEER, NNCF)
 NUM_CALIBRATION_CALLS, BATCH = 8, 8
 _MODULES = (networks_images, networks_mobile, networks_dense, networks_sequences, networks_tables)
 NETWORKS: dict[str, Callable[[], Case]] = {
@@ -57,8 +61,14 @@ NETWORKS: dict[str, Callable[[], Case]] = {
 Cells = dict[str, Any]
 
 
-def run(name: str, rounds: int) -> dict[str, Any]:
-    """Quantize one network with every tool; a peer that fails is a cell, ours is an error."""
+def run(name: str, rounds: int, *, auto: bool) -> dict[str, Any]:
+    """Quantize one network with every tool; a peer that fails is a cell, ours is an error.
+
+    Args:
+        name: of the network.
+        rounds: of the times; none where it is 0.
+        auto: whether to try `runtime="auto"` where neither runtime of ours is as fast as the best float peer.
+    """
     torch.manual_seed(0)
     case = NETWORKS[name]()
     net = settled(case.net, case.inputs)
@@ -75,10 +85,32 @@ def run(name: str, rounds: int) -> dict[str, Any]:
             if predict is not None:
                 calls[tool] = predict
         if rounds:
-            one = held_back[0] if case.one_size else held_back[0][:1]
-            contestants = {tool: functools.partial(call, one) for tool, call in calls.items()}
-            found["ms"] = {tool: median_ms(s) for tool, s in interleaved(contestants, rounds=rounds).items()}
+            fixed = case.one_size or any(map(_is_of_one_size, calls.values()))
+            found["batch"] = BATCH if fixed else 1
+            one = held_back[0][: found["batch"]]
+            found["ms"] = _timed(calls, one, rounds)
+            if auto and _slower(found):
+                build = functools.partial(_ours, case, net, calibration, Path(folder), "auto", reported=True)
+                found["cells"]["auto"], predict = _attempt("auto", build, held_back, references)
+                if predict is not None:
+                    floats = {tool: call for tool, call in calls.items() if tool in FLOATS}
+                    found["auto_ms"] = _timed(floats | {"auto": predict}, one, rounds)
     return found
+
+
+def _timed(calls: dict[str, Callable[[Tensor], Any]], inputs: Tensor, rounds: int) -> dict[str, float]:
+    contestants = {tool: functools.partial(call, inputs) for tool, call in calls.items()}
+    return {tool: median_ms(seconds) for tool, seconds in interleaved(contestants, rounds=rounds).items()}
+
+
+def _is_of_one_size(call: Any) -> bool:
+    return isinstance(call, LoadedModule) and isinstance(call.signature.inputs[0].shape[0], int)
+
+
+def _slower(found: dict[str, Any]) -> bool:
+    ms = found.get("ms", {})
+    ours = [ms[tool] for tool in OURS if tool in ms]
+    return bool(ours) and min(ours) > ms[_best_float(ms)]
 
 
 def _tools(
@@ -86,42 +118,47 @@ def _tools(
 ) -> dict[str, Callable[[], Any]]:
     """Return, by name, functions that give a predictor, and the artifact where it is ours."""
     example, path = calibration[0], folder / "float.onnx"
+    ours = functools.partial(_ours, case, net, calibration, folder, reported=reported)
 
     def float_openvino() -> Any:
         return openvino_float(path), None
-
-    def ours(runtime: str) -> Any:
-        shapes: Any = "static" if case.one_size else None
-        if not reported:
-            prepared = prepare(net, (example,), runtime=runtime, observer="mse", trains=False)
-            calibrate(prepared, steps_of(prepared, calibration))
-            artifact = export(prepared, folder / runtime, dynamic_shapes=shapes)
-            return lq.load(artifact.path, threads=1), artifact
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", NoEffectWarning)
-            artifact = lq.quantize(
-                net,
-                runtime=runtime,  # type: ignore[arg-type]
-                calibration_data=calibration,
-                output_dir=folder / runtime,
-                dynamic_shapes=shapes,
-                threads=1,
-            )
-        return lq.load(artifact.path, threads=1), artifact
 
     def static() -> Any:
         # Inference of symbolic shapes stops at some of these.
         return ort_quantize_static(net, calibration, folder / "static.onnx", exported=path, symbolic_shapes=False), None
 
     tools: dict[str, Callable[[], Any]] = {
-        "float, ONNX Runtime": lambda: (ort_float(net, example, path, one_size=case.one_size), None),
-        "float, OpenVINO": float_openvino,
+        FLOATS[1]: lambda: (ort_float(net, example, path, one_size=case.one_size), None),
+        FLOATS[2]: float_openvino,
         **{runtime: functools.partial(ours, runtime) for runtime in OURS},
         ORT_PEER: static,
     }
     if importlib.util.find_spec("nncf"):
         tools[NNCF] = lambda: (nncf_quantize(net, calibration, path, exported=path), None)
     return tools
+
+
+def _ours(
+    case: Case, net: nn.Module, calibration: list[Tensor], folder: Path, runtime: str, *, reported: bool
+) -> tuple[nn.Module, lq.Artifact]:
+    """Return an artifact, loaded, and itself."""
+    shapes: Any = "static" if case.one_size else None
+    if not reported:
+        prepared = prepare(net, (calibration[0],), runtime=runtime, observer="mse", trains=False)
+        calibrate(prepared, steps_of(prepared, calibration))
+        artifact = export(prepared, folder / runtime, dynamic_shapes=shapes)
+        return lq.load(artifact.path, threads=1), artifact
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NoEffectWarning)
+        artifact = lq.quantize(
+            net,
+            runtime=runtime,  # type: ignore[arg-type]
+            calibration_data=calibration,
+            output_dir=folder / runtime,
+            dynamic_shapes=shapes,
+            threads=1,
+        )
+    return lq.load(artifact.path, threads=1), artifact
 
 
 def _attempt(tool: str, build: Callable[[], Any], held_back: list[Tensor], references: list[Any]) -> tuple[Cells, Any]:
@@ -131,14 +168,15 @@ def _attempt(tool: str, build: Callable[[], Any], held_back: list[Tensor], refer
     except QuantizationError as error:
         return {"refused": str(error)}, None
     except Exception as error:
-        if tool in OURS:
+        if tool in (*OURS, "auto"):
             raise
         return {"failed": f"{type(error).__name__}: {error}"[:300]}, None
     cells: Cells = {"db": signal_to_noise(references, results)}
     if artifact is not None:
         cells["planned"] = artifact.manifest["plan"]["coverage"]
         cells["notes"] = artifact.report["warnings"] if artifact.report else []
-    if not tool.startswith("float"):
+        cells["runtime"] = artifact.manifest["runtime"]
+    if tool not in (*FLOATS, "auto"):
         # OpenVINO does not compile every model with fixed sizes, from which shares are read.
         with contextlib.suppress(RuntimeError):
             cells |= _shares(predict, artifact, held_back[0])._asdict()
@@ -156,16 +194,15 @@ def _shares(predict: Any, artifact: lq.Artifact | None, inputs: Tensor) -> Share
 
 def rows(found: dict[str, dict[str, Any]]) -> tuple[list[tuple[str, ...]], tuple[str, ...]]:
     """Return the rows of the table and its header."""
-    tools = (*OURS, ORT_PEER, NNCF)
     header = ["network"]
-    header += [f"{measure}: {tool}" for measure in ("dB", "computed %", "stored %") for tool in tools]
-    header += ["best float, ms", "times faster: lightning_quant", "peers", "slower, said"]
+    header += [f"{measure}: {tool}" for measure in ("dB", "computed %", "stored %") for tool in TIMED]
+    header += ["best float, ms", *(f"times faster: {tool}" for tool in TIMED), "slower, said", '"auto"']
     lines = []
     for name, result in found.items():
         cells = result["cells"]
         line = [name]
         for measure, scale in (("db", 1), ("computed", 100), ("stored", 100)):
-            line += [_cell(cells.get(tool, {}), measure, scale) for tool in tools]
+            line += [_cell(cells.get(tool, {}), measure, scale) for tool in TIMED]
         lines.append((*line, *_times(result)))
     return lines, tuple(header)
 
@@ -176,24 +213,31 @@ def _cell(cells: Cells, measure: str, scale: int) -> str:
     return next((word for word in ("refused", "failed") if word in cells), "")
 
 
-def _times(result: dict[str, Any]) -> tuple[str, str, str, str]:
+def _times(result: dict[str, Any]) -> tuple[str, ...]:
+    """Return the best float time, how many times faster each of the others is, and what `"auto"` makes of it."""
     ms = result.get("ms")
     if ms is None:
-        return "", "", "", ""
-    floats = {tool: value for tool, value in ms.items() if tool.startswith(("eager", "float"))}
-    best = min(floats, key=lambda tool: floats[tool])
+        return ("",) * (len(TIMED) + 3)
+    best = _best_float(ms)
+    faster = [f"{ms[best] / ms[tool]:.2f}" if tool in ms else "" for tool in TIMED]
+    batch = "" if result["batch"] == 1 else f", batch {result['batch']}"
+    said = _said(result["cells"][min(OURS, key=lambda tool: ms.get(tool, math.inf))]) if _slower(result) else ""
+    return f"{ms[best]:.2f} ({best.removeprefix('float, ')}{batch})", *faster, said, _auto(result)
 
-    def fastest(tools: tuple[str, ...]) -> tuple[str, str]:
-        measured = {tool: ms[tool] for tool in tools if tool in ms}
-        if not measured:
-            return "", ""
-        tool = min(measured, key=lambda t: measured[t])
-        return tool, f"{ms[best] / ms[tool]:.2f} ({tool})"
 
-    ours, text = fastest(OURS)
-    notes = result["cells"].get(ours, {}).get("notes", [])
-    said = "" if not ours or ms[ours] <= ms[best] else "yes" if any("slower" in note for note in notes) else "no"
-    return f"{ms[best]:.2f} ({best.removeprefix('float, ')})", text, fastest((ORT_PEER, NNCF))[1], said
+def _best_float(ms: dict[str, float]) -> str:
+    return min((tool for tool in FLOATS if tool in ms), key=lambda tool: ms[tool])
+
+
+def _said(cells: Cells) -> str:
+    return "yes" if any("slower" in note for note in cells["notes"]) else "no"
+
+
+def _auto(result: dict[str, Any]) -> str:
+    ms, cells = result.get("auto_ms"), result["cells"].get("auto", {})
+    if ms is None:
+        return _cell(cells, "", 1)
+    return f"{ms[_best_float(ms)] / ms['auto']:.2f} ({cells['runtime']})"
 
 
 def main() -> None:
@@ -201,6 +245,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--only", nargs="+", default=list(NETWORKS), choices=list(NETWORKS), metavar="NAME")
     parser.add_argument("--no-latency", action="store_true", help="leave out the times and the reports")
+    parser.add_argument(
+        "--no-auto", action="store_true", help='leave out `runtime="auto"` where ours is slower than float'
+    )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--state", type=Path, help="JSON file of what has run")
     parser.add_argument("--no-publish", action="store_true", help="print the table only")
@@ -209,11 +256,11 @@ def main() -> None:
     state = arguments.state
     found = json.loads(state.read_text()) if state is not None and state.exists() else {}
     for name in arguments.only:
-        if name in found:
+        if name in found and (arguments.no_auto or not _slower(found[name]) or "auto" in found[name]["cells"]):
             continue
         started = time.perf_counter()
         try:
-            found[name] = run(name, 0 if arguments.no_latency else arguments.rounds)
+            found[name] = run(name, 0 if arguments.no_latency else arguments.rounds, auto=not arguments.no_auto)
         except Exception as error:
             traceback.print_exc()
             found[name] = {"cells": {tool: {"failed": f"{type(error).__name__}: {error}"} for tool in OURS}}

@@ -84,7 +84,8 @@ def openvino_shares(model: Any, inputs: Tensor) -> Shares:
 def _compiled(model: Any) -> Any:
     import openvino
 
-    settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
+    # Snippets put several products into one layer, which does not tell what each of them is.
+    settings = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0, "SNIPPETS_MODE": "DISABLE"}
     return openvino.Core().compile_model(model, "CPU", settings)
 
 

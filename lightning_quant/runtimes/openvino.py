@@ -31,8 +31,8 @@ from lightning_quant.loaded import LoadedModule
 from lightning_quant.named_edges import PREFIX
 from lightning_quant.reading import opened
 from lightning_quant.runtimes._onnx_export import export_onnx
-from lightning_quant.runtimes._onnx_moves import pad_by_joining
 from lightning_quant.runtimes._openvino_forced import run_forced
+from lightning_quant.runtimes._openvino_graph import suit_openvino
 from lightning_quant.runtimes._openvino_weights import compress_weights
 from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.runtimes._standalone import numpy_inputs
@@ -153,7 +153,7 @@ class OpenVino(Runtime):
 
         with tempfile.TemporaryDirectory() as folder:
             onnx_path = Path(folder) / "model.onnx"
-            export_onnx(module, call, onnx_path, rewrite=pad_by_joining)
+            export_onnx(module, call, onnx_path, rewrite=suit_openvino)
             try:
                 model = _with_names_of_its_own(compress_weights(openvino.Core().read_model(onnx_path)))
                 openvino.save_model(model, path, compress_to_fp16=False)

@@ -1,0 +1,74 @@
+"""OpenVINO computes what reads a reduction in its kernel, wrongly where there are three dimensions."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_quant import artifact as artifacts
+from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.export import export
+from lightning_quant.noise import signal_to_noise
+from lightning_quant.prepare import prepare
+from lightning_quant.report.make_report import parity_of
+
+REDUCTIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
+    "mean over tokens": (12, lambda x: x.mean(1)),
+    "sum over tokens, kept": (12, lambda x: x.sum(1, keepdim=True).squeeze(1) / 16),
+    "mean over features": (16, lambda x: x.mean(2)),
+}
+
+
+class Pooled(nn.Module):
+    """A sum of two layers, reduced, normalized and classified."""
+
+    def __init__(self, size: int, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.reduce, self.first, self.second = reduce, nn.Linear(6, 12), nn.Linear(6, 12)
+        self.norm, self.head = nn.BatchNorm1d(size), nn.Linear(size, 5)
+        self.norm.running_mean.uniform_(-0.2, 0.2)  # type: ignore[union-attr]
+        self.norm.running_var.uniform_(0.02, 0.1)  # type: ignore[union-attr]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.reduce(self.first(x) + self.second(x))))
+
+
+class Reduced(nn.Module):
+    """A function as a layer."""
+
+    def __init__(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.reduce = reduce
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.reduce(x)
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_reduction_of_three_dimensions_is_what_was_simulated(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Pooled(*REDUCTIONS[name]).eval(), torch.randn(4, 16, 6)
+    prepared = prepare(model, (x,), runtime="openvino")
+    calibrate(prepared, steps_of(prepared, [x]))
+    artifact = export(prepared, tmp_path)
+    loaded = artifacts.load(artifact.path, threads=1)
+
+    assert parity_of(prepared, loaded, artifact).failures == []
+    with torch.no_grad():
+        assert signal_to_noise([model(x)], [loaded(x)]) > 25
+
+
+@pytest.mark.parametrize("reduce", [lambda x: x.amax(2), lambda x: x.max(2).values], ids=["amax", "max"])
+def test_maximum_over_places(reduce: Callable[[Tensor], Tensor], tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    places = nn.Sequential(nn.Conv1d(3, 16, 1), nn.ReLU(), nn.Conv1d(16, 32, 1), nn.ReLU())
+    model = nn.Sequential(places, Reduced(reduce), nn.Linear(32, 16), nn.ReLU(), nn.Linear(16, 4)).eval()
+    x = torch.randn(4, 3, 24)
+    prepared = prepare(model, (x,), runtime="openvino")
+    calibrate(prepared, steps_of(prepared, [x]))
+    artifact = export(prepared, tmp_path)
+
+    assert artifact.signature.inputs[0].shape == ("batch", 3, 24)
+    assert parity_of(prepared, artifacts.load(artifact.path, threads=1), artifact).failures == []
