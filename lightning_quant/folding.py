@@ -11,8 +11,28 @@ from torch import Tensor, nn
 
 from lightning_quant.adjustments import Layer
 from lightning_quant.fake_quantize import BIAS_LIMIT, SMALLEST_SCALE, channel_maximum, weight_scale
-from lightning_quant.graph.plan import Norm
 from lightning_quant.routing import fetch, resolve
+
+
+@dataclass(frozen=True)
+class Norm:
+    """Where the statistics of a BatchNorm that is folded are found in the graph's module.
+
+    Attributes:
+        owner: path of a module that has all of them, or has modules that have them.
+        mean: name of the running mean, from the owner on.
+        variance: name of the running variance.
+        weight: name of gamma; empty when there is none.
+        bias: name of beta; empty when there is none.
+        eps: what is added to the variance.
+    """
+
+    owner: str
+    mean: str
+    variance: str
+    weight: str
+    bias: str
+    eps: float
 
 
 @dataclass(frozen=True)

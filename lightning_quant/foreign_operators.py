@@ -5,8 +5,6 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-import lightning_quant.layers  # noqa: F401
-
 
 class ForeignOperatorsInlined(TorchFunctionMode):
     """Lets an exporter see what operators of other libraries compute, where they are written in Python.
@@ -44,6 +42,8 @@ def _name(function: Any) -> str:
 def _grouped(
     x: Any, weight: Any, offs: Any = None, bias: Any = None, out_dtype: Any = None, **_: Any
 ) -> torch.Tensor | None:
+    import lightning_quant.layers  # noqa: F401  defines the operator
+
     if offs is None or x.dim() != 2 or weight.dim() != 3:
         return None
     product = torch.ops.lightning_quant.grouped_product(x, weight, offs)

@@ -1,12 +1,7 @@
 """Names inside a recipe, looked up when it is written: observers, accuracy steps, schemes and what overrides map to."""
 
-from lightning_quant import runtimes
-from lightning_quant.accuracy.ladder import check_steps
 from lightning_quant.choice import check_choice
 from lightning_quant.errors import QuantizationError
-from lightning_quant.layers.storage import SCHEMES
-from lightning_quant.observers import OBSERVERS
-from lightning_quant.overrides import check_targets
 from lightning_quant.recipe import AnyRecipe
 
 
@@ -16,6 +11,13 @@ def check_names(recipe: AnyRecipe) -> None:
     Raises:
         QuantizationError: there is not; the message has the closest.
     """
+    # Those who know the names know recipes, too: they are asked when one is written, by when all are there.
+    from lightning_quant import runtimes
+    from lightning_quant.accuracy.ladder import check_steps
+    from lightning_quant.layers.storage import SCHEMES
+    from lightning_quant.observers import OBSERVERS
+    from lightning_quant.overrides import check_targets
+
     if not recipe.needs_calibration:
         for scheme in recipe.schemes:
             check_choice("recipe.schemes", scheme, SCHEMES)

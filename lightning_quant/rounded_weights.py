@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from lightning_quant import kernels
 from lightning_quant.fake_quantize import channel_extremes, fake_quantize_weight, pass_gradient, weight_scale
-from lightning_quant.folding import Statistics, fold, gain_and_shift, statistics
-from lightning_quant.graph.plan import Norm
+from lightning_quant.folding import Norm, Statistics, fold, gain_and_shift, statistics
 from lightning_quant.learned_steps import LearnedSteps, quantize_with_learned_step
 from lightning_quant.quantizers import Quantizers
 from lightning_quant.ranges import Grids

@@ -4,6 +4,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from lightning_quant.folding import Norm
+
 COMPUTED_ONCE = "computed from parameters alone, so once and for all when the model is converted"
 UNREAD = "nothing reads its result in evaluation, so it is no part of what is exported"
 
@@ -36,27 +38,6 @@ class Edge:
     def shared(self) -> str:
         """Name of the group among all graphs of a plan."""
         return identify(self.path, self.group)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """Where the statistics of a BatchNorm that is folded are found in the graph's module.
-
-    Attributes:
-        owner: path of a module that has all of them, or has modules that have them.
-        mean: name of the running mean, from the owner on.
-        variance: name of the running variance.
-        weight: name of gamma; empty when there is none.
-        bias: name of beta; empty when there is none.
-        eps: what is added to the variance.
-    """
-
-    owner: str
-    mean: str
-    variance: str
-    weight: str
-    bias: str
-    eps: float
 
 
 @dataclass(frozen=True)
