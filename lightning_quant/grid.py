@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lightning_quant.arguments import check_flag
+from lightning_quant.errors import QuantizationError
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -57,3 +60,29 @@ def weight_grid(bits: int) -> Grid:
     """Return the grid of weights with so many bits: as many integers below zero as above it."""
     highest = 2 ** (bits - 1) - 1
     return Grid(-highest, highest, torch.int8, axis=0, symmetric=True)
+
+
+@dataclass(frozen=True)
+class IntegerSpec:
+    """The integer grid of one tensor role.
+
+    Attributes:
+        bits: width of the grid, in [2, 8] for weights and [2, 16] for activations; stored in 8 or in 16 bits.
+        symmetric: whether 0.0 is in the middle: weights are in [-(2**(bits-1)-1), 2**(bits-1)-1] steps, activations
+            down to one more. Otherwise the grid follows the range, with a zero point that represents 0.0 exactly.
+        per_channel: whether there is one scale for each output channel, `(out_channels,)`; otherwise there is one for
+            the tensor.
+    """
+
+    bits: int = 8
+    symmetric: bool = False
+    per_channel: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("symmetric", "per_channel"):
+            check_flag(name, getattr(self, name))
+        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
+            raise QuantizationError(
+                f"Expected `bits` to be in [2, 16], but got {self.bits!r}: no runtime here has wider grids. Keep "
+                "layers float with `overrides` or `exclude`."
+            )

@@ -11,38 +11,12 @@ from typing import Any, ClassVar, Literal
 from lightning_quant.arguments import check_fields, check_flag, check_number, check_positive, check_texts
 from lightning_quant.choice import check_choice, closest
 from lightning_quant.errors import QuantizationError
-from lightning_quant.grid import Grid, activation_grid, weight_grid
+from lightning_quant.grid import Grid, IntegerSpec, activation_grid, weight_grid
 from lightning_quant.names import Observers, Recipes
 
 PERCENTILE = 99.99
 # Observers that look at no percentile; own ones may.
 _WITHOUT_PERCENTILE = {"min_max", "moving_average", "mse"}
-
-
-@dataclass(frozen=True)
-class IntegerSpec:
-    """The integer grid of one tensor role.
-
-    Attributes:
-        bits: width of the grid, in [2, 8] for weights and [2, 16] for activations; stored in 8 or in 16 bits.
-        symmetric: whether 0.0 is in the middle: weights are in [-(2**(bits-1)-1), 2**(bits-1)-1] steps, activations
-            down to one more. Otherwise the grid follows the range, with a zero point that represents 0.0 exactly.
-        per_channel: whether there is one scale for each output channel, `(out_channels,)`; otherwise there is one for
-            the tensor.
-    """
-
-    bits: int = 8
-    symmetric: bool = False
-    per_channel: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("symmetric", "per_channel"):
-            check_flag(name, getattr(self, name))
-        if isinstance(self.bits, bool) or not isinstance(self.bits, int) or not 2 <= self.bits <= 16:
-            raise QuantizationError(
-                f"Expected `bits` to be in [2, 16], but got {self.bits!r}: no runtime here has wider grids. Keep "
-                "layers float with `overrides` or `exclude`."
-            )
 
 
 @dataclass(frozen=True)

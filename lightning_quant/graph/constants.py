@@ -57,3 +57,21 @@ def _is_random(node: fx.Node, root: nn.Module) -> bool:
         return any(child.training for child in root.get_submodule(str(node.target)).modules())
     name = getattr(node.target, "__name__", str(node.target))
     return node.op.startswith("call_") and name.rstrip("_") in _RANDOM
+
+
+def keep_constants(graph: fx.Graph, traced: nn.Module, root: nn.Module) -> None:
+    """Turn tensors that forward makes from nothing, which fx hangs on the traced copy, into functions."""
+    for node in graph.nodes:
+        if (
+            node.op == "get_attr"
+            and str(node.target).startswith("_tensor_constant")
+            and not hasattr(root, str(node.target))
+        ):
+            node.op, node.target = "call_function", _constant(getattr(traced, str(node.target)))
+
+
+def _constant(value: Tensor) -> Callable[[], Tensor]:
+    def constant() -> Tensor:
+        return value
+
+    return constant

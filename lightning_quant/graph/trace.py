@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 from lightning_quant.calls import CallSpec, ResultSpec, rebuild_call
 from lightning_quant.errors import UntraceableError
 from lightning_quant.foreign_operators import ForeignOperatorsInlined
+from lightning_quant.graph.constants import keep_constants
 from lightning_quant.graph.counting import counted_by, multiply_add_counter
 from lightning_quant.graph.expansions import expansion_of, is_expanded, layer_read_by, transformers_traceable
 from lightning_quant.graph.normalize import functionalize
@@ -254,30 +255,12 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
             continue
         reasons |= tracer.failures
         if not tracer.failures:
-            _keep_constants(graph, copy, root)
+            keep_constants(graph, copy, root)
             return Traced(graph, tracer.result_spec(), reasons)
 
 
 def _reason(error: Exception) -> str:
     return str(error.__context__ or error).split("\n")[0]
-
-
-def _keep_constants(graph: fx.Graph, traced: nn.Module, root: nn.Module) -> None:
-    """Turn tensors that forward makes from nothing, which fx hangs on the traced copy, into functions."""
-    for node in graph.nodes:
-        if (
-            node.op == "get_attr"
-            and str(node.target).startswith("_tensor_constant")
-            and not hasattr(root, str(node.target))
-        ):
-            node.op, node.target = "call_function", _constant(getattr(traced, str(node.target)))
-
-
-def _constant(value: Tensor) -> Any:
-    def constant() -> Tensor:
-        return value
-
-    return constant
 
 
 def _rebuilding(kind: type, treespec: Any) -> Any:
