@@ -250,12 +250,14 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--state", type=Path, help="JSON file of what has run")
+    parser.add_argument("--found", action="store_true", help="run nothing, and take what the state holds")
     parser.add_argument("--no-publish", action="store_true", help="print the table only")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     state = arguments.state
     found = json.loads(state.read_text()) if state is not None and state.exists() else {}
-    for name in arguments.only:
+    names = [name for name in arguments.only if name in found or not arguments.found]
+    for name in () if arguments.found else names:
         if name in found and (arguments.no_auto or not _slower(found[name]) or "auto" in found[name]["cells"]):
             continue
         started = time.perf_counter()
@@ -267,7 +269,7 @@ def main() -> None:
         print(f"{name}: {time.perf_counter() - started:.0f} s {json.dumps(found[name])}", flush=True)
         if state is not None:
             state.write_text(json.dumps(found))
-    lines, header = rows({name: found[name] for name in arguments.only})
+    lines, header = rows({name: found[name] for name in names})
     if arguments.no_publish:
         print(table(lines, header))
     else:
