@@ -290,5 +290,9 @@ def quantize_layers(
 def _run(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Call the float model once; every layer's trial sees what the layer reads and answers."""
     # Before the user's hooks, which may change what the layer answers.
-    handles = [trial.float_layer.register_forward_hook(trial.see, with_kwargs=True, prepend=True) for trial in found]
+    handles = [
+        trial.float_layer.register_forward_hook(trial.see, with_kwargs=True, prepend=True)
+        for trial in found
+        if not isinstance(trial.float_layer, torch.jit.ScriptModule)
+    ]
     call_watched(model, args, kwargs, handles)

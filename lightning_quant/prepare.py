@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from lightning_quant import recipe as recipes
@@ -43,12 +44,13 @@ def prepare(
         trains: whether it is to be trained through rounding, for which its forward must be traceable in training, too.
 
     Raises:
-        PlanError: nothing can be quantized; for training also where weights alone would be stored.
+        PlanError: nothing can be quantized, for training also where weights are stored alone, or a part is scripted.
         QuantizationError: the recipe has accuracy steps that do not exist, or that its observers do not serve.
     """
     chosen = recipes.get(recipe)
     if not chosen.needs_calibration:
         raise PlanError(f"Expected `recipe` to quantize a graph, but {chosen.name!r} quantizes layers without one.")
+    _check_python(model)
     check_steps(chosen)
     chosen.check_percentile(observer or chosen.training_observer)
     runtimes.check_recipe(runtime, chosen)
@@ -74,6 +76,15 @@ def prepare(
     if not prepared.plan.num_quantized:
         raise PlanError(f"{analysis.nothing}{_stored_alone(prepared.left)}")
     return prepared
+
+
+def _check_python(model: nn.Module) -> None:
+    scripted = [name for name, child in model.named_modules() if isinstance(child, torch.jit.ScriptModule)]
+    if scripted:
+        raise PlanError(
+            f"Expected modules of Python code, but {scripted[0]!r} is scripted. Give the module as it was before "
+            "`torch.jit.script`, or take recipe 'int8_dynamic' with `runtime=\"torch\"`, which leaves it as it is."
+        )
 
 
 def _stored_alone(left: frozenset[str]) -> str:

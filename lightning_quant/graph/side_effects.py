@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from lightning_quant.errors import UntraceableError
@@ -13,6 +14,8 @@ def attributes(module: nn.Module) -> dict[str, dict[str, Any]]:
     return {
         path: {**{k: v for k, v in vars(child).items() if k not in ignored}, **child._buffers}
         for path, child in module.named_modules()
+        # Scripted modules keep what is asked of them.
+        if not isinstance(child, torch.jit.ScriptModule)
     }
 
 

@@ -114,6 +114,6 @@ def read_from_children(graph: fx.Graph, module: nn.Module) -> None:
     for node in graph.nodes:
         if node.op == "get_attr":
             owner, _, name = str(node.target).rpartition(".")
-            holder = module.get_submodule(owner)._modules.get(CHILD)
+            holder = dict(module.get_submodule(owner).named_children()).get(CHILD)
             if isinstance(holder, StoredParameters) and name in holder.names:
                 node.op, node.target, node.args = "call_module", child_of(owner), (name,)

@@ -126,7 +126,10 @@ def _save(module: nn.Module, tensors: dict[str, Tensor], path: Path) -> None:
     layers = {name: child.scheme.name for name, child in module.named_modules() if isinstance(child, StoredLayer)}
     contiguous = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # One entry, since the file has entries in no fixed order.
-    save_file(contiguous, path, metadata={STRUCTURE: json.dumps({"layers": layers, "aliases": _aliases(module)})})
+    try:
+        save_file(contiguous, path, metadata={STRUCTURE: json.dumps({"layers": layers, "aliases": _aliases(module)})})
+    except RuntimeError as error:  # Tensors of which one is in the other's memory.
+        raise ExportError(f"Expected tensors that can be stored, but {' '.join(str(error).split())[:200]}.") from error
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:

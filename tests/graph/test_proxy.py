@@ -4,12 +4,15 @@ import collections.abc
 import copy
 import dataclasses
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_quant import quantize
+from lightning_quant.errors import PlanError
 from lightning_quant.prepare import prepare
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -232,3 +235,26 @@ def test_a_part_whose_graph_fails_is_left_as_it_is_and_the_plan_says_why() -> No
     reasons = {row.name: row.reason for row in prepared.plan.rows}
 
     assert "its graph fails where it does not (RuntimeError: view size" in reasons["inner"]
+
+
+class Scripted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.scripted = nn.Linear(8, 8), torch.jit.script(nn.Sequential(nn.Linear(8, 3), nn.ReLU()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scripted(self.first(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::lightning_quant.errors.NoEffectWarning")
+def test_scripted_children_run_as_they_are_among_stored_layers(tmp_path: Path) -> None:
+    artifact = quantize(Scripted(), "int8_dynamic", "torch", calibration_data=[X], output_dir=tmp_path / "quantized")
+    rows = {row["name"]: row["action"] for row in artifact.plan["rows"]}
+
+    assert (rows["first"], rows["scripted.0"]) == ("int8 dynamic", "float")
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+def test_scripted_children_are_refused_by_name_where_graphs_are_made() -> None:
+    with pytest.raises(PlanError, match="'scripted' is scripted"):
+        prepare(Scripted(), (X,))
