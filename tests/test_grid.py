@@ -15,11 +15,11 @@ from torch import nn
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining, load, quantize, runtimes
 from lightning_quant.errors import QuantizationError
-from lightning_quant.export import PARITY_SAMPLES, export
+from lightning_quant.export import export
 from lightning_quant.fake_quantize import affine_parameters, fake_quantize
 from lightning_quant.grid import UINT8, Grid, activation_grid, weight_grid
 from lightning_quant.observers import MeanSquaredError
-from lightning_quant.parity import Parity, check_parity
+from lightning_quant.parity import PARITY_SAMPLES, Parity, check_parity
 from lightning_quant.prepare import prepare
 from lightning_quant.prepared import Prepared
 from lightning_quant.recipe import IntegerSpec, Recipe

@@ -12,7 +12,6 @@ from lightning_quant.calibrate import calibrate, steps_of
 from lightning_quant.export import export
 from lightning_quant.noise import signal_to_noise
 from lightning_quant.prepare import prepare
-from lightning_quant.report.make_report import parity_of
 
 REDUCTIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "mean over tokens": (12, lambda x: x.mean(1)),
@@ -55,7 +54,7 @@ def test_reduction_of_three_dimensions_is_what_was_simulated(name: str, tmp_path
     artifact = export(prepared, tmp_path)
     loaded = artifacts.load(artifact.path, threads=1)
 
-    assert parity_of(prepared, loaded, artifact).failures == []
+    assert prepared.parity(loaded, artifact.model_path).failures == []
     with torch.no_grad():
         assert signal_to_noise([model(x)], [loaded(x)]) > 25
 
@@ -71,4 +70,4 @@ def test_maximum_over_places(reduce: Callable[[Tensor], Tensor], tmp_path: Path)
     artifact = export(prepared, tmp_path)
 
     assert artifact.signature.inputs[0].shape == ("batch", 3, 24)
-    assert parity_of(prepared, artifacts.load(artifact.path, threads=1), artifact).failures == []
+    assert prepared.parity(artifacts.load(artifact.path, threads=1), artifact.model_path).failures == []
