@@ -22,8 +22,8 @@ from torchmetrics import Accuracy
 from transformers import ASTConfig, ASTForAudioClassification
 
 import lightning_quant as lq
-from lightning_quant.latency import measure
-from lightning_quant.tables import text_table
+from lightning_quant.machine.latency import measure
+from lightning_quant.terminal.tables import text_table
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
 EPOCHS, CLASSES, FRAMES, BANDS = 4, 8, 128, 64

@@ -15,7 +15,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from torch import Tensor, nn
 
 import lightning_quant as lq
-from lightning_quant.tables import text_table
+from lightning_quant.terminal.tables import text_table
 
 EPOCHS = 8
 OUTPUT = Path("lenet_output")

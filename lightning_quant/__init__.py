@@ -3,16 +3,16 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from lightning_quant.shorthand import know_callbacks
+from lightning_quant.cli.shorthand import know_callbacks
 
 if TYPE_CHECKING:
-    from lightning_quant.artifact import Artifact, load
+    from lightning_quant.artifact.artifact import Artifact, load
+    from lightning_quant.artifact.signing import sign
     from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining, Schedule
-    from lightning_quant.pipeline import quantize
-    from lightning_quant.quantize_command import QuantizationCLI
-    from lightning_quant.recipe import Recipe
-    from lightning_quant.signing import sign
-    from lightning_quant.verification import verify
+    from lightning_quant.cli.quantize_command import QuantizationCLI
+    from lightning_quant.doors.pipeline import quantize
+    from lightning_quant.measure.verification import verify
+    from lightning_quant.recipe.recipe import Recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,16 +29,16 @@ __all__ = [
 ]
 # Loaded when first used, so that `import lightning_quant` is quick and loads neither onnx nor a runtime.
 _HOMES = {
-    "Artifact": "artifact",
+    "Artifact": "artifact.artifact",
     "PostTrainingQuantization": "callbacks",
     "QuantizationAwareTraining": "callbacks",
-    "QuantizationCLI": "quantize_command",
-    "Recipe": "recipe",
+    "QuantizationCLI": "cli.quantize_command",
+    "Recipe": "recipe.recipe",
     "Schedule": "callbacks",
-    "load": "artifact",
-    "sign": "signing",
-    "quantize": "pipeline",
-    "verify": "verification",
+    "load": "artifact.artifact",
+    "sign": "artifact.signing",
+    "quantize": "doors.pipeline",
+    "verify": "measure.verification",
 }
 
 

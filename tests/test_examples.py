@@ -13,7 +13,7 @@ import quickstart
 import yaml
 
 import lightning_quant as lq
-from lightning_quant.artifact import read
+from lightning_quant.artifact.artifact import read
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_quant import cli, quantize
-from lightning_quant.artifact import Artifact, add_report
+from lightning_quant import quantize
+from lightning_quant.artifact.artifact import Artifact, add_report
+from lightning_quant.cli import cli
 from lightning_quant.errors import NoEffectWarning
 from lightning_quant.report.limits import failures_in
 
@@ -52,7 +53,7 @@ def test_commands_end_with_one_where_the_report_says_failed(
     report["warnings"] = texts[which]
     report["scalars"] = {**report["scalars"], "quant/parity_failed": float(which != "recipe")}
     doctored = add_report(artifact, report, "# failed")
-    monkeypatch.setattr("lightning_quant.bench.bench", lambda *_: [])
+    monkeypatch.setattr("lightning_quant.measure.bench.bench", lambda *_: [])
     path = str(doctored.path)
 
     for command in (("report", path), ("compare", path, path), ("bench", path), ("verify", path)):

@@ -68,7 +68,7 @@ def test_public_names_are_what_they_say() -> None:
     # Importing a submodule binds its name in the package, which must not hide a function of that name.
     for module in pkgutil.walk_packages(lightning_quant.__path__, "lightning_quant."):
         # Its kernels are written in a language that CUDA builds of PyTorch bring.
-        if module.name != "lightning_quant.triton_kernels" or importlib.util.find_spec("triton"):
+        if module.name != "lightning_quant.numerics.triton_kernels" or importlib.util.find_spec("triton"):
             importlib.import_module(module.name)
 
     assert inspect.isfunction(lightning_quant.quantize)

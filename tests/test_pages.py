@@ -9,7 +9,7 @@ import results
 
 import lightning_quant as lq
 from lightning_quant.callbacks.ptq import Calibration
-from lightning_quant.recipe import Recipe
+from lightning_quant.recipe.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 PLACES = ("README.md", "*/README.md", "examples/*.md", "examples/*/README.md")

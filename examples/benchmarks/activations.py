@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import lightning_quant as lq
 from lightning_quant import runtimes
-from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.errors import QuantizationError
-from lightning_quant.export import export
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.prepare import prepare
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
+from lightning_quant.numerics.noise import signal_to_noise
 
 
 class Gated(nn.Module):

@@ -38,12 +38,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import lightning_quant as lq
-from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.calls.loaded import LoadedModule
 from lightning_quant.errors import NoEffectWarning, QuantizationError
-from lightning_quant.export import export
-from lightning_quant.loaded import LoadedModule
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.prepare import prepare
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
+from lightning_quant.numerics.noise import signal_to_noise
 
 OURS = ("onnxruntime", "openvino")
 FLOATS = ("eager", "float, ONNX Runtime", "float, OpenVINO")

@@ -20,9 +20,9 @@ from timing import bootstrap_ratio, interleaved, median_ms, table
 from torch import Tensor, nn
 
 import lightning_quant as lq
-from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.export import export
-from lightning_quant.prepare import prepare
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
 
 PAIRS = {
     "lightning_quant int8, OpenVINO": "NNCF int8, OpenVINO",

@@ -130,7 +130,7 @@ def _quanto(model: nn.Module, name: str, folder: Path) -> Saved:
 
 
 def _ours(model: nn.Module, name: str, folder: Path) -> Saved:
-    from lightning_quant.layerwise import quantize_layers
+    from lightning_quant.planned.layerwise import quantize_layers
 
     call = call_of(model)
     with quiet():

@@ -24,7 +24,7 @@ from step_count import count_without_computing
 from timing import table
 from torch import Tensor, nn
 
-from lightning_quant.prepare import prepare
+from lightning_quant.export.prepare import prepare
 
 PHASES = {"observing": "fake_quantize", "frozen": "frozen"}
 

@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 import lightning_quant as lq
 from lightning_quant.layers.refine import refine
-from lightning_quant.layerwise import quantize_layers
-from lightning_quant.recipe import IntegerSpec, Recipe
+from lightning_quant.planned.layerwise import quantize_layers
+from lightning_quant.recipe.recipe import IntegerSpec, Recipe
 
 NUM_KEPT = 512  # messages that no split holds out; recipes were chosen on them
 NUM_CALIBRATION = 256

@@ -26,8 +26,8 @@ from results import publish
 from timing import table
 from torch import Tensor, nn
 
-from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.prepare import prepare
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.export.prepare import prepare
 
 OBSERVERS = ("min_max", "moving_average", "percentile", "mse")
 NUM_CALIBRATION_SAMPLES = 128

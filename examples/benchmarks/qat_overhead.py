@@ -14,7 +14,7 @@ from results import publish
 from timing import bootstrap_ratio, interleaved, median_ms, table
 from torch import Tensor, nn
 
-from lightning_quant.prepare import prepare
+from lightning_quant.export.prepare import prepare
 
 OURS, OURS_FROZEN = "lightning_quant, observing", "lightning_quant, observers frozen"
 PEER, PEER_FROZEN = "torch.ao FX, observing", "torch.ao FX, observers frozen"

@@ -20,9 +20,9 @@ from timing import bootstrap_mean, interleaved, median_ms, table
 
 import lightning_quant as lq
 from lightning_quant import runtimes
-from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.errors import MissingRuntimeError
-from lightning_quant.prepare import prepare
+from lightning_quant.export.prepare import prepare
 
 NUM_CALIBRATION, BATCH = 1024, 128
 # ExecuTorch plans its memory for at most the captured batch.

@@ -20,10 +20,10 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 
 import lightning_quant
-from lightning_quant import kernels
-from lightning_quant.fake_quantize import channel_maximum
-from lightning_quant.grid import Grid
-from lightning_quant.prepare import prepare
+from lightning_quant.export.prepare import prepare
+from lightning_quant.numerics import kernels
+from lightning_quant.numerics.fake_quantize import channel_maximum
+from lightning_quant.numerics.grid import Grid
 
 # What asks a tensor where it lies or says so anew, and makes none of its values.
 _FREE = frozenset({
@@ -78,19 +78,19 @@ def count(step: Callable[[], object]) -> Count:
 @contextmanager
 def as_on_a_gpu() -> Iterator[None]:
     """Let lightning_quant take the way of a GPU with Triton, each kernel counted as one operation."""
-    before = kernels.serve, sys.modules.get("lightning_quant.triton_kernels")
+    before = kernels.serve, sys.modules.get("lightning_quant.numerics.triton_kernels")
     kernels.serve = lambda device, dtype: dtype in kernels._DTYPES and not torch.compiler.is_compiling()
     module: Any = SimpleNamespace(
         round_values=_round_values, pass_gradient=_pass_gradient, observe_values=_observe_values, Rows=_Rows
     )
-    sys.modules["lightning_quant.triton_kernels"] = lightning_quant.triton_kernels = module  # type: ignore
+    sys.modules["lightning_quant.numerics.triton_kernels"] = lightning_quant.numerics.triton_kernels = module  # type: ignore
     try:
         yield
     finally:
         kernels.serve = before[0]
-        del lightning_quant.triton_kernels, sys.modules["lightning_quant.triton_kernels"]  # type: ignore
+        del lightning_quant.numerics.triton_kernels, sys.modules["lightning_quant.numerics.triton_kernels"]  # type: ignore
         if before[1] is not None:
-            sys.modules["lightning_quant.triton_kernels"] = lightning_quant.triton_kernels = before[1]  # type: ignore
+            sys.modules["lightning_quant.numerics.triton_kernels"] = lightning_quant.numerics.triton_kernels = before[1]  # type: ignore
 
 
 @contextmanager

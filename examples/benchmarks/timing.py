@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from lightning_quant.machine import cpu_name
+from lightning_quant.machine.machine import cpu_name
 
 
 class Estimate(NamedTuple):

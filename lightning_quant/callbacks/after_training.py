@@ -7,13 +7,13 @@ import torch
 from lightning.pytorch import Trainer
 from torch import Tensor
 
-from lightning_quant.accuracy.batch_norm import reestimate_batch_norm
-from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_operators
+from lightning_quant.calibrate.batch_norm import reestimate_batch_norm
 from lightning_quant.callbacks.finish import Deployment
 from lightning_quant.callbacks.training_data import calibration_steps, working_copy
-from lightning_quant.prepared import Prepared
-from lightning_quant.recorded_calls import recorded_calls
-from lightning_quant.routing import evaluation_mode, resolve
+from lightning_quant.calls.recorded_calls import recorded_calls
+from lightning_quant.measure.sensitivity import NUM_CALLS, Sensitivity, rank_operators
+from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.routing import evaluation_mode, resolve
 
 
 def reestimate(trainer: Trainer, deployment: Deployment, path: str, number: int) -> None:

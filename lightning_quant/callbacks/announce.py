@@ -5,9 +5,9 @@ import warnings
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant.callbacks.observe_step import Step
-from lightning_quant.capture import Capture
+from lightning_quant.capture.capture import Capture
 from lightning_quant.errors import NoEffectWarning
-from lightning_quant.planned_model import PlannedModel
+from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.report.coverage import low_coverage
 
 # What is left beside the module is no more than losses and metrics take.

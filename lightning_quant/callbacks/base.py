@@ -11,8 +11,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
 from typing_extensions import override
 
-from lightning_quant import artifact as artifacts
-from lightning_quant.artifact import Artifact
+from lightning_quant.artifact import artifact as artifacts
+from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.artifact.folder import fleeting_folder, output_folder
+from lightning_quant.calibrate.distributed import Group
 from lightning_quant.callbacks import refusals
 from lightning_quant.callbacks.announce import announce, announce_beside, warn
 from lightning_quant.callbacks.exported_call import ExportedCall, exported_call
@@ -23,25 +25,23 @@ from lightning_quant.callbacks.runtime_choice import choose_at_start
 from lightning_quant.callbacks.states import identity_of
 from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call
 from lightning_quant.callbacks.validation_batches import check_batches, note_sizes
-from lightning_quant.capture import Capture
-from lightning_quant.checkpoint import check_model_and_data, read_checkpoint
-from lightning_quant.distributed import Group
-from lightning_quant.engines import AUTO
-from lightning_quant.export import trial_export
-from lightning_quant.folder import fleeting_folder, output_folder
+from lightning_quant.capture.capture import Capture
+from lightning_quant.capture.checkpoint import check_model_and_data, read_checkpoint
+from lightning_quant.capture.loss_inputs import LossInputs, leave_out_labels
+from lightning_quant.capture.namespaces import trainer_class
+from lightning_quant.doors.settings import CallbackSettings
+from lightning_quant.export.engines import AUTO
+from lightning_quant.export.export import trial_export
+from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.analyze import has_weights
 from lightning_quant.layers import may_have_layers
-from lightning_quant.layerwise import quantize_layers
-from lightning_quant.loss_inputs import LossInputs, leave_out_labels
-from lightning_quant.namespaces import trainer_class
-from lightning_quant.parts import check_takes
-from lightning_quant.planned_model import PlannedModel
-from lightning_quant.prepare import prepare
+from lightning_quant.planned.layerwise import quantize_layers
+from lightning_quant.planned.parts import check_takes
+from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.planned.sizes import notes_of_sizes
+from lightning_quant.planned.way_inside import fills_modules, way_inside
 from lightning_quant.report.limits import unlogged
-from lightning_quant.routing import resolve
-from lightning_quant.settings import CallbackSettings
-from lightning_quant.sizes import notes_of_sizes
-from lightning_quant.way_inside import fills_modules, way_inside
+from lightning_quant.surgery.routing import resolve
 
 
 class QuantizationCallback(Callback):

@@ -11,11 +11,11 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 
 from lightning_quant.callbacks.training_data import _combined_loader, batches, independent_copy
-from lightning_quant.calls import flatten_call
-from lightning_quant.capture import Capture, capture, isolated_rng, unchanged
+from lightning_quant.calls.calls import flatten_call
+from lightning_quant.capture.capture import Capture, capture, isolated_rng, unchanged
 from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import own_signature
-from lightning_quant.routing import evaluation_mode, resolve
+from lightning_quant.surgery.routing import evaluation_mode, resolve
 
 
 def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> Capture | None:

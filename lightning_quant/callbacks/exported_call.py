@@ -7,10 +7,10 @@ from torch import nn
 
 from lightning_quant.callbacks.evaluation_call import difference, evaluation_call
 from lightning_quant.callbacks.prediction_call import finding_of_prediction, prediction_call, required_prediction
-from lightning_quant.capture import Capture
+from lightning_quant.capture.capture import Capture
+from lightning_quant.doors.settings import CallbackSettings
 from lightning_quant.errors import CaptureError
-from lightning_quant.routing import resolve
-from lightning_quant.settings import CallbackSettings
+from lightning_quant.surgery.routing import resolve
 
 
 @dataclass(frozen=True)

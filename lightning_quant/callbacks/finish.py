@@ -12,10 +12,9 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
-from lightning_quant import artifact as artifacts
-from lightning_quant.accuracy.rounded_parts import all_but
-from lightning_quant.accuracy.sensitivity import Sensitivity
-from lightning_quant.artifact import Artifact
+from lightning_quant.artifact import artifact as artifacts
+from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.artifact.labels import class_labels
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.by_chance import in_words
@@ -23,21 +22,22 @@ from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.held_out import held_out
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.callbacks.states import state_of
-from lightning_quant.calls import Call
+from lightning_quant.calls.calls import Call
 from lightning_quant.errors import FixedSizesError
-from lightning_quant.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
-from lightning_quant.export import export
-from lightning_quant.host import HOST, copied_to
-from lightning_quant.labels import class_labels
-from lightning_quant.output_noise import HeldOut
-from lightning_quant.parts import in_parts
-from lightning_quant.planned_model import PlannedModel
-from lightning_quant.prepared import Prepared
+from lightning_quant.export.export import export
+from lightning_quant.measure.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
+from lightning_quant.measure.output_noise import HeldOut
+from lightning_quant.measure.rounded_parts import all_but
+from lightning_quant.measure.sensitivity import Sensitivity
+from lightning_quant.planned.parts import in_parts
+from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.planned.sizes import notes_of_sizes
 from lightning_quant.report.make_report import make_report
 from lightning_quant.report.metrics import MetricRow
 from lightning_quant.report.page import to_html
-from lightning_quant.routing import clone, resolve
-from lightning_quant.sizes import notes_of_sizes
+from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.host import HOST, copied_to
+from lightning_quant.surgery.routing import clone, resolve
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.evaluation_call import run_validation
 from lightning_quant.callbacks.training_data import batches, independent_copy, run_training_step, start_hooks
-from lightning_quant.calls import Call
-from lightning_quant.capture import Capture, capture, isolated_rng, unchanged
-from lightning_quant.output_noise import HeldOut
-from lightning_quant.routing import evaluation_mode
+from lightning_quant.calls.calls import Call
+from lightning_quant.capture.capture import Capture, capture, isolated_rng, unchanged
+from lightning_quant.measure.output_noise import HeldOut
+from lightning_quant.surgery.routing import evaluation_mode
 
 
 def held_out(

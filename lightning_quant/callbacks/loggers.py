@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lightning_quant.artifact import Artifact
+from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.report.report import Report
-from lightning_quant.tables import text_table
+from lightning_quant.terminal.tables import text_table
 
 
 @dataclass(frozen=True)

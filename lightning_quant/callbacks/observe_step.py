@@ -6,10 +6,10 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_quant.callbacks.training_data import batches, independent_copy, run_training_step, start_hooks
-from lightning_quant.capture import isolated_rng, unchanged
+from lightning_quant.capture.capture import isolated_rng, unchanged
 from lightning_quant.graph.counting import counted
 from lightning_quant.graph.operations import WEIGHTED, kind_of
-from lightning_quant.routing import resolve
+from lightning_quant.surgery.routing import resolve
 
 
 @dataclass(frozen=True)

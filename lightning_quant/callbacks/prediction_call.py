@@ -8,12 +8,12 @@ from torch import nn
 
 from lightning_quant.callbacks.evaluation_call import difference, rehearsed
 from lightning_quant.callbacks.training_data import batches
-from lightning_quant.calls import flatten_call
-from lightning_quant.capture import Capture, capture
+from lightning_quant.calls.calls import flatten_call
+from lightning_quant.capture.capture import Capture, capture
+from lightning_quant.capture.namespaces import is_overridden
 from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import own_signature
-from lightning_quant.namespaces import is_overridden
-from lightning_quant.routing import resolve
+from lightning_quant.surgery.routing import resolve
 
 
 def prediction_call(trainer: Trainer, pl_module: LightningModule, path: str) -> Capture | None:

@@ -10,26 +10,26 @@ from typing import Any, get_args
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_quant.accuracy.sensitivity import NUM_CALLS, Sensitivity, rank_operators
-from lightning_quant.adjustments import outcomes
-from lightning_quant.arguments import check_positive, from_fields
-from lightning_quant.calibrate import calibrate
+from lightning_quant.arguments.arguments import check_positive, from_fields
+from lightning_quant.arguments.choice import check_choice
+from lightning_quant.arguments.names import Data, DataName, Engine, Example, Recipes, Runtime, Weights
+from lightning_quant.calibrate.calibrate import calibrate
+from lightning_quant.calibrate.distributed import calibrate_together
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.finish import choose_weights, finish
 from lightning_quant.callbacks.refusals import refused_in_callback
 from lightning_quant.callbacks.training_data import calibration_steps, check_data, working_copy
-from lightning_quant.choice import check_choice
-from lightning_quant.distributed import calibrate_together
+from lightning_quant.calls.recorded_calls import recorded_calls
+from lightning_quant.doors.settings import CallbackSettings, documented
 from lightning_quant.errors import QuantizationError
-from lightning_quant.names import Data, DataName, Engine, Example, Recipes, Runtime, Weights
-from lightning_quant.observer_merge import check_mergeable
-from lightning_quant.prepared import Prepared
-from lightning_quant.recipe import AnyRecipe
-from lightning_quant.recorded_calls import recorded_calls
+from lightning_quant.measure.sensitivity import NUM_CALLS, Sensitivity, rank_operators
+from lightning_quant.numerics.adjustments import outcomes
+from lightning_quant.planned.sizes import ChosenShapes
+from lightning_quant.ranges.observer_merge import check_mergeable
+from lightning_quant.recipe.recipe import AnyRecipe
 from lightning_quant.report.limits import Limits
-from lightning_quant.routing import resolve
-from lightning_quant.settings import CallbackSettings, documented
-from lightning_quant.sizes import ChosenShapes
+from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.routing import resolve
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
+from lightning_quant.arguments.names import Engine, Example, Recipes, Runtime, Weights
+from lightning_quant.calibrate.distributed import merge_batch
 from lightning_quant.callbacks.after_training import rank, reestimate
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
@@ -19,17 +21,15 @@ from lightning_quant.callbacks.finish import choose_weights, finish
 from lightning_quant.callbacks.refusals import check_trained_once, refused_in_callback
 from lightning_quant.callbacks.schedule import Schedule, Timeline, read_schedule, resolve
 from lightning_quant.callbacks.states import state_of
-from lightning_quant.distributed import merge_batch
-from lightning_quant.engines import AUTO
+from lightning_quant.doors.settings import CallbackSettings, documented
 from lightning_quant.errors import QuantizationError
-from lightning_quant.learned_steps import LearnedSteps
-from lightning_quant.names import Engine, Example, Recipes, Runtime, Weights
-from lightning_quant.observer_merge import check_mergeable
-from lightning_quant.prepared import Prepared
-from lightning_quant.recipe import Recipe
+from lightning_quant.export.engines import AUTO
+from lightning_quant.numerics.learned_steps import LearnedSteps
+from lightning_quant.planned.sizes import ChosenShapes
+from lightning_quant.ranges.observer_merge import check_mergeable
+from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.report.limits import Limits
-from lightning_quant.settings import CallbackSettings, documented
-from lightning_quant.sizes import ChosenShapes
+from lightning_quant.simulate.prepared import Prepared
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lightning_quant.checkpoint import needs_trust
+from lightning_quant.capture.checkpoint import needs_trust
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer

@@ -9,12 +9,12 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.nn.parameter import is_lazy
 
 from lightning_quant import runtimes
-from lightning_quant.arguments import check_on_device
-from lightning_quant.capture import find_module
-from lightning_quant.engines import AUTO
+from lightning_quant.arguments.arguments import check_on_device
+from lightning_quant.capture.capture import find_module
+from lightning_quant.capture.namespaces import is_overridden
+from lightning_quant.doors.settings import CallbackSettings
 from lightning_quant.errors import CaptureError, QuantizationError
-from lightning_quant.namespaces import is_overridden
-from lightning_quant.settings import CallbackSettings
+from lightning_quant.export.engines import AUTO
 
 Result = TypeVar("Result")
 

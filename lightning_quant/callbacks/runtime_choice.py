@@ -5,15 +5,15 @@ from typing import Any
 
 from torch import nn
 
-from lightning_quant.auto import choose_runtime
-from lightning_quant.calibrate import observe, settle
-from lightning_quant.capture import Capture
-from lightning_quant.host import HOST, copied_to, moved_call
-from lightning_quant.layerwise import quantize_layers
-from lightning_quant.loss_inputs import leave_out_labels
-from lightning_quant.planned_model import PlannedModel
-from lightning_quant.prepare import prepare
-from lightning_quant.settings import Settings
+from lightning_quant.calibrate.calibrate import observe, settle
+from lightning_quant.capture.capture import Capture
+from lightning_quant.capture.loss_inputs import leave_out_labels
+from lightning_quant.doors.settings import Settings
+from lightning_quant.export.auto import choose_runtime
+from lightning_quant.export.prepare import prepare
+from lightning_quant.planned.layerwise import quantize_layers
+from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.surgery.host import HOST, copied_to, moved_call
 
 
 def choose_at_start(settings: Settings, module: nn.Module, found: Capture, *, trains: bool) -> tuple[str, str]:

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass
 from typing import Any, get_args
 
-from lightning_quant.arguments import from_fields
-from lightning_quant.choice import check_choice
+from lightning_quant.arguments.arguments import from_fields
+from lightning_quant.arguments.choice import check_choice
+from lightning_quant.arguments.names import Unit, UnitName
 from lightning_quant.errors import QuantizationError
-from lightning_quant.names import Unit, UnitName
 
 
 @dataclass(frozen=True)

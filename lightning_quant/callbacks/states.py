@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning.pytorch import Callback
 
-from lightning_quant.settings import CallbackSettings
+from lightning_quant.doors.settings import CallbackSettings
 
 
 def identity_of(settings: CallbackSettings) -> dict[str, Any]:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_quant.capture import Capture, StepStoppedError, capture, isolated_rng, unchanged
+from lightning_quant.capture.capture import Capture, StepStoppedError, capture, isolated_rng, unchanged
 from lightning_quant.errors import CalibrationError, CaptureError
 from lightning_quant.graph.analyze import has_weights
-from lightning_quant.host import HOST, copied_to, device_for_search
-from lightning_quant.routing import clone
+from lightning_quant.surgery.host import HOST, copied_to, device_for_search
+from lightning_quant.surgery.routing import clone
 
 
 def capture_call(

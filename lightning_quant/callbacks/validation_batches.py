@@ -9,16 +9,16 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_quant.accuracy.recalibrate import Call
+from lightning_quant.calibrate.recalibrate import Call
 from lightning_quant.callbacks.evaluation_call import rehearsed, run_validation
 from lightning_quant.callbacks.training_data import _combined_loader, _transferred, _undisturbed
-from lightning_quant.calls import map_tensors
-from lightning_quant.capture import StepStoppedError
-from lightning_quant.compilation import original_path
+from lightning_quant.calls.calls import map_tensors
+from lightning_quant.capture.capture import StepStoppedError
 from lightning_quant.errors import CaptureError
-from lightning_quant.parts import check_takes
-from lightning_quant.planned_model import PlannedModel
-from lightning_quant.routing import resolve
+from lightning_quant.planned.parts import check_takes
+from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.surgery.compilation import original_path
+from lightning_quant.surgery.routing import resolve
 
 # Calls that are recorded of one step.
 _CALLS = 4

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_quant.calls import CallSpec, CapturedCall, flatten_call, forward_signature
+from lightning_quant.calls.calls import CallSpec, CapturedCall, flatten_call, forward_signature
 from lightning_quant.errors import PlanError, UntraceableError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.claims import Claim, claim_of, settle, weigh
@@ -19,7 +19,7 @@ from lightning_quant.graph.plan import COMPUTED_ONCE, UNREAD, GraphPlan, Plan, R
 from lightning_quant.graph.table import OperatorTable, Selection, matches
 from lightning_quant.graph.trace import Traced
 from lightning_quant.graph.unread import remove_unread
-from lightning_quant.routing import as_exported, clone, evaluation_mode, resolve, training_mode
+from lightning_quant.surgery.routing import as_exported, clone, evaluation_mode, resolve, training_mode
 
 UNREACHED = "the captured call never reaches it"
 # Of what is no part of an artifact.

@@ -6,12 +6,12 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lightning_quant.folding import Norm
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.constants import constant
 from lightning_quant.graph.norms import norm_of, normalizes_channels
 from lightning_quant.graph.table import OperatorTable, Selection
-from lightning_quant.routing import has_hooks
+from lightning_quant.numerics.folding import Norm
+from lightning_quant.surgery.routing import has_hooks
 
 
 @dataclass

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from lightning_quant.calls import map_tensors
-from lightning_quant.routing import without_fast_path
+from lightning_quant.calls.calls import map_tensors
+from lightning_quant.surgery.routing import without_fast_path
 
 Shape = tuple[int, ...]
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, fx, nn
 
-from lightning_quant.attention import as_added, attend
+from lightning_quant.numerics.attention import as_added, attend
 
 _TRACED_INTO = (
     nn.TransformerEncoder,

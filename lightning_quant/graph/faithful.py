@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from lightning_quant.calls import CallSpec, flatten_call, forward_signature, map_tensors
+from lightning_quant.calls.calls import CallSpec, flatten_call, forward_signature, map_tensors
+from lightning_quant.calls.structures import register_structures
 from lightning_quant.errors import UntraceableError
 from lightning_quant.graph.trace import Traced, trace
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.routing import clone, without_fast_path
-from lightning_quant.structures import register_structures
+from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.surgery.routing import clone, without_fast_path
 
 # Decibels: rounding in another order of sums leaves more than 60, another branch of a forward seldom 20.
 _ENOUGH_DB = 40.0

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from lightning_quant.calls import CallSpec, ResultSpec
+from lightning_quant.calls.calls import CallSpec, ResultSpec
 from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.code import with_any_names
 from lightning_quant.graph.operations import argument, describe

@@ -4,8 +4,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from lightning_quant.graph import operations as ops
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.routing import clone
+from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.surgery.routing import clone
 
 # Decibels that every part of a join must keep on the common grid, or come within the margin of on a grid of its own.
 _NEEDED_DB = 20.0

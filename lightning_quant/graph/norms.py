@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from lightning_quant.folding import Norm
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.plan import join
-from lightning_quant.routing import has_hooks
+from lightning_quant.numerics.folding import Norm
+from lightning_quant.surgery.routing import has_hooks
 
 _NO_STATISTICS = "it keeps no running statistics to fold"
 

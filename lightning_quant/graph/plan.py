@@ -4,7 +4,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from lightning_quant.folding import Norm
+from lightning_quant.numerics.folding import Norm
 
 COMPUTED_ONCE = "computed from parameters alone, so once and for all when the model is converted"
 UNREAD = "nothing reads its result in evaluation, so it is no part of what is exported"
@@ -223,7 +223,7 @@ class Plan:
         return f"{self.coverage:.1%} of the multiply-adds and {self.weight_coverage:.1%} of the weights' bytes"
 
     def __str__(self) -> str:
-        from lightning_quant.tables import text_table
+        from lightning_quant.terminal.tables import text_table
 
         rows = [(r.name, r.kind, r.action, r.reason, f"{r.macs:,}" if r.macs else "") for r in self.rows]
         head = f"{self.num_quantized} operators in {self.recipe}, {self.shares()}"

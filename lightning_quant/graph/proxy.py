@@ -15,8 +15,8 @@ from torch import Size, Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils import _pytree as pytree
 
+from lightning_quant.calls.structures import register_structures
 from lightning_quant.errors import UntraceableError
-from lightning_quant.structures import register_structures
 
 # Values that no input of a deployed model changes: Python code gets them themselves.
 _SETTLED = (type(None), str, torch.dtype, torch.device, torch.layout, torch.memory_format)

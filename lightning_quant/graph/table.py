@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from lightning_quant.grid import INTEGERS_8, Grid
+from lightning_quant.numerics.grid import INTEGERS_8, Grid
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from lightning_quant.calls import CallSpec, ResultSpec, rebuild_call
+from lightning_quant.calls.calls import CallSpec, ResultSpec, rebuild_call
+from lightning_quant.calls.structures import register_structures
 from lightning_quant.errors import UntraceableError
-from lightning_quant.foreign_operators import ForeignOperatorsInlined
 from lightning_quant.graph.constants import keep_constants
 from lightning_quant.graph.counting import counted_by, multiply_add_counter
 from lightning_quant.graph.expansions import expansion_of, is_expanded, layer_read_by, transformers_traceable
@@ -30,8 +30,8 @@ from lightning_quant.graph.proxy import ShapedProxy, settled
 from lightning_quant.graph.recorded import functions_recorded, types_told
 from lightning_quant.graph.side_effects import attributes, check_attributes
 from lightning_quant.graph.size_conditions import decided, is_of_sizes
-from lightning_quant.routing import clone, device_of, has_hooks, without_fast_path
-from lightning_quant.structures import register_structures
+from lightning_quant.surgery.foreign_operators import ForeignOperatorsInlined
+from lightning_quant.surgery.routing import clone, device_of, has_hooks, without_fast_path
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 

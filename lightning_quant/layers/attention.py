@@ -4,10 +4,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_quant.attention import attend
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.linear import linear
 from lightning_quant.layers.storage import Scheme
+from lightning_quant.numerics.attention import attend
 
 
 class StoredAttention(StoredLayer):

@@ -6,12 +6,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.bias_correction import InputMeans, mean_shift
 from lightning_quant.layers.layer import plain
 from lightning_quant.layers.linear import StoredLinear
 from lightning_quant.layers.storage import dequantize
 from lightning_quant.layers.trial import Trial
-from lightning_quant.routing import call_watched
+from lightning_quant.numerics.bias_correction import InputMeans, mean_shift
+from lightning_quant.surgery.routing import call_watched
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 

@@ -9,7 +9,7 @@ from torch.func import functional_call
 from torch.nn.utils import parametrize
 
 from lightning_quant.layers.storage import Scheme, dequantize, quantize
-from lightning_quant.routing import clone, copied, evaluation_mode
+from lightning_quant.surgery.routing import clone, copied, evaluation_mode
 
 ADDED = "added_bias"
 """Name of the buffer with what takes the error of the weights out of the mean, where a layer has no bias."""

@@ -7,7 +7,7 @@ from torch import nn
 
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.parameters import CHILD, FloatParameters, StoredParameters
-from lightning_quant.routing import resolve, route, unroute
+from lightning_quant.surgery.routing import resolve, route, unroute
 
 # Where PyTorch's encoders say whether their fused kernels may run.
 _FAST_PATH = {nn.TransformerEncoderLayer: "activation_relu_or_gelu", nn.TransformerEncoder: "use_nested_tensor"}

@@ -6,13 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.accuracy.gptq import Hessian, gptq, output_error
-from lightning_quant.calls import Call, map_tensors
+from lightning_quant.calls.calls import Call, map_tensors
 from lightning_quant.layers.kernels import pack
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.linear import StoredLinear
 from lightning_quant.layers.storage import dequantize
-from lightning_quant.routing import device_of, evaluation_mode, resolve
+from lightning_quant.numerics.gptq import Hessian, gptq, output_error
+from lightning_quant.surgery.routing import device_of, evaluation_mode, resolve
 
 # Hessians of more layers than fit in these bytes are made in several passes over the calls.
 HESSIAN_BYTES = 4 << 30

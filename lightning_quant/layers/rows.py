@@ -9,7 +9,7 @@ from lightning_quant.graph.claims import Claim, settle
 from lightning_quant.graph.counting import observe_call
 from lightning_quant.graph.plan import Row, join
 from lightning_quant.layers.trial import Trial
-from lightning_quant.routing import evaluation_mode
+from lightning_quant.surgery.routing import evaluation_mode
 
 
 def rows_of(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Row, ...]:

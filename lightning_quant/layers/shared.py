@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_quant.calls.signature import leaves_of
 from lightning_quant.layers.placement import placed
 from lightning_quant.layers.trial import Trial
-from lightning_quant.routing import evaluation_mode, without_fast_path
-from lightning_quant.signature import leaves_of
+from lightning_quant.surgery.routing import evaluation_mode, without_fast_path
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from lightning_quant.calls import Call
+from lightning_quant.calls.calls import Call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers import KINDS, class_for
@@ -14,8 +14,8 @@ from lightning_quant.layers.layer import StoredLayer, computes_weight, from_floa
 from lightning_quant.layers.parameters import StoredParameters, child_of
 from lightning_quant.layers.products import multiplied
 from lightning_quant.layers.storage import SCHEMES, Scheme, dequantize
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.recipe import LayerRecipe
+from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.recipe.recipe import LayerRecipe
 
 _BITS = {"int4": 4, "int8": 8, "float16": 16, "bfloat16": 16}
 

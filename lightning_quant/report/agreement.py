@@ -2,9 +2,9 @@
 
 from dataclasses import dataclass
 
-from lightning_quant.planned_model import Compared
+from lightning_quant.planned.planned_model import Compared
 from lightning_quant.report.section import Section
-from lightning_quant.tables import one_line
+from lightning_quant.terminal.tables import one_line
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 
 from lightning_quant import runtimes
 from lightning_quant.report.section import Section
-from lightning_quant.tables import one_line, text_table
+from lightning_quant.terminal.tables import one_line, text_table
 
 # Shares of the multiply-adds and of the weights' bytes below which little is gained.
 _LOW = 0.5

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lightning_quant.arguments import check_fields
-from lightning_quant.artifact import Artifact
-from lightning_quant.choice import closest
+from lightning_quant.arguments.arguments import check_fields
+from lightning_quant.arguments.choice import closest
+from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.errors import QuantizationError
 
 SCHEMA_VERSION = 1

@@ -12,19 +12,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_quant import artifact as artifacts
-from lightning_quant.accuracy.sensitivity import Sensitivity
-from lightning_quant.artifact import Artifact
+from lightning_quant.artifact import artifact as artifacts
+from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.signature import make_signature
 from lightning_quant.errors import QuantizationError
-from lightning_quant.host import moved_call
-from lightning_quant.inside import Answers, load_inside
-from lightning_quant.latency import Timing, measure
-from lightning_quant.loaded import LoadedModule
-from lightning_quant.machine import cpu_name
-from lightning_quant.model_file import export_float
-from lightning_quant.output_noise import HeldOut, Noise, measure_noise
-from lightning_quant.planned_model import PlannedModel
-from lightning_quant.process import torch_threads
+from lightning_quant.export.model_file import export_float
+from lightning_quant.machine.latency import Timing, measure
+from lightning_quant.machine.machine import cpu_name
+from lightning_quant.measure.output_noise import HeldOut, Noise, measure_noise
+from lightning_quant.measure.sensitivity import Sensitivity
+from lightning_quant.planned.inside import Answers, load_inside
+from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.report.agreement import Agreement
 from lightning_quant.report.coverage import Coverage
 from lightning_quant.report.kept_limits import KeptLimits
@@ -37,8 +36,9 @@ from lightning_quant.report.report import Report
 from lightning_quant.report.section import Section
 from lightning_quant.report.size import Size
 from lightning_quant.report.speed import LatencyRow, Speed
-from lightning_quant.routing import evaluation_mode
-from lightning_quant.signature import make_signature
+from lightning_quant.surgery.host import moved_call
+from lightning_quant.surgery.process import torch_threads
+from lightning_quant.surgery.routing import evaluation_mode
 
 
 def make_report(

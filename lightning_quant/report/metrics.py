@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_quant.report.section import Section
-from lightning_quant.tables import text_table
+from lightning_quant.terminal.tables import text_table
 
 # Share of a metric by which the file may be off where quantization costs nothing, and validation samples whose
 # predictions may tip.

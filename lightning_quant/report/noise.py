@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lightning_quant.output_noise import Noise
+from lightning_quant.measure.output_noise import Noise
 from lightning_quant.report.section import Section
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from lightning_quant.manifest import REPORTS
+from lightning_quant.artifact.manifest import REPORTS
 from lightning_quant.report.limits import columns
 
 # Metrics by which two artifacts may differ without a reader caring.

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_quant.accuracy.sensitivity import Sensitivity
+from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.report.section import Section
 
 if TYPE_CHECKING:

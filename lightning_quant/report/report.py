@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lightning_quant.report.section import Section
-from lightning_quant.tables import one_line
+from lightning_quant.terminal.tables import one_line
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_quant.report.section import Section
-from lightning_quant.tables import text_table
+from lightning_quant.terminal.tables import text_table
 
 
 @dataclass(frozen=True)

@@ -4,9 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lightning_quant.latency import Timing
+from lightning_quant.machine.latency import Timing
 from lightning_quant.report.section import Section
-from lightning_quant.tables import text_table
+from lightning_quant.terminal.tables import text_table
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

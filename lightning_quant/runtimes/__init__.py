@@ -10,10 +10,10 @@ import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
-from lightning_quant.arguments import check_threads
-from lightning_quant.choice import check_choice, did_you_mean
+from lightning_quant.arguments.arguments import check_threads
+from lightning_quant.arguments.choice import check_choice, did_you_mean
 from lightning_quant.errors import MissingRuntimeError, QuantizationError
-from lightning_quant.recipe import AnyRecipe
+from lightning_quant.recipe.recipe import AnyRecipe
 from lightning_quant.runtimes._runtime import Runtime
 
 

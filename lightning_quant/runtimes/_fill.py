@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.arguments.reading import parse_json
 from lightning_quant.errors import ArtifactError
 from lightning_quant.layers import StoredLayer, class_for
 from lightning_quant.layers.layer import ADDED, plain
 from lightning_quant.layers.parameters import CHILD, StoredParameters, child_of
 from lightning_quant.layers.placement import place, standing
 from lightning_quant.layers.storage import SCHEMES
-from lightning_quant.reading import parse_json
-from lightning_quant.routing import device_of, resolve
 from lightning_quant.runtimes._flat import tensors_in
+from lightning_quant.surgery.routing import device_of, resolve
 
 # Prefix, in the file of tensors, of those that the exporter lifted out of the forward's code.
 CONSTANT = "program."

@@ -11,15 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.calls import CapturedCall
+from lightning_quant.calls.calls import CapturedCall
+from lightning_quant.calls.signature import Signature, output_names, tensor_leaves
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
-from lightning_quant.foreign_operators import ForeignOperatorsInlined
 from lightning_quant.layers.packed import kept_padded
-from lightning_quant.process import alone
-from lightning_quant.routing import as_exported
 from lightning_quant.runtimes._allowances import allowances
 from lightning_quant.runtimes._reasons import first_line, reason, sizes_watched
-from lightning_quant.signature import Signature, output_names, tensor_leaves
+from lightning_quant.surgery.foreign_operators import ForeignOperatorsInlined
+from lightning_quant.surgery.process import alone
+from lightning_quant.surgery.routing import as_exported
 
 # What a file says of its inputs, and of its outputs.
 Forms = tuple[list[dict[str, Any]], list[dict[str, Any]]]

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from lightning_quant.calls import CapturedCall
-from lightning_quant.named_edges import PREFIX, EdgeNames, EdgeQuantizer
+from lightning_quant.calls.calls import CapturedCall
+from lightning_quant.calls.signature import output_names
+from lightning_quant.graph.named_edges import PREFIX, EdgeNames, EdgeQuantizer
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, refused
 from lightning_quant.runtimes._onnx_layers import translations
 from lightning_quant.runtimes._onnx_moves import move_in_integers
-from lightning_quant.signature import output_names
 
 _ENGINE = "PyTorch's exporter to ONNX"
 

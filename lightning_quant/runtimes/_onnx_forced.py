@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from lightning_quant.named_edges import PREFIX, check_common
+from lightning_quant.graph.named_edges import PREFIX, check_common
 
 
 def run_forced(

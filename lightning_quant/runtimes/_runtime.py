@@ -8,11 +8,11 @@ from typing import Any, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from lightning_quant.calls import CapturedCall
+from lightning_quant.calls.calls import CapturedCall
+from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.signature import Signature
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
-from lightning_quant.loaded import LoadedModule
-from lightning_quant.signature import Signature
 
 
 class Runtime(abc.ABC):

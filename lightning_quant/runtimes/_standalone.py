@@ -1,7 +1,7 @@
 """Lines of code that call a model file without this package, for reports."""
 
-from lightning_quant.signature import Signature, TensorInfo
-from lightning_quant.tables import one_line
+from lightning_quant.calls.signature import Signature, TensorInfo
+from lightning_quant.terminal.tables import one_line
 
 
 def numpy_inputs(signature: Signature) -> str:

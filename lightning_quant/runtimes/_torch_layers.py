@@ -21,17 +21,17 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CapturedCall
+from lightning_quant.calls.call_checks import DTYPES
+from lightning_quant.calls.calls import CapturedCall
+from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError
 from lightning_quant.layers import StoredLayer
-from lightning_quant.loaded import LoadedModule
-from lightning_quant.process import torch_threads
 from lightning_quant.runtimes import _torch_steps as steps
 from lightning_quant.runtimes._fill import CONSTANT, STRUCTURE
 from lightning_quant.runtimes._flat import Flat, check_forms, example_tensors, exporting, forms_of_call, tensors_in
 from lightning_quant.runtimes._torch_program import Program
-from lightning_quant.signature import Signature
+from lightning_quant.surgery.process import torch_threads
 
 _PROGRAM = "program.json.gz"
 

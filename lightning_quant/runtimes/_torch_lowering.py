@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from lightning_quant.errors import ExportError
+from lightning_quant.graph.named_edges import EdgeNames
 from lightning_quant.graph.operations import argument
-from lightning_quant.named_edges import EdgeNames
 from lightning_quant.runtimes._torch_steps import simplify
 
 _ATEN, _QDQ, _NATIVE = torch.ops.aten, torch.ops.quantized_decomposed, torch.ops.quantized

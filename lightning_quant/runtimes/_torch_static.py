@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CapturedCall
+from lightning_quant.calls.call_checks import DTYPES
+from lightning_quant.calls.calls import CapturedCall
+from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
-from lightning_quant.loaded import LoadedModule
-from lightning_quant.named_edges import EdgeNames, check_common
-from lightning_quant.process import quantized_engine, resizable_results, torch_threads
+from lightning_quant.graph.named_edges import EdgeNames, check_common
 from lightning_quant.runtimes import _torch_steps as steps
 from lightning_quant.runtimes._flat import (
     Flat,
@@ -29,7 +29,7 @@ from lightning_quant.runtimes._flat import (
 )
 from lightning_quant.runtimes._standalone import torch_inputs
 from lightning_quant.runtimes._torch_program import Forced, Program
-from lightning_quant.signature import Signature
+from lightning_quant.surgery.process import quantized_engine, resizable_results, torch_threads
 
 
 class TorchStaticModule(LoadedModule):

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from lightning_quant.arguments.reading import MAX_JSON_BYTES, gunzip, parse_json, read_bytes
 from lightning_quant.errors import ArtifactError, ExportError
-from lightning_quant.reading import MAX_JSON_BYTES, gunzip, parse_json, read_bytes
 from lightning_quant.runtimes._torch_operators import name_of
 
 FILE = "steps.json.gz"

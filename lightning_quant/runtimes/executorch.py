@@ -19,18 +19,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CapturedCall
+from lightning_quant.calls.call_checks import DTYPES
+from lightning_quant.calls.calls import CapturedCall
+from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.table import OperatorTable
-from lightning_quant.loaded import LoadedModule
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, quiet
 from lightning_quant.runtimes._reasons import first_line
 from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.runtimes._standalone import torch_inputs
 from lightning_quant.runtimes._xnnpack import INTEGER, as_xnnpack_reads_it, restore_bounds, xnnpack_nodes
-from lightning_quant.signature import Signature
 
 # Largest batch of a program, unless the captured one is larger; other dimensions may grow by this factor.
 _MAX_BATCH, _MAX_GROWTH = 64, 4

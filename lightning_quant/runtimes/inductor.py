@@ -19,15 +19,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CapturedCall
+from lightning_quant.calls.call_checks import DTYPES
+from lightning_quant.calls.calls import CapturedCall
+from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError, MissingRuntimeError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
-from lightning_quant.loaded import LoadedModule
-from lightning_quant.machine import cpu_flags, cpu_name
-from lightning_quant.process import torch_threads
+from lightning_quant.machine.machine import cpu_flags, cpu_name
 from lightning_quant.runtimes._flat import (
     Flat,
     Forms,
@@ -41,7 +41,7 @@ from lightning_quant.runtimes._flat import (
 from lightning_quant.runtimes._reasons import first_line
 from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.runtimes._standalone import torch_inputs
-from lightning_quant.signature import Signature
+from lightning_quant.surgery.process import torch_threads
 
 _FLOAT = "Inductor computes it in float"
 _TABLE = OperatorTable(

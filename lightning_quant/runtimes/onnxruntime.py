@@ -25,20 +25,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CapturedCall
+from lightning_quant.calls.call_checks import DTYPES
+from lightning_quant.calls.calls import CapturedCall
+from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
+from lightning_quant.graph.named_edges import PREFIX
 from lightning_quant.graph.table import OperatorTable
-from lightning_quant.grid import INTEGERS_8, INTEGERS_16
-from lightning_quant.loaded import LoadedModule
-from lightning_quant.named_edges import PREFIX
+from lightning_quant.numerics.grid import INTEGERS_8, INTEGERS_16
 from lightning_quant.runtimes._onnx_export import describe, export_onnx
 from lightning_quant.runtimes._onnx_forced import run_forced
 from lightning_quant.runtimes._reasons import first_line
 from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.runtimes._standalone import numpy_inputs
-from lightning_quant.signature import Signature
 
 _WITHOUT_KERNEL = (
     *(

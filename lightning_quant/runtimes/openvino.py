@@ -22,21 +22,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.call_checks import DTYPES
-from lightning_quant.calls import CapturedCall
+from lightning_quant.arguments.reading import opened
+from lightning_quant.calls.call_checks import DTYPES
+from lightning_quant.calls.calls import CapturedCall
+from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.signature import Signature, TensorInfo
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
+from lightning_quant.graph.named_edges import PREFIX
 from lightning_quant.graph.table import OperatorTable
-from lightning_quant.loaded import LoadedModule
-from lightning_quant.named_edges import PREFIX
-from lightning_quant.reading import opened
 from lightning_quant.runtimes._onnx_export import export_onnx
 from lightning_quant.runtimes._openvino_forced import run_forced
 from lightning_quant.runtimes._openvino_graph import suit_openvino
 from lightning_quant.runtimes._openvino_weights import compress_weights
 from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.runtimes._standalone import numpy_inputs
-from lightning_quant.signature import Signature, TensorInfo
 
 _LAYER_REFUSALS = {
     "dynamic": "OpenVINO computes dynamic quantization in float. Use 'int8_weight_only' or 'int8'",

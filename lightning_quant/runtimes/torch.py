@@ -19,15 +19,15 @@ from typing import Any
 import numpy as np
 from torch import Tensor, nn
 
-from lightning_quant.calls import CapturedCall
+from lightning_quant.calls.calls import CapturedCall
+from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.moves import MOVING
+from lightning_quant.graph.qdq import is_static
 from lightning_quant.graph.table import OperatorTable
-from lightning_quant.qdq import is_static
 from lightning_quant.runtimes import _torch_layers, _torch_static, _torch_steps
 from lightning_quant.runtimes._fill import fill
 from lightning_quant.runtimes._runtime import Runtime
-from lightning_quant.signature import Signature
 
 _FLOAT = "PyTorch has no integer kernel for it that every engine runs"
 _COARSE = "PyTorch's integer kernel keeps the scale of its input, which is too coarse for means"

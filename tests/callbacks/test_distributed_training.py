@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_quant import QuantizationAwareTraining, Recipe, load
-from lightning_quant.distributed import Group, merge_batch
+from lightning_quant.calibrate.distributed import Group, merge_batch
 from lightning_quant.errors import CalibrationError
-from lightning_quant.evaluate_shares import Share, merged
-from lightning_quant.prepare import prepare
+from lightning_quant.export.prepare import prepare
+from lightning_quant.measure.evaluate_shares import Share, merged
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 TESTS = Path(distributed_runs.__file__).parent

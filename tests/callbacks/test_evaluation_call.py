@@ -9,7 +9,7 @@ from lightning_models import Classifier, make_trainer, seeded
 from torch import Tensor, nn
 
 from lightning_quant.callbacks.evaluation_call import difference, evaluation_call
-from lightning_quant.capture import Capture
+from lightning_quant.capture.capture import Capture
 
 X = torch.ones(2, 4)
 

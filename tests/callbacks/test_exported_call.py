@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lightning_quant.callbacks import exported_call as calls
 from lightning_quant.callbacks.exported_call import exported_call
-from lightning_quant.capture import Capture
+from lightning_quant.capture.capture import Capture
+from lightning_quant.doors.settings import CallbackSettings
 from lightning_quant.errors import CaptureError
-from lightning_quant.settings import CallbackSettings
 
 X = torch.ones(2, 4)
 

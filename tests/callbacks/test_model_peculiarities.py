@@ -26,7 +26,7 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 from lightning_quant import QuantizationAwareTraining, load
-from lightning_quant.prepared import RoutedForward
+from lightning_quant.simulate.prepared import RoutedForward
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining, Recipe, load
 from lightning_quant.callbacks.ptq import Calibration
 from lightning_quant.errors import EvaluationError
-from lightning_quant.recipe import IntegerSpec
+from lightning_quant.recipe.recipe import IntegerSpec
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 

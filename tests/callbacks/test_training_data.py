@@ -28,7 +28,7 @@ from torchmetrics import MeanMetric
 from lightning_quant import PostTrainingQuantization
 from lightning_quant.callbacks import training_data
 from lightning_quant.callbacks.training_data import capture_call
-from lightning_quant.capture import Capture
+from lightning_quant.capture.capture import Capture
 from lightning_quant.errors import CalibrationError, CaptureError
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")

@@ -21,9 +21,9 @@ import torch
 from lightning.pytorch import Callback
 
 import lightning_quant as lq
-from lightning_quant.capture import isolated_rng
+from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.errors import QuantizationError
-from lightning_quant.routing import clone
+from lightning_quant.surgery.routing import clone
 
 RECIPES = ("qat", "int8", "int8_dynamic", "int8_weight_only")
 

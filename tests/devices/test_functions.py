@@ -11,16 +11,16 @@ from lightning_models import ConvNet, images
 from torch import Tensor, nn
 
 import lightning_quant as lq
-from lightning_quant.accuracy.gptq import Hessian, gptq
-from lightning_quant.calibrate import calibrate
-from lightning_quant.convert import convert
+from lightning_quant.calibrate.calibrate import calibrate
+from lightning_quant.calls.recorded_calls import recorded_calls
+from lightning_quant.convert.convert import convert
 from lightning_quant.errors import NoEffectWarning
-from lightning_quant.exact import exact_arithmetic
-from lightning_quant.host import HOST, copied_to, on_host
+from lightning_quant.export.prepare import prepare
 from lightning_quant.layers import refine
-from lightning_quant.learned_steps import LearnedSteps
-from lightning_quant.prepare import prepare
-from lightning_quant.recorded_calls import recorded_calls
+from lightning_quant.numerics.exact import exact_arithmetic
+from lightning_quant.numerics.gptq import Hessian, gptq
+from lightning_quant.numerics.learned_steps import LearnedSteps
+from lightning_quant.surgery.host import HOST, copied_to, on_host
 
 pytestmark = [
     pytest.mark.usefixtures("unmeasured"),
@@ -196,7 +196,7 @@ def test_hessians_within_a_limit(where: Any, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.filterwarnings("default::lightning_quant.errors.NoEffectWarning")
 def test_recorded_calls_within_a_limit(where: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_quant.recorded_calls.RECORDED_BYTES", 3 * 16)
+    monkeypatch.setattr("lightning_quant.calls.recorded_calls.RECORDED_BYTES", 3 * 16)
     layer = nn.Linear(4, 4).to(where.device)
     with pytest.warns(NoEffectWarning, match="first 3 of 5 calls"), recorded_calls(layer) as calls:  # noqa: PT031
         for _ in range(5):

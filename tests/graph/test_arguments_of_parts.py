@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_quant as lq
-from lightning_quant.calls import flatten_call
+from lightning_quant.calls.calls import flatten_call
 from lightning_quant.graph.analyze import own_signature
 
 

@@ -6,7 +6,7 @@ import torch.nn.functional as F  # noqa: N812
 from test_moves import agreement, ready
 from torch import Tensor, nn
 
-from lightning_quant.fake_quantize import fake_quantize_weight
+from lightning_quant.numerics.fake_quantize import fake_quantize_weight
 
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

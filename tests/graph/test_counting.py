@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.claims import Claim, settle
 from lightning_quant.graph.counting import ObservedCall
 from lightning_quant.graph.plan import Plan, Row
 from lightning_quant.graph.table import Selection
-from lightning_quant.layerwise import quantize_layers
-from lightning_quant.prepare import prepare
+from lightning_quant.planned.layerwise import quantize_layers
 
 BATCH, TIME, WIDTH, HIDDEN, CLASSES = 4, 5, 8, 16, 3
 X = torch.randn(BATCH, TIME, WIDTH)

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.prepare import prepare
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.export.prepare import prepare
+from lightning_quant.numerics.noise import signal_to_noise
 
 IMAGE = torch.randn(8, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.convert import convert
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.prepare import prepare
-from lightning_quant.prepared import Prepared
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.convert.convert import convert
+from lightning_quant.export.prepare import prepare
+from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.simulate.prepared import Prepared
 
 IMAGE = torch.randn(2, 3, 12, 12, generator=torch.Generator().manual_seed(0))
 MOVES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -138,7 +138,7 @@ def test_a_convolution_that_pads_with_its_input_is_one_behind_that_padding(kind:
 
 
 def test_channels_that_were_moved_are_not_scaled_as_if_they_were_not() -> None:
-    from lightning_quant.accuracy.groups import scaling_groups
+    from lightning_quant.calibrate.groups import scaling_groups
 
     kept = scaling_groups(ready(Moved(nn.Upsample(scale_factor=2)), IMAGE))
     moved = scaling_groups(ready(Moved(lambda x: x.flip(1)), IMAGE))

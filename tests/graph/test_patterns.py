@@ -9,15 +9,15 @@ from models import CASES, BranchingNet, Case, PaddedNet, calibrated, with_statis
 from reference_models import mobilenet_v2, resnet18, timm_style_net
 from torch import Tensor, nn
 
-from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.convert import convert
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.convert.convert import convert
 from lightning_quant.errors import PlanError
+from lightning_quant.export.prepare import prepare
 from lightning_quant.graph import operations
 from lightning_quant.graph.plan import Row
 from lightning_quant.graph.table import Selection
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.prepare import prepare
-from lightning_quant.prepared import Prepared
+from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.simulate.prepared import Prepared
 
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_quant import quantize
 from lightning_quant.errors import PlanError
-from lightning_quant.prepare import prepare
+from lightning_quant.export.prepare import prepare
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
 

@@ -8,8 +8,8 @@ import torch.nn.functional as F  # noqa: N812
 from test_moves import agreement, ready
 from torch import Tensor, nn
 
+from lightning_quant.export.prepare import prepare
 from lightning_quant.graph import trace as tracing
-from lightning_quant.prepare import prepare
 
 IMAGE = torch.randn(2, 3, 9, 12, generator=torch.Generator().manual_seed(0))
 

@@ -11,14 +11,14 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.calls import flatten_call
-from lightning_quant.convert import convert
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.calls.calls import flatten_call
+from lightning_quant.convert.convert import convert
 from lightning_quant.errors import PlanError, UntraceableError
+from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.trace import trace
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.prepare import prepare
-from lightning_quant.prepared import Prepared
+from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.simulate.prepared import Prepared
 
 TRACEABLE = [case for case in CASES if case.name not in ("branching", "views")]
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

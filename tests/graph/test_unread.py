@@ -8,10 +8,10 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_quant import load, runtimes
-from lightning_quant.calibrate import calibrate
-from lightning_quant.export import export
+from lightning_quant.calibrate.calibrate import calibrate
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.plan import UNREAD
-from lightning_quant.prepare import prepare
 
 X = torch.randn(4, 2, 12, generator=torch.Generator().manual_seed(0))
 

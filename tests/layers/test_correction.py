@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant import load, quantize
-from lightning_quant.layerwise import quantize_layers
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.recipe import LayerRecipe
+from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.planned.layerwise import quantize_layers
+from lightning_quant.recipe.recipe import LayerRecipe
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 

@@ -11,7 +11,7 @@ from lightning_quant.graph.table import Selection
 from lightning_quant.layers import class_for
 from lightning_quant.layers.layer import from_float, plain
 from lightning_quant.layers.storage import SCHEMES
-from lightning_quant.layerwise import quantize_layers
+from lightning_quant.planned.layerwise import quantize_layers
 
 X = torch.randn(4, 6)
 

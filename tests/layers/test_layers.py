@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from transformers.pytorch_utils import Conv1D
 
+from lightning_quant.calls.signature import tensor_leaves
 from lightning_quant.errors import PlanError
 from lightning_quant.layers.storage import SCHEMES
-from lightning_quant.layerwise import Layerwise, quantize_layers
-from lightning_quant.recipe import LayerRecipe
-from lightning_quant.signature import tensor_leaves
+from lightning_quant.planned.layerwise import Layerwise, quantize_layers
+from lightning_quant.recipe.recipe import LayerRecipe
 
 pytestmark = [
     # PyTorch's advice on the encoder's fused kernels and on weight normalization.

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 from lightning_quant import load, quantize
-from lightning_quant.noise import signal_to_noise
+from lightning_quant.numerics.noise import signal_to_noise
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_quant.layers.refine import refine
 from lightning_quant.layers.storage import dequantize
-from lightning_quant.layerwise import quantize_layers
+from lightning_quant.planned.layerwise import quantize_layers
 
 
 class Tied(nn.Module):

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from lightning_quant import load, quantize
 from lightning_quant.errors import PlanError
-from lightning_quant.layerwise import quantize_layers
-from lightning_quant.noise import signal_to_noise
+from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.planned.layerwise import quantize_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 

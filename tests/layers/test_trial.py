@@ -13,9 +13,9 @@ from lightning_quant import load, quantize
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.graph.plan import Row
 from lightning_quant.graph.table import Selection
-from lightning_quant.layerwise import quantize_layers
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.recipe import LayerRecipe, get
+from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.planned.layerwise import quantize_layers
+from lightning_quant.recipe.recipe import LayerRecipe, get
 
 
 def rows_of(model: nn.Module, *args: Any, recipe: Any = "int8_weight_only", **options: Any) -> dict[str, Row]:

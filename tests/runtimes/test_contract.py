@@ -19,20 +19,20 @@ from quick_exports import translate_anew
 from torch import Tensor, nn
 
 from lightning_quant import PostTrainingQuantization, load, runtimes, verify
-from lightning_quant import recipe as recipes
-from lightning_quant.artifact import add_report, read
-from lightning_quant.calls import flatten_call
+from lightning_quant.artifact.artifact import add_report, read
+from lightning_quant.calls.calls import flatten_call
+from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.signature import tensor_leaves
 from lightning_quant.errors import ArtifactError, MissingRuntimeError, QuantizationError
-from lightning_quant.export import export
-from lightning_quant.latency import Timing
-from lightning_quant.loaded import LoadedModule
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.parity import Parity, check_parity
-from lightning_quant.recipe import LayerRecipe
+from lightning_quant.export.export import export
+from lightning_quant.machine.latency import Timing
+from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.recipe import recipe as recipes
+from lightning_quant.recipe.recipe import LayerRecipe
 from lightning_quant.report import make_report as measuring
 from lightning_quant.runtimes import Runtime
-from lightning_quant.signature import tensor_leaves
-from lightning_quant.ties import NUM_DRAWS
+from lightning_quant.simulate.parity import Parity, check_parity
+from lightning_quant.simulate.ties import NUM_DRAWS
 
 RUNTIMES = tuple(runtimes.names())
 NETS = ("residual", "mlp", "multi_modal", "nested", "pooling")

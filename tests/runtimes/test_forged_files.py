@@ -17,14 +17,14 @@ from layer_models import TokenClassifier, tokens
 from models import with_statistics
 from torch import nn
 
-from lightning_quant.artifact import Artifact, add_report
-from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.artifact.artifact import Artifact, add_report
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError
-from lightning_quant.export import export
-from lightning_quant.layerwise import quantize_layers
-from lightning_quant.prepare import prepare
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
+from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.runtimes import openvino
-from lightning_quant.signature import Signature
 
 IMAGE = torch.randn(4, 3, 8, 8)
 KINDS = ("onnxruntime", "onnxruntime-layers", "openvino", "torch", "torch-layers")

@@ -11,7 +11,7 @@ from quick_exports import translate_anew
 from torch import Tensor, nn
 
 import lightning_quant as lq
-from lightning_quant.export import export
+from lightning_quant.export.export import export
 
 _TYPES = {"int8_weight_only": "int8", "float16": "float16"}
 

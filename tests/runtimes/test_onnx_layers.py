@@ -14,11 +14,11 @@ from onnx import numpy_helper
 from torch import Tensor, nn
 
 from lightning_quant import load, runtimes, verify
-from lightning_quant.artifact import Artifact
+from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.errors import QuantizationError
-from lightning_quant.export import export
-from lightning_quant.layerwise import Layerwise, quantize_layers
-from lightning_quant.recipe import LayerRecipe
+from lightning_quant.export.export import export
+from lightning_quant.planned.layerwise import Layerwise, quantize_layers
+from lightning_quant.recipe.recipe import LayerRecipe
 
 runtime = runtimes.get("onnxruntime")
 

@@ -20,17 +20,17 @@ from onnx.reference import ReferenceEvaluator
 from reference_models import resnet18
 from torch import Tensor, nn
 
-from lightning_quant import convert as conversion
 from lightning_quant import load, runtimes
-from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.convert import convert as conversion
 from lightning_quant.errors import ExportError, QuantizationError
-from lightning_quant.export import export, trial_export
+from lightning_quant.export.export import export, trial_export
+from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.parity import check_parity
-from lightning_quant.prepare import prepare
-from lightning_quant.prepared import Prepared
+from lightning_quant.numerics.noise import signal_to_noise
 from lightning_quant.runtimes import _onnx_export
+from lightning_quant.simulate.parity import check_parity
+from lightning_quant.simulate.prepared import Prepared
 
 runtime = runtimes.get("onnxruntime")
 
@@ -538,7 +538,11 @@ def test_a_trial_export_needs_no_ranges_and_leaves_none_behind() -> None:
 
 @pytest.mark.parametrize(
     "last",
-    ["lightning_quant.golden.save", "lightning_quant.artifact.write", "lightning_quant.export._describe"],
+    [
+        "lightning_quant.artifact.golden.save",
+        "lightning_quant.artifact.artifact.write",
+        "lightning_quant.export.export._describe",
+    ],
 )
 def test_a_trial_export_writes_all_that_the_end_writes(last: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:

@@ -7,13 +7,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant import artifact as artifacts
 from lightning_quant import runtimes
-from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.export import export
-from lightning_quant.parity import check_parity
-from lightning_quant.prepare import prepare
-from lightning_quant.prepared import Prepared
+from lightning_quant.artifact import artifact as artifacts
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
+from lightning_quant.simulate.parity import check_parity
+from lightning_quant.simulate.prepared import Prepared
 
 
 class Gated(nn.Module):

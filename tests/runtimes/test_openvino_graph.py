@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant import artifact as artifacts
-from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.export import export
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.prepare import prepare
+from lightning_quant.artifact import artifact as artifacts
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
+from lightning_quant.numerics.noise import signal_to_noise
 
 REDUCTIONS: dict[str, tuple[int, Callable[[Tensor], Tensor]]] = {
     "mean over tokens": (12, lambda x: x.mean(1)),

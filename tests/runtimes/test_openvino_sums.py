@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_quant import artifact as artifacts
 from lightning_quant import runtimes
-from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.export import export
-from lightning_quant.parity import check_parity
-from lightning_quant.prepare import prepare
+from lightning_quant.artifact import artifact as artifacts
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
+from lightning_quant.simulate.parity import check_parity
 
 
 def coarse(x: Tensor) -> Tensor:

@@ -10,10 +10,10 @@ from test_torch import CNN
 from torch import Tensor, nn
 
 from lightning_quant import load, verify
-from lightning_quant.artifact import Artifact
+from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.errors import ExportError, PlanError
-from lightning_quant.export import export
-from lightning_quant.layerwise import Layerwise, quantize_layers
+from lightning_quant.export.export import export
+from lightning_quant.planned.layerwise import Layerwise, quantize_layers
 from lightning_quant.report.make_report import tensor_bytes
 from lightning_quant.runtimes import openvino
 

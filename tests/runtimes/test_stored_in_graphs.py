@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant import load, quantize
+from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.prepare import prepare
+from lightning_quant.numerics.noise import signal_to_noise
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),

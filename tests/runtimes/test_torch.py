@@ -20,14 +20,14 @@ from safetensors import safe_open
 from test_layerwise import State
 from torch import Tensor, nn
 
-from lightning_quant import artifact as artifacts
 from lightning_quant import load, runtimes, verify
-from lightning_quant.artifact import Artifact
+from lightning_quant.artifact import artifact as artifacts
+from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.errors import ArtifactError, QuantizationError
-from lightning_quant.export import export
+from lightning_quant.export.export import export
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers.layer import StoredLayer
-from lightning_quant.layerwise import Layerwise, quantize_layers
+from lightning_quant.planned.layerwise import Layerwise, quantize_layers
 
 Call = dict[str, Any]
 

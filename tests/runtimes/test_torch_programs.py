@@ -14,12 +14,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_quant import runtimes
-from lightning_quant.artifact import Artifact
-from lightning_quant.calibrate import calibrate, steps_of
+from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.errors import ArtifactError, QuantizationError
-from lightning_quant.export import export
-from lightning_quant.layerwise import quantize_layers
-from lightning_quant.prepare import prepare
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
+from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.runtimes import _torch_operators, _torch_program
 from lightning_quant.runtimes._fill import STRUCTURE, fill
 

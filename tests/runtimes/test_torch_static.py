@@ -12,21 +12,21 @@ import torch
 from models import ResidualNet, with_statistics
 from torch import Tensor, nn
 
-from lightning_quant import engines as choosing
 from lightning_quant import load, quantize, runtimes
-from lightning_quant.artifact import Artifact
-from lightning_quant.calibrate import calibrate, steps_of
-from lightning_quant.calls import flatten_call
+from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.calls.calls import flatten_call
 from lightning_quant.errors import ExportError, QuantizationError
-from lightning_quant.export import export
-from lightning_quant.latency import Timing
-from lightning_quant.noise import signal_to_noise
-from lightning_quant.parity import check_parity
-from lightning_quant.prepare import prepare
-from lightning_quant.prepared import Prepared
-from lightning_quant.recipe import Recipe
+from lightning_quant.export import engines as choosing
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
+from lightning_quant.machine.latency import Timing
+from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.runtimes import _torch_program, _torch_static, _torch_steps
 from lightning_quant.runtimes._flat import tensors_in
+from lightning_quant.simulate.parity import check_parity
+from lightning_quant.simulate.prepared import Prepared
 
 runtime = runtimes.get("torch")
 

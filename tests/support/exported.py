@@ -15,10 +15,10 @@ from models import CASES, Case, calibrated
 from torch import Tensor
 
 from lightning_quant import runtimes
-from lightning_quant.artifact import Artifact
-from lightning_quant.export import export
-from lightning_quant.prepared import Prepared
-from lightning_quant.signature import tensor_leaves
+from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.calls.signature import tensor_leaves
+from lightning_quant.export.export import export
+from lightning_quant.simulate.prepared import Prepared
 
 BATCHES = (1, 3, 8)
 LOAD_AND_RUN = """

@@ -4,9 +4,9 @@ from typing import Any
 
 import pytest
 
-from lightning_quant import auto as automatic
 from lightning_quant import runtimes
-from lightning_quant.latency import Timing
+from lightning_quant.export import auto as automatic
+from lightning_quant.machine.latency import Timing
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_quant.manifest import GOLDEN, MANIFEST, content_digest, dump
+from lightning_quant.artifact.manifest import GOLDEN, MANIFEST, content_digest, dump
 
 _NASTY: tuple[Any, ...] = (
     None, True, -1, 0, 1, 2, 7, 2**31, 2**40, 2**63 - 1, 2**63, -(2**63), 10**300, 0.5, -0.0, 1e308, "", "x", "cpu",

@@ -22,11 +22,13 @@ from typing import Any
 import torch
 from forged_files import foreign_files, forge, forge_folder
 
-from lightning_quant import cli, golden, load, runtimes, verify
-from lightning_quant.artifact import Artifact, read
-from lightning_quant.commit import current
+from lightning_quant import load, runtimes, verify
+from lightning_quant.artifact import golden
+from lightning_quant.artifact.artifact import Artifact, read
+from lightning_quant.artifact.commit import current
+from lightning_quant.calls.signature import Signature
+from lightning_quant.cli import cli
 from lightning_quant.errors import QuantizationError
-from lightning_quant.signature import Signature
 
 MAX_GROWTH_BYTES = 2**29
 """Memory that loading may take beyond what the process had."""

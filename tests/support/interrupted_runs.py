@@ -19,7 +19,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_models import Classifier, images, make_trainer, seeded
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining, load, runtimes
-from lightning_quant import artifact as artifacts
+from lightning_quant.artifact import artifact as artifacts
 from lightning_quant.callbacks import finish
 
 KINDS = {"QAT": QuantizationAwareTraining, "PTQ": PostTrainingQuantization}

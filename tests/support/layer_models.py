@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from lightning_quant.recipe import RECIPES, LayerRecipe
+from lightning_quant.recipe.recipe import RECIPES, LayerRecipe
 
 VOCABULARY, WIDTH = 96, 32
 LAYER_RECIPES = sorted(name for name, recipe in RECIPES.items() if isinstance(recipe, LayerRecipe))

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_quant.calibrate import calibrate
-from lightning_quant.prepare import prepare
-from lightning_quant.prepared import Prepared
-from lightning_quant.recipe import Recipe
+from lightning_quant.calibrate.calibrate import calibrate
+from lightning_quant.export.prepare import prepare
+from lightning_quant.recipe.recipe import Recipe
+from lightning_quant.simulate.prepared import Prepared
 
 
 class ResidualNet(nn.Module):

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._export import utils as export_utils
 from torch.onnx._internal.exporter import _core, _registration
 
-from lightning_quant.decomposed import define_operators
+from lightning_quant.numerics.decomposed import define_operators
 
 
 class _Unread:

@@ -2,8 +2,7 @@
 
 from typing import Any
 
-from lightning_quant.latency import Timing
-from lightning_quant.parity import Parity
+from lightning_quant.machine.latency import Timing
 from lightning_quant.report.agreement import Agreement
 from lightning_quant.report.coverage import Coverage
 from lightning_quant.report.limits import NO_LIMITS
@@ -15,6 +14,7 @@ from lightning_quant.report.remarks import Notes, Seconds
 from lightning_quant.report.report import Report
 from lightning_quant.report.size import Size
 from lightning_quant.report.speed import LatencyRow, Speed
+from lightning_quant.simulate.parity import Parity
 
 
 def timing(median_ms: float) -> Timing:

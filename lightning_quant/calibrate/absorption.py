@@ -1,0 +1,50 @@
+"""High-bias absorption: let the next layer's bias hold what a channel never falls below.
+
+Source: Nagel et al. 2019, arXiv:1906.04721, section 4.1.3: for a ReLU, r(W x + b - c) = r(W x + b) - c wherever
+W x + b > c, so c moves through the next weights into the next bias. There c is max(0, beta - 3 gamma) of a BatchNorm;
+here it is the least value that calibration saw, which keeps the function on all of that data.
+"""
+
+import torch
+from torch import Tensor
+
+from lightning_quant.calibrate.groups import ScalingGroup
+from lightning_quant.calibrate.lockstep import Site, lockstep
+from lightning_quant.calibrate.rescale import rescale
+from lightning_quant.calls.calls import Call
+from lightning_quant.simulate.prepared import Prepared
+
+
+@torch.no_grad()
+def absorb(prepared: Prepared, groups: list[ScalingGroup], calls: list[Call]) -> dict[ScalingGroup, float]:
+    """Absorb constants where that is exact on the calls; return the largest one of every group that had any.
+
+    A reader that pads with zeros rules it out: its padding would have to be the negative constant. So do operators
+    between writer and reader.
+
+    Args:
+        prepared: detached and calibrated.
+        groups: from `scaling_groups`.
+        calls: of the module.
+    """
+    wanted = [g for g in groups if g.producers and g.activated and not (g.padded or g.links or g.from_float)]
+    readers = {identity: group for group in wanted for identity in group.consumers}
+    least: dict[ScalingGroup, Tensor] = {}
+
+    def visit(site: Site) -> None:
+        group = readers.get(site.identity)
+        if group is None:
+            return
+        for x in site.float_inputs:
+            low = x.amin([d for d in range(x.dim()) if d != group.axis]).clamp(min=0)
+            least[group] = torch.minimum(least[group], low) if group in least else low
+
+    lockstep(prepared, calls, visit, quantized=False)
+    absorbed = {}
+    for group, constant in least.items():
+        # A channel that sits at its clip all the time has no slope to keep.
+        constant = torch.where(constant < group.clip, constant, torch.zeros_like(constant))
+        if bool((constant > 0).any()):
+            rescale(prepared, group, torch.ones_like(constant), constant)
+            absorbed[group] = float(constant.max())
+    return absorbed

@@ -1,0 +1,20 @@
+"""Calibrate again on recorded calls, as is due after layers or channel scales have changed."""
+
+import functools
+
+import torch
+
+from lightning_quant.calibrate.calibrate import observe, settle
+from lightning_quant.calls.calls import Call
+from lightning_quant.numerics.bias_correction import InputMeans
+from lightning_quant.ranges.ranges import Ranges
+from lightning_quant.simulate.prepared import Prepared
+
+
+@torch.no_grad()
+def observe_anew(prepared: Prepared, calls: list[Call]) -> None:
+    """Forget all ranges and bias corrections, and learn them from calls."""
+    prepared.ranges = Ranges(prepared.ranges.edges, prepared.recipe, prepared.observer)
+    means = InputMeans() if prepared.recipe.bias_correction else None
+    steps = [functools.partial(prepared.root, *args, **kwargs) for args, kwargs in calls]
+    settle(prepared, observe(prepared, steps, means), means)

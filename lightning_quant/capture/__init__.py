@@ -1,0 +1,1 @@
+"""Stage 1: the module to quantize and one real call of it."""

@@ -1,0 +1,1 @@
+"""The same without a Trainer, and the settings that all doors share."""

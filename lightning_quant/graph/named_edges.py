@@ -1,0 +1,86 @@
+"""Quantizers of tensors as modules: exporters name nodes after modules, so files keep the names of the plan's edges.
+
+What nothing reads has no node in a file, so edges cannot be found there by counting.
+"""
+
+import ast
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.errors import ExportError
+from lightning_quant.numerics.grid import Grid
+
+# What stands before an edge's name in the name of a file's node.
+PREFIX = "edge "
+
+
+class EdgeQuantizer(nn.Module):
+    """Quantizes one edge of the plan.
+
+    Attributes:
+        identity: of the edge.
+        grid: scale, zero point, lowest and highest integer, dtype.
+    """
+
+    def __init__(self, identity: str, scale: float, zero_point: int, grid: Grid) -> None:
+        super().__init__()
+        self.identity, self.grid = identity, (scale, zero_point, grid.low, grid.high, grid.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return integers."""
+        return torch.ops.quantized_decomposed.quantize_per_tensor.default(x, *self.grid)
+
+
+class EdgeNames:
+    """Tells which edges the quantizers of an exported module are, node by node in the order of execution."""
+
+    def __init__(self, root: nn.Module) -> None:
+        named = root.named_modules(remove_duplicate=False)
+        self.identities = {_last(path): child.identity for path, child in named if isinstance(child, EdgeQuantizer)}
+        self._seen: Counter[str] = Counter()
+
+    def of(self, scopes: Iterable[Any]) -> str | None:
+        """Return the edge that a node quantizes, from the paths of the modules that it was traced in."""
+        found = [self.identities[_last(scope)] for scope in scopes if _last(scope) in self.identities]
+        return _numbered(found[-1], self._seen) if found else None
+
+    def of_onnx(self, node: Any) -> str | None:
+        """Return the edge that a node of an ONNX graph quantizes, from what the exporter noted of it."""
+        return self.of(ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")))
+
+    def of_fx(self, node: torch.fx.Node) -> str | None:
+        """Return the edge that a node of an exported program quantizes."""
+        return self.of(path for path, _ in node.meta.get("nn_module_stack", {}).values())
+
+
+def numbered(identities: Iterable[str]) -> list[str]:
+    """Tell the calls of a part that runs several times apart, as `EdgeNames` does."""
+    seen: Counter[str] = Counter()
+    return [_numbered(identity, seen) for identity in identities]
+
+
+def check_common(given: Iterable[str], found: Iterable[str]) -> None:
+    """Make sure that a file has edges of a plan.
+
+    Raises:
+        ExportError: it has none.
+    """
+    if given and not set(given) & set(found):
+        raise ExportError(
+            f"Expected quantized tensors of the plan in the exported file, {list(given)[:3]} among them, but it has "
+            f"{list(found)[:3] or 'none'}."
+        )
+
+
+def _last(path: Any) -> str:
+    """Return the last part of a path: of a module that has several names, exporters note only that."""
+    return str(path).rpartition(".")[2]
+
+
+def _numbered(identity: str, seen: Counter[str]) -> str:
+    seen[identity] += 1
+    return identity if seen[identity] == 1 else f"{identity}@{seen[identity]}"

@@ -1,0 +1,61 @@
+"""Layers that a plan of graphs leaves in float and recipes of layers can store, and the rows of those."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from torch import nn
+
+from lightning_quant.graph.analyze import UNREACHED
+from lightning_quant.graph.expansions import is_expanded
+from lightning_quant.graph.plan import UNREAD, Plan, Row
+from lightning_quant.layers import class_for
+from lightning_quant.surgery.routing import has_hooks
+
+# Why they stay float says the table of the runtime, which knows more than their size.
+_IN_TABLES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+
+
+def left_in_float(root: nn.Module, plan: Plan) -> frozenset[str]:
+    """Return the labels of layers and modules with weights that a graph's plan leaves in float for want of a form."""
+    modules = dict(root.named_modules(remove_duplicate=False))
+    found = set()
+    for row in plan.rows:
+        if row.action != "float" or row.excluded or row.reason in (UNREAD, UNREACHED):
+            continue
+        path = _path(row)
+        module = modules.get(path)
+        # What was written out for a trace is no layer any more that something could take the place of.
+        if module is None or isinstance(module, _IN_TABLES) or (is_expanded(module) and not has_hooks(module)):
+            continue
+        if class_for(module) is not None or any(p.dim() > 1 for p in module.parameters(recurse=False)):
+            found.add(_label(root, path))
+    return frozenset(found)
+
+
+def with_stored(root: nn.Module, plan: Plan, stored: Mapping[str, Row]) -> Plan:
+    """Return a plan of a module with rows of stored layers, by label, in place of those of the float ones."""
+    rows, known = [], set()
+    for row in plan.rows:
+        label = next((name for name in (_label(root, _path(row)), row.name.partition("#")[0]) if name in stored), None)
+        other = None if label is None else stored[label]
+        if other is None or row.action in ("int8", "fused") or (row.kind == "Parameter" and not other.is_quantized):
+            rows.append(row)
+        elif row.kind == "Parameter":
+            # One row for the module, whose weights are those of all its parameters.
+            if label not in known:
+                rows.append(replace(other, macs=0))
+        else:
+            rows.append(replace(row, action=other.action, reason=other.reason))
+        known.add(label)
+    rows += [row for label, row in stored.items() if label not in known]
+    return replace(plan, rows=tuple(rows))
+
+
+def _path(row: Row) -> str:
+    """Return the path of the module that a row is about."""
+    name = row.name.partition("#")[0]
+    return name.rpartition(".")[0] if row.kind == "Parameter" else "" if name == "(forward)" else name
+
+
+def _label(root: nn.Module, path: str) -> str:
+    return path or type(root).__name__

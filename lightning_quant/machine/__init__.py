@@ -1,0 +1,1 @@
+"""What this machine is, and how long a call takes on it."""

@@ -1,0 +1,1 @@
+"""A module with its captured call and a plan: sizes, batches, ways without a graph or a program."""

@@ -1,0 +1,86 @@
+"""Mixed precision by hand: what a recipe's overrides mean for the operators of a module."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+
+from lightning_quant.arguments.choice import did_you_mean
+from lightning_quant.errors import PlanError, QuantizationError
+from lightning_quant.graph.analyze import Analysis
+from lightning_quant.graph.plan import Operator
+from lightning_quant.graph.table import Selection, matches
+from lightning_quant.recipe import recipe as recipes
+from lightning_quant.recipe.recipe import Recipe
+
+FLOAT = "float"
+_WEIGHTS = re.compile(r"int([4-8])_weights")
+
+
+def select(selection: Selection, recipe: Recipe) -> Selection:
+    """Return a selection that leaves out what overrides keep in float or have stored by a recipe of layers."""
+    kept = tuple(pattern for pattern, target in recipe.overrides.items() if target == FLOAT)
+    return replace(selection, exclude=(*selection.exclude, *kept), stored=tuple(stored_by(recipe).items()))
+
+
+def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis: Analysis) -> dict[str, int]:
+    """Return operator to the highest integer of its weight, for those that overrides give another grid.
+
+    Raises:
+        QuantizationError: an override names no recipe, or one that needs other activations than this recipe's.
+        PlanError: a pattern matches no weighted operator.
+    """
+    elsewhere = {FLOAT, *stored_by(recipe).values()}
+    grids = {p: _grid(recipe, p, target) for p, target in recipe.overrides.items() if target not in elsewhere}
+    kinds = {row.name: row.kind for row in analysis.plan.rows}
+    found: dict[str, int] = {}
+    used: set[str] = set()
+    for graph in analysis.plan.graphs:
+        for operator in graph.operators:
+            name = operator.name
+            fitting = [pattern for pattern in grids if operator.weight and matches(pattern, name, kinds.get(name, ""))]
+            used.update(fitting)
+            if fitting:
+                found[operator.identity] = grids[fitting[0]]
+    unused = sorted(set(grids) - used)
+    if unused:
+        raise PlanError(
+            f"Expected `overrides` to hold patterns on names or types of quantized layers, but got {unused[0]!r}, "
+            f"which matches none of {', '.join(sorted(o.key for o in operators.values() if o.weight)[:8])}."
+        )
+    return found
+
+
+def stored_by(recipe: Recipe) -> dict[str, str]:
+    """Return pattern to recipe, for overrides that name a recipe of layers.
+
+    Not those with ranges that arrive with each row: their sums are not those of the simulation, to the bit.
+    """
+    named = {pattern: target for pattern, target in recipe.overrides.items() if isinstance(target, str)}
+    found = {pattern: recipes.RECIPES.get(target) for pattern, target in named.items()}
+    return {p: r.name for p, r in found.items() if r and not r.needs_calibration and "dynamic" not in r.schemes}
+
+
+def check_targets(recipe: Recipe) -> None:
+    """Make sure that overrides map to what there is.
+
+    Raises:
+        QuantizationError: one names no recipe, or one that needs other activations than this recipe's.
+    """
+    elsewhere = {FLOAT, *stored_by(recipe).values()}
+    for pattern, target in recipe.overrides.items():
+        if target not in elsewhere:
+            _grid(recipe, pattern, target)
+
+
+def _grid(recipe: Recipe, pattern: str, target: str) -> int:
+    bits = _WEIGHTS.fullmatch(target) if isinstance(target, str) else None
+    if bits is not None:
+        return 2 ** (int(bits[1]) - 1) - 1
+    other = recipes.RECIPES.get(target) if isinstance(target, str) else None
+    if other is None or not other.needs_calibration or other.activation != recipe.activation:
+        raise QuantizationError(
+            f"Expected `overrides` to map {pattern!r} to 'float', 'int4_weights' to 'int8_weights', or the name of a "
+            f"recipe with the activations of {recipe.name!r} or with no activations at all, but got {target!r}."
+            f"{did_you_mean(target, [FLOAT, *recipes.RECIPES])}"
+        )
+    return other.weight_grid.high

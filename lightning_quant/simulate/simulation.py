@@ -1,0 +1,289 @@
+"""What prepared graphs call while they run: observing, rounding, and the arithmetic of integer kernels."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from lightning_quant.graph.moves import border_of
+from lightning_quant.numerics import integer
+from lightning_quant.numerics.bias_correction import InputMeans
+from lightning_quant.numerics.fake_quantize import fake_quantize, fake_quantize_weight
+from lightning_quant.numerics.folding import Folded
+from lightning_quant.numerics.learned_steps import quantize_with_learned_step
+from lightning_quant.numerics.visible import visible
+from lightning_quant.simulate.quantizers import Quantizers
+from lightning_quant.surgery.routing import fetch, shadowed, unparametrized
+
+# Share of itself by which a value moves when float32 factors are multiplied in another order, a few roundings each.
+_JITTER = 2.0**-20
+
+
+class Simulation:
+    """Runs the operators of a prepared module as its phase says.
+
+    Attributes:
+        quantizers: whose operators, ranges and phase count.
+        integers: edge to the integers, without zero point and not clipped, that its producer has just computed for it.
+        input_means: when set, gets the means of what weighted operators read while observing.
+        only: when set, the weighted operators and edges that are rounded; all others compute in float.
+        watcher: when set, gets every edge's identity and float values while nothing is rounded.
+        recorded: when a list, every tensor that is rounded is appended to it as `(edge, integers)`.
+        hidden: when set, `(batch, time)`, true at places that do not count for ranges.
+        jitter: when set, draws by how much of itself a value is moved before it is rounded.
+    """
+
+    def __init__(self, quantizers: Quantizers) -> None:
+        self.quantizers = quantizers
+        self.integers: dict[str, Tensor] = {}
+        self.input_means: InputMeans | None = None
+        self.only: frozenset[str] | None = None
+        self.watcher: Callable[[str, Tensor], None] | None = None
+        self.recorded: list[tuple[str, Tensor]] | None = None
+        self.hidden: Tensor | None = None
+        self.jitter: torch.Generator | None = None
+        # Which way all values of a tensor move, 0 for either; None where each moves on its own.
+        self._together: int | None = None
+        # Operators that have computed their BatchNorm already, until it is its turn.
+        self._normalized: set[str] = set()
+
+    @contextmanager
+    def recording(self) -> Iterator[list[tuple[str, Tensor]]]:
+        """Record the integers of every quantized tensor, in the order of execution."""
+        self.recorded = []
+        try:
+            yield self.recorded
+        finally:
+            self.recorded = None
+
+    @contextmanager
+    def jittering(self, draw: int = 0) -> Iterator[None]:
+        """Move values before they are rounded, by as little as another order of the same float32 arithmetic would.
+
+        Even draws move each value by an amount of its own. Odd ones move all values of a tensor alike: the first every
+        tensor down, the second up, others each either way.
+        """
+        self.jitter = torch.Generator().manual_seed(draw)
+        self._together = None if draw % 2 == 0 else {1: -1, 3: 1}.get(draw, 0)
+        try:
+            yield
+        finally:
+            self.jitter = None
+
+    @contextmanager
+    def measuring(self, means: InputMeans | None) -> Iterator[None]:
+        """Let observed calls also count for the means of what weighted operators read."""
+        self.input_means = means
+        try:
+            yield
+        finally:
+            self.input_means = None
+
+    @contextmanager
+    def watching(self, watcher: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Show the float values of every edge to a function."""
+        self.watcher = watcher
+        try:
+            yield
+        finally:
+            self.watcher = None
+
+    @contextmanager
+    def quantizing_only(self, identities: frozenset[str]) -> Iterator[None]:
+        """Round the weights of these operators and the values of these edges alone."""
+        self.only = identities
+        try:
+            yield
+        finally:
+            self.only = None
+            self._normalized.clear()
+
+    def rounds(self, identity: str) -> bool:
+        """Tell whether an operator's weight or an edge is rounded now."""
+        return self.quantizers.quantizes and (self.only is None or identity in self.only)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether a run does what training does: nothing looks on, all is rounded, and nothing is adjusted."""
+        looks_on = (self.only, self.watcher, self.recorded, self.jitter, self.input_means, self.hidden)
+        changed = self.quantizers.channels or self.quantizers.layers or self.quantizers.ranges.chosen
+        return all(value is None for value in looks_on) and not changed and not self.computes_integers
+
+    @property
+    def computes_integers(self) -> bool:
+        """Whether operators compute what integer kernels do: in evaluation, without gradients or after calibration."""
+        in_evaluation = not self.quantizers.root.training and (not torch.is_grad_enabled() or self.quantizers.adjusted)
+        return in_evaluation and self.only is None and self.quantizers.quantizes
+
+    def quantize_edge(self, identity: str, x: Tensor) -> Tensor:
+        """Observe and round one tensor, as the phase says."""
+        if self.quantizers.observes:
+            seen = self.quantizers.on_grid(identity, x, clipped=True)
+            self.quantizers.ranges.observe(identity, visible(seen, self.hidden))
+        if self.watcher is not None:
+            self.watcher(identity, x)
+        if not self.rounds(identity):
+            return x
+        scale, zero_point = self.quantizers.ranges.parameters(identity)
+        grid, integers = self.quantizers.ranges.grid, self.integers.pop(identity, None)
+        if integers is None:
+            rounded = fake_quantize(self._moved(self.quantizers.on_grid(identity, x)), scale, zero_point, grid)
+        else:
+            rounded = (integers.clamp(grid.low - zero_point.item(), grid.high - zero_point.item()) * scale).to(x.dtype)
+        if self.recorded is not None:
+            integers = torch.round(rounded.detach().float() / scale + zero_point)
+            self.recorded.append((identity, integers.to(grid.dtype)))
+        channels = self.quantizers.channels.get(identity)
+        return rounded if channels is None else channels.from_grid(rounded)
+
+    def quantize_relu(self, identity: str, relu: nn.Module | None, x: Tensor) -> Tensor:
+        """Call a ReLU, a module or the function, and observe and round what it returns."""
+        return self.quantize_edge(identity, F.relu(x) if relu is None else relu(x))
+
+    def run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
+        """Call a layer, hooks and all, with a rounded weight in place of its own."""
+        if not self.rounds(identity):
+            self._note_input(identity, x, border_of(layer))
+            return layer(x)
+
+        def forward(x: Tensor) -> Tensor:
+            def call(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                with shadowed(layer, {"weight": weight, "bias": bias}), unparametrized(layer):
+                    return type(layer).forward(layer, x)
+
+            # Weights are read here, after hooks such as pruning have set them.
+            bias = fetch(layer, "bias") if layer.bias is not None else None
+            return self._run_weighted(identity, x, fetch(layer, "weight"), bias, call)
+
+        # Cached: a parametrization may change with every look at the weight, as spectral norm does.
+        with shadowed(layer, {"forward": forward}), parametrize.cached():
+            return layer(x)
+
+    def run_function(
+        self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """Call a functional layer with a rounded weight."""
+        function = self.function_of(identity)
+        if not self.rounds(identity):
+            self._note_input(identity, x)
+            return function(x, weight, bias, *args, **kwargs)
+        return self._run_weighted(identity, x, weight, bias, lambda x, w, b: function(x, w, b, *args, **kwargs))
+
+    def function_of(self, identity: str) -> Callable[..., Tensor]:
+        """Return what computes a functional layer."""
+        return getattr(F, self.quantizers.operators[identity].kind)
+
+    def run_add(self, identity: str, first: Tensor, second: Tensor) -> Tensor:
+        """Add two quantized tensors."""
+        operator = self.quantizers.operators[identity]
+        edges, output = operator.reads, operator.writes
+        rounded = all(edge in self.quantizers.ranges.edges for edge in edges)
+        if self.computes_integers and operator.quantized_output and rounded:
+            one, other = (self.quantizers.ranges.parameters(edge) for edge in edges)
+            operands = self.quantizers.on_grid(edges[0], first), self.quantizers.on_grid(edges[1], second)
+            grid = self.quantizers.ranges.parameters(output)
+            self.integers[output] = integer.add(*operands, (one, other), grid, self._round)
+        return first + second
+
+    def run_batch_norm(self, identity: str, norm: nn.Module, x: Tensor) -> Tensor:
+        """Call a BatchNorm that is fused into an operator, unless that one computed it in integers already."""
+        if self._is_normalized(identity):
+            return x
+        if self.quantizers.phase != "frozen_batch_norm":
+            return norm(x)
+        mean, variance = fetch(norm, "running_mean"), fetch(norm, "running_var")
+        return F.batch_norm(x, mean, variance, norm.weight, norm.bias, False, 0.0, norm.eps)  # type: ignore[arg-type]
+
+    def run_functional_batch_norm(
+        self,
+        identity: str,
+        x: Tensor,
+        running_mean: Tensor | None,
+        running_var: Tensor | None,
+        weight: Tensor | None = None,
+        bias: Tensor | None = None,
+        training: bool = False,
+        momentum: float = 0.1,
+        eps: float = 1e-5,
+    ) -> Tensor:
+        """The same for a BatchNorm that is no layer of PyTorch's, with the arguments of `F.batch_norm`."""
+        if self._is_normalized(identity):
+            return x
+        training = training and self.quantizers.phase != "frozen_batch_norm"
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
+
+    def _is_normalized(self, identity: str) -> bool:
+        if identity not in self._normalized:
+            return self.computes_integers
+        self._normalized.remove(identity)
+        return True
+
+    def _round(self, x: Tensor) -> Tensor:
+        return torch.round(self._moved(x))
+
+    def _moved(self, x: Tensor) -> Tensor:
+        if self.jitter is None:
+            return x
+        amounts = torch.rand(x.shape if self._together is None else (), generator=self.jitter).to(x.device) * 2 - 1
+        if self._together is not None:
+            amounts = amounts.sign() if self._together == 0 else torch.full_like(amounts, self._together)
+        return (x * (1 + amounts * _JITTER)).to(x.dtype)
+
+    def _run_weighted(
+        self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor]
+    ) -> Tensor:
+        computed = self.quantizers.computes_weight(identity)
+        folded = self.quantizers.folded(identity, weight=weight.detach() if computed else None)
+        if self.only is not None:
+            return self._run_alone(identity, folded, x, call)
+        if not self.computes_integers:
+            return call(x, self._rounded_weight(identity, weight, folded), bias)
+        operator = self.quantizers.operators[identity]
+        edge = operator.reads[0]
+        input_scale, _ = self.quantizers.ranges.parameters(edge)
+        integers = self.quantizers.weight_integers(identity, folded)
+        on_grid = self.quantizers.on_grid(edge, x.float())
+        with torch.autocast(x.device.type, enabled=False):
+            sums = call(torch.round(on_grid / input_scale), integers, None)
+        shape = (-1,) if operator.kind == "linear" else (-1, *[1] * (sums.dim() - 2))
+        sums, step = sums + folded.bias_integers.view(shape), folded.bias_step.view(shape)
+        if operator.quantized_output and not operator.moved:
+            output = operator.writes
+            scale, _ = self.quantizers.ranges.parameters(output)
+            self.integers[output] = integer.requantize(sums, step, scale, self._round)
+        return (sums * step).to(x.dtype)
+
+    def _rounded_weight(self, identity: str, weight: Tensor, folded: Folded) -> Tensor:
+        if self.quantizers.learned_steps is None:
+            return fake_quantize_weight(weight, folded.unfolded_scale)
+        quant_max = self.quantizers.weight_quant_max(identity)
+        step = self.quantizers.learned_steps.step_of(identity, weight, quant_max)
+        # A scale that was stretched for the sake of the bias is not the learned one, and passes no gradient to it.
+        step = torch.where(folded.unfolded_scale > step * 1.0001, folded.unfolded_scale, step)
+        return quantize_with_learned_step(weight, step, quant_max)
+
+    def _run_alone(self, identity: str, folded: Folded, x: Tensor, call: Callable[..., Tensor]) -> Tensor:
+        """Compute a layer with a rounded weight among others that stay float."""
+        operator = self.quantizers.operators[identity]
+        edge = operator.reads[0]
+        integers = self.quantizers.weight_integers(identity, folded)
+        weight = integers * folded.scale.view(-1, *[1] * (integers.dim() - 1))
+        y = call(self.quantizers.on_grid(edge, x.float()), weight, None)
+        y = y + folded.bias.view((-1,) if operator.kind == "linear" else (-1, *[1] * (y.dim() - 2)))
+        channels = self.quantizers.channels.get(operator.writes)
+        y = (y if channels is None else channels.from_grid(y)).to(x.dtype)
+        if operator.batch_norm:
+            self._normalized.add(identity)
+        return y
+
+    def _note_input(self, identity: str, x: Tensor, border: tuple[list[int], str] | None = None) -> None:
+        if self.quantizers.observing and self.input_means is not None:
+            x = x if border is None else F.pad(x, *border)
+            operator = self.quantizers.operators[identity]
+            x = self.quantizers.on_grid(operator.reads[0], x)
+            seen = visible(x, self.hidden) if operator.kind == "linear" else x
+            self.input_means.update(identity, operator.kind, seen)

@@ -1,0 +1,257 @@
+"""The ladder keeps what helps on held-back calls, undoes the rest, and its result exports."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from models import CASES
+from test_adaround import smooth_like
+from test_rescale import images, uneven
+from torch import nn
+
+import lightning_quant as lq
+from lightning_quant.calibrate import ladder
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.calibrate.groups import scaling_groups
+from lightning_quant.calibrate.output_correction import correct_outputs
+from lightning_quant.calibrate.range_choice import choose_ranges
+from lightning_quant.calibrate.recalibrate import observe_anew
+from lightning_quant.calibrate.smoothing import smooth
+from lightning_quant.calibrate.weight_rounding import gptq_layers, least_error_scale, shrink_scales
+from lightning_quant.convert.convert import check_agreement, convert
+from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.export.prepare import prepare
+from lightning_quant.recipe.recipe import RECIPES, IntegerSpec, Recipe
+from lightning_quant.simulate.prepared import Prepared
+
+
+def climbed(steps: tuple[str, ...], **fields) -> tuple[nn.Module, Prepared, list]:
+    model = uneven(nn.ReLU6)
+    calls = [((x,), {}) for x in images(64).split(8)]
+    recipe = Recipe(accuracy_steps=steps, **fields)
+    prepared = prepare(model, (images(8),), recipe=recipe, observer="mse")
+    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
+    return model, prepared, calls
+
+
+def test_a_step_that_helps_is_kept_and_one_that_harms_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def harm(prepared: Prepared, budget: ladder.Budget) -> int:
+        for identity, correction in prepared.bias_corrections.items():
+            prepared.bias_corrections[identity] = correction + 3
+        prepared.ranges.choose(":layers.2", torch.tensor(0.0), torch.tensor(0.1))
+        return 1
+
+    monkeypatch.setitem(ladder.STEPS, "harm", harm)
+    _, prepared, calls = climbed(("scale_depthwise", "harm"))
+    kept, undone = prepared.accuracy_steps
+    assert (kept.name, kept.kept) == ("scale_depthwise", True)
+    assert kept.after_db > kept.before_db + 1
+    assert not undone.kept
+    assert undone.after_db < undone.before_db
+    # What the harmful step did is gone: the result is that of the ladder without it.
+    _, without, _ = climbed(("scale_depthwise",))
+    assert ladder.output_snr(prepared, calls) == ladder.output_snr(without, calls)
+    assert "undone" in str(undone)
+
+
+def test_held_back_calls_are_not_fitted_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[list] = []
+    monkeypatch.setitem(ladder.STEPS, "look", lambda prepared, budget: seen.append(budget.calls) or 0)
+    _, _, calls = climbed(("look",))
+    expected = [args[0] for index, (args, _) in enumerate(calls) if index % 4 != 3]
+    assert len(seen[0]) == len(expected)
+    assert all(torch.equal(args[0], x) for (args, _), x in zip(seen[0], expected, strict=True))
+
+
+def test_in_the_end_all_calls_count() -> None:
+    _, plain, calls = climbed(())
+    _, nothing_kept, _ = climbed(("migrate",))
+    assert [step.kept for step in nothing_kept.accuracy_steps] == [False]
+    assert ladder.output_snr(nothing_kept, calls) == ladder.output_snr(plain, calls)
+    _, prepared, _ = climbed(("correct_outputs", "choose_ranges"))
+    assert [step.kept for step in prepared.accuracy_steps] == [True, True]
+    before = ladder.snapshot(prepared)
+    observe_anew(prepared, calls)
+    choose_ranges(prepared, calls)
+    correct_outputs(prepared, calls)
+    for identity, correction in prepared.bias_corrections.items():
+        assert torch.equal(correction, before[2][identity])
+    assert prepared.ranges.chosen == before[4]
+
+
+def test_no_time_no_steps() -> None:
+    _, prepared, _ = climbed(("scale_depthwise",), time_budget_s=0.0)
+    assert prepared.accuracy_steps == ()
+    assert not prepared.layers
+
+
+def test_refusals() -> None:
+    with pytest.raises(QuantizationError, match=r"`accuracy_steps` out of .* but got \['magic'\]"):
+        prepare(uneven(nn.ReLU), (images(8),), recipe=Recipe(accuracy_steps=("magic",)))
+    unfit = Recipe(accuracy_steps=("choose_ranges",), calibration_observer="min_max")
+    with pytest.raises(QuantizationError, match=r"'mse' or 'percentile' for .* but got 'min_max'"):
+        prepare(uneven(nn.ReLU), (images(8),), recipe=unfit)
+    model = uneven(nn.ReLU)
+    prepared = prepare(model, (images(8),), recipe="int8_accurate", observer="mse")
+    with pytest.raises(CalibrationError, match="at least two calibration batches for recipe 'int8_accurate'"):
+        calibrate(prepared, steps_of(prepared, [images(8)]))
+    wrong_observer = prepare(model, (images(8),), recipe=Recipe(accuracy_steps=("choose_ranges",)), observer="min_max")
+    with pytest.raises(QuantizationError, match=r"histogram observer, but got 'min_max'"):
+        calibrate(wrong_observer, steps_of(wrong_observer, images(16).split(8)))
+
+
+def test_every_step_of_a_recipe_exists() -> None:
+    for recipe in RECIPES.values():
+        assert set(getattr(recipe, "accuracy_steps", ())) <= set(ladder.STEPS)
+
+
+@pytest.mark.parametrize("name", ["depthwise", "residual", "branching", "squeeze_excite"])
+def test_the_whole_ladder_on_nets_of_all_kinds(name: str) -> None:
+    case = next(case for case in CASES if case.name == name)
+    model = case.build()
+    calls = [case.call(8) for _ in range(4)]
+    steps = tuple(step for step in ladder.STEPS if step != "adaround")
+    prepared = prepare(model, *calls[0], recipe=Recipe(accuracy_steps=steps), observer="mse")
+    before = [parameter.clone() for parameter in model.state_dict().values()]
+    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
+    assert len(prepared.accuracy_steps) == len(steps)
+    assert [step.name for step in prepared.accuracy_steps] == list(steps)
+    values = [step.after_db for step in prepared.accuracy_steps if step.kept]
+    assert values == sorted(values)
+    check_agreement(prepared, convert(prepared), *calls[0])
+    for old, new in zip(before, model.state_dict().values(), strict=True):
+        assert torch.equal(old, new)
+
+
+def test_the_accurate_recipe_makes_an_artifact_that_runs_in_integers(tmp_path: Path) -> None:
+    model = uneven(nn.ReLU6)
+    artifact = lq.quantize(
+        model, "int8_accurate", calibration_data=images(64).split(8), output_dir=tmp_path / "artifact", threads=1
+    )
+    assert artifact.report["still_float"] == {}
+    assert any("scale_depthwise" in note and "kept" in note for note in artifact.report["notes"])
+    plain = lq.quantize(model, "int8", calibration_data=images(64).split(8), output_dir=tmp_path / "plain", threads=1)
+    assert artifact.report["parity"]["quantization_db"] > plain.report["parity"]["quantization_db"] + 1
+
+
+def test_output_correction_restores_the_mean_of_every_layer() -> None:
+    _, prepared, calls = climbed(())
+    from lightning_quant.calibrate.lockstep import lockstep
+    from lightning_quant.calibrate.rescale import along_rows, folded_layer
+
+    assert correct_outputs(prepared, calls) == 3
+    differences = []
+
+    def visit(site) -> None:
+        layer, folded = folded_layer(prepared, site.identity), prepared.folded(site.identity)
+        weight = prepared.weight_integers(site.identity, folded)
+        weight = weight * along_rows(folded.scale, weight)
+        exact = torch.cat([site.compute(x, layer.weight, layer.bias) for x in site.float_inputs])
+        actual = torch.cat([site.compute(x, weight, folded.bias) for x in site.quantized_inputs])
+        differences.append((exact.mean((0, 2, 3)) - actual.mean((0, 2, 3))).abs().max())
+
+    lockstep(prepared, calls, visit)
+    assert len(differences) == 3
+    assert max(differences) < 1e-4
+
+
+def test_ranges_are_chosen_behind_the_weights_that_read_them() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        # A rare large value that the second layer does not read may be clipped, whatever it costs the tensor itself.
+        model[0].weight[0], model[0].bias[0] = 0, 0
+        model[0].weight[0, 0] = 1.0
+        model[2].weight[:, 0] = 0.0
+    x[0, 0] = 60.0
+    prepared = prepare(model, (x[:32],), recipe="int8", observer="mse")
+    calls = [((part,), {}) for part in x.split(64)]
+    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
+    assert float(prepared.ranges.observers[":1"].range()[1]) > 50
+    assert choose_ranges(prepared, calls) >= 1
+    scale, zero_point = prepared.ranges.parameters(":1")
+    assert float((255 - zero_point) * scale) < 20
+
+
+def test_coarse_weights_get_scales_and_rounding_of_less_error() -> None:
+    case = next(case for case in CASES if case.name == "residual")
+    model = case.build()
+    calls = [((smooth_like(case.call(16)[0][0], seed),), {}) for seed in range(4)]
+    recipe = Recipe(weight=IntegerSpec(bits=4, symmetric=True, per_channel=True))
+    prepared = prepare(model, *calls[0], recipe=recipe, observer="mse")
+    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
+    nearest = ladder.output_snr(prepared, calls)
+    shrink_scales(prepared)
+    assert gptq_layers(prepared, calls) >= 3
+    assert ladder.output_snr(prepared, calls) > nearest + 1
+    # Corrections belong to the integers that the layers have now: doing them again changes next to nothing.
+    rounded = ladder.output_snr(prepared, calls)
+    correct_outputs(prepared, calls)
+    assert ladder.output_snr(prepared, calls) == pytest.approx(rounded, abs=0.3)
+    assert all(layer.integers is None or int(layer.integers.abs().max()) <= 7 for layer in prepared.layers.values())
+    check_agreement(prepared, convert(prepared), *calls[0])
+    weight = torch.tensor([[1.0] + [0.1] * 63])
+    natural = torch.tensor([1.0 / 7])
+    assert float(least_error_scale(weight, natural, 7)) < 0.9 * float(natural)
+
+
+class Normalized(nn.Module):
+    """A LayerNorm with two loud features, and two linear layers that read it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.one, self.other = nn.LayerNorm(32), nn.Linear(32, 16), nn.Linear(32, 16)
+        self.norm.weight = nn.Parameter(torch.ones(32).index_fill(0, torch.tensor([3, 20]), 40.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.norm(x)
+        return self.one(x) * torch.sigmoid(self.other(x))
+
+
+def test_difficulty_behind_a_layer_norm_migrates_into_the_weights(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = Normalized().eval()
+    with torch.no_grad():
+        for layer in (model.one, model.other):
+            layer.weight[:, [3, 20]] /= 40
+    x = torch.randn(128, 32, generator=torch.Generator().manual_seed(1))
+    recipe = Recipe(accuracy_steps=("migrate",))
+    prepared = prepare(model, (x[:16],), recipe=recipe, observer="mse")
+    calibrate(prepared, steps_of(prepared, list(x.split(16))))
+    (step,) = prepared.accuracy_steps
+    assert step.kept
+    assert step.after_db > step.before_db + 5
+    check_agreement(prepared, convert(prepared), (x,), {})
+    artifact = lq.quantize(model, recipe, calibration_data=x.split(16), output_dir=tmp_path / "artifact", threads=1)
+    assert artifact.report["still_float"] == {}
+    assert artifact.report["parity"]["worst_share"] > 0.999
+
+
+def test_migration_leaves_the_float_function() -> None:
+    torch.manual_seed(0)
+    model = Normalized().eval()
+    calls = [((x,), {}) for x in torch.randn(64, 32, generator=torch.Generator().manual_seed(1)).split(16)]
+    prepared = prepare(model, *calls[0], recipe=Recipe(), observer="mse")
+    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
+    (group,) = [group for group in scaling_groups(prepared) if group.normalized]
+    assert smooth(prepared, [group], calls) == 1
+    assert float((prepared.channels[group.edges[0]].factor - 1).abs().max()) > 0.5
+    read = prepared.on_grid(group.edges[0], model.norm(calls[0][0][0]))
+    for name in ("one", "other"):
+        layer, exact = prepared.layers[f":{name}"], getattr(model, name)(model.norm(calls[0][0][0]))
+        torch.testing.assert_close(F.linear(read, layer.weight, layer.bias), exact, atol=1e-5, rtol=1e-5)
+
+
+def test_nothing_migrates_where_no_linear_layer_reads_a_float_operator() -> None:
+    _, prepared, _ = climbed(("migrate",))
+    assert [(step.changed, step.kept) for step in prepared.accuracy_steps] == [(0, False)]
+
+
+def test_nothing_migrates_without_a_layer_norm() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    prepared = prepare(nn.Sequential(nn.Linear(8, 4)).eval(), (x,), recipe=Recipe(accuracy_steps=("migrate",)))
+    calibrate(prepared, steps_of(prepared, list(x.split(16))))
+    assert [step.changed for step in prepared.accuracy_steps] == [0]

@@ -1,0 +1,76 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fast_runtimes import faster, two  # noqa: F401  a fixture
+from torch import nn
+
+from lightning_quant import load, quantize
+from lightning_quant.errors import QuantizationError
+from lightning_quant.export.auto import choose_runtime
+from lightning_quant.runtimes import openvino
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),
+    pytest.mark.usefixtures("unmeasured", "two"),
+]
+
+X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
+
+
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 16), nn.ReLU(), nn.Linear(16, 3)).eval()
+
+
+@pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
+def test_fastest_runtime_is_taken_and_the_report_says_what_was_measured(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    faster(monkeypatch, name)
+    artifact = quantize(model(), runtime="auto", calibration_data=iter([X, 2 * X]), output_dir=tmp_path, threads=1)
+
+    assert artifact.manifest["runtime"] == name
+    (note,) = artifact.report["notes"]
+    assert note.startswith(f"{name} was chosen as the fastest")
+    assert "onnxruntime 1" in note or "onnxruntime 9" in note
+    assert "openvino 1" in note or "openvino 9" in note
+    assert load(tmp_path)(X).shape == (16, 3)
+
+
+def test_fast_runtime_that_computes_something_else_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = openvino.OpenVinoModule.run
+    monkeypatch.setattr(openvino.OpenVinoModule, "run", lambda self, tensors: [-y for y in run(self, tensors)])
+    faster(monkeypatch, "openvino")
+    artifact = quantize(model(), runtime="auto", calibration_data=[X], output_dir=tmp_path, threads=1)
+
+    assert artifact.manifest["runtime"] == "onnxruntime"
+    (note,) = artifact.report["notes"]
+    assert "Not considered: openvino (parity FAILED" in note
+
+
+def test_runtime_that_is_missing_or_refuses_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise QuantizationError("no such operator")
+
+    monkeypatch.setattr(openvino.RUNTIME, "export", refuse)
+    artifact = quantize(model(), runtime="auto", calibration_data=[X], output_dir=tmp_path, threads=1)
+
+    assert artifact.manifest["runtime"] == "onnxruntime"
+    assert "Not considered: openvino (no such operator)" in artifact.report["notes"][0]
+
+
+def test_every_reason_is_given_when_there_is_none() -> None:
+    def plan(name: str) -> Any:
+        raise QuantizationError(f"{name} cannot")
+
+    with pytest.raises(QuantizationError, match=r"onnxruntime: onnxruntime cannot; openvino: openvino cannot"):
+        choose_runtime(plan)
+
+
+def test_the_real_measurement_names_one_of_them(tmp_path: Path) -> None:
+    artifact = quantize(model(), runtime="auto", calibration_data=[X], output_dir=tmp_path, threads=1)
+
+    assert artifact.manifest["runtime"] in ("onnxruntime", "openvino")
+    assert " ms" in artifact.report["notes"][0]

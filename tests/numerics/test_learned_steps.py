@@ -1,0 +1,149 @@
+"""Learned steps: gradients against the paper's equation, and a training that leaves the user's run alone."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning_models import fit, seeded
+from torch import Tensor
+
+import lightning_quant as lq
+from lightning_quant.numerics.learned_steps import LearnedSteps, quantize_with_learned_step
+
+# What tiny nets are compared by says that they are not smaller or faster.
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+
+
+def reference(weight: Tensor, step: Tensor, quant_max: int) -> Tensor:
+    """Write equation 1 with straight-through rounding alone, so that autograd gives equations 3 and 5."""
+    ratio = (weight / step[:, None]).clamp(-quant_max, quant_max)
+    return (ratio + (ratio.round() - ratio).detach()) * step[:, None]
+
+
+def test_gradients_are_those_of_the_paper() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(5, 40, generator=generator)
+    step = torch.full((5,), 0.2)
+    seed = torch.randn(5, 40, generator=generator)
+    results = []
+    for function in (reference, quantize_with_learned_step):
+        w, s = weight.clone().requires_grad_(), step.clone().requires_grad_()
+        y = function(w, s, 7)
+        (y * seed).sum().backward()
+        results.append((y.detach(), w.grad, s.grad))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+    assert bool((results[1][1] == 0).any()), "some weights must be clipped for this test to say anything"
+
+
+def test_steps_fall_to_the_error_they_cause() -> None:
+    weight = torch.randn(3, 400, generator=torch.Generator().manual_seed(1))
+    steps = LearnedSteps(learning_rate=0.02)
+    errors = []
+    for _ in range(100):
+        rounded = quantize_with_learned_step(weight, steps.step_of("layer", weight, 3), 3)
+        loss = (rounded - weight).square().mean()
+        errors.append(float(loss.detach()))
+        loss.backward()
+        steps.update()
+    by_maximum = weight.abs().amax(1, keepdim=True) / 3
+    assert errors[-1] < errors[0]
+    assert errors[-1] < 0.7 * float((torch.round(weight / by_maximum) * by_maximum - weight).square().mean())
+
+
+def test_state_continues_where_it_was() -> None:
+    weight = torch.randn(3, 50, generator=torch.Generator().manual_seed(2))
+
+    def train(steps: LearnedSteps, number: int) -> None:
+        for _ in range(number):
+            quantize_with_learned_step(weight, steps.step_of("layer", weight, 3), 3).square().sum().backward()
+            steps.update()
+
+    straight, resumed = LearnedSteps(0.05), LearnedSteps(0.05)
+    train(straight, 6)
+    half = LearnedSteps(0.05)
+    train(half, 3)
+    resumed.load_state_dict(half.state_dict(), torch.device("cpu"))
+    train(resumed, 3)
+    assert torch.equal(straight.logarithms["layer"], resumed.logarithms["layer"])
+
+
+def test_gradients_that_are_not_finite_move_nothing() -> None:
+    steps = LearnedSteps(0.1)
+    weight = torch.ones(2, 3)
+    before = steps.step_of("layer", weight, 7).detach()
+    (steps.step_of("layer", weight, 7) * torch.tensor([float("inf"), 1.0])).sum().backward()
+    steps.update()
+    assert torch.equal(steps.step_of("layer", weight, 7), before)
+
+
+def test_a_second_optimizer_does_not_move_them_again() -> None:
+    weight = torch.randn(2, 30, generator=torch.Generator().manual_seed(3))
+    steps = LearnedSteps(0.1)
+    for _ in range(2):
+        quantize_with_learned_step(weight, steps.step_of("layer", weight, 7), 7).square().sum().backward()
+        steps.update()
+    before = steps.step_of("layer", weight, 7).detach()
+    steps.update()
+    assert torch.equal(steps.step_of("layer", weight, 7), before)
+
+
+def test_a_fit_owns_its_steps_and_leaves_the_users_state_alone(tmp_path: Path) -> None:
+    callback = lq.QuantizationAwareTraining("int4_weights", output_dir=tmp_path / "artifact", threads=1)
+    model = seeded()
+    trainer = fit(model, callback, max_epochs=2, default_root_dir=tmp_path)
+    steps = callback.require_prepared().learned_steps
+    assert steps is not None
+    weighted = {i for i, operator in callback.require_prepared().operators.items() if operator.weight}
+    assert set(steps.logarithms) == weighted
+    number = sum(len(group["params"]) for optimizer in trainer.optimizers for group in optimizer.param_groups)
+    assert number == len(list(model.parameters()))
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
+    assert len(saved["optimizer_states"][0]["param_groups"][0]["params"]) == number
+    fit(seeded(), max_epochs=2, default_root_dir=tmp_path).save_checkpoint(tmp_path / "float.ckpt")
+    plain = torch.load(tmp_path / "float.ckpt", weights_only=True)
+    (ours,), (floats,) = saved["optimizer_states"], plain["optimizer_states"]
+    assert ours["param_groups"] == floats["param_groups"]
+    assert _shapes(ours["state"]) == _shapes(floats["state"])
+    assert saved["state_dict"].keys() == plain["state_dict"].keys()
+    state = saved["callbacks"][callback.state_key]["learned_steps"]
+    assert set(state["logarithms"]) == weighted
+    assert "optimizer" in state
+    assert callback.artifact is not None
+    parity = callback.artifact.report["parity"]
+    assert float(parity["artifact_db"]) > float(parity["quantization_db"])
+    prepared = callback.require_prepared()
+    for identity in weighted:
+        folded = prepared.folded(identity)
+        step = steps.step_of(identity, prepared.weight(identity), 7).detach()
+        torch.testing.assert_close(folded.unfolded_scale, step)
+        assert int(prepared.weight_integers(identity, folded).abs().max()) <= 7
+
+
+def test_the_report_of_a_training_says_which_operator_costs_what(tmp_path: Path) -> None:
+    callback = lq.QuantizationAwareTraining(
+        {"name": "int4_weights", "batch_norm_batches": 2}, output_dir=tmp_path / "artifact", threads=1, sensitivity=True
+    )
+    fit(seeded(), callback, max_epochs=1, default_root_dir=tmp_path)
+    assert callback.artifact is not None
+    found = callback.artifact.report["sensitivity"]
+    assert {layer["name"] for layer in found["layers"]} == {"conv1", "conv2", "head", "add"}
+    assert set(found["gains"]) == {row["name"] for row in callback.artifact.report["metrics"]}
+    # It is the exported numbers that were ranked.
+    whole = -10 * math.log10(found["error"])
+    assert whole == pytest.approx(float(callback.artifact.report["parity"]["quantization_db"]), abs=3)
+
+
+@pytest.mark.parametrize("rate", [0.0, 1e-3])
+def test_recipes_without_a_rate_learn_no_steps(tmp_path: Path, rate: float) -> None:
+    recipe = lq.Recipe(learned_step_rate=rate)
+    callback = lq.QuantizationAwareTraining(recipe, output_dir=tmp_path / "artifact", evaluate=False, threads=1)
+    fit(seeded(), callback, max_epochs=1, default_root_dir=tmp_path)
+    assert (callback.require_prepared().learned_steps is not None) == (rate > 0)
+
+
+def _shapes(state: Any) -> Any:
+    return {key: _shapes(value) for key, value in state.items()} if isinstance(state, dict) else tuple(state.shape)

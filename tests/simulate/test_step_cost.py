@@ -1,0 +1,321 @@
+"""What a training step through rounding asks of a device, counted, and that doing it all at once changes no number."""
+
+import copy
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from models import CASES, Case, ResidualNet, with_statistics
+from reference_models import resnet18
+from step_count import Count, as_on_a_gpu, count, forward_and_backward
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_quant.export.prepare import prepare
+from lightning_quant.numerics.learned_steps import LearnedSteps
+from lightning_quant.ranges.observers import MinMax, MovingAverage
+from lightning_quant.simulate import running
+from lightning_quant.simulate.prepared import Prepared
+
+IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+
+
+@contextmanager
+def one_by_one() -> Iterator[None]:
+    """Carry out runs as `Simulation` does: every weight and every edge on its own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(running, "rounds_plainly", lambda prepared, graph: False)
+        yield
+
+
+@functools.cache
+def counted_float(dtype: torch.dtype | None) -> Count:
+    return counted(None, nullcontext(), dtype)
+
+
+def counted(phase: str | None, where: Any, dtype: torch.dtype | None = None) -> Count:
+    torch.manual_seed(0)
+    with where:
+        return count(forward_and_backward(resnet18().train(), IMAGE, phase, dtype))
+
+
+# --- counts: ResNet18, forward and backward, 31 rounded tensors and 21 rounded weights
+
+
+@pytest.mark.parametrize(
+    ("phase", "where", "dtype", "more"),
+    [
+        ("observe", nullcontext, None, 38),
+        ("fake_quantize", nullcontext, None, 318),
+        ("frozen", nullcontext, None, 257),
+        ("fake_quantize", as_on_a_gpu, None, 79),
+        ("frozen", as_on_a_gpu, None, 54),
+        ("fake_quantize", as_on_a_gpu, torch.bfloat16, 58),
+        ("frozen", as_on_a_gpu, torch.bfloat16, 33),
+    ],
+)
+def test_a_step_takes_no_more_operations_than_these_beside_the_float_ones(
+    phase: str, where: Callable[[], Any], dtype: torch.dtype | None, more: int
+) -> None:
+    floating, ours = counted_float(dtype), counted(phase, where(), dtype)
+
+    assert ours.num_operations <= floating.num_operations + more, ours.operations - floating.operations
+
+
+def test_nothing_is_read_on_the_host_on_the_way_of_a_gpu() -> None:
+    assert counted("fake_quantize", as_on_a_gpu()).operations["read on the host"] == 0
+
+
+def test_a_step_of_large_images_moves_few_more_bytes_than_the_float_one() -> None:
+    image = torch.randn(2, 3, 96, 96)
+    model = ResidualNet().train()
+    floating = count(forward_and_backward(model, image))
+    for phase, most in (("fake_quantize", 1.15), ("frozen", 1.15)):
+        with as_on_a_gpu():
+            ours = count(forward_and_backward(copy.deepcopy(model), image, phase))
+        assert ours.num_bytes <= most * floating.num_bytes
+
+
+# --- the same numbers
+
+
+def trained(case: Case, phase: str, where: Any, recipe: str = "int8") -> tuple[list[Tensor], dict[str, Any]]:
+    """Return results and gradients of two runs in training mode, and the state that they leave."""
+    torch.manual_seed(3)
+    model = case.build()
+    args, kwargs = case.call(4)
+    prepared = prepare(model, args, kwargs, recipe=recipe)
+    if recipe == "int4_weights":
+        prepared.learned_steps = LearnedSteps(1e-3)
+    model.train()
+    with prepared.attached("observe", observing=True):
+        for _ in range(2):
+            model(*args, **kwargs)
+    found: list[Tensor] = []
+    torch.manual_seed(4)
+    with where, prepared.attached(phase, observing=True):
+        for _ in range(2):
+            result = model(*args, **kwargs)
+            leaves = pytree.tree_leaves(
+                vars(result) if not isinstance(result, Tensor | tuple | list | dict) else result
+            )
+            results = [leaf for leaf in leaves if is_float(leaf)]
+            sum(leaf.square().sum() for leaf in results).backward()
+            found += [leaf.detach() for leaf in results]
+    found += [p.grad for p in model.parameters() if p.grad is not None]
+    steps = prepared.learned_steps
+    found += [] if steps is None else [s.grad for s in steps.logarithms.values() if s.grad is not None]
+    return found, prepared.ranges.state_dict()
+
+
+@contextmanager
+def half_by_default(where: Callable[[], Any]) -> Iterator[None]:
+    """Let tensors that are made from nothing be half precision, as in the steps of Lightning's "16-true"."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with where():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def is_float(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
+@pytest.mark.parametrize("where", [nullcontext, as_on_a_gpu])
+@pytest.mark.parametrize("phase", ["observe", "fake_quantize"])
+def test_a_default_of_half_precision_changes_no_number(phase: str, where: Callable[[], Any]) -> None:
+    case = next(case for case in CASES if case.name == "residual")
+    found, state = trained(case, phase, half_by_default(where))
+    expected, expected_state = trained(case, phase, where())
+
+    for actual, value in zip(found, expected, strict=True):
+        assert torch.equal(actual, value)
+    for identity, saved in expected_state.items():
+        assert all(
+            torch.equal(torch.as_tensor(state[identity][name]), torch.as_tensor(value))
+            and torch.as_tensor(state[identity][name]).dtype == torch.as_tensor(value).dtype
+            for name, value in saved.items()
+        )
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int4_weights"])
+@pytest.mark.parametrize("case", [case for case in CASES if case.exports], ids=lambda case: case.name)
+def test_all_at_once_gives_the_numbers_of_one_by_one(case: Case, recipe: str) -> None:
+    together, state = trained(case, "frozen", nullcontext(), recipe)
+    apart, other_state = trained(case, "frozen", one_by_one(), recipe)
+
+    assert len(together) == len(apart) > 0
+    for one, other in zip(together, apart, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+    assert str(state) == str(other_state)
+
+
+@pytest.mark.parametrize("phase", ["fake_quantize", "frozen_batch_norm"])
+def test_the_way_of_a_gpu_gives_the_numbers_of_the_cpu(phase: str) -> None:
+    here, state = trained(CASES[0], phase, nullcontext())
+    there, other_state = trained(CASES[0], phase, as_on_a_gpu())
+
+    for one, other in zip(here, there, strict=True):
+        torch.testing.assert_close(one, other, atol=0, rtol=0)
+    assert str(state) == str(other_state)
+
+
+def residual() -> tuple[ResidualNet, Prepared]:
+    torch.manual_seed(0)
+    model = with_statistics(ResidualNet()).train()
+    prepared = prepare(model, (IMAGE,))
+    prepared.attach()
+    prepared.observing = True
+    return model, prepared
+
+
+def test_weights_written_through_data_are_those_that_are_rounded() -> None:
+    model, prepared = residual()
+    prepared.set_phase("fake_quantize")
+    model(IMAGE)
+    before = model(IMAGE)
+    version = model.conv1.weight._version
+    model.conv1.weight.data.mul_(-1)
+
+    assert model.conv1.weight._version == version
+    assert not torch.equal(model(IMAGE), before)
+
+
+def test_a_relu_with_a_hook_is_called() -> None:
+    model, prepared = residual()
+    seen: list[Tensor] = []
+    model.relu1.register_forward_hook(lambda module, args, output: seen.append(output))
+    prepared.set_phase("fake_quantize")
+    for _ in range(2):
+        model(IMAGE)
+
+    assert len(seen) == 2
+    assert all(bool((x >= 0).all()) for x in seen)
+
+
+def test_a_layer_with_a_hook_reads_the_weight_that_the_hook_leaves() -> None:
+    model, prepared = residual()
+    prepared.set_phase("fake_quantize")
+    model(IMAGE)
+    expected = model(IMAGE)
+
+    def double(module: nn.Module, args: Any) -> None:
+        module.weight.data.mul_(2)
+
+    model.conv1.weight.data.mul_(0.5)
+    model.conv1.register_forward_pre_hook(double)
+    prepared.observing = False
+    torch.testing.assert_close(model(IMAGE), expected)
+
+
+# --- ranges: what a run sees counts from the next one on
+
+
+def test_a_run_rounds_to_the_ranges_of_the_runs_before() -> None:
+    model, prepared = residual()
+    prepared.set_phase("fake_quantize")
+    with torch.no_grad():
+        model(IMAGE)
+        scales = prepared.ranges.grids().scales
+        for _ in range(2):
+            model(100 * IMAGE)
+            seen, prepared.observing = scales, False
+            model(IMAGE)
+            prepared.observing, scales = True, prepared.ranges.grids().scales
+            assert bool((scales > seen).any())
+
+
+def test_every_run_counts_once_for_every_edge() -> None:
+    model, prepared = residual()
+    for phase in ("observe", "fake_quantize", "fake_quantize"):
+        prepared.set_phase(phase)
+        model(IMAGE)
+
+    assert {observer.num_updates for observer in prepared.ranges.observers.values()} == {3}
+
+
+def test_a_first_run_under_rounding_has_the_ranges_that_it_sees() -> None:
+    model, prepared = residual()
+    prepared.set_phase("fake_quantize")
+    first = model(IMAGE)
+    plain, other = residual()
+    other.set_phase("observe")
+    plain(IMAGE)
+    # BatchNorm has moved on in the first run.
+    plain.load_state_dict(residual()[0].state_dict())
+    other.set_phase("fake_quantize")
+    other.observing = False
+
+    assert decibels(plain(IMAGE).detach(), first.detach()) > 20
+
+
+def decibels(signal: Tensor, noisy: Tensor) -> float:
+    return float(10 * torch.log10(signal.square().sum() / (noisy - signal).square().sum().clamp(min=1e-20)))
+
+
+def test_scales_of_all_edges_are_those_of_each() -> None:
+    _, prepared = residual()
+    prepared.set_phase("observe")
+    prepared.root(IMAGE)
+    ranges = prepared.ranges
+    ranges.settle()
+    grids = ranges.grids()
+    for identity, row in ranges.rows.items():
+        scale, zero_point = ranges.parameters(identity)
+        assert torch.equal(grids.scales[row], scale)
+        assert torch.equal(grids.zero_points[row], zero_point)
+        assert grids.numbers is not None
+        assert grids.numbers[row] == (scale.item(), zero_point.item())
+
+
+@pytest.mark.parametrize("kind", [MinMax, MovingAverage])
+def test_observers_updated_together_are_those_updated_alone(kind: Any) -> None:
+    together, alone = [kind() for _ in range(3)], [kind() for _ in range(3)]
+    for batch in range(1, 30):
+        data = [torch.randn(50) * (number + 1) for number in range(3)]
+        # The last one is reached in every other batch.
+        reached = 3 if batch % 2 else 2
+        for observer, x in zip(alone[:reached], data, strict=False):
+            observer.update(x)
+        lows, highs = torch.stack([x.min() for x in data[:reached]]), torch.stack([x.max() for x in data[:reached]])
+        kind.update_all(together[:reached], lows, highs)
+
+    assert [o.state() for o in together] == [o.state() for o in alone]
+
+
+def test_a_relu_costs_no_pass_of_its_own() -> None:
+    model, prepared = residual()
+    prepared.set_phase("observe")
+    model(IMAGE)
+    prepared.set_phase("frozen")
+    operations = count(lambda: model(IMAGE).sum().backward()).operations
+
+    assert operations["relu"] == operations["threshold_backward"] == 0
+    with one_by_one():
+        assert count(lambda: model(IMAGE).sum().backward()).operations["relu"] == 3
+
+
+def test_gradients_of_gradients_pass_a_kernel() -> None:
+    model, prepared = residual()
+    prepared.set_phase("observe")
+    model(IMAGE)
+    prepared.set_phase("frozen")
+
+    def penalty() -> list[Tensor]:
+        x = IMAGE.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(F.softplus(model(x)).sum(), x, create_graph=True)
+        return list(torch.autograd.grad(grad.square().sum(), [model.conv1.weight, model.fc.weight]))
+
+    model.eval()
+    here = penalty()
+    with as_on_a_gpu():
+        there = penalty()
+    for one, other in zip(here, there, strict=True):
+        torch.testing.assert_close(one, other)
