@@ -147,7 +147,7 @@ def _report(
         own,
         metrics=metrics,
         seconds=callback.seconds,
-        checkpoint_bytes=deployment.checkpoint.stat().st_size if deployment.checkpoint else None,
+        checkpoint_bytes=_bytes_of(deployment.checkpoint),
         threads=callback.settings.threads,
         notes=deployment.notes,
         sensitivity=deployment.sensitivity,
@@ -159,6 +159,14 @@ def _report(
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
     publish(callback, trainer, report, artifact)
     return artifact
+
+
+def _bytes_of(checkpoint: Path | None) -> int | None:
+    """Return the size of a checkpoint; None where there is none, any more."""
+    try:
+        return None if checkpoint is None else checkpoint.stat().st_size
+    except OSError:
+        return None
 
 
 def _metrics(

@@ -22,11 +22,11 @@ def publish(callback: QuantizationCallback, trainer: Trainer, report: Report, ar
     scalars = report.scalars(prefix)
     entry = Entry(prefix, trainer.global_step, callback.hyperparameters(), report, artifact)
     for logger in trainer.loggers:
-        logger.log_metrics(scalars, step=trainer.global_step)
         try:
+            logger.log_metrics(scalars, step=trainer.global_step)
             write_down(logger, entry)
         except Exception as error:
-            # A service that is away, or a quota: numbers and artifact are safe, and the fit is to end.
+            # A service that is away, a quota, a full disk: the artifact is safe with its report, and the fit is to end.
             warn(f"{type(logger).__name__} did not take all of the report of {artifact.path}: {error!r}.")
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
 
