@@ -1,1 +1,1 @@
-"""Stage 6: the folder on disk: model files, manifest, golden batch, hashes, signature."""
+"""The folder on disk: model files, manifest, golden batch, hashes, signature."""

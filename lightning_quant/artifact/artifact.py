@@ -1,4 +1,4 @@
-"""Stage 6: the folder on disk: model files, manifest, golden batch, report.
+"""The folder on disk: model files, manifest, golden batch, report.
 
 The names are plain and stable, model.onnx or model.xml for example; manifest.json has the hash of every file, and all
 of them replace those of an older artifact at once (see `commit.py`). Hashes prove that files are whole, not where they

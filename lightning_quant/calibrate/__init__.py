@@ -1,1 +1,1 @@
-"""Stage 4: ranges from calls, and whatever a recipe does for accuracy, a file for each paper."""
+"""Ranges from calls, and whatever a recipe does for accuracy, a file for each paper."""

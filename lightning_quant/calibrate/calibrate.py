@@ -1,4 +1,4 @@
-"""Stage 4: learn ranges from calls, and then whatever the recipe does for accuracy."""
+"""Learn ranges from calls, and then whatever the recipe does for accuracy."""
 
 import functools
 from collections.abc import Callable, Iterable, Iterator

@@ -13,7 +13,7 @@ from lightning_quant.calibrate.equalization import equalize
 from lightning_quant.calibrate.groups import ScalingGroup, scaling_groups
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.range_choice import choose_ranges
-from lightning_quant.calibrate.recalibrate import observe_anew
+from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calibrate.smoothing import smooth
 from lightning_quant.calibrate.weight_rounding import gptq_layers, shrink_scales
 from lightning_quant.calls.calls import Call
@@ -75,7 +75,7 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
     held_back = calls[HELD_BACK_EVERY - 1 :: HELD_BACK_EVERY] or calls[-1:]
     kept = [call for call in calls if not any(call is other for other in held_back)]
     budget = Budget(kept, time.monotonic() + prepared.recipe.time_budget_s)
-    observe_anew(prepared, budget.calls)
+    recalibrate(prepared, budget.calls)
     results: list[AccuracyStep] = []
     reached = output_snr(prepared, held_back)
     progress = bar("Accuracy", "step", items=prepared.recipe.accuracy_steps)
@@ -150,7 +150,7 @@ def is_depthwise(prepared: Prepared, group: ScalingGroup) -> bool:
 
 def _refresh(prepared: Prepared, budget: Budget, calls: list[Call]) -> None:
     """Learn ranges and bias corrections again, after layers or channel scales have changed."""
-    observe_anew(prepared, calls)
+    recalibrate(prepared, calls)
     if budget.corrects_outputs:
         correct_outputs(prepared, calls)
 
@@ -163,7 +163,7 @@ def _learn_from_all(prepared: Prepared, budget: Budget, calls: list[Call], *, is
     """
     saved, before = snapshot(prepared), output_snr(prepared, calls)
     has_choice = bool(prepared.ranges.chosen)
-    observe_anew(prepared, calls)
+    recalibrate(prepared, calls)
     if has_choice:
         choose_ranges(prepared, calls)
     if budget.corrects_outputs:

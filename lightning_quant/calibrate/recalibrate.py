@@ -12,7 +12,7 @@ from lightning_quant.simulate.prepared import Prepared
 
 
 @torch.no_grad()
-def observe_anew(prepared: Prepared, calls: list[Call]) -> None:
+def recalibrate(prepared: Prepared, calls: list[Call]) -> None:
     """Forget all ranges and bias corrections, and learn them from calls."""
     prepared.ranges = Ranges(prepared.ranges.edges, prepared.recipe, prepared.observer)
     means = InputMeans() if prepared.recipe.bias_correction else None

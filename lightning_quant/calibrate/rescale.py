@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from lightning_quant.calibrate.groups import ScalingGroup
-from lightning_quant.numerics.adjustments import ChannelScale, Layer, unscaled
+from lightning_quant.numerics.adjustments import ChannelScale, FoldedLayer, unscaled
 from lightning_quant.simulate.prepared import Prepared
 
 
 @torch.no_grad()
-def folded_layer(prepared: Prepared, identity: str) -> Layer:
+def folded_layer(prepared: Prepared, identity: str) -> FoldedLayer:
     """Return a weighted operator with its BatchNorm folded in, as it is before rounding and bias correction."""
     if identity in prepared.layers:
         return prepared.layers[identity]
@@ -19,7 +19,7 @@ def folded_layer(prepared: Prepared, identity: str) -> Layer:
     weight = prepared.weight(identity).detach().float()
     if folded.gain is not None:
         weight = weight * along_rows(folded.gain, weight)
-    return Layer(weight.clone(), folded.bias.clone())
+    return FoldedLayer(weight.clone(), folded.bias.clone())
 
 
 @torch.no_grad()

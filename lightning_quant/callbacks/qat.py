@@ -19,7 +19,7 @@ from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.finish import choose_weights, finish
 from lightning_quant.callbacks.refusals import check_trained_once, refused_in_callback
-from lightning_quant.callbacks.schedule import Schedule, Timeline, read_schedule, resolve
+from lightning_quant.callbacks.schedule import Schedule, Timeline, read_schedule, timeline_of
 from lightning_quant.callbacks.states import state_of
 from lightning_quant.doors.settings import CallbackSettings, documented
 from lightning_quant.errors import QuantizationError
@@ -186,7 +186,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             return
         others = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining) and c is not self]  # type: ignore[attr-defined]
         check_trained_once(self.path, [other.path for other in others if other.prepared is not None])
-        self.timeline = resolve(self.settings.schedule, trainer)
+        self.timeline = timeline_of(self.settings.schedule, trainer)
         prepared.ranges.waits = self.group.size > 1
         # Another forward in the way is found here, not when the first phase begins.
         prepared.attach()

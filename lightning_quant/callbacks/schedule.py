@@ -90,7 +90,7 @@ class Timeline:
         return current
 
 
-def resolve(schedule: Schedule, trainer: Any) -> Timeline:
+def timeline_of(schedule: Schedule, trainer: Any) -> Timeline:
     """Turn a schedule into positions of one trainer's run.
 
     Raises:

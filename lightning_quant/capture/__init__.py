@@ -1,1 +1,1 @@
-"""Stage 1: the module to quantize and one real call of it."""
+"""The module to quantize and one real call of it."""

@@ -1,4 +1,4 @@
-"""Stage 1: find the module to quantize and record one real call of it.
+"""Find the module to quantize and record one real call of it.
 
 A step function runs on a structural clone while hooks record; weights are shared with the original, buffers and
 attributes are not, so that nothing of the run is left behind.

@@ -1,1 +1,1 @@
-"""Stage 5: from fake quantization to the one form that all runtimes read."""
+"""From fake quantization to the one form that all runtimes read."""

@@ -1,4 +1,4 @@
-"""Stage 4: from fake quantization to the QDQ graph: int8 weights, int32 biases, quantize and dequantize pairs on edges.
+"""From fake quantization to the QDQ graph: int8 weights, int32 biases, quantize and dequantize pairs on edges.
 
 The result is an ordinary float module with `quantized_decomposed` operators, the one form that every runtime reads. It
 shares what stays float with the user's module and holds no other copy of a weight.

@@ -1,1 +1,1 @@
-"""Stage 7: from a planned model to an artifact, its trial before training, and the choice of runtime and engine."""
+"""From a planned model to an artifact, its trial before training, and the choice of runtime and engine."""

@@ -24,7 +24,7 @@ FASTEST: Literal["fastest"] = "fastest"
 
 @dataclass(frozen=True)
 class EngineChoice:
-    """The engine that an artifact runs on unless `load` is told otherwise.
+    """The engine that an artifact runs on unless `load` is given another.
 
     Attributes:
         name: of the engine.

@@ -1,4 +1,4 @@
-"""Stage 5: from a planned model to an artifact, and the trial of it before training."""
+"""From a planned model to an artifact, and the trial of it before training."""
 
 import tempfile
 import time

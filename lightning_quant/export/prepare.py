@@ -1,4 +1,4 @@
-"""Stage 3: plan a module and get it ready to run with fake quantization, without touching its type or parameters."""
+"""Plan a module and get it ready to run with fake quantization, without touching its type or parameters."""
 
 from typing import Any
 

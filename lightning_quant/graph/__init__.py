@@ -1,1 +1,1 @@
-"""Stage 2: from a module and a call to a graph, and from a graph to a plan."""
+"""From a module and a call to a graph, and from a graph to a plan."""

@@ -1,1 +1,1 @@
-"""Stage 8: metrics on any model, noise, agreement with the record, time, memory, and which layers cost accuracy."""
+"""Metrics on any model, noise, agreement with the record, time, memory, and which layers cost accuracy."""

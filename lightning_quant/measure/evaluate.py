@@ -1,4 +1,4 @@
-"""Stage 7: the user's own validation, on a copy of the LightningModule with another model in place of its module."""
+"""The user's own validation, on a copy of the LightningModule with another model in place of its module."""
 
 import logging
 import pickle

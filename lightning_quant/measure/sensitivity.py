@@ -28,7 +28,7 @@ _SMALLEST_GAIN = 5e-5
 
 
 @dataclass(frozen=True)
-class LayerSensitivity:
+class OperatorSensitivity:
     """What quantizing one operator does.
 
     Errors are noise over signal power of the module's output: 0.01 is 20 dB.
@@ -79,7 +79,7 @@ class Sensitivity:
         gains: validation metric to how it changes with what the advice keeps in float.
     """
 
-    layers: tuple[LayerSensitivity, ...]
+    layers: tuple[OperatorSensitivity, ...]
     error: float
     advice: Advice | None = None
     gains: dict[str, float] = field(default_factory=dict)
@@ -179,7 +179,7 @@ def sensitivity(prepared: Prepared, calls: list[Call], *, score: Score | None = 
             without, without_score = measure(everything - weight - edges)
             only = measure(weight | edges)[0]
             layers.append(
-                LayerSensitivity(
+                OperatorSensitivity(
                     name=name_of(prepared, identity),
                     kind=operator.kind,
                     weight_error=only if not edges else measure(weight)[0] if weight else 0.0,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Layer:
+class FoldedLayer:
     """A weighted operator with its BatchNorm folded in, in place of what the module holds.
 
     Attributes:
@@ -24,7 +24,7 @@ class Layer:
     scale: Tensor | None = None
     integers: Tensor | None = None
 
-    def to(self, device: torch.device) -> "Layer":
+    def to(self, device: torch.device) -> "FoldedLayer":
         """Return the same on another device."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
         return replace(self, **{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.numerics.adjustments import Layer
+from lightning_quant.numerics.adjustments import FoldedLayer
 from lightning_quant.numerics.fake_quantize import BIAS_LIMIT, SMALLEST_SCALE, channel_maximum, weight_scale
 from lightning_quant.surgery.routing import fetch, resolve
 
@@ -127,7 +127,7 @@ def statistics(module: nn.Module, norm: Norm | None) -> Statistics | None:
     return Statistics(fetch(owner, norm.mean), fetch(owner, norm.variance), weight, bias, norm.eps)
 
 
-def fold_adjusted(layer: Layer, input_scale: Tensor, quant_max: int) -> Folded:
+def fold_adjusted(layer: FoldedLayer, input_scale: Tensor, quant_max: int) -> Folded:
     """Return the scales of a layer that was folded before; one with a scale of its own keeps it."""
     if layer.scale is None:
         return fold(layer.weight, layer.bias, None, input_scale, quant_max)

@@ -1,1 +1,1 @@
-"""Stage 9: what was measured, in sections that each tell their subject in words, numbers, pictures and data."""
+"""What was measured, in sections that each tell their subject in words, numbers, pictures and data."""

@@ -116,7 +116,7 @@ class Runtime(abc.ABC):
         return []
 
     def set_engine(self, path: Path, engine: str) -> None:
-        """Let a written file run on one of `engines` unless `load` is told otherwise."""
+        """Let a written file run on one of `engines` unless `load` is given another."""
         raise NotImplementedError
 
     def quantized_edges(self, path: Path) -> set[str]:

@@ -105,7 +105,7 @@ def engines() -> list[str]:
 
 
 def set_engine(path: Path, engine: str) -> None:
-    """Let a written program run on an engine unless `load` is told otherwise."""
+    """Let a written program run on an engine unless `load` is given another."""
     _check_engine(engine)
     program = path.parent / steps.FILE
     steps.write({**steps.read_steps(program), "engine": engine}, program)

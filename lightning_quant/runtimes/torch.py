@@ -78,7 +78,7 @@ class Torch(Runtime):
         return _torch_static.engines()
 
     def set_engine(self, path: Path, engine: str) -> None:
-        """Let a written program run on an engine unless `load` is told otherwise."""
+        """Let a written program run on an engine unless `load` is given another."""
         _torch_static.set_engine(path, engine)
 
     def quantized_edges(self, path: Path) -> set[str]:

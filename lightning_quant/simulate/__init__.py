@@ -1,1 +1,1 @@
-"""Stage 3: prepared modules and what their graphs run, and how far an artifact is from that."""
+"""Prepared modules and what their graphs run, and how far an artifact is from that."""

@@ -62,7 +62,7 @@ class Prepared(Quantizers, PlannedModel):
         simulation: runs the graphs' operators as the phase says.
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
         left: labels of the layers that graphs have no integer form of.
-        displaced: float layers whose places stored ones have taken for the time of a block.
+        displaced: float layers whose places stored ones have taken while a block runs.
     """
 
     recipe: Recipe

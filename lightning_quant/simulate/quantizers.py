@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.analyze import Analysis, Island
 from lightning_quant.graph.plan import Edge, Operator
-from lightning_quant.numerics.adjustments import AccuracyStep, ChannelScale, Layer
+from lightning_quant.numerics.adjustments import AccuracyStep, ChannelScale, FoldedLayer
 from lightning_quant.numerics.bias_correction import InputMeans, bias_correction
 from lightning_quant.numerics.folding import Folded, fold, fold_adjusted, statistics
 from lightning_quant.numerics.learned_steps import LearnedSteps
@@ -63,7 +63,7 @@ class Quantizers:
         self.ranges = Ranges(edges, recipe, observer)
         self.control, self.is_twin = Control(), False
         self.bias_corrections: dict[str, Tensor] = {}
-        self.layers: dict[str, Layer] = {}
+        self.layers: dict[str, FoldedLayer] = {}
         self.channels: dict[str, ChannelScale] = {}
         self.learned_steps: LearnedSteps | None = None
         self.accuracy_steps: tuple[AccuracyStep, ...] = ()

@@ -16,7 +16,7 @@ from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calibrate.groups import scaling_groups
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.range_choice import choose_ranges
-from lightning_quant.calibrate.recalibrate import observe_anew
+from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calibrate.smoothing import smooth
 from lightning_quant.calibrate.weight_rounding import gptq_layers, least_error_scale, shrink_scales
 from lightning_quant.convert.convert import check_agreement, convert
@@ -72,7 +72,7 @@ def test_in_the_end_all_calls_count() -> None:
     _, prepared, _ = climbed(("correct_outputs", "choose_ranges"))
     assert [step.kept for step in prepared.accuracy_steps] == [True, True]
     before = ladder.snapshot(prepared)
-    observe_anew(prepared, calls)
+    recalibrate(prepared, calls)
     choose_ranges(prepared, calls)
     correct_outputs(prepared, calls)
     for identity, correction in prepared.bias_corrections.items():

@@ -10,7 +10,7 @@ from lightning_quant.calibrate.absorption import absorb
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calibrate.equalization import equalize, equalizing_factor
 from lightning_quant.calibrate.groups import scaling_groups
-from lightning_quant.calibrate.recalibrate import observe_anew
+from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calibrate.rescale import along_columns, rescale
 from lightning_quant.calibrate.smoothing import column_maximum, smooth, smoothing_factor
 from lightning_quant.convert.convert import check_agreement, convert
@@ -99,7 +99,7 @@ def test_a_clipping_grid_never_ends_above_the_clip_nor_below_what_was_seen() -> 
     model, prepared, calls = prepared_chain(nn.ReLU6)
     seen = model.layers[:3](torch.cat([call[0][0] for call in calls])).amax((0, 2, 3))
     equalize(prepared, scaling_groups(prepared), calls)
-    observe_anew(prepared, calls)
+    recalibrate(prepared, calls)
     scale, zero_point = prepared.ranges.parameters(":layers.2")
     assert (255 - zero_point) * scale <= 6.0 + 1e-4
     factor = prepared.channels[":layers.2"].factor
@@ -118,7 +118,7 @@ def test_scaling_makes_uneven_channels_accurate_and_exports() -> None:
 
     before = quality()
     smooth(prepared, [g for g in scaling_groups(prepared) if not g.from_float], calls)
-    observe_anew(prepared, calls)
+    recalibrate(prepared, calls)
     assert quality() > before + 3
     converted = convert(prepared)
     assert check_agreement(prepared, converted, (x,), {}) > 40
@@ -164,11 +164,11 @@ def test_any_factor_on_every_group_keeps_the_simulation_of_every_net(case) -> No
     args, kwargs = case.call(4)
     prepared = prepare(model, args, kwargs, recipe="int8", observer="min_max")
     calls = [case.call(4) for _ in range(3)]
-    observe_anew(prepared, calls)
+    recalibrate(prepared, calls)
     generator = torch.Generator().manual_seed(3)
     for group in scaling_groups(prepared):
         rescale(prepared, group, 0.7 + 0.3 * torch.rand(group.channels, generator=generator))
-    observe_anew(prepared, calls)
+    recalibrate(prepared, calls)
     args, kwargs = calls[0]
     with torch.no_grad(), prepared.attached("frozen"):
         simulated = model(*args, **kwargs)

@@ -7,13 +7,13 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_models import NUM_BATCHES, Classifier, EnoughError, StopAfterTraining, fit, images
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_quant.callbacks.schedule import Schedule, Timeline, resolve
+from lightning_quant.callbacks.schedule import Schedule, Timeline, timeline_of
 from lightning_quant.errors import QuantizationError
 
 
 @dataclass
 class Run:
-    """What `resolve` and `Timeline.phase` read of a Trainer."""
+    """What `timeline_of` and `Timeline.phase` read of a Trainer."""
 
     num_training_batches: float = 4
     max_epochs: int | None = 10
@@ -42,7 +42,7 @@ class Phases(Callback):
         self.timeline: Timeline | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.timeline = resolve(self.schedule, trainer)
+        self.timeline = timeline_of(self.schedule, trainer)
 
     def on_train_batch_start(self, trainer: Trainer, *_: Any) -> None:
         assert self.timeline is not None
@@ -179,14 +179,14 @@ def test_limit_of_batches_is_the_length_of_an_epoch() -> None:
     ],
 )
 def test_default_fractions_never_freeze_batch_norm(batches: int, starts: tuple[int, ...]) -> None:
-    timeline = resolve(Schedule(), Run(num_training_batches=batches, max_epochs=1))
+    timeline = timeline_of(Schedule(), Run(num_training_batches=batches, max_epochs=1))
 
     assert tuple(timeline.starts.values()) == starts
 
 
 def test_fractions_that_binary_floats_miss_by_a_hair() -> None:
     # 0.7 * 10 is 7.000000000000001 in binary floats when computed as 0.1 * 7 * 10.
-    timeline = resolve(Schedule(0, 0.2, 0.1 * 7, 0.9), Run(num_training_batches=10, max_epochs=1))
+    timeline = timeline_of(Schedule(0, 0.2, 0.1 * 7, 0.9), Run(num_training_batches=10, max_epochs=1))
 
     assert timeline.starts["frozen"] == 7
 
@@ -194,7 +194,7 @@ def test_fractions_that_binary_floats_miss_by_a_hair() -> None:
 def test_epochs_of_data_without_length() -> None:
     schedule = Schedule(0, 1, 2, 3, unit="epochs")
     run = Run(num_training_batches=math.inf, max_epochs=4)
-    timeline = resolve(schedule, run)
+    timeline = timeline_of(schedule, run)
     seen = []
     for epoch in range(4):
         run.current_epoch = epoch
@@ -206,8 +206,8 @@ def test_epochs_of_data_without_length() -> None:
 def test_endless_run_takes_steps_or_epochs() -> None:
     endless = Run(max_epochs=-1)
 
-    assert resolve(Schedule(0, 10, 20, 30, unit="steps"), endless).starts["fake_quantize"] == 10
-    assert resolve(Schedule(0, 10, 20, 30, unit="epochs"), endless).starts["fake_quantize"] == 40
+    assert timeline_of(Schedule(0, 10, 20, 30, unit="steps"), endless).starts["fake_quantize"] == 10
+    assert timeline_of(Schedule(0, 10, 20, 30, unit="epochs"), endless).starts["fake_quantize"] == 40
 
 
 # --- refusals
@@ -215,7 +215,7 @@ def test_endless_run_takes_steps_or_epochs() -> None:
 
 def test_endless_run_has_no_fractions() -> None:
     with pytest.raises(QuantizationError, match=r"neither `max_epochs` nor `max_steps`.*in 'epochs' or 'steps'"):
-        resolve(Schedule(), Run(max_epochs=-1))
+        timeline_of(Schedule(), Run(max_epochs=-1))
 
 
 @pytest.mark.parametrize(
@@ -232,11 +232,11 @@ def test_run_that_never_rounds_is_refused(schedule: Schedule, run: Run) -> None:
     with pytest.raises(
         QuantizationError, match=r"reach fake quantization in this run, .* Train longer or begin earlier"
     ):
-        resolve(schedule, run)
+        timeline_of(schedule, run)
 
 
 def test_run_that_rounds_in_its_last_batch_is_accepted() -> None:
-    assert resolve(Schedule(0, 7, 8, 8, unit="steps"), Run(max_epochs=2)).starts["fake_quantize"] == 7
+    assert timeline_of(Schedule(0, 7, 8, 8, unit="steps"), Run(max_epochs=2)).starts["fake_quantize"] == 7
 
 
 def test_fraction_that_never_rounds_is_refused_at_once() -> None:

@@ -7,7 +7,7 @@ import pytest
 from reports import GOOD_VALUES, changed, row, timing
 
 from lightning_quant.measure.advice import Advice
-from lightning_quant.measure.sensitivity import LayerSensitivity, Sensitivity
+from lightning_quant.measure.sensitivity import OperatorSensitivity, Sensitivity
 from lightning_quant.planned.layer_parity import LayerParity
 from lightning_quant.report.metrics import MetricRow
 from lightning_quant.report.report import Report
@@ -20,7 +20,7 @@ METRICS, LATENCY = GOOD_VALUES["metrics"], GOOD_VALUES["latency"]
 BAD_PARITY = Parity("layer1.add", 0.42, 30.0, 12.0, 0.5)
 
 
-LAYER = LayerSensitivity(
+LAYER = OperatorSensitivity(
     *("stem.0", "conv2d", 0.02, 0.001, 0.021, 0.004, 17.0, 0.0, 6.0, 0.001), widest=40.0, spread=3.0, float_bytes=12_000
 )
 
