@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_quant as lq
+from lightning_quant.artifact import artifact
 
 FLOAT = "float"
 RUNTIMES = ("torch", "onnxruntime")
@@ -105,7 +106,7 @@ def main() -> None:
                 runs.append(fit(seed, arguments.epochs, parts, num_words, Path(name, str(seed))))
         sizes[FLOAT] = sum(tensor.nbytes for tensor in runs[0][FLOAT].state_dict().values())
         for runtime in RUNTIMES:
-            sizes[runtime] = lq.artifact.read(Path(name, str(arguments.seeds[0]), runtime)).size_bytes
+            sizes[runtime] = artifact.read(Path(name, str(arguments.seeds[0]), runtime)).size_bytes
         tokens, labels = parts[TEST].tensors
         for run in runs:
             for contestant, model in run.items():

@@ -20,6 +20,7 @@ from lightning_quant.layers import refine
 from lightning_quant.numerics.exact import exact_arithmetic
 from lightning_quant.numerics.gptq import Hessian, gptq
 from lightning_quant.numerics.learned_steps import LearnedSteps
+from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.surgery.host import HOST, copied_to, on_host
 
 pytestmark = [
@@ -188,7 +189,7 @@ def test_hessians_within_a_limit(where: Any, monkeypatch: pytest.MonkeyPatch) ->
     weights = []
     for limit in (1 << 30, 8 * 8 * 8):
         monkeypatch.setattr(refine, "HESSIAN_BYTES", limit)
-        quantized = lq.layerwise.quantize_layers(model, *calls[0], recipe="int8_weight_only_gptq", calls=calls)
+        quantized = quantize_layers(model, *calls[0], recipe="int8_weight_only_gptq", calls=calls)
         weights.append([layer.stored("weight")[0] for layer in quantized.layers.values()])
         assert len(refine._affordable(model, ["0", "2", "4"])) == (1 if limit > 1000 else 3)
     assert all(torch.equal(a, b) for a, b in zip(*weights, strict=True))

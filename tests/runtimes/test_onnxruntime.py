@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from lightning_quant import load, runtimes
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.calls.calls import flatten_call
 from lightning_quant.convert import convert as conversion
 from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.export.export import export, trial_export
@@ -95,7 +96,7 @@ def test_every_planned_integer_operator_is_one_in_the_session(item: Made) -> Non
 
 def test_parity_holds_for_every_operator(item: Made) -> None:
     args, kwargs = item.calls[2]
-    _, tensors = conversion.flatten_call(item.prepared.signature, args, kwargs)
+    _, tensors = flatten_call(item.prepared.signature, args, kwargs)
     loaded = load(item.artifact.path, threads=1)
     parity = check_parity(item.prepared, loaded, runtime, item.artifact.model_path, tensors)
     assert parity.failures == []

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from lightning_models import Classifier, images, make_trainer, seeded
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining, load, runtimes
 from lightning_quant.artifact import artifact as artifacts
 from lightning_quant.callbacks import finish
+from lightning_quant.callbacks.base import QuantizationCallback
 
 KINDS = {"QAT": QuantizationAwareTraining, "PTQ": PostTrainingQuantization}
 
@@ -57,7 +59,7 @@ def at(name: str, number: int) -> Callable[[], None]:
 
 
 MOMENTS: dict[str, Callable[[], None]] = {
-    "weights chosen": after(finish, "recovery"),
+    "weights chosen": after(QuantizationCallback, "way_back"),
     "model file staged": after(runtimes.get("onnxruntime"), "export"),
     "model file checked": after(runtimes.get("onnxruntime"), "check"),
     "version committed": at("rename", 1),
@@ -84,11 +86,18 @@ class Fork(Callback):
         for moment, arrange in MOMENTS.items():
             child = os.fork()
             if child == 0:
-                arrange()
-                trainer.callbacks[1].on_fit_end(trainer, pl_module)
+                # Never by the way of exit handlers, which wait for threads that a fork has not.
+                try:
+                    arrange()
+                    trainer.callbacks[1].on_fit_end(trainer, pl_module)
+                except Exception:
+                    traceback.print_exc()
+                    os._exit(1)
                 os._exit(0)
             _, status = os.waitpid(child, 0)
             new = load(self.folder)(self.x)
+            if os.WIFEXITED(status) and os.WEXITSTATUS(status):
+                raise RuntimeError(f"{moment!r} ended otherwise than by being killed")
             outcomes[moment] = {
                 "killed": os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL,
                 "result": "old" if torch.equal(new, old) else "new",
