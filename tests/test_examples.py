@@ -99,6 +99,7 @@ def test_code_of_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.Monke
         onnx.checker.check_model(onnx.load(model))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(NO_WORKERS_OR_OVERWRITE)
 def test_lenet_in_every_precision_is_smaller_and_as_accurate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -277,7 +277,7 @@ class QuantizationCallback(Callback):
 
     def _try_export(self, model: PlannedModel) -> tuple[Any, ...]:
         """Try the end, and return what was found out of the sizes."""
-        trial_export(model, dynamic_shapes=self.settings.dynamic_shapes)
+        trial_export(model, dynamic_shapes=self.settings.dynamic_shapes, engine=self.settings.engine)
         return model.found_sizes()
 
     def _take_sizes(

@@ -15,7 +15,7 @@ from lightning_quant.artifact import golden
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.artifact.golden import GoldenBatch
 from lightning_quant.calls.signature import Signature
-from lightning_quant.export.engines import AUTO, choose_engine
+from lightning_quant.export.engines import AUTO, FASTEST, choose_engine
 from lightning_quant.export.model_file import Written, float_outputs, write_model
 from lightning_quant.planned.planned_model import BATCH, PlannedModel
 from lightning_quant.planned.sizes import ChosenShapes, attempts, chosen_shapes, dynamic_dimensions, only_batches
@@ -102,7 +102,7 @@ def _describe(runtime: Runtime, staged: Path, content: dict[str, Any]) -> None:
     runtime.describe(staged, facts)
 
 
-def trial_export(model: PlannedModel, *, dynamic_shapes: ChosenShapes = None) -> None:
+def trial_export(model: PlannedModel, *, dynamic_shapes: ChosenShapes = None, engine: str = AUTO) -> None:
     """Do once, in a temporary folder, what the end will do: what fails here would fail later.
 
     Ranges are those of the captured call alone. What was found out of the sizes stays with the model.
@@ -118,7 +118,9 @@ def trial_export(model: PlannedModel, *, dynamic_shapes: ChosenShapes = None) ->
         written = write_model(trial, converted, output, staged, attempts(trial, chosen))
         _leave_out_unread(trial, staged)
         _rehearse(trial, written, staged)
-        artifacts.standalone(_publish(trial, written, staged, place.parent))
+        # Which engine is fastest is measured at the end; that one is correct can be known now.
+        tried = AUTO if engine == FASTEST else engine
+        artifacts.standalone(_publish(trial, written, staged, place.parent, engine=tried))
     trial.share_sizes(model)
 
 

@@ -192,7 +192,10 @@ def test_failing_stage(
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param("QAT", marks=feature("Interruptions", "kill -9 at every stage of the export", only="QAT")),
+        pytest.param(
+            "QAT",
+            marks=[feature("Interruptions", "kill -9 at every stage of the export", only="QAT"), pytest.mark.slow],
+        ),
         pytest.param(
             "PTQ",
             marks=[feature("Interruptions", "kill -9 at every stage of the export", only="PTQ"), pytest.mark.slow],

@@ -99,6 +99,7 @@ def test_package_for_another_processor_is_refused_before_it_runs(
     inductor._check_processor(path)
 
 
+@pytest.mark.slow
 def test_convolution_of_one_channel_stays_float_where_its_kernel_is_wrong(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Flatten()).eval()
