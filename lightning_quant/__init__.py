@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_quant.arguments.moved import find_moved
 from lightning_quant.cli.shorthand import know_callbacks
 
 if TYPE_CHECKING:
@@ -48,4 +49,5 @@ def __getattr__(name: str) -> Any:
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 
+find_moved()
 know_callbacks()
