@@ -1,5 +1,9 @@
 """Calls as data: which tensors go in under which names, what comes out, and what batches are made of."""
 
+from typing import TYPE_CHECKING
+
 from lightning_quant.arguments.moved import by_main_module
 
-__getattr__ = by_main_module(__name__)
+# Type checkers are to miss what is not there.
+if not TYPE_CHECKING:
+    __getattr__ = by_main_module(__name__)

@@ -104,7 +104,7 @@ def fake_quantize(
     """
     if isinstance(scale, Tensor) and isinstance(zero_point, Tensor):
         if kernels.serve_values(x):
-            return kernels.round_values(x, kernels.Rows(scale, zero_point, 0, grid, relu))
+            return kernels.round_values(x, kernels.EdgeRows(scale, zero_point, 0, grid, relu))
         if x.device.type != "cpu" or torch.compiler.is_compiling():
             return _OnDevice.apply(x, scale, zero_point, grid.low, grid.high, relu)
         scale, zero_point = scale.item(), zero_point.item()

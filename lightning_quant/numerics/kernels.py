@@ -57,7 +57,7 @@ def _passed(grad: Tensor, mask: Tensor, strides: tuple[int, ...]) -> Tensor:
     return triton_kernels.pass_gradient(grad, mask)
 
 
-class Rows(NamedTuple):
+class EdgeRows(NamedTuple):
     """What kernels read and write of one edge, in tables on the device.
 
     Attributes:
@@ -83,7 +83,7 @@ class _Rounded(torch.autograd.Function):
     """Keeps one bit of each value for the gradient, not the values: 1/16 of their memory in half precision."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rows: Rows, masks: bool) -> Tensor:
+    def forward(ctx: Any, x: Tensor, rows: EdgeRows, masks: bool) -> Tensor:
         from lightning_quant.numerics import triton_kernels
 
         scales, zero_points, row, grid, relu, seen, seen_row = rows
@@ -103,7 +103,7 @@ class _Rounded(torch.autograd.Function):
         return passed(grad, mask, ctx.strides), None, None
 
 
-def round_values(x: Tensor, rows: Rows) -> Tensor:
+def round_values(x: Tensor, rows: EdgeRows) -> Tensor:
     """Round a tensor that `serve_values` is true of, as `fake_quantize` does."""
     return _Rounded.apply(_dense(x), rows, torch.is_grad_enabled() and x.requires_grad)
 

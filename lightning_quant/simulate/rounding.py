@@ -125,7 +125,7 @@ class Rounding:
         row = self._ranges.rows[identity]
         if kernels.serve_values(x):
             seen = (None, 0) if seen_row is None else (self._table, seen_row)
-            rows = kernels.Rows(grids.scales, grids.zero_points, row, self._grid, relu, *seen)
+            rows = kernels.EdgeRows(grids.scales, grids.zero_points, row, self._grid, relu, *seen)
             return kernels.round_values(x, rows)
         if torch.compiler.is_compiling() or grids.numbers is None:
             return fake_quantize(x, grids.scales[row], grids.zero_points[row], self._grid, relu=relu)

@@ -32,7 +32,7 @@ def rounded(way: str, x: Tensor, grid: tuple[Tensor, Tensor], relu: bool) -> Ten
         return _OnDevice.apply(x, *grid, 0, 255, relu)
     # Among others, as edges are: a kernel takes its row out of tables.
     scales, zero_points = (torch.stack([p + 1, p, p - 1]).to(x.device) for p in grid)
-    return kernels.round_values(x, kernels.Rows(scales, zero_points, 1, UINT8, relu))
+    return kernels.round_values(x, kernels.EdgeRows(scales, zero_points, 1, UINT8, relu))
 
 
 def values(dtype: torch.dtype, grid: tuple[Tensor, Tensor]) -> Tensor:
@@ -84,7 +84,7 @@ def test_extremes_are_seen_in_the_same_pass(relu: bool) -> None:
     grid = affine_parameters(torch.tensor(-1.0), torch.tensor(2.0), UINT8)
     x = torch.randn(5, 777, device=DEVICE)
     seen = torch.full((3, 2), -torch.inf, device=DEVICE)
-    kernels.round_values(x, kernels.Rows(*(p.to(DEVICE) for p in grid), 0, UINT8, relu, seen, 1))
+    kernels.round_values(x, kernels.EdgeRows(*(p.to(DEVICE) for p in grid), 0, UINT8, relu, seen, 1))
     rounded = x.relu() if relu else x
 
     assert (-seen[1, 0]).item() == rounded.min().item()
