@@ -107,26 +107,3 @@ def test_editable_install_is_a_path_that_type_checkers_follow(tmp_path: Path) ->
 
     assert [files.read(name).decode().strip() for name in paths] == [str(project)]
     assert not any(name.endswith(".py") for name in files.namelist())
-
-
-def test_modules_are_found_by_the_names_that_they_had_before() -> None:
-    script = """
-import warnings
-with warnings.catch_warnings(record=True) as said:
-    warnings.simplefilter("always")
-    from lightning_quant.prepare import prepare
-    from lightning_quant import manifest
-    import lightning_quant.pipeline as pipeline
-    from lightning_quant.artifact import add_report
-    from lightning_quant.cli import main
-assert "lightning_quant.prepare is lightning_quant.export.prepare now." in {str(w.message) for w in said}
-import lightning_quant.artifact.manifest, lightning_quant.doors.pipeline, lightning_quant.export.prepare as new
-assert manifest is lightning_quant.artifact.manifest and pipeline is lightning_quant.doors.pipeline
-assert new.prepare is prepare and new.__spec__.name == new.__name__ == "lightning_quant.export.prepare"
-try:
-    import lightning_quant.no_such_module
-except ModuleNotFoundError:
-    print("none")
-"""
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
-    assert found.stdout == "none\n", found.stderr

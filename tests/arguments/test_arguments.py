@@ -3,7 +3,7 @@
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +13,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_quant as lq
-from lightning_quant import runtimes
-from lightning_quant.arguments import names
-from lightning_quant.arguments.choice import closest
 from lightning_quant.errors import QuantizationError
-from lightning_quant.ranges import observers
 from lightning_quant.recipe import recipe
-from lightning_quant.runtimes import _torch_static
 
 NET = nn.Sequential(nn.Linear(8, 4))
 BOTH = (lq.QuantizationAwareTraining, lq.PostTrainingQuantization)
@@ -158,32 +153,6 @@ def test_layers_may_be_named_by_their_class() -> None:
     callback = lq.PostTrainingQuantization(include=nn.Conv2d, exclude=[nn.Linear, "head"])  # type: ignore[arg-type]
     assert callback.settings.include == ("Conv2d",)
     assert callback.settings.exclude == ("Linear", "head")
-
-
-def test_types_name_what_there_is() -> None:
-    assert set(get_args(names.RecipeName)) == set(recipe.RECIPES)
-    assert set(get_args(names.RuntimeName)) == {"auto", *runtimes.names()}
-    assert set(get_args(names.ObserverName)) == set(observers.OBSERVERS)
-    assert {"auto", "fastest", *_torch_static.engines()} <= set(get_args(names.EngineName))
-    for door in (lq.quantize, *(kind.__init__ for kind in BOTH)):
-        hints = get_type_hints(door)
-        assert names.RuntimeName in get_args(hints["runtime"])
-        assert names.RecipeName in get_args(hints["recipe"])
-        assert names.EngineName in get_args(hints["engine"])
-
-
-@pytest.mark.parametrize(
-    ("written", "meant"),
-    [
-        ("Int8 Weight Only", ["int8_weight_only"]),
-        ("int8_wieght_only", ["int8_weight_only"]),
-        ("mean_squared", []),
-        ("", []),
-        (8, []),
-    ],
-)
-def test_only_what_comes_close_is_offered(written: Any, meant: list[str]) -> None:
-    assert closest(written, ["int8", "int8_weight_only", "float16"])[:1] == meant
 
 
 # --- what a callback and an artifact say of themselves
