@@ -1,4 +1,5 @@
 import copy
+import functools
 import warnings
 from typing import Any
 
@@ -6,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from models import CASES, Case, DropPathNet, NormAfterActivationNet, ResidualNet, calibrated, with_statistics
+from prepared_graphs import evaluated, quantized_layers
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
@@ -14,14 +16,13 @@ from lightning_quant.calls.signature import tensor_leaves
 from lightning_quant.convert.convert import check_agreement, convert
 from lightning_quant.errors import CalibrationError, ExportError
 from lightning_quant.export.prepare import prepare
-from lightning_quant.graph.named_edges import EdgeQuantizer
-from lightning_quant.graph.qdq import QuantizedLayer
 from lightning_quant.numerics.noise import signal_to_noise
 from lightning_quant.recipe.recipe import IntegerSpec, Recipe
 from lightning_quant.simulate.prepared import Prepared
 
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 UNCORRECTED = Recipe(name="uncorrected", bias_correction=False)
+ready = functools.partial(evaluated, recipe=UNCORRECTED)
 
 
 class Block(nn.Module):
@@ -37,19 +38,9 @@ class Block(nn.Module):
         return self.relu2(self.bn2(self.conv2(self.relu1(self.bn1(self.conv1(x))))) + x).flatten(1)
 
 
-def ready(model: nn.Module, *args: Tensor, recipe: str | Recipe = UNCORRECTED) -> Prepared:
-    prepared = prepare(model.eval(), args, observer="min_max", recipe=recipe)
-    calibrate(prepared, steps_of(prepared, [args]))
-    return prepared
-
-
 def simulate(prepared: Prepared, *args: Any, **kwargs: Any) -> Any:
     with torch.no_grad(), prepared.attached("frozen"):
         return prepared.root(*args, **kwargs)
-
-
-def layers(converted: nn.Module) -> list[QuantizedLayer]:
-    return [module for module in converted.modules() if isinstance(module, QuantizedLayer)]
 
 
 # --- the QDQ graph is what was simulated
@@ -94,49 +85,6 @@ def test_converting_while_attached_keeps_it_attached() -> None:
         actual = convert(prepared)(IMAGE)
         assert "forward" in vars(model)
     assert torch.equal(actual, expected)
-
-
-def test_quantized_layers_hold_integers_only() -> None:
-    model = with_statistics(ResidualNet()).eval()
-    converted = convert(ready(model, IMAGE))
-    found = layers(converted)
-    assert len(found) == 4
-    assert not list(converted.parameters())
-    for layer in found:
-        assert (layer.weight.dtype, layer.bias.dtype) == (torch.int8, torch.int32)
-        assert layer.weight.min() >= -127
-        assert layer.weight_scale.shape == layer.bias_scale.shape == layer.bias.shape == layer.weight.shape[:1]
-    weights = sum(layer.weight.numel() for layer in found)
-    assert weights == sum(p.numel() for p in model.parameters() if p.dim() > 1)
-
-
-def test_biases_are_in_steps_of_input_scale_times_weight_scale() -> None:
-    model = nn.Sequential(nn.Linear(6, 5))
-    x = torch.randn(32, 6)
-    prepared = ready(model, x)
-    (layer,) = layers(convert(prepared))
-    input_scale, _ = prepared.ranges.parameters(":input")
-    expected = model[0].weight.detach().abs().amax(1) / 127 * input_scale
-    torch.testing.assert_close(layer.bias_scale, expected)
-    torch.testing.assert_close(
-        layer.bias * layer.bias_scale, model[0].bias.detach(), atol=expected.max().item(), rtol=0
-    )
-
-
-def test_every_edge_has_one_pair_on_its_grid() -> None:
-    prepared = ready(with_statistics(ResidualNet()), IMAGE)
-    converted = convert(prepared).graph_module
-    graph = converted.graph
-    modules = dict(converted.named_modules())
-    quantize = [n for n in graph.nodes if n.op == "call_module" and isinstance(modules[n.target], EdgeQuantizer)]
-    grids = {node: modules[node.target].grid for node in quantize}
-    dequantize = [n for n in graph.nodes if n.target == torch.ops.quantized_decomposed.dequantize_per_tensor.default]
-    assert len(quantize) == len(dequantize) == len(prepared.ranges.edges)
-    expected = {(float(s), int(z)) for s, z in (prepared.ranges.parameters(i) for i in prepared.ranges.edges)}
-    assert {grid[:2] for grid in grids.values()} == expected
-    assert {grid[2:] for grid in grids.values()} == {(0, 255, torch.uint8)}
-    assert all(node.args[1:] == grids[node.args[0]] for node in dequantize)
-    assert all(set(node.users) <= set(dequantize) for node in quantize)
 
 
 # --- against other implementations
@@ -233,7 +181,7 @@ def test_layers_of_every_shape_are_close_to_float(name: str) -> None:
     assert actual.shape == expected.shape
     assert signal_to_noise(expected, actual) > 35
     assert signal_to_noise(simulate(prepared, x), actual) > 55
-    assert len(layers(converted)) == 1
+    assert len(quantized_layers(converted)) == 1
 
 
 def test_a_functional_convolution_with_its_options() -> None:
@@ -296,7 +244,7 @@ def test_present_statistics_are_folded() -> None:
         model.fc.bias.add_(10.0)
         after = convert(prepared)(IMAGE)
         assert (after - before).mean() > 5
-        assert len(layers(convert(prepared))) == 4
+        assert len(quantized_layers(convert(prepared))) == 4
 
 
 @pytest.mark.parametrize("tool", ["prune", "spectral_norm", "weight_norm"])
@@ -334,7 +282,7 @@ def test_weights_keep_to_the_recipes_grid(recipe: str, limit: int) -> None:
     model = with_statistics(ResidualNet())
     prepared = ready(model, IMAGE, recipe=recipe)
     converted = convert(prepared)
-    assert max(layer.weight.abs().max().item() for layer in layers(converted)) == limit
+    assert max(layer.weight.abs().max().item() for layer in quantized_layers(converted)) == limit
     with torch.no_grad():
         assert signal_to_noise(model(IMAGE), converted(IMAGE)) > 15
 
@@ -431,7 +379,7 @@ def test_a_converted_model_that_differs_is_refused(damage: str) -> None:
     prepared = ready(with_statistics(ResidualNet()), IMAGE)
     converted = convert(prepared)
     check_agreement(prepared, converted, (IMAGE,), {})
-    getattr(layers(converted)[1], damage).zero_()
+    getattr(quantized_layers(converted)[1], damage).zero_()
     with pytest.raises(ExportError, match="Expected the converted model to agree"):
         check_agreement(prepared, converted, (IMAGE,), {})
 

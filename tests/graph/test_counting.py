@@ -9,9 +9,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_quant.export.prepare import prepare
-from lightning_quant.graph.claims import Claim, settle
-from lightning_quant.graph.counting import ObservedCall
-from lightning_quant.graph.plan import Plan, Row
+from lightning_quant.graph.plan import Plan
 from lightning_quant.graph.table import Selection
 from lightning_quant.planned.layerwise import quantize_layers
 
@@ -230,17 +228,3 @@ def test_recipes_of_layers_count_what_no_layer_computes(name: str, recipe: str) 
     beside = {"attention": 2, "encoder": 4, "scaled dot product": 2}.get(name, 0) * PLACES * TIME * WIDTH
     beside = beside or (expected if name in ("bilinear", "einsum", "matmul", "addmm") else 0)
     assert plan.coverage == pytest.approx(1 - beside / total)
-
-
-def test_operators_get_no_more_than_was_counted() -> None:
-    observed = ObservedCall()
-    observed.multiply_adds["a"]["bmm"] = 10
-    claims = [Claim(Row("a.matmul", "matmul", "int8", macs=30), "a", "operator") for _ in range(2)]
-    assert [row.macs for row in settle(claims, observed)] == [5, 5]
-
-
-def test_an_unknown_counted_operator_has_a_row_of_its_own() -> None:
-    observed = ObservedCall()
-    observed.multiply_adds["a.b"].update({"bmm": 4, "mm": 6})
-    (row,) = settle([Claim(Row("a", "Linear", "int8", macs=1), "a", "layer")], observed)[1:]
-    assert (row.name, row.kind, row.action, row.macs) == ("a.b.bmm+mm", "bmm, mm", "float", 10)

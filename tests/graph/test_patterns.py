@@ -5,7 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from models import CASES, BranchingNet, Case, PaddedNet, calibrated, with_statistics
+from models import CASES, with_statistics
+from prepared_graphs import evaluated, noise, rows_of
 from reference_models import mobilenet_v2, resnet18, timm_style_net
 from torch import Tensor, nn
 
@@ -14,10 +15,8 @@ from lightning_quant.convert.convert import convert
 from lightning_quant.errors import PlanError
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph import operations
-from lightning_quant.graph.plan import Row
 from lightning_quant.graph.table import Selection
 from lightning_quant.numerics.noise import signal_to_noise
-from lightning_quant.simulate.prepared import Prepared
 
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -43,24 +42,6 @@ class LearnedClip(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return torch.clamp(x, self.zero, self.limit)
-
-
-def rows_of(model: nn.Module, *args: Tensor, **selection: Any) -> dict[str, Row]:
-    prepared = prepare(model.eval(), args, selection=Selection(**selection) if selection else None)
-    return {row.name: row for row in prepared.plan.rows}
-
-
-def ready(model: nn.Module, *args: Tensor) -> Prepared:
-    prepared = prepare(model.eval(), args, observer="min_max")
-    calibrate(prepared, steps_of(prepared, [args]))
-    return prepared
-
-
-def noise(model: nn.Module, *args: Tensor) -> float:
-    """Return the signal-to-noise of float against converted in decibels."""
-    prepared = ready(model, *args)
-    with torch.no_grad():
-        return signal_to_noise(model(*args), convert(prepared)(*args))
 
 
 # --- activations
@@ -97,7 +78,7 @@ def test_a_clipping_activation_is_fused_in_every_spelling(spelling: str) -> None
     rows = list(rows_of(model, IMAGE).values())
     assert [row.action for row in rows] == ["int8", "fused", "int8"]
     assert rows[1].reason == "into layer"
-    prepared = ready(model, IMAGE)
+    prepared = evaluated(model, IMAGE)
     with torch.no_grad():
         middle = activation(model.layer(IMAGE))
         assert signal_to_noise(model(IMAGE), convert(prepared)(IMAGE)) > 25
@@ -212,7 +193,7 @@ def test_residual_addition_and_activation_are_one_operator(spelling: str, activa
             return self.last(self.activation(ADDITIONS[spelling](self.conv2(x), x)))
 
     model = Net().eval()
-    prepared = ready(model, IMAGE)
+    prepared = evaluated(model, IMAGE)
     kinds = [operator.kind for operator in prepared.operators.values()]
     assert kinds == ["conv2d", "conv2d", "add", "conv2d"]
     assert [row.action for row in prepared.plan.rows] == ["int8", "int8", "int8", "fused", "int8"]
@@ -328,89 +309,6 @@ def test_a_batch_norm_shared_by_two_layers_is_right() -> None:
     assert noise(model, IMAGE) > 25
 
 
-@pytest.mark.parametrize(
-    "pad",
-    [
-        nn.ZeroPad2d((1, 0, 2, 1)),
-        nn.ConstantPad2d(1, 0.0),
-        lambda x: F.pad(x, (1, 1, 1, 1)),
-        lambda x: F.pad(x, (0, 1), "constant", 0),
-    ],
-)
-def test_padding_with_zeros_is_part_of_the_convolution(pad: Any) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1, self.conv2, self.pad = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 3), pad
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv2(self.pad(self.conv1(x)))
-
-    model = Net().eval()
-    prepared = ready(model, IMAGE)
-    conv2 = prepared.operators[":conv2"]
-    assert conv2.pad
-    assert conv2.inputs == ("conv1",)
-    assert noise(model, IMAGE) > 25
-
-
-@pytest.mark.parametrize(
-    "pad",
-    [
-        nn.ConstantPad2d(1, 0.7),
-        nn.ReflectionPad2d(1),
-        lambda x: F.pad(x, (1, -1, 1, 1)),
-        lambda x: F.pad(x, (1, 1, 1, 1), value=0.7),
-        lambda x: F.pad(x, (1, 1, 1, 1), "reflect"),
-        lambda x: F.pad(x, (0, 0, 0, 0, 3, 3))[:, 3:-3],
-    ],
-)
-def test_other_padding_is_not_part_of_the_convolution(pad: Any) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1, self.conv2, self.pad = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 3), pad
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv2(self.pad(self.conv1(x)))
-
-    model = Net().eval()
-    assert not ready(model, IMAGE).operators[":conv2"].pad
-    assert noise(model, IMAGE) > 25
-
-
-def test_a_subclassed_convolution_that_pads_is_a_convolution() -> None:
-    model = PaddedNet().eval()
-    x = torch.randn(4, 3, 9, 9)
-    prepared = ready(model, x)
-    operators = list(prepared.operators.values())
-    assert [operator.kind for operator in operators] == ["conv2d", "conv2d"]
-    assert [bool(operator.pad) for operator in operators] == [True, True]
-    assert [bool(operator.activation) for operator in operators] == [True, True]
-    assert operators[0].weight == "conv1.weight"
-    assert prepared.plan.coverage == 1.0
-
-
-def test_same_padding_computed_from_the_size_is_right() -> None:
-    class SamePadConv2d(nn.Conv2d):
-        def forward(self, x: Tensor) -> Tensor:
-            height, width = x.shape[-2:]
-            rows = max((-(height // -self.stride[0]) - 1) * self.stride[0] + self.kernel_size[0] - height, 0)
-            columns = max((-(width // -self.stride[1]) - 1) * self.stride[1] + self.kernel_size[1] - width, 0)
-            x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
-            return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-    model = nn.Sequential(SamePadConv2d(3, 6, 3, stride=2), nn.ReLU(), nn.Conv2d(6, 2, 1)).eval()
-    assert noise(model, IMAGE) > 25
-    prepared = ready(model, IMAGE)
-    for size in (7, 9):
-        image = torch.randn(2, 3, size, size)
-        with torch.no_grad():
-            expected = model(image)
-            with prepared.attached("observe"):
-                torch.testing.assert_close(model(image), expected, atol=0, rtol=0)
-
-
 def test_an_addition_with_a_factor_or_a_constant_is_no_integer_addition() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -423,7 +321,7 @@ def test_an_addition_with_a_factor_or_a_constant_is_no_integer_addition() -> Non
             return self.last((total + 1.5) * self.offset)
 
     model = Net().eval()
-    assert {operator.kind for operator in ready(model, IMAGE).operators.values()} == {"conv2d"}
+    assert {operator.kind for operator in evaluated(model, IMAGE).operators.values()} == {"conv2d"}
     rows = rows_of(model, IMAGE)
     assert all(row.action == "float" and row.reason for row in rows.values() if row.kind in ("add", "mul"))
     assert noise(model, IMAGE) > 25
@@ -439,68 +337,6 @@ def test_every_net_runs_in_integers_what_it_should() -> None:
         plan = prepare(model, args, kwargs).plan
         kinds = collections.Counter(operator.kind for graph in plan.graphs for operator in graph.operators)
         assert (case.name, dict(kinds)) == (case.name, case.kinds)
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_rows_tell_what_happens_to_every_layer(case: Case) -> None:
-    _, prepared = calibrated(case, batches=1)
-    rows = prepared.plan.rows
-    names = [row.name for row in rows]
-    assert len(names) == len(set(names))
-    for path, module in prepared.root.named_modules():
-        if operations._MODULES.get(type(module)) in operations.LISTED:
-            assert any(name == path or name.startswith(f"{path}.") for name in names), path
-    for row in rows:
-        assert row.action in ("int8", "int8 weights", "fused", "float")
-        assert row.is_quantized or row.reason, row
-        if row.action == "fused":
-            assert row.reason.removeprefix("into ") in names
-    operators = [f"{path}:{key}" for path, key in (i.split(":") for i in prepared.operators)]
-    integer = {":".join(("", row.name)) for row in rows if row.action == "int8" and not row.reason}
-    assert {identity.replace(":", ".").strip(".") for identity in operators} == {name[1:] for name in integer}
-
-
-class Everything(nn.Module):
-    """One of each operator that a plan must list."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 8, 3, padding=1)
-        self.up = nn.ConvTranspose2d(8, 8, 2, stride=2)
-        self.conv3d = nn.Conv3d(1, 1, (1, 3, 3), padding=(0, 1, 1))
-        self.norm, self.group_norm = nn.LayerNorm(8), nn.GroupNorm(2, 8)
-        self.gelu, self.tanh = nn.GELU(), nn.Tanh()
-        self.embedding = nn.Embedding(5, 8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
-        self.lstm = nn.LSTM(8, 8, batch_first=True)
-        self.bilinear = nn.Bilinear(8, 8, 8)
-        self.project = nn.Linear(8, 8)
-        self.max_pool, self.adaptive = nn.MaxPool2d(2), nn.AdaptiveMaxPool2d(4)
-
-    def forward(self, image: Tensor, tokens: Tensor) -> Tensor:
-        x = self.group_norm(self.up(F.relu(self.conv(image))))
-        x = self.adaptive(self.max_pool(self.conv3d(x.unsqueeze(1)).squeeze(1) - 0.5))
-        sequence = self.norm(x.flatten(2).transpose(1, 2)) + self.embedding(tokens)
-        sequence, _ = self.attention(sequence, sequence, sequence)
-        sequence, _ = self.lstm(self.gelu(sequence))
-        scores = torch.softmax(torch.matmul(sequence, sequence.transpose(1, 2)), -1)
-        return self.project(self.bilinear(torch.bmm(scores, sequence), self.tanh(sequence)))
-
-
-def test_every_listed_operator_has_a_row_and_a_reason() -> None:
-    rows = rows_of(Everything(), IMAGE, torch.randint(5, (4, 16)))
-    kinds = collections.Counter(row.kind for row in rows.values())
-    for kind in (
-        *("Conv2d", "ConvTranspose2d", "Conv3d", "GroupNorm", "LayerNorm", "MaxPool2d", "AdaptiveMaxPool2d", "GELU"),
-        *("Embedding", "LSTM", "Bilinear", "Linear", "Tanh", "bmm", "sub"),
-    ):
-        assert kinds[kind] == 1, kind
-    assert kinds["add"] == 1
-    assert kinds["MultiheadAttention"] == kinds["softmax"] == 2
-    assert all(row.reason for row in rows.values() if row.action == "float")
-    expected = {"conv", "conv3d", "project", "attention", "attention.out_proj"}
-    assert {row.name for row in rows.values() if row.action == "int8"} == expected
-    assert {row.name for row in rows.values() if row.action == "int8 weights"} == {"embedding", "lstm", "up"}
 
 
 def test_a_row_says_int8_only_where_integers_are_computed() -> None:
@@ -538,29 +374,6 @@ def test_a_layer_that_the_call_never_reaches_has_a_row() -> None:
     assert (row.action, row.reason) == ("float", "the captured call never reaches it")
 
 
-def test_multiply_adds_are_those_of_the_definition() -> None:
-    model = nn.Sequential(
-        nn.Conv2d(3, 6, 3, stride=2, padding=1),
-        nn.Conv2d(6, 12, 3, groups=3),
-        nn.ConvTranspose2d(12, 5, 2, stride=2),
-        nn.Flatten(),
-        nn.Linear(5 * 4 * 4, 7),
-    )
-    macs = {row.name: row.macs for row in rows_of(model, IMAGE).values()}
-    batch = len(IMAGE)
-    assert macs["0"] == batch * 4 * 4 * 6 * 3 * 9
-    assert macs["1"] == batch * 2 * 2 * 12 * 2 * 9
-    assert macs["2"] == batch * 2 * 2 * 12 * 5 * 4
-    assert macs["4"] == batch * 80 * 7
-
-
-def test_coverage_is_the_share_of_integer_multiply_adds() -> None:
-    model = nn.Sequential(nn.Linear(10, 30), nn.ReLU(), nn.Linear(30, 10)).eval()
-    x = torch.randn(2, 10)
-    assert prepare(model, (x,)).plan.coverage == 1.0
-    assert prepare(model, (x,), selection=Selection(exclude=("2",))).plan.coverage == 0.5
-
-
 # --- groups that share a scale
 
 
@@ -574,7 +387,7 @@ def test_max_pool_and_reshapes_share_the_scale_of_what_they_read() -> None:
             return self.fc(torch.flatten(self.pool(F.relu(self.conv(x))), 1))
 
     model = Net().eval()
-    prepared = ready(model, IMAGE)
+    prepared = evaluated(model, IMAGE)
     groups = collections.Counter(edge.group for edge in prepared.ranges.edges.values())
     assert groups["relu"] == 3
     keys = [identity for identity, edge in prepared.ranges.edges.items() if edge.group == "relu"]
@@ -596,7 +409,7 @@ def test_inputs_of_a_concatenation_keep_their_own_scales() -> None:
     with torch.no_grad():
         model.large.weight *= 100
         model.last.weight[:, :4] *= 100
-    prepared = ready(model, IMAGE)
+    prepared = evaluated(model, IMAGE)
     scales = [float(prepared.ranges.parameters(f":{key}")[0]) for key in prepared.operators[":cat"].inputs]
     assert scales[1] > 20 * scales[0]
 
@@ -638,52 +451,6 @@ def test_well_known_nets_are_one_graph_and_covered(
 
 
 # --- include and exclude
-
-
-def selected(**patterns: Any) -> list[str]:
-    model = nn.ModuleDict({"encoder": nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3))})
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.parts, self.pool, self.head = model, nn.AdaptiveAvgPool2d(1), nn.Linear(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.pool(self.parts["encoder"](x)).flatten(1))
-
-    rows = rows_of(Net(), IMAGE, **patterns)
-    for row in rows.values():
-        assert row.action == "int8" or row.reason
-    return [name for name, row in rows.items() if row.action == "int8" and row.kind in ("Conv2d", "Linear")]
-
-
-def test_include_and_exclude_take_names_prefixes_patterns_and_types() -> None:
-    everything = ["parts.encoder.0", "parts.encoder.2", "head"]
-    assert selected() == everything
-    assert selected(exclude=("head",)) == everything[:2]
-    assert selected(exclude=("parts.encoder",)) == ["head"]
-    assert selected(exclude=("parts.*.0",)) == everything[1:]
-    assert selected(exclude=("Conv2d",)) == ["head"]
-    assert selected(include=("Conv2d",)) == everything[:2]
-    assert selected(include=("head", "*.2")) == everything[1:]
-    assert selected(include=("parts",), exclude=("*.2",)) == everything[:1]
-
-
-def test_layer_types_name_subclasses_and_lone_layers_too() -> None:
-    image = torch.randn(4, 3, 9, 9)
-    rows = rows_of(PaddedNet(), image, exclude=("PaddingConv2d",))
-    assert [row.action for row in rows.values() if row.macs] == ["float", "int8"]
-    rows = rows_of(BranchingNet(), IMAGE, exclude=("Linear",))
-    assert [row.action for row in rows.values() if row.macs] == ["int8", "int8", "float"]
-    rows = rows_of(BranchingNet(), IMAGE, exclude=("head",))
-    assert [row.action for row in rows.values() if row.macs] == ["int8", "int8", "float"]
-
-
-def test_excluded_rows_say_which_pattern_excluded_them() -> None:
-    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    x = torch.randn(2, 4)
-    assert rows_of(model, x, exclude=("*2",))["2"].reason == 'excluded by "*2"'
-    assert rows_of(model, x, include=("0",))["2"].reason == "not in `include`"
 
 
 def test_an_excluded_layer_computes_in_float() -> None:

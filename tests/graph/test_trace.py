@@ -1,40 +1,26 @@
 import copy
 import inspect
-from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from models import CASES, BranchingNet, Case, DropPathNet, ViewsNet, calibrated, with_statistics
+from models import CASES, BranchingNet, Case, DropPathNet, calibrated, with_statistics
+from prepared_graphs import ready, recorded_edges
 from reference_models import timm_style_net
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
-from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calls.calls import flatten_call
 from lightning_quant.convert.convert import convert
-from lightning_quant.errors import PlanError, UntraceableError
+from lightning_quant.errors import UntraceableError
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.trace import trace
 from lightning_quant.numerics.noise import signal_to_noise
-from lightning_quant.simulate.prepared import Prepared
 
 TRACEABLE = [case for case in CASES if case.name not in ("branching", "views")]
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 OFFSET = torch.tensor(0.5)
-
-
-def ready(model: nn.Module, *args: Tensor) -> Prepared:
-    prepared = prepare(model, args, observer="min_max")
-    calibrate(prepared, steps_of(prepared, [args]))
-    return prepared
-
-
-def recorded_edges(prepared: Prepared, *args: Tensor) -> list[str]:
-    with prepared.attached("frozen"), prepared.simulation.recording() as edges:
-        prepared.root(*args)
-    return [identity for identity, _ in edges]
 
 
 # --- what a graph holds
@@ -79,95 +65,6 @@ def test_tracing_leaves_module_and_random_numbers_alone() -> None:
 
 
 # --- islands
-
-
-def test_children_of_an_untraceable_forward_become_graphs() -> None:
-    prepared = prepare(with_statistics(BranchingNet()).eval(), (IMAGE,))
-    assert sorted(prepared.islands) == ["backbone", "head"]
-    row = prepared.plan.rows[0]
-    assert (row.name, row.kind, row.action) == ("(forward)", "BranchingNet", "float")
-    assert "cannot be traced" in row.reason
-    assert prepared.plan.coverage == 1.0
-    assert {edge.partition(":")[0] for edge in recorded_edges(ready(prepared.root, IMAGE), IMAGE)} == {
-        "backbone",
-        "head",
-    }
-
-
-def test_an_untraceable_forward_still_takes_both_of_its_branches() -> None:
-    """The pair of the test above: with one branch baked in, the other input would give a wrong result."""
-    model = with_statistics(BranchingNet()).eval()
-    prepared = ready(model, IMAGE)
-    huge = IMAGE * 1e8
-    with torch.no_grad():
-        expected = model(huge)
-        with prepared.attached("observe"):
-            torch.testing.assert_close(model(huge), expected, atol=0, rtol=0)
-    assert expected.abs().max() < 1e4
-
-
-def test_an_island_is_called_as_often_as_its_forward_says() -> None:
-    model = with_statistics(ViewsNet()).eval()
-    views = torch.randn(4, 2, 3, 6, 6)
-    prepared = ready(model, views)
-    assert sorted(prepared.islands) == ["encoder", "head"]
-    edges = recorded_edges(prepared, views)
-    assert edges.count("encoder:0") + edges.count("encoder:1") + edges.count("encoder:2") == 2
-    assert len([edge for edge in edges if edge.startswith("head:")]) == 1
-
-
-def test_a_leaf_layer_is_the_smallest_island() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.fc1, self.fc2 = nn.Linear(4, 8), nn.Linear(8, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            hidden = self.fc1(x)
-            return self.fc2(hidden if hidden.sum() > 0 else -hidden)
-
-    model, x = Net().eval(), torch.randn(16, 4)
-    prepared = ready(model, x)
-    assert sorted(prepared.islands) == ["fc1", "fc2"]
-    with torch.no_grad():
-        expected = model(x)
-        assert 20 < signal_to_noise(expected, convert(prepared)(x)) < 80
-
-
-class Branching(nn.Module):
-    """A block inside a traceable net that branches on a tensor's value."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(6, 6, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(x) if x.mean() > -1e9 else x
-
-
-def test_an_untraceable_block_does_not_split_its_surroundings() -> None:
-    model = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), Branching(), nn.ReLU(), nn.Conv2d(6, 2, 3)).eval()
-    prepared = ready(model, IMAGE)
-    assert sorted(prepared.islands) == ["", "2.conv"]
-    assert [row.action for row in prepared.plan.rows if row.macs] == ["int8"] * 3
-    (row,) = [row for row in prepared.plan.rows if row.name == "2"]
-    assert row.action == "float"
-    assert "control flow" in row.reason
-    with torch.no_grad():
-        assert 20 < signal_to_noise(model(IMAGE), convert(prepared)(IMAGE)) < 80
-
-
-def test_a_forward_without_traceable_layers_raises_with_the_reason() -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.weight = nn.Parameter(torch.randn(4, 4))
-
-        def forward(self, x: Tensor) -> Tensor:
-            return x @ self.weight if x.sum() > 0 else x
-
-    with pytest.raises(PlanError, match=r"nothing.*cannot be traced"):
-        prepare(Net(), (torch.randn(2, 4),))
 
 
 def test_an_untraceable_root_raises_when_traced_alone() -> None:
@@ -263,86 +160,6 @@ def test_functional_dropout_follows_the_training_flag() -> None:
 
 
 # --- in-place operations
-
-
-class InPlace(nn.Module):
-    """Two convolutions and an in-place operation between them, given as a function."""
-
-    def __init__(self, middle: Callable[[nn.Module, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.conv1, self.conv2 = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.relu = nn.ReLU(inplace=True)
-        self.middle = middle
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv2(self.middle(self, self.conv1(x)))
-
-
-def unused_result(net: nn.Module, x: Tensor) -> Tensor:
-    x.add_(net.conv2(x))
-    return x
-
-
-def earlier_reader(net: nn.Module, x: Tensor) -> Tensor:
-    total = x + x
-    net.relu(x)
-    return total + x
-
-
-def later_reader(net: nn.Module, x: Tensor) -> Tensor:
-    y = F.relu_(x)
-    return net.conv2(y) + x
-
-
-def augmented(net: nn.Module, x: Tensor) -> Tensor:
-    y = x
-    y += net.conv2(x)
-    y *= 0.5
-    return x + y
-
-
-def clamped(net: nn.Module, x: Tensor) -> Tensor:
-    x.clamp_(-0.3, 0.4)
-    return x
-
-
-def into_a_view(net: nn.Module, x: Tensor) -> Tensor:
-    x[:, :2].mul_(3.0)
-    return x
-
-
-def by_index(net: nn.Module, x: Tensor) -> Tensor:
-    x[:, 1] = 0.7
-    return x
-
-
-MIDDLES = [unused_result, earlier_reader, later_reader, augmented, clamped]
-
-
-@pytest.mark.parametrize("middle", [*MIDDLES, into_a_view, by_index], ids=lambda middle: middle.__name__)
-def test_in_place_operations_mean_what_they_mean_in_the_float_model(middle: Callable[..., Tensor]) -> None:
-    model = InPlace(middle).eval()
-    prepared = ready(model, IMAGE)
-    with torch.no_grad():
-        expected = model(IMAGE.clone())
-        with prepared.attached("observe"):
-            torch.testing.assert_close(model(IMAGE), expected, atol=0, rtol=0)
-        with prepared.attached("frozen"):
-            simulated = model(IMAGE)
-    assert signal_to_noise(expected, simulated) > 25
-    assert signal_to_noise(expected, convert(prepared)(IMAGE)) > 25
-    assert prepared.plan.coverage == 1.0
-
-
-@pytest.mark.parametrize("middle", [unused_result, clamped], ids=lambda middle: middle.__name__)
-def test_in_place_operations_left_as_they_are_get_lost(
-    middle: Callable[..., Tensor], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("lightning_quant.graph.trace.functionalize", lambda graph, root: None)
-    model = InPlace(middle).eval()
-    prepared = ready(model, IMAGE)
-    with torch.no_grad():
-        assert signal_to_noise(model(IMAGE), convert(prepared)(IMAGE)) < 25
 
 
 # --- hooks and parametrizations
@@ -466,42 +283,6 @@ def test_a_part_that_runs_without_gradients_gets_none() -> None:
     assert all(parameter.grad is not None for parameter in model.head.parameters())
 
 
-class Tracking(nn.Module):
-    """Keeps a running mean, in place or by assignment, and counts its training steps."""
-
-    def __init__(self, in_place: bool) -> None:
-        super().__init__()
-        self.conv, self.in_place, self.steps = nn.Conv2d(3, 6, 3), in_place, 0
-        self.register_buffer("mean", torch.zeros(6))
-
-    def forward(self, x: Tensor) -> Tensor:
-        features = self.conv(x)
-        if self.training:
-            mean = features.detach().mean((0, 2, 3))
-            if self.in_place:
-                self.mean.mul_(0.9).add_(0.1 * mean)
-            else:
-                self.mean = 0.9 * self.mean + 0.1 * mean
-            self.steps += 1
-        return features - self.mean.view(1, -1, 1, 1)
-
-
-@pytest.mark.parametrize("in_place", [True, False])
-def test_buffers_and_counters_written_in_forward_keep_being_written(in_place: bool) -> None:
-    torch.manual_seed(1)
-    model = Tracking(in_place).eval()
-    twin = copy.deepcopy(model).train()
-    prepared = ready(model, IMAGE)
-    model.train()
-    with prepared.attached("observe", observing=True):
-        for factor in (1, 2, 3):
-            twin(factor * IMAGE)
-            model(factor * IMAGE)
-    assert twin.mean.abs().sum() > 0
-    torch.testing.assert_close(model.mean, twin.mean)
-    assert model.steps == twin.steps == 3
-
-
 def test_checkpointed_blocks_compute_the_same() -> None:
     class Net(nn.Module):
         def __init__(self) -> None:
@@ -519,30 +300,6 @@ def test_checkpointed_blocks_compute_the_same() -> None:
         model(IMAGE).square().sum().backward()
     for mine, reference in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, reference.grad)
-
-
-def test_a_transformer_layer_is_right_in_training_and_evaluation() -> None:
-    """In evaluation PyTorch runs such a layer as one fused kernel that never calls the linear layers inside."""
-
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.embed, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
-            self.encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(self.encoder(self.embed(x)).mean(1))
-
-    model, x = Net().eval(), torch.randn(16, 6, 5)
-    prepared = ready(model, x)
-    with torch.no_grad():
-        expected = model(x)
-        with prepared.attached("frozen"):
-            assert signal_to_noise(expected, model(x)) > 25
-            model.train()
-            assert signal_to_noise(expected, model(x)) > 25
-        model.eval()
-        assert signal_to_noise(expected, convert(prepared)(x)) > 25
 
 
 # --- arguments
