@@ -384,17 +384,6 @@ def test_a_converted_model_that_differs_is_refused(damage: str) -> None:
         check_agreement(prepared, converted, (IMAGE,), {})
 
 
-def test_signal_to_noise_is_its_definition() -> None:
-    signal, noise = torch.randn(1000, dtype=torch.float64), torch.randn(1000, dtype=torch.float64)
-    expected = 10 * torch.log10(signal.square().mean() / (0.01 * noise).square().mean())
-    assert signal_to_noise(signal, signal + 0.01 * noise) == pytest.approx(expected.item())
-    assert signal_to_noise({"a": signal}, {"a": signal}) == float("inf")
-    damaged = signal.clone()
-    damaged[0] = float("nan")
-    assert not signal_to_noise(signal, damaged) >= 0
-    assert signal_to_noise((signal, torch.tensor(1)), (signal, torch.tensor(2))) == float("inf")
-
-
 @pytest.mark.parametrize("between", [nn.Identity(), nn.Dropout(0.2)])
 def test_what_evaluation_leaves_out_is_not_exported(between: nn.Module) -> None:
     # Behind a dropout XNNPACK takes no quantized layer.

@@ -101,30 +101,6 @@ def answered() -> list[Callable[[Any], Tensor]]:
     ]
 
 
-def matched(y: Any) -> Tensor:
-    match y:
-        case Tensor():
-            return y
-        case _:
-            return y * 2
-
-
-def history(y: Any) -> Tensor:
-    return y if y.grad_fn is None else y * 1.0
-
-
-def tried_flat_view(y: Any) -> Tensor:
-    try:
-        flat = y.t().view(-1)
-    except RuntimeError:
-        flat = y.t().reshape(-1)
-    return flat.reshape(8, 4).t()
-
-
-def undecided() -> list[Callable[[Any], Tensor]]:
-    return [matched, history, tried_flat_view]
-
-
 class Asking(nn.Module):
     def __init__(self, ask: Callable[[Any], Tensor]) -> None:
         super().__init__()
@@ -162,13 +138,6 @@ def test_a_value_answers_in_a_trace_as_ever(ask: Callable[[Any], Tensor]) -> Non
 
     assert {rows[name] for name in ("inner.first", "inner.last", "head")} == {"int8"}
     assert "inner" not in rows
-
-
-@pytest.mark.parametrize("ask", undecided(), ids=lambda ask: ask.__name__)
-def test_where_no_trace_can_tell_the_module_runs_as_it_is(ask: Callable[[Any], Tensor]) -> None:
-    rows = float_graph_of(Around(Asking(ask)))
-
-    assert {rows[name] for name in ("inner.first", "inner.last", "head")} == {"int8"}
 
 
 @dataclasses.dataclass
@@ -228,13 +197,6 @@ def test_what_an_untraceable_module_answers_is_the_container_that_it_is(kind: st
     rows = float_graph_of((Nested if kind == "nested" else Reading)(CONTAINERS[kind]))
 
     assert rows["body.layer"] == rows["head"] == "int8"
-
-
-def test_a_part_whose_graph_fails_is_left_as_it_is_and_the_plan_says_why() -> None:
-    prepared = prepare(Around(Asking(tried_flat_view)), (X,))
-    reasons = {row.name: row.reason for row in prepared.plan.rows}
-
-    assert "its graph fails where it does not (RuntimeError: view size" in reasons["inner"]
 
 
 class Scripted(nn.Module):

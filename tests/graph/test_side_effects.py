@@ -7,6 +7,9 @@ import torch
 from prepared_graphs import ready
 from torch import Tensor, nn
 
+from lightning_quant.errors import UntraceableError
+from lightning_quant.graph.side_effects import attributes, check_attributes
+
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
@@ -44,3 +47,13 @@ def test_buffers_and_counters_written_in_forward_keep_being_written(in_place: bo
     assert twin.mean.abs().sum() > 0
     torch.testing.assert_close(model.mean, twin.mean)
     assert model.steps == twin.steps == 3
+
+
+def test_a_forward_that_sets_attributes_is_refused_with_the_module() -> None:
+    module = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    before = attributes(module)
+    check_attributes(before, module)
+    module[1].last = 3
+    with pytest.raises(UntraceableError, match="its forward sets last") as refusal:
+        check_attributes(before, module)
+    assert refusal.value.places == {"1": "its forward sets last"}

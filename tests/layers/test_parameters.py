@@ -155,34 +155,3 @@ def test_experts_of_transformers(tmp_path: Path) -> None:
     assert artifact.report is not None
     assert artifact.report["size_ratio"] < 0.4
     assert signal_to_noise(model(**other).logits, load(tmp_path)(**other).logits) > 25
-
-
-@torch.library.custom_op("tests_of_parameters::doubled_relu", mutates_args=())
-def doubled_relu(x: Tensor, factor: float) -> Tensor:
-    return torch.relu(x) * factor
-
-
-@doubled_relu.register_fake
-def _(x: Tensor, factor: float) -> Tensor:
-    return torch.empty_like(x)
-
-
-class Foreign(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = torch.ops.tests_of_parameters.doubled_relu(self.first(x), 2.0)
-        return doubled_relu(self.second(y), 0.5)
-
-
-@pytest.mark.parametrize(
-    ("recipe", "runtime"), [("int8", "torch"), ("int8", "onnxruntime"), ("int8_weight_only", "torch")]
-)
-def test_operators_of_other_libraries_are_written_as_what_they_compute(
-    recipe: str, runtime: str, x: Tensor, tmp_path: Path
-) -> None:
-    model = Foreign().eval()
-    quantize(model, recipe, runtime, calibration_data=[x], output_dir=tmp_path)
-    assert signal_to_noise(model(x), load(tmp_path)(x)) > 25

@@ -11,9 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_quant import load, quantize
-from lightning_quant.errors import PlanError
 from lightning_quant.numerics.noise import signal_to_noise
-from lightning_quant.planned.layerwise import quantize_layers
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
@@ -97,41 +95,6 @@ def test_filled_model_keeps_buffers_factors_and_ties(ids: Tensor, tmp_path: Path
         assert torch.equal(copied(ids), filled(ids))
     assert isinstance(filled.up, MaskedLinear)
     assert filled.up.in_features == 16
-
-
-class Reading(nn.Module):
-    """Uses the weight of one layer, the type of another's, and calls both."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.third = (nn.Linear(8, 8) for _ in range(3))
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.second(self.first(x).to(self.third.weight.dtype)) + x @ self.second.weight
-        return self.third(y)
-
-
-def test_layer_whose_weight_is_read_beside_it_stays_float_and_is_named() -> None:
-    model, x = Reading().eval(), torch.randn(4, 8)
-    quantized = quantize_layers(model, (x,), recipe="int8_weight_only", runtime="torch")
-    rows = {row.name: row for row in quantized.plan.rows}
-
-    assert sorted(quantized.layers) == ["first", "third"]
-    assert "reads its weight" in rows["second"].reason
-    assert signal_to_noise(model(x), quantized.quantized()(x)) > 35
-
-
-def test_model_that_only_reads_weights_is_refused_by_name() -> None:
-    class Only(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.only = nn.Linear(8, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.only(x) @ self.only.weight
-
-    with pytest.raises(PlanError, match=r"only .*reads its weight"):
-        quantize_layers(Only().eval(), (torch.randn(4, 8),), recipe="int8_weight_only", runtime="torch")
 
 
 class Part(nn.Module):

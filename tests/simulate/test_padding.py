@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.export.prepare import prepare
 from lightning_quant.numerics.noise import signal_to_noise
-from lightning_quant.numerics.visible import visible
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
 
@@ -85,10 +84,3 @@ class Flagged(nn.Module):
 def test_a_flag_that_hides_nothing_is_no_mask() -> None:
     prepared = ranges(Flagged(), (with_padding(100.0), HIDDEN.long()))
     assert max(observer.high.item() for observer in prepared.ranges.observers.values()) > 20
-
-
-def test_visible_rows_of_every_form() -> None:
-    kept = int(LENGTHS.sum())
-    forms = {(4, 7, 8): kept, (7, 4, 8): kept, (28, 8): kept, (4, 2, 7, 3): kept, (4, 7, 7, 3): 4, (5, 8): 5, (4,): 4}
-    assert {shape: visible(torch.zeros(shape), HIDDEN).shape[0] for shape in forms} == forms
-    assert visible(torch.zeros(3, 3, 8), torch.eye(3, dtype=torch.bool)).shape == (3, 3, 8)

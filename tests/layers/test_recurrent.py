@@ -1,0 +1,114 @@
+"""Recurrent layers in every scheme against the float layer."""
+
+from typing import Any
+
+import pytest
+import torch
+from layer_models import Around, Packed, with_rounded_weights
+from lightning_models import decibels
+from stored_layers import DYNAMIC, WEIGHT_ONLY, check, quantized
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+pytestmark = [
+    # PyTorch's advice on the encoder's fused kernels and on weight normalization.
+    pytest.mark.filterwarnings("ignore:enable_nested_tensor is True"),
+    pytest.mark.filterwarnings("ignore:.*nested tensors is in prototype stage.*:UserWarning"),
+    pytest.mark.filterwarnings("ignore:.*weight_norm.*is deprecated:FutureWarning"),
+]
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+@pytest.mark.parametrize("scheme", ["weight_only", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_layers": 2, "bidirectional": True},
+        {"batch_first": True, "bias": False},
+        {"num_layers": 2, "dropout": 0.5, "bidirectional": True, "batch_first": True},
+    ],
+    ids=["plain", "stacked both ways", "batch first without bias", "dropout"],
+)
+def test_recurrent(kind: str, scheme: str, options: dict[str, Any]) -> None:
+    layer = getattr(nn, kind)(16, 8, **options).eval()
+    x = torch.randn(4, 3, 16)
+    check(layer, x, scheme=scheme)
+    check(layer, x[0], scheme=scheme)
+    states = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
+    hidden = torch.randn(states, 4 if options.get("batch_first") else 3, 8)
+    check(layer, x, (hidden, -hidden) if kind == "LSTM" else hidden, scheme=scheme)
+    check(layer, x, hx=(hidden, -hidden) if kind == "LSTM" else hidden, scheme=scheme)
+    check(layer, input=x, scheme=scheme)
+
+
+def test_recurrent_with_relu() -> None:
+    check(nn.RNN(16, 8, nonlinearity="relu"), torch.randn(4, 3, 16), scheme=WEIGHT_ONLY)
+
+
+def test_unbatched_state() -> None:
+    layer, state = nn.LSTM(16, 8, bidirectional=True), torch.randn(2, 8)
+    check(layer, torch.randn(5, 16), (state, -state), scheme=WEIGHT_ONLY)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_packed_sequences(kind: str) -> None:
+    model, x, lengths = Packed(kind).eval(), torch.randn(3, 6, 16), torch.tensor([6, 2, 4])
+    result = quantized(model, x, lengths)
+    assert [row.action for row in result.plan.rows] == ["int8 weights"]
+    with torch.no_grad():
+        actual, expected = result.quantized()(x, lengths), with_rounded_weights(model, "int8")(x, lengths)
+        other = result.quantized()(x[:2, :5], lengths[1:]), with_rounded_weights(model, "int8")(x[:2, :5], lengths[1:])
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(*other)
+    assert (actual[1, 2:] == 0).all()
+
+
+def test_recurrence_keeps_no_float_weights() -> None:
+    layer = quantized(Around(nn.LSTM(16, 8)), torch.randn(4, 16)).layers["layer"]
+    with torch.no_grad():
+        layer(torch.randn(4, 16))
+    held = [t for t in vars(layer._float_layer).get("_flat_weights", []) if isinstance(t, Tensor)]
+    assert all(tensor.is_meta for tensor in (*held, *layer._float_layer.parameters()))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+def test_projected_state() -> None:
+    check(nn.LSTM(16, 8, 2, proj_size=4, bidirectional=True), torch.randn(4, 3, 16), scheme=WEIGHT_ONLY)
+
+
+class Loop(nn.Module):
+    def __init__(self, cell: nn.Module) -> None:
+        super().__init__()
+        self.cell = cell
+
+    def forward(self, x: Tensor) -> Tensor:
+        state, outputs = None, []
+        for step in x:
+            state = self.cell(step) if state is None else self.cell(step, hx=state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize("scheme", ["weight_only", "dynamic", "float16", "bfloat16"])
+@pytest.mark.parametrize("kind", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_cells(kind: str, scheme: str) -> None:
+    cell = getattr(nn, kind)(16, 32)
+    exact = scheme != DYNAMIC
+    for x in (torch.randn(3, 16), torch.randn(16)):
+        check(cell, x, scheme=scheme, exact=exact)
+    state = torch.randn(3, 32)
+    check(cell, torch.randn(3, 16), (state, -state) if kind == "LSTMCell" else state, scheme=scheme, exact=exact)
+    check(Loop(cell), torch.randn(4, 3, 16), scheme=scheme, exact=exact)
+    check(getattr(nn, kind)(16, 32, bias=False), input=torch.randn(3, 16), scheme=scheme, exact=exact)
+
+
+def test_weight_norm_of_a_recurrent_layer_is_not_dropped() -> None:
+    layer = nn.GRU(16, 8)
+    parametrizations.weight_norm(layer, "weight_hh_l0")
+    layer.parametrizations.weight_hh_l0.original0.data *= 3
+    x = torch.randn(4, 3, 16)
+    with torch.no_grad():
+        expected = layer(x)[0]
+        assert decibels(expected, quantized(Around(layer), x).quantized()(x)[0]) > 30
