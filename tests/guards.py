@@ -37,7 +37,7 @@ GUARDS = (
         "graph/faithful.py",
         '        found = _unfaithful(traced, module, tensors, *calls[""])\n',
         "        found = None\n",
-        "graph/test_proxy.py -k runs_as_it_is",
+        "graph/test_faithful.py -k runs_as_it_is",
     ),
     Guard(
         "later batches of validation are looked at before training",
@@ -212,7 +212,7 @@ GUARDS = (
         "graph/claims.py",
         "min(sum(wanted), _total(left, place))",
         "sum(wanted)",
-        "graph/test_counting.py -k no_more",
+        "graph/test_claims.py -k no_more",
     ),
     Guard(
         "little coverage is said before training",
