@@ -4,19 +4,14 @@ import time
 
 import torch
 from models import CASES
-from torch import Tensor, nn
+from torch import nn
+from uneven_chains import smooth_like
 
 from lightning_quant.calibrate.adaround import adaround
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.export.prepare import prepare
 from lightning_quant.recipe.recipe import IntegerSpec, Recipe
 from lightning_quant.simulate.prepared import Prepared
-
-
-def smooth_like(x: Tensor, seed: int) -> Tensor:
-    """Return values whose neighbours resemble each other; errors in white noise cannot make up for each other."""
-    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed))
-    return 0.2 * noise + noise.flatten(1).cumsum(1).view(x.shape) / 3
 
 
 def prepared_case(name: str, bits: int) -> tuple[Prepared, list]:

@@ -4,35 +4,21 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
 from models import CASES
-from test_adaround import smooth_like
-from test_rescale import images, uneven
 from torch import nn
+from uneven_chains import Normalized, climbed, images, uneven
 
 import lightning_quant as lq
 from lightning_quant.calibrate import ladder
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
-from lightning_quant.calibrate.groups import scaling_groups
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.range_choice import choose_ranges
 from lightning_quant.calibrate.recalibrate import recalibrate
-from lightning_quant.calibrate.smoothing import smooth
-from lightning_quant.calibrate.weight_rounding import gptq_layers, least_error_scale, shrink_scales
 from lightning_quant.convert.convert import check_agreement, convert
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.export.prepare import prepare
-from lightning_quant.recipe.recipe import RECIPES, IntegerSpec, Recipe
+from lightning_quant.recipe.recipe import RECIPES, Recipe
 from lightning_quant.simulate.prepared import Prepared
-
-
-def climbed(steps: tuple[str, ...], **fields) -> tuple[nn.Module, Prepared, list]:
-    model = uneven(nn.ReLU6)
-    calls = [((x,), {}) for x in images(64).split(8)]
-    recipe = Recipe(accuracy_steps=steps, **fields)
-    prepared = prepare(model, (images(8),), recipe=recipe, observer="mse")
-    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
-    return model, prepared, calls
 
 
 def test_a_step_that_helps_is_kept_and_one_that_harms_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,81 +121,6 @@ def test_the_accurate_recipe_makes_an_artifact_that_runs_in_integers(tmp_path: P
     assert artifact.report["parity"]["quantization_db"] > plain.report["parity"]["quantization_db"] + 1
 
 
-def test_output_correction_restores_the_mean_of_every_layer() -> None:
-    _, prepared, calls = climbed(())
-    from lightning_quant.calibrate.lockstep import lockstep
-    from lightning_quant.calibrate.rescale import along_rows, folded_layer
-
-    assert correct_outputs(prepared, calls) == 3
-    differences = []
-
-    def visit(site) -> None:
-        layer, folded = folded_layer(prepared, site.identity), prepared.folded(site.identity)
-        weight = prepared.weight_integers(site.identity, folded)
-        weight = weight * along_rows(folded.scale, weight)
-        exact = torch.cat([site.compute(x, layer.weight, layer.bias) for x in site.float_inputs])
-        actual = torch.cat([site.compute(x, weight, folded.bias) for x in site.quantized_inputs])
-        differences.append((exact.mean((0, 2, 3)) - actual.mean((0, 2, 3))).abs().max())
-
-    lockstep(prepared, calls, visit)
-    assert len(differences) == 3
-    assert max(differences) < 1e-4
-
-
-def test_ranges_are_chosen_behind_the_weights_that_read_them() -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
-    x = torch.randn(256, 8, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad():
-        # A rare large value that the second layer does not read may be clipped, whatever it costs the tensor itself.
-        model[0].weight[0], model[0].bias[0] = 0, 0
-        model[0].weight[0, 0] = 1.0
-        model[2].weight[:, 0] = 0.0
-    x[0, 0] = 60.0
-    prepared = prepare(model, (x[:32],), recipe="int8", observer="mse")
-    calls = [((part,), {}) for part in x.split(64)]
-    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
-    assert float(prepared.ranges.observers[":1"].range()[1]) > 50
-    assert choose_ranges(prepared, calls) >= 1
-    scale, zero_point = prepared.ranges.parameters(":1")
-    assert float((255 - zero_point) * scale) < 20
-
-
-def test_coarse_weights_get_scales_and_rounding_of_less_error() -> None:
-    case = next(case for case in CASES if case.name == "residual")
-    model = case.build()
-    calls = [((smooth_like(case.call(16)[0][0], seed),), {}) for seed in range(4)]
-    recipe = Recipe(weight=IntegerSpec(bits=4, symmetric=True, per_channel=True))
-    prepared = prepare(model, *calls[0], recipe=recipe, observer="mse")
-    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
-    nearest = ladder.output_snr(prepared, calls)
-    shrink_scales(prepared)
-    assert gptq_layers(prepared, calls) >= 3
-    assert ladder.output_snr(prepared, calls) > nearest + 1
-    # Corrections belong to the integers that the layers have now: doing them again changes next to nothing.
-    rounded = ladder.output_snr(prepared, calls)
-    correct_outputs(prepared, calls)
-    assert ladder.output_snr(prepared, calls) == pytest.approx(rounded, abs=0.3)
-    assert all(layer.integers is None or int(layer.integers.abs().max()) <= 7 for layer in prepared.layers.values())
-    check_agreement(prepared, convert(prepared), *calls[0])
-    weight = torch.tensor([[1.0] + [0.1] * 63])
-    natural = torch.tensor([1.0 / 7])
-    assert float(least_error_scale(weight, natural, 7)) < 0.9 * float(natural)
-
-
-class Normalized(nn.Module):
-    """A LayerNorm with two loud features, and two linear layers that read it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm, self.one, self.other = nn.LayerNorm(32), nn.Linear(32, 16), nn.Linear(32, 16)
-        self.norm.weight = nn.Parameter(torch.ones(32).index_fill(0, torch.tensor([3, 20]), 40.0))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.norm(x)
-        return self.one(x) * torch.sigmoid(self.other(x))
-
-
 def test_difficulty_behind_a_layer_norm_migrates_into_the_weights(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = Normalized().eval()
@@ -227,21 +138,6 @@ def test_difficulty_behind_a_layer_norm_migrates_into_the_weights(tmp_path: Path
     artifact = lq.quantize(model, recipe, calibration_data=x.split(16), output_dir=tmp_path / "artifact", threads=1)
     assert artifact.report["still_float"] == {}
     assert artifact.report["parity"]["worst_share"] > 0.999
-
-
-def test_migration_leaves_the_float_function() -> None:
-    torch.manual_seed(0)
-    model = Normalized().eval()
-    calls = [((x,), {}) for x in torch.randn(64, 32, generator=torch.Generator().manual_seed(1)).split(16)]
-    prepared = prepare(model, *calls[0], recipe=Recipe(), observer="mse")
-    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
-    (group,) = [group for group in scaling_groups(prepared) if group.normalized]
-    assert smooth(prepared, [group], calls) == 1
-    assert float((prepared.channels[group.edges[0]].factor - 1).abs().max()) > 0.5
-    read = prepared.on_grid(group.edges[0], model.norm(calls[0][0][0]))
-    for name in ("one", "other"):
-        layer, exact = prepared.layers[f":{name}"], getattr(model, name)(model.norm(calls[0][0][0]))
-        torch.testing.assert_close(F.linear(read, layer.weight, layer.bias), exact, atol=1e-5, rtol=1e-5)
 
 
 def test_nothing_migrates_where_no_linear_layer_reads_a_float_operator() -> None:
