@@ -22,7 +22,6 @@ from lightning_quant import QuantizationAwareTraining, Recipe, load
 from lightning_quant.calibrate.distributed import Group, merge_batch
 from lightning_quant.errors import CalibrationError
 from lightning_quant.export.prepare import prepare
-from lightning_quant.measure.evaluate_shares import Share, merged
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 TESTS = Path(distributed_runs.__file__).parent
@@ -212,15 +211,6 @@ def test_artifact_is_that_of_the_first_process(ddp: Runs) -> None:
     with torch.no_grad():
         assert decibels(module.net.eval()(x), load(ddp.folder / "qat")(x)) > 12
     assert (ddp.folder / "qat" / "report.md").is_file()
-
-
-def test_merging_weighs_means_and_survives_values_that_one_process_does_not_log() -> None:
-    mean = [{"a": Share(1.0, 6, "mean")}, {"a": Share(4.0, 3, "mean"), "b": Share(7.0, 1, "mean")}]
-    others = [{n: Share(v, 1, n) for n in ("max", "min", "sum", "same")} for v in (2.0, 5.0)]
-
-    assert merged(mean) == {"a": 2.0, "b": 7.0}
-    assert merged(others) == {"max": 5.0, "min": 2.0, "sum": 7.0, "same": 2.0}
-    assert merged([{"a": Share(float("nan"), 0, "mean")}, {"a": Share(3.0, 2, "mean")}]) == {"a": 3.0}
 
 
 # --- when things go wrong

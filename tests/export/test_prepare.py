@@ -1,71 +1,19 @@
 import copy
-import io
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from models import CASES, Case, DropPathNet, ResidualNet, calibrated, with_statistics
+from models import CASES, DropPathNet, ResidualNet, calibrated, with_statistics
+from residual_nets import IMAGE, equal, residual_net
 from torch import Tensor, nn
 
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
-from lightning_quant.calls.signature import tensor_leaves
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.export.prepare import prepare
 from lightning_quant.numerics.noise import signal_to_noise
-from lightning_quant.recipe.recipe import Recipe
-from lightning_quant.simulate.prepared import Prepared
-from lightning_quant.simulate.quantizers import PHASES
-
-IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-# Biases that follow the present weights alone, as in training.
-UNCORRECTED = Recipe(name="uncorrected", bias_correction=False)
-
-
-def residual_net() -> tuple[ResidualNet, Prepared]:
-    model = with_statistics(ResidualNet()).eval()
-    prepared = prepare(model, (IMAGE,), observer="min_max", recipe=UNCORRECTED)
-    calibrate(prepared, steps_of(prepared, [IMAGE, 2 * IMAGE]))
-    return model, prepared
-
-
-def equal(left: Any, right: Any) -> bool:
-    pairs = list(zip(tensor_leaves(left), tensor_leaves(right), strict=True))
-    return bool(pairs) and all(torch.equal(a, b) for a, b in pairs)
-
 
 # --- the user's module stays the user's
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_attaching_changes_nothing_but_forward(case: Case) -> None:
-    model, prepared = calibrated(case, batches=1)
-    args, kwargs = case.call(2)
-    with torch.no_grad():
-        float_output = model(*args, **kwargs)
-    kind, keys = type(model), list(model.state_dict())
-    parameters = {name: id(parameter) for name, parameter in model.named_parameters()}
-    modules = {name: id(module) for name, module in model.named_modules()}
-    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
-
-    prepared.attach()
-    assert type(model) is kind
-    assert list(model.state_dict()) == keys
-    assert {name: id(parameter) for name, parameter in model.named_parameters()} == parameters
-    assert {name: id(module) for name, module in model.named_modules()} == modules
-    prepared.set_phase("fake_quantize")
-    with torch.no_grad():
-        quantized_output = model(*args, **kwargs)
-    assert not equal(float_output, quantized_output)
-    assert type(quantized_output) is type(float_output)
-
-    prepared.detach()
-    prepared.detach()
-    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
-    assert list(model.state_dict()) == keys
-    with torch.no_grad():
-        assert equal(model(*args, **kwargs), float_output)
 
 
 @pytest.mark.parametrize("phase", ["off", "observe"])
@@ -100,80 +48,7 @@ def test_training_while_observing_is_float_training_to_the_bit() -> None:
     assert all(torch.equal(plain[name], observed[name]) for name in plain)
 
 
-def test_attaching_twice_or_over_another_forward_is_refused() -> None:
-    model, prepared = residual_net()
-    prepared.attach()
-    with pytest.raises(QuantizationError, match="have its own forward"):
-        prepared.attach()
-    prepared.detach()
-    model.forward = lambda x: x
-    with pytest.raises(QuantizationError, match="instance attribute `forward`"):
-        prepared.attach()
-
-
-def test_a_failed_step_gives_forward_and_phase_back() -> None:
-    model, prepared = residual_net()
-    with pytest.raises(ZeroDivisionError), prepared.attached("fake_quantize", observing=True):
-        raise ZeroDivisionError
-    assert "forward" not in vars(model)
-    assert (prepared.phase, prepared.observing) == ("off", False)
-
-
-def test_reattaching_goes_on_with_the_same_ranges() -> None:
-    model, prepared = residual_net()
-    with torch.no_grad():
-        with prepared.attached("frozen"):
-            first = model(IMAGE)
-        with prepared.attached("frozen"):
-            second = model(IMAGE)
-    assert torch.equal(first, second)
-
-
-def test_an_unknown_phase_is_refused_with_the_known_ones() -> None:
-    _, prepared = residual_net()
-    with pytest.raises(QuantizationError, match="frozen_batch_norm"):
-        prepared.set_phase("training")
-
-
 # --- copies
-
-
-def test_a_deepcopy_of_an_attached_module_is_independent() -> None:
-    model, prepared = residual_net()
-    prepared.attach()
-    prepared.set_phase("fake_quantize")
-    with torch.no_grad():
-        before = model(IMAGE)
-        twin = copy.deepcopy(model)
-        assert torch.equal(twin(IMAGE), before)
-        twin.fc.weight.zero_()
-        twin.fc.bias.zero_()
-        assert torch.count_nonzero(twin(IMAGE)) == 0
-        assert torch.equal(model(IMAGE), before)
-        for parameter in model.parameters():
-            parameter.zero_()
-        twin.fc.bias.fill_(1.0)
-        assert torch.count_nonzero(model(IMAGE)) == 0
-        assert torch.count_nonzero(twin(IMAGE)) > 0
-    # The copy observes for itself.
-    routed = vars(twin)["forward"].prepared
-    assert routed.root is twin
-    routed.observing = True
-    ranges = [observer.range() for observer in prepared.ranges.observers.values()]
-    with torch.no_grad():
-        twin(100 * IMAGE)
-    assert [observer.range() for observer in prepared.ranges.observers.values()] == ranges
-
-
-def test_binding_to_another_module_uses_its_weights_and_the_same_ranges() -> None:
-    model, prepared = residual_net()
-    twin = copy.deepcopy(model)
-    with torch.no_grad():
-        twin.fc.bias.add_(1.0)
-        other = prepared.bound_to(twin)
-        with prepared.attached("frozen"), other.attached("frozen"):
-            difference = twin(IMAGE) - model(IMAGE)
-    torch.testing.assert_close(difference, torch.ones_like(difference), atol=1e-2, rtol=0)
 
 
 # --- what happens to the module after it was prepared
@@ -390,29 +265,6 @@ def test_weights_learn_through_fake_quantization() -> None:
 # --- observing
 
 
-def test_ranges_move_only_while_observing_in_a_phase_that_observes() -> None:
-    model, prepared = residual_net()
-
-    def ranges() -> list[tuple[float, float]]:
-        return [tuple(map(float, observer.range())) for observer in prepared.ranges.observers.values()]
-
-    start = ranges()
-    with torch.no_grad():
-        for phase in PHASES:
-            with prepared.attached(phase, observing=False):
-                model(10 * IMAGE)
-            assert ranges() == start, phase
-        for phase in ("off", "frozen", "frozen_batch_norm"):
-            with prepared.attached(phase, observing=True):
-                model(10 * IMAGE)
-            assert ranges() == start, phase
-        for factor, phase in ((10, "observe"), (100, "fake_quantize")):
-            before = ranges()
-            with prepared.attached(phase, observing=True):
-                model(factor * IMAGE)
-            assert all(new != old for new, old in zip(ranges(), before, strict=True)), phase
-
-
 def test_scales_follow_ranges_that_move() -> None:
     model, prepared = residual_net()
     with torch.no_grad(), prepared.attached("fake_quantize", observing=True):
@@ -431,34 +283,6 @@ def test_quantizing_before_observing_raises_and_names_the_edge() -> None:
     assert "forward" not in vars(model)
 
 
-@pytest.mark.parametrize("corrected", [False, True])
-def test_state_survives_a_checkpoint(corrected: bool) -> None:
-    model = with_statistics(ResidualNet()).eval()
-    prepared = prepare(model, (IMAGE,), observer="min_max", recipe="int8" if corrected else UNCORRECTED)
-    calibrate(prepared, steps_of(prepared, [IMAGE]))
-    prepared.set_phase("frozen")
-    file = io.BytesIO()
-    torch.save(prepared.state_dict(), file)
-    file.seek(0)
-    state = torch.load(file, weights_only=True)
-    other = prepare(model, (IMAGE,), observer="min_max")
-    other.load_state_dict(state)
-    other.load_state_dict(state)
-    assert other.phase == "frozen"
-    with torch.no_grad():
-        with prepared.attached("frozen"):
-            expected = model(IMAGE)
-        with other.attached("frozen"):
-            assert torch.equal(model(IMAGE), expected)
-
-
-def test_state_of_another_model_is_refused() -> None:
-    _, prepared = residual_net()
-    other = prepare(with_statistics(DropPathNet()).eval(), (IMAGE,))
-    with pytest.raises(QuantizationError, match="Expected quantizer state of this model"):
-        other.load_state_dict(prepared.state_dict())
-
-
 def test_sizes_that_vary_between_calls_are_noted() -> None:
     model, prepared = residual_net()
     assert prepared.varying == set()
@@ -468,46 +292,6 @@ def test_sizes_that_vary_between_calls_are_noted() -> None:
 
 
 # --- simulation
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_evaluation_with_and_without_gradients_agrees(case: Case) -> None:
-    """Exact integer arithmetic, used where no gradient is asked for, and float arithmetic differ by few ties only."""
-    model, prepared = calibrated(case, recipe=UNCORRECTED)
-    args, kwargs = case.call(4)
-    check_that_gradients_change_nothing(model, prepared, args, kwargs)
-
-
-def test_evaluation_with_gradients_knows_corrected_biases() -> None:
-    case = next(case for case in CASES if case.name == "mlp")
-    model, prepared = calibrated(case)
-    args, kwargs = case.call(4)
-    check_that_gradients_change_nothing(model, prepared, args, kwargs)
-
-
-def check_that_gradients_change_nothing(model: nn.Module, prepared: Prepared, args: Any, kwargs: Any) -> None:
-    with prepared.attached("frozen"):
-        with torch.no_grad():
-            exact = model(*args, **kwargs)
-        rounded = model(*args, **kwargs)
-    with torch.no_grad():
-        float_output = model(*args, **kwargs)
-    leaves = [tensor_leaves(output) for output in (float_output, exact, rounded)]
-    assert signal_to_noise(leaves[1], leaves[2]) > signal_to_noise(leaves[0], leaves[1]) + 6
-
-
-def test_recorded_integers_are_the_grid_of_each_edge() -> None:
-    model, prepared = residual_net()
-    with torch.no_grad(), prepared.attached("frozen"), prepared.simulation.recording() as edges:
-        model(IMAGE)
-    assert [identity for identity, _ in edges] == list(dict(edges))
-    assert set(dict(edges)) == set(prepared.ranges.edges)
-    image = dict(edges)[":image"]
-    scale, zero_point = prepared.ranges.parameters(":image")
-    expected = torch.clamp(torch.round(IMAGE / scale) + zero_point, 0, 255)
-    assert image.dtype == torch.uint8
-    assert torch.equal(image.float(), expected)
-    assert prepared.simulation.recorded is None
 
 
 @pytest.mark.parametrize("build", [lambda: nn.LSTM(4, 4), lambda: nn.Sequential(nn.ReLU(), nn.Flatten())])

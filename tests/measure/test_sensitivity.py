@@ -183,16 +183,6 @@ def test_what_the_advice_promises_arrives(net: Callable[[], nn.Module], names: t
     assert abs(sizes[1] - sizes[0] - found.advice.float_bytes) < 1000 * len(names)
 
 
-def test_nothing_is_advised_where_that_gains_nothing() -> None:
-    torch.manual_seed(0)
-    model, x = nn.Sequential(nn.Linear(8, 4)).eval(), torch.randn(16, 8, generator=torch.Generator().manual_seed(1))
-    prepared = prepare(model, (x,), recipe=PLAIN, observer="min_max")
-    calibrate(prepared, steps_of(prepared, [x]))
-    found = sensitivity(prepared, [((x,), {})])
-    assert found.advice is None
-    assert "overrides" not in found.explanation()
-
-
 def test_channels_that_never_fire_are_no_yardstick() -> None:
     assert ratio_to_median(torch.tensor([0.0, 0.0, 0.0, 2.0, 6.0])) == 3.0
     assert ratio_to_median(torch.zeros(3)) == 1.0

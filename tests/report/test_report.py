@@ -1,64 +1,16 @@
-import dataclasses
 import json
 import math
-from typing import Any
 
 import pytest
-from reports import GOOD_VALUES, changed, row, timing
+from reports import changed, of_layers, timing
 
-from lightning_quant.measure.advice import Advice
-from lightning_quant.measure.sensitivity import OperatorSensitivity, Sensitivity
-from lightning_quant.planned.layer_parity import LayerParity
 from lightning_quant.report.metrics import MetricRow
-from lightning_quant.report.report import Report
 from lightning_quant.report.speed import LatencyRow
 from lightning_quant.simulate.parity import Parity
 
 GOOD = changed()
-METRICS, LATENCY = GOOD_VALUES["metrics"], GOOD_VALUES["latency"]
 
 BAD_PARITY = Parity("layer1.add", 0.42, 30.0, 12.0, 0.5)
-
-
-LAYER = OperatorSensitivity(
-    *("stem.0", "conv2d", 0.02, 0.001, 0.021, 0.004, 17.0, 0.0, 6.0, 0.001), widest=40.0, spread=3.0, float_bytes=12_000
-)
-
-
-def test_no_layer_is_advised_that_moves_no_metric() -> None:
-    found = Sensitivity((LAYER,), 0.02, Advice(("stem.0",), 0.01, 3000))
-    assert found.with_gains({"acc": 0.00004, "loss": -0.00002}).advice is None
-    nothing = found.with_gains({"acc": 0.0, "loss": -0.003})
-    assert nothing.advice is None
-    assert "keeping it float makes no metric better (acc +0.0000, loss -0.0030)" in nothing.explanation()
-    # A gain is one in the metric's own direction, and losses count where there is nothing else.
-    assert found.with_gains({"acc": -0.1}).advice is None
-    assert found.with_gains({"acc": 0.1, "loss": 0.2}).advice is found.advice
-    assert found.with_gains({"val_loss": -0.1}).advice is found.advice
-    assert found.with_gains({"val_loss": 0.1}).advice is None
-    assert found.with_gains({"perplexity": 0.1}, {"perplexity": False}).advice is None
-    assert found.with_gains({"perplexity": 0.1}).advice is found.advice
-
-
-def test_sensitivity_stands_in_the_report_where_it_was_asked_for() -> None:
-    advice = Advice(("stem.0", "stem.3"), 0.004, 12_000)
-    layers = (LAYER, dataclasses.replace(LAYER, name="head", without_error=0.019))
-    found = Sensitivity(layers, 0.02, advice, {"val_acc": 0.008})
-    text = changed(sensitivity=found).to_markdown()
-
-    assert (
-        "80% of the error comes from stem.0, weights, range 40 times its median channel; keep it and what "
-        'shares its tensors float with `overrides={"stem.0": "float", "stem.3": "float"}`: '
-        "val_acc +0.0080, +7.0 dB, +12 KB."
-    ) in text
-    assert text.index("| stem.0") < text.index("| head")
-    assert changed(sensitivity=found).to_dict()["sensitivity"]["layers"][1]["name"] == "head"
-    assert "of the error comes from" not in GOOD.to_markdown()
-    assert "report.json" not in text
-    many = Sensitivity(tuple(dataclasses.replace(LAYER, name=f"layer{index}") for index in range(30)), 0.02)
-    text = changed(sensitivity=many).to_markdown()
-    assert text.count("| layer") == 10 + 1  # and the header
-    assert "The other 20 operators are in report.json." in text
 
 
 # --- warnings
@@ -67,42 +19,6 @@ def test_sensitivity_stands_in_the_report_where_it_was_asked_for() -> None:
 def test_good_report_has_no_warnings() -> None:
     assert GOOD.warnings == []
     assert "Warning" not in GOOD.to_markdown()
-
-
-def test_larger_artifact_is_a_warning() -> None:
-    report = changed(artifact_bytes=6000)
-
-    assert report.warnings == ["the artifact is larger than the float model: 1.50 times its bytes"]
-
-
-def test_artifact_as_large_as_float_is_none() -> None:
-    assert changed(artifact_bytes=4000).warnings == []
-
-
-def test_slower_artifact_is_a_warning_for_its_batch() -> None:
-    slower = LatencyRow(1, timing(10), timing(4), timing(5))
-
-    assert changed(latency=(slower, LATENCY[1])).warnings == [
-        "the artifact is slower than float at batch 1: 1.25 times the time"
-    ]
-
-
-def test_artifact_faster_than_one_float_peer_only_is_slower() -> None:
-    # Twice as fast as torch, but the same runtime in float is faster still.
-    (warning,) = changed(latency=(LatencyRow(8, timing(10), timing(4), timing(5)),)).warnings
-
-    assert "slower than float at batch 8" in warning
-
-
-def test_failed_parity_is_a_warning() -> None:
-    operator, end_to_end = changed(parity=BAD_PARITY).warnings
-
-    assert operator.startswith("parity FAILED: at layer1.add only 42.00% of the values")
-    assert end_to_end.startswith("parity FAILED: the artifact is 12.0 dB from its simulation, which is 30.0 dB")
-
-
-def test_operators_that_fell_back_to_float_are_a_warning() -> None:
-    assert changed(still_float={"conv2d": 2}).warnings == ["2 planned int8 conv2d still run in float"]
 
 
 def test_warnings_come_first_and_the_worst_at_the_top() -> None:
@@ -123,95 +39,6 @@ def test_warnings_come_first_and_the_worst_at_the_top() -> None:
     assert str(report) == text
 
 
-def low(*rows: dict[str, Any], coverage: float, weight_coverage: float = 1.0, **values: Any) -> list[str]:
-    plan = {**GOOD_VALUES["plan"], "rows": list(rows), "coverage": coverage, "weight_coverage": weight_coverage}
-    return changed(plan=plan, **values).warnings
-
-
-def test_little_in_integers_is_a_warning_with_what_would_help() -> None:
-    rows = (row("conv", "Conv2d", "int8", "", 10, 90), row("rnn", "GRU", "float", "as a whole", 90, 10))
-    (warning,) = low(*rows, coverage=0.1)
-    assert warning.startswith(
-        "only 10.0% of the multiply-adds run as 'int8' asks, most of the rest is in rnn (GRU: as a"
-    )
-    assert "int8_weight_only" in warning
-    assert "int8_dynamic" in warning
-    assert low(rows[0], row("rnn", "GRU", "float", "as a whole", 9, 10), coverage=0.55) == []
-
-
-def test_layers_that_are_stored_compute_in_float() -> None:
-    rows = (row("conv", "Conv2d", "int8", "", 10, 10), row("rnn", "GRU", "int8 weights", "", 90, 90))
-    (warning,) = low(*rows, row("mean", "mean", "float", "nothing reads it"), coverage=0.1)
-    assert "most of the rest is in rnn (GRU: int8 weights)" in warning
-
-
-def test_few_stored_weights_are_a_warning_with_what_would_help() -> None:
-    rows = (row("fc", "Linear", "int8", "", 10, 10), row("words", "Embedding", "float", "as a whole", 0, 90))
-    (warning,) = low(*rows, coverage=1.0, weight_coverage=0.1)
-    assert warning.startswith("only 10.0% of the weights' bytes are stored with fewer bits")
-    assert "int8_weight_only" in warning
-
-
-def test_what_the_user_keeps_float_is_no_warning() -> None:
-    head = row("head", "Linear", "float", 'excluded by "head"', 90, 90, excluded=True)
-    assert low(row("conv", "Conv2d", "int8", "", 10, 10), head, coverage=0.1, weight_coverage=0.1) == []
-
-
-def test_the_share_of_the_whole_step_stands_beside_that_of_the_module() -> None:
-    report = changed(step_share=0.02)
-    assert report.scalars()["quant/coverage"] == 0.75
-    assert report.scalars()["quant/step_coverage"] == pytest.approx(0.015)
-    assert "The module makes 2.0% of the LightningModule's step: that is 1.5% of the multiply-adds" in str(report)
-    assert "LightningModule's step" not in str(GOOD)
-
-
-@pytest.mark.parametrize(
-    ("row", "fails"),
-    [
-        # darts' Transformer, whose validation ran the training graph: a gain that is none.
-        (MetricRow("val_loss", 0.9699, 0.9699, 0.9409, num_samples=200), True),
-        (MetricRow("val_loss", 3.209, 3.212, 0.010), True),
-        (MetricRow("val_accuracy", 0.9, 0.895, 0.89), False),
-        # Two of sixteen predictions may tip, three may not.
-        (MetricRow("val_accuracy", 0.9375, 0.9375, 0.8125, num_samples=16), False),
-        (MetricRow("val_accuracy", 0.9375, 0.9375, 0.75, num_samples=16), True),
-        (MetricRow("val_loss", 0.0, 0.0, 0.0), False),
-        (MetricRow("val_loss", 1.0, 1.1, math.nan), True),
-        (MetricRow("val_loss", 1.0, math.nan, math.nan), False),
-        (MetricRow("val_loss", 1.0, 1.1, None), False),
-    ],
-)
-def test_metric_far_from_the_simulated_one_is_failed_parity(row: MetricRow, fails: bool) -> None:
-    report = changed(metrics=(row,))
-
-    assert bool(report.failures) is fails
-    assert report.scalars()["quant/parity_failed"] == float(fails)
-    if fails:
-        assert report.warnings[0].startswith(f"parity FAILED: {row.name} is ")
-        assert "ran something else" in report.to_markdown().split("\n\n")[1]
-
-
-def test_trained_weights_without_rounding_are_no_measure() -> None:
-    row = MetricRow("val_loss", 1.0884, 0.6555, 0.75, num_samples=1000)
-
-    assert changed(metrics=(row,)).failures == []
-    assert len(changed(metrics=(row,), trained=True).failures) == 1
-
-
-def test_float_is_named_for_what_it_is_after_training_through_rounding() -> None:
-    row = MetricRow("val_loss", 1.0884, 0.6555, 0.6556)
-    text = changed(metrics=(row,), trained=True).to_markdown()
-    assert "| trained weights without rounding |" in text
-    assert "no validation ran before rounding began" in text
-
-    report = changed(metrics=(dataclasses.replace(row, before=0.6977),), trained=True)
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in report.to_markdown().splitlines()]
-    assert ["val_loss", "0.6977", "1.0884", "0.6555", "0.6556", "-0.4328"] in cells
-    assert "float, before rounding began" in report.to_markdown()
-    assert "no validation ran" not in report.to_markdown()
-    assert report.scalars()["quant/float_before/val_loss"] == 0.6977
-
-
 def test_keys_begin_with_a_callbacks_name() -> None:
     named = GOOD.scalars("quant/int8-openvino")
 
@@ -220,26 +47,6 @@ def test_keys_begin_with_a_callbacks_name() -> None:
 
 
 # --- numbers
-
-
-def test_delta_is_artifact_minus_float() -> None:
-    assert METRICS[0].delta == pytest.approx(-0.01)
-    assert MetricRow("x", 0.5, None, None).delta is None
-    assert MetricRow("x", None, 0.5, 0.5).delta is None
-
-
-def test_best_float_peer_is_the_faster_one() -> None:
-    assert LATENCY[0].best_float_ms == 4
-    assert LATENCY[0].speedup == 2
-    assert LATENCY[1].best_float_ms == 100
-    assert LATENCY[1].speedup == 2
-
-
-def test_without_a_runtime_peer_torch_is_the_best_float() -> None:
-    row = LatencyRow(1, timing(10), None, timing(2))
-
-    assert row.best_float_ms == 10
-    assert row.speedup == 5
 
 
 def test_scalars_are_all_numbers_under_one_prefix() -> None:
@@ -286,10 +93,6 @@ def test_scalars_leave_out_what_was_not_measured() -> None:
     assert not any(
         name.startswith(("quant/artifact/", "quant/delta", "quant/parity", "quant/check")) for name in scalars
     )
-
-
-def test_failed_parity_is_a_scalar_too() -> None:
-    assert changed(parity=BAD_PARITY).scalars()["quant/parity_failed"] == 1
 
 
 # --- files and terminal
@@ -357,19 +160,7 @@ def test_markdown_leaves_out_tables_without_rows() -> None:
     assert not any(word in text for word in ("validation", "Median", "Parity", "checkpoint", "Note"))
 
 
-def test_markdown_names_failed_parity() -> None:
-    assert "Parity FAILED: every operator" not in GOOD.to_markdown()
-    assert "FAILED" in changed(parity=BAD_PARITY).to_markdown().split("\n\n")[1]
-
-
 # --- recipes of layers
-
-
-def of_layers(*, share: float = 1.0, parity: LayerParity | None = None, **changes: Any) -> Report:
-    layer = {**row("lstm", "LSTM", "int8 weights", "", 10, 10), **changes}
-    shares = {"coverage": 1.0, "weight_coverage": share, "stored_share": share}
-    plan = {"recipe": "int8_dynamic", "graphs": [], "rows": [layer], **shares}
-    return changed(recipe="int8_dynamic", runtime="torch", plan=plan, parity=parity, min_stored_share=0.75)
 
 
 def test_too_few_stored_weights_have_failed() -> None:
@@ -386,16 +177,3 @@ def test_layers_and_their_reasons_are_in_the_text() -> None:
     assert "int8 dynamic: 3.0 dB signal-to-noise where 20 are wanted" in text
     text = of_layers(action="float", reason='excluded by "lstm"', excluded=True).to_markdown()
     assert "100.0% of the weights' values that are not excluded are stored with fewer bits" in text
-
-
-@pytest.mark.parametrize(
-    ("quantization_db", "float_artifact_db", "fails"),
-    [(30.0, 29.0, False), (30.0, 26.5, True), (90.0, 61.0, False), (90.0, 59.0, True), (20.0, math.nan, True)],
-)
-def test_parity_of_layers(quantization_db: float, float_artifact_db: float, fails: bool) -> None:
-    parity = LayerParity(quantization_db, 40.0, float_artifact_db, None)
-    report = of_layers(parity=parity)
-    assert bool(report.warnings) is fails
-    assert report.scalars()["quant/parity_failed"] == float(fails)
-    assert ("Parity FAILED" if fails else "Parity ok") in report.to_markdown()
-    json.dumps(report.to_dict(), allow_nan=False)

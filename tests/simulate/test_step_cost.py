@@ -9,27 +9,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
-from models import CASES, Case, ResidualNet, with_statistics
+from models import CASES, Case, ResidualNet
+from one_by_one import one_by_one
 from reference_models import resnet18
+from residual_nets import IMAGE, residual
 from step_count import Count, as_on_a_gpu, count, forward_and_backward
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from lightning_quant.export.prepare import prepare
 from lightning_quant.numerics.learned_steps import LearnedSteps
 from lightning_quant.ranges.observers import MinMax, MovingAverage
-from lightning_quant.simulate import running
-from lightning_quant.simulate.prepared import Prepared
-
-IMAGE = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-
-
-@contextmanager
-def one_by_one() -> Iterator[None]:
-    """Carry out runs as `Simulation` does: every weight and every edge on its own."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(running, "rounds_plainly", lambda prepared, graph: False)
-        yield
 
 
 @functools.cache
@@ -167,112 +157,7 @@ def test_the_way_of_a_gpu_gives_the_numbers_of_the_cpu(phase: str) -> None:
     assert str(state) == str(other_state)
 
 
-def residual() -> tuple[ResidualNet, Prepared]:
-    torch.manual_seed(0)
-    model = with_statistics(ResidualNet()).train()
-    prepared = prepare(model, (IMAGE,))
-    prepared.attach()
-    prepared.observing = True
-    return model, prepared
-
-
-def test_weights_written_through_data_are_those_that_are_rounded() -> None:
-    model, prepared = residual()
-    prepared.set_phase("fake_quantize")
-    model(IMAGE)
-    before = model(IMAGE)
-    version = model.conv1.weight._version
-    model.conv1.weight.data.mul_(-1)
-
-    assert model.conv1.weight._version == version
-    assert not torch.equal(model(IMAGE), before)
-
-
-def test_a_relu_with_a_hook_is_called() -> None:
-    model, prepared = residual()
-    seen: list[Tensor] = []
-    model.relu1.register_forward_hook(lambda module, args, output: seen.append(output))
-    prepared.set_phase("fake_quantize")
-    for _ in range(2):
-        model(IMAGE)
-
-    assert len(seen) == 2
-    assert all(bool((x >= 0).all()) for x in seen)
-
-
-def test_a_layer_with_a_hook_reads_the_weight_that_the_hook_leaves() -> None:
-    model, prepared = residual()
-    prepared.set_phase("fake_quantize")
-    model(IMAGE)
-    expected = model(IMAGE)
-
-    def double(module: nn.Module, args: Any) -> None:
-        module.weight.data.mul_(2)
-
-    model.conv1.weight.data.mul_(0.5)
-    model.conv1.register_forward_pre_hook(double)
-    prepared.observing = False
-    torch.testing.assert_close(model(IMAGE), expected)
-
-
 # --- ranges: what a run sees counts from the next one on
-
-
-def test_a_run_rounds_to_the_ranges_of_the_runs_before() -> None:
-    model, prepared = residual()
-    prepared.set_phase("fake_quantize")
-    with torch.no_grad():
-        model(IMAGE)
-        scales = prepared.ranges.grids().scales
-        for _ in range(2):
-            model(100 * IMAGE)
-            seen, prepared.observing = scales, False
-            model(IMAGE)
-            prepared.observing, scales = True, prepared.ranges.grids().scales
-            assert bool((scales > seen).any())
-
-
-def test_every_run_counts_once_for_every_edge() -> None:
-    model, prepared = residual()
-    for phase in ("observe", "fake_quantize", "fake_quantize"):
-        prepared.set_phase(phase)
-        model(IMAGE)
-
-    assert {observer.num_updates for observer in prepared.ranges.observers.values()} == {3}
-
-
-def test_a_first_run_under_rounding_has_the_ranges_that_it_sees() -> None:
-    model, prepared = residual()
-    prepared.set_phase("fake_quantize")
-    first = model(IMAGE)
-    plain, other = residual()
-    other.set_phase("observe")
-    plain(IMAGE)
-    # BatchNorm has moved on in the first run.
-    plain.load_state_dict(residual()[0].state_dict())
-    other.set_phase("fake_quantize")
-    other.observing = False
-
-    assert decibels(plain(IMAGE).detach(), first.detach()) > 20
-
-
-def decibels(signal: Tensor, noisy: Tensor) -> float:
-    return float(10 * torch.log10(signal.square().sum() / (noisy - signal).square().sum().clamp(min=1e-20)))
-
-
-def test_scales_of_all_edges_are_those_of_each() -> None:
-    _, prepared = residual()
-    prepared.set_phase("observe")
-    prepared.root(IMAGE)
-    ranges = prepared.ranges
-    ranges.settle()
-    grids = ranges.grids()
-    for identity, row in ranges.rows.items():
-        scale, zero_point = ranges.parameters(identity)
-        assert torch.equal(grids.scales[row], scale)
-        assert torch.equal(grids.zero_points[row], zero_point)
-        assert grids.numbers is not None
-        assert grids.numbers[row] == (scale.item(), zero_point.item())
 
 
 @pytest.mark.parametrize("kind", [MinMax, MovingAverage])
@@ -288,18 +173,6 @@ def test_observers_updated_together_are_those_updated_alone(kind: Any) -> None:
         kind.update_all(together[:reached], lows, highs)
 
     assert [o.state() for o in together] == [o.state() for o in alone]
-
-
-def test_a_relu_costs_no_pass_of_its_own() -> None:
-    model, prepared = residual()
-    prepared.set_phase("observe")
-    model(IMAGE)
-    prepared.set_phase("frozen")
-    operations = count(lambda: model(IMAGE).sum().backward()).operations
-
-    assert operations["relu"] == operations["threshold_backward"] == 0
-    with one_by_one():
-        assert count(lambda: model(IMAGE).sum().backward()).operations["relu"] == 3
 
 
 def test_gradients_of_gradients_pass_a_kernel() -> None:

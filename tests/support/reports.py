@@ -3,6 +3,7 @@
 from typing import Any
 
 from lightning_quant.machine.latency import Timing
+from lightning_quant.planned.layer_parity import LayerParity
 from lightning_quant.report.agreement import Agreement
 from lightning_quant.report.coverage import Coverage
 from lightning_quant.report.limits import NO_LIMITS
@@ -79,3 +80,10 @@ def changed(**values: Any) -> Report:
         Seconds(v["seconds"]),
     )
     return with_limits(Report(v["recipe"], v["runtime"], v["versions"], sections), v.get("limits", NO_LIMITS))
+
+
+def of_layers(*, share: float = 1.0, parity: LayerParity | None = None, **changes: Any) -> Report:
+    layer = {**row("lstm", "LSTM", "int8 weights", "", 10, 10), **changes}
+    shares = {"coverage": 1.0, "weight_coverage": share, "stored_share": share}
+    plan = {"recipe": "int8_dynamic", "graphs": [], "rows": [layer], **shares}
+    return changed(recipe="int8_dynamic", runtime="torch", plan=plan, parity=parity, min_stored_share=0.75)

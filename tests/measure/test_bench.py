@@ -1,0 +1,35 @@
+"""Rows of the bench command, and what they know of float from an artifact's report."""
+
+import pytest
+import torch
+
+from lightning_quant.errors import QuantizationError
+from lightning_quant.measure import bench as module
+from lightning_quant.measure.bench import BenchRow, _recorded_float, _repeated, as_dict, bench
+
+
+def test_a_speedup_is_float_time_over_this_one_and_unknown_without() -> None:
+    row = BenchRow("folder", "torch", 1, 8, 2.0, 1.9, 2.2, 4000.0, 10**6, 5.0)
+    assert as_dict(row)["speedup"] == 2.5
+    assert BenchRow("folder", "torch", 1, 8, 2.0, 1.9, 2.2, 4000.0, 10**6, None).speedup is None
+
+
+def test_float_times_count_for_the_same_batch_threads_and_processor_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "cpu_name", lambda: "this one")
+    latency = [{"batch": 8, "torch_float": {"median_ms": 4.0}, "runtime_float": {"median_ms": 3.0}}]
+    report = {"threads": 2, "cpu": "this one", "latency": latency}
+
+    assert _recorded_float(report, 8, 2) == 3.0
+    assert _recorded_float({**report, "latency": [{**latency[0], "runtime_float": None}]}, 8, 2) == 4.0
+    assert [_recorded_float(report, 4, 2), _recorded_float(report, 8, 1), _recorded_float(None, 8, 2)] == [None] * 3
+    assert _recorded_float({**report, "cpu": "another"}, 8, 2) is None
+
+
+def test_samples_are_repeated_to_any_batch() -> None:
+    assert _repeated(torch.tensor([[1], [2], [3]]), 5).flatten().tolist() == [1, 2, 3, 1, 2]
+    assert _repeated(torch.tensor([[1], [2], [3]]), 2).flatten().tolist() == [1, 2]
+
+
+def test_a_folder_that_is_no_artifact_is_refused_before_anything_is_timed(tmp_path: object) -> None:
+    with pytest.raises(QuantizationError, match="artifact"):
+        bench([str(tmp_path)])
