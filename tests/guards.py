@@ -230,7 +230,7 @@ GUARDS = (
     ),
     Guard(
         "evaluation knows the epoch",
-        "measure/evaluate.py",
+        "measure/validation_trainer.py",
         "    _lend_progress(trainer, evaluator)\n",
         "",
         "callbacks/test_lightning_features.py -k knows_the_epoch",
@@ -288,7 +288,7 @@ GUARDS = (
     ),
     Guard(
         "weights of layers are finite",
-        "planned/layerwise.py",
+        "planned/try_layers.py",
         "    check_weights(found)\n",
         "",
         "layers/test_finite.py -k not_finite",
@@ -345,8 +345,8 @@ GUARDS = (
     Guard(
         "a call is tried where the layers are",
         "planned/layerwise.py",
-        "    args, kwargs = moved_call(args, kwargs or {})\n",
-        "    args, kwargs = args, kwargs or {}\n",
+        "    call = moved_call(args, kwargs or {})\n",
+        "    call = Call(args, kwargs or {})\n",
         "devices/test_callbacks.py -k emulated-int8_weight_only-torch",
     ),
     Guard(

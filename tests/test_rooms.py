@@ -61,6 +61,25 @@ def test_files_are_of_a_length_that_is_read_at_once() -> None:
     assert not long
 
 
+def lines_of_code(function: ast.FunctionDef) -> int:
+    """Return how many lines a function has beside its docstring, those of its signature included."""
+    first = function.body[0]
+    has_docstring = isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant)
+    docstring = (first.end_lineno or 0) - first.lineno + 1 if has_docstring else 0
+    return (function.end_lineno or 0) - function.lineno + 1 - docstring
+
+
+def test_functions_are_of_a_length_that_is_read_at_once() -> None:
+    long = {
+        f"{file.stem}.{node.name}"
+        for file in PACKAGE.rglob("*.py")
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.FunctionDef) and lines_of_code(node) > 40
+    }
+    # The door without a Trainer: its signature has every argument, and its body is the whole path in order.
+    assert long == {"pipeline.quantize"}
+
+
 def test_tests_lie_beside_what_they_test() -> None:
     files = {(file.parent.name, file.stem) for file in PACKAGE.glob("*/*.py")}
     names = {name for _, name in files}

@@ -1,7 +1,6 @@
 """What both callbacks do when fit begins and when it is cut short, and with a checkpoint in place of a fit."""
 
 import functools
-import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -35,6 +34,7 @@ from lightning_quant.export.export import trial_export
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.analyze import has_weights
 from lightning_quant.layers import may_have_layers
+from lightning_quant.machine.timed import timed
 from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.planned.parts import check_takes
 from lightning_quant.planned.planned_model import PlannedModel
@@ -126,9 +126,9 @@ class QuantizationCallback(Callback):
         """Called when fit begins, after restore and device placement: capture, plan, and export once on trial."""
         if self._checkpoint is not None:
             refused_in_callback(refusals.load_weights, trainer, self._checkpoint)
-        started = time.perf_counter()
-        refused_in_callback(self._plan_and_try, trainer, pl_module)
-        self.seconds = {"capture": time.perf_counter() - started}
+        self.seconds = {}
+        with timed(self.seconds, "capture"):
+            refused_in_callback(self._plan_and_try, trainer, pl_module)
         self._begun = True
 
     @override

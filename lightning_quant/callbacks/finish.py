@@ -2,7 +2,6 @@
 
 import contextlib
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from lightning_quant.callbacks.states import state_of
 from lightning_quant.calls.calls import Call
 from lightning_quant.errors import FixedSizesError
 from lightning_quant.export.export import export
+from lightning_quant.machine.timed import timed
 from lightning_quant.measure.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
 from lightning_quant.measure.output_noise import HeldOut
 from lightning_quant.measure.rounded_parts import all_but
@@ -103,14 +103,13 @@ def _measure(
     notes = (*callback.findings, *deployment.notes, *notes_of_sizes(deployment.model))
     calls: list[Call] = []
     if callback.settings.evaluate:
-        started = time.perf_counter()
-        metrics, by_chance = _metrics(callback, trainer, deployment, own, calls)
-        notes += by_chance
-        if metrics and deployment.sensitivity is not None:
-            gains = _gains(callback, trainer, deployment, deployment.sensitivity)
-            found = deployment.sensitivity.with_gains(gains, {row.name: row.higher_is_better for row in metrics})
-            deployment = replace(deployment, sensitivity=found)
-        callback.seconds["evaluate"] = time.perf_counter() - started
+        with timed(callback.seconds, "evaluate"):
+            metrics, by_chance = _metrics(callback, trainer, deployment, own, calls)
+            notes += by_chance
+            if metrics and deployment.sensitivity is not None:
+                gains = _gains(callback, trainer, deployment, deployment.sensitivity)
+                found = deployment.sensitivity.with_gains(gains, {row.name: row.higher_is_better for row in metrics})
+                deployment = replace(deployment, sensitivity=found)
         if callback.loss_inputs is not None and callback.loss_inputs.formula is None:
             notes = (*notes, "metrics that use the model's own loss are missing: the artifact takes no labels")
         if not metrics:

@@ -2,7 +2,6 @@
 
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
@@ -22,6 +21,7 @@ from lightning_quant.callbacks.training_data import calibration_steps, check_dat
 from lightning_quant.calls.recorded_calls import recorded_calls
 from lightning_quant.doors.settings import CallbackSettings, documented
 from lightning_quant.errors import QuantizationError
+from lightning_quant.machine.timed import timed
 from lightning_quant.measure.sensitivity import NUM_CALLS, Sensitivity, rank_operators
 from lightning_quant.numerics.adjustments import outcomes
 from lightning_quant.planned.sizes import ChosenShapes
@@ -142,7 +142,6 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> Sensitivity | None:
         """Calibrate on the trainer's device, and measure there which operator costs what where that is wanted."""
-        started = time.perf_counter()
         duplicate = working_copy(trainer, pl_module)
         prepared = deployed.bound_to(resolve(duplicate, self.path))
         chosen, group = self.settings.calibration, self.group
@@ -151,13 +150,13 @@ class PostTrainingQuantization(QuantizationCallback):
         def steps() -> Iterator[Callable[[], Any]]:
             return calibration_steps(trainer, duplicate, number, chosen.seed, chosen.data)
 
-        with recorded_calls(prepared.root, NUM_CALLS if self.settings.sensitivity else 0) as calls:
+        few = NUM_CALLS if self.settings.sensitivity else 0
+        with recorded_calls(prepared.root, few) as calls, timed(self.seconds, "calibrate"):
             if group.size == 1:
                 calibrate(prepared, steps())
             else:
                 calibrate_together(group, prepared, steps)
         deployed.take_over(prepared)
-        self.seconds["calibrate"] = time.perf_counter() - started
         return rank_operators(prepared, calls) if self.settings.sensitivity else None
 
 

@@ -37,6 +37,15 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     parser = Parser(prog=NAME, description="Quantize PyTorch Lightning models truthfully.")
     parser.add_argument("--version", action="version", version=f"{NAME} {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = {**_commands_on_models(subparsers), **_commands_on_artifacts(subparsers)}
+    for name, command in commands.items():
+        command.add_argument("--json", action="store_true", help="print JSON for machines")
+        if name not in ("verify", "sign", "inspect"):
+            _add_limits(command)
+    return parser, commands
+
+
+def _commands_on_models(subparsers: Any) -> dict[str, Parser]:
     commands: dict[str, Parser] = {}
     for name, usage, text in (
         ("quantize", "", "quantize a checkpoint with the model, data and Trainer of a LightningCLI configuration"),
@@ -62,6 +71,11 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
             help="run code of a checkpoint: load any class from it, import what it and a config.yaml beside it name",
         )
         commands[name] = command
+    return commands
+
+
+def _commands_on_artifacts(subparsers: Any) -> dict[str, Parser]:
+    commands: dict[str, Parser] = {}
     for name, text in (
         ("verify", "rerun the golden batch on this machine"),
         ("sign", "sign an artifact, so that `verify` can tell who made it"),
@@ -83,11 +97,7 @@ def make_parser() -> tuple[Parser, dict[str, Parser]]:
     bench.add_argument("--batches", type=_positive, nargs="+", metavar="N", help="those in the reports by default")
     bench.add_argument("--threads", type=_positive, nargs="+", metavar="N", help="those in the reports by default")
     bench.add_argument("--against", choices=["float"], help="compare with the float peer in the report")
-    for name, command in commands.items():
-        command.add_argument("--json", action="store_true", help="print JSON for machines")
-        if name not in ("verify", "sign", "inspect"):
-            _add_limits(command)
-    return parser, commands
+    return commands
 
 
 def limits_of(options: argparse.Namespace) -> Limits:

@@ -131,29 +131,12 @@ def _convert_island(
     graph = traced.graph
     nodes = {node.meta["key"]: node for node in graph.nodes if "key" in node.meta}
     shield_float_layers(prepared, island, nodes, module)
-    layers: dict[str, nn.Module] = {}
-    for operator in island.plan.operators:
-        if operator.weight:
-            name = f"quantized_{len(layers)}"
-            node = nodes[operator.key]
-            layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
-            layers[name] = _convert_layer(prepared, operator, node, layer)
-            if (border := border_of(layer)) is not None:
-                _pad_before(graph, node, border, _quantizer(prepared, operator.reads[0]).grid)
-            _replace_layer(graph, operator, nodes, name)
-        elif operator.kind == "global_avg_pool" and static_sizes:
-            _pool_with_static_window(nodes[operator.key])
-        if operator.activation and operator.quantized_output:
-            _drop(nodes[operator.activation])
-    for edge in island.plan.edges:
-        if edge.passed:
-            continue
-        quantizer = _quantizer(prepared, edge.identity)
-        # A name of its own in the whole module: exporters may know no more than the last part of a path.
-        layers[name := f"edge_{list(prepared.ranges.edges).index(edge.identity)}"] = quantizer
-        pair = _insert_pair(graph, nodes[edge.key], name, quantizer.grid)
-        if edge.identity in prepared.channels:
-            _scale_channels(island, edge.key, prepared.channels[edge.identity].to(torch.device("cpu")), *pair)
+    layers = _layers_put_in(prepared, island, module, graph, nodes)
+    if static_sizes:
+        for operator in island.plan.operators:
+            if operator.kind == "global_avg_pool":
+                _pool_with_static_window(nodes[operator.key])
+    layers |= _edges_put_in(prepared, island, graph, nodes)
     for name, layer in layers.items():
         module.add_module(name, layer)
     for node in nodes.values():
@@ -171,6 +154,42 @@ def _convert_island(
     for name in (*layers, *renamed):
         del module._modules[name]
     return BoundGraph(graph_module, island.signature, traced.output_spec)
+
+
+def _layers_put_in(
+    prepared: Prepared, island: Island, module: nn.Module, graph: fx.Graph, nodes: dict[str, fx.Node]
+) -> dict[str, nn.Module]:
+    """Write the operators in integers into a graph, and return the layers that it calls for them by name."""
+    layers: dict[str, nn.Module] = {}
+    for operator in island.plan.operators:
+        if operator.weight:
+            name = f"quantized_{len(layers)}"
+            node = nodes[operator.key]
+            layer = module.get_submodule(str(node.target)) if node.op == "call_module" else None
+            layers[name] = _convert_layer(prepared, operator, node, layer)
+            if (border := border_of(layer)) is not None:
+                _pad_before(graph, node, border, _quantizer(prepared, operator.reads[0]).grid)
+            _replace_layer(graph, operator, nodes, name)
+        if operator.activation and operator.quantized_output:
+            _drop(nodes[operator.activation])
+    return layers
+
+
+def _edges_put_in(
+    prepared: Prepared, island: Island, graph: fx.Graph, nodes: dict[str, fx.Node]
+) -> dict[str, nn.Module]:
+    """Write the rounding of edges into a graph, and return the quantizers that it calls for them by name."""
+    quantizers: dict[str, nn.Module] = {}
+    for edge in island.plan.edges:
+        if edge.passed:
+            continue
+        quantizer = _quantizer(prepared, edge.identity)
+        # A name of its own in the whole module: exporters may know no more than the last part of a path.
+        quantizers[name := f"edge_{list(prepared.ranges.edges).index(edge.identity)}"] = quantizer
+        pair = _insert_pair(graph, nodes[edge.key], name, quantizer.grid)
+        if edge.identity in prepared.channels:
+            _scale_channels(island, edge.key, prepared.channels[edge.identity].to(torch.device("cpu")), *pair)
+    return quantizers
 
 
 def _quantizer(prepared: Prepared, identity: str) -> EdgeQuantizer:

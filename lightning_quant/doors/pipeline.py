@@ -3,7 +3,6 @@
 import functools
 import itertools
 import os
-import time
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -30,6 +29,7 @@ from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
+from lightning_quant.machine.timed import timed
 from lightning_quant.measure.output_noise import HeldOut, held_back
 from lightning_quant.measure.sensitivity import NUM_CALLS, rank_operators
 from lightning_quant.numerics.adjustments import outcomes
@@ -216,16 +216,14 @@ def _calibrated(
     calls: Iterator[Call],
     seconds: dict[str, float],
 ) -> Prepared:
-    started = time.perf_counter()
-    first, observer = next(calls), recipe.calibration_observer
-    prepared = prepare(
-        model, *first, recipe=recipe, runtime=runtime, selection=selection, observer=observer, trains=False
-    )
-    seconds["capture"] = time.perf_counter() - started
-    started = time.perf_counter()
-    calls = itertools.chain([first], calls)
-    calibrate(prepared, (functools.partial(run_call, model, call, number) for number, call in enumerate(calls)))
-    seconds["calibrate"] = time.perf_counter() - started
+    with timed(seconds, "capture"):
+        first, observer = next(calls), recipe.calibration_observer
+        prepared = prepare(
+            model, *first, recipe=recipe, runtime=runtime, selection=selection, observer=observer, trains=False
+        )
+    with timed(seconds, "calibrate"):
+        calls = itertools.chain([first], calls)
+        calibrate(prepared, (functools.partial(run_call, model, call, number) for number, call in enumerate(calls)))
     return prepared
 
 
@@ -238,13 +236,12 @@ def _quantize_layers(
     seconds: dict[str, float],
 ) -> PlannedModel:
     """Quantize on the first call; the others tell which sizes vary."""
-    started = time.perf_counter()
-    args, kwargs = next(calls)
-    others = list(calls)
-    quantized = quantize_layers(
-        model, args, kwargs, recipe=recipe, runtime=runtime, selection=selection, calls=[(args, kwargs), *others]
-    )
-    for call in others:
-        quantized.note_sizes(*call)
-    seconds["quantize"] = time.perf_counter() - started
+    with timed(seconds, "quantize"):
+        args, kwargs = next(calls)
+        others = list(calls)
+        quantized = quantize_layers(
+            model, args, kwargs, recipe=recipe, runtime=runtime, selection=selection, calls=[(args, kwargs), *others]
+        )
+        for call in others:
+            quantized.note_sizes(*call)
     return quantized

@@ -1,7 +1,6 @@
 """From a planned model to an artifact, and the trial of it before training."""
 
 import tempfile
-import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from lightning_quant.artifact.golden import GoldenBatch
 from lightning_quant.calls.signature import Signature
 from lightning_quant.export.engines import AUTO, FASTEST, choose_engine
 from lightning_quant.export.model_file import Written, float_outputs, write_model
+from lightning_quant.machine.timed import timed
 from lightning_quant.planned.planned_model import BATCH, PlannedModel
 from lightning_quant.planned.sizes import ChosenShapes, attempts, chosen_shapes, dynamic_dimensions, only_batches
 from lightning_quant.runtimes import Runtime
@@ -52,21 +52,17 @@ def export(
     seconds = {} if seconds is None else seconds
     model = model.on_host()
     runtime = model.runtime
-    started = time.perf_counter()
     chosen = chosen_shapes(dynamic_shapes)
-    converted, output = model.converted(static_sizes=only_batches(dynamic_dimensions(model, chosen)))
-    seconds["convert"] = time.perf_counter() - started
-    started = time.perf_counter()
-    with shown("Exporting"), artifacts.staging(output_dir) as folder:
+    with timed(seconds, "convert"):
+        converted, output = model.converted(static_sizes=only_batches(dynamic_dimensions(model, chosen)))
+    with timed(seconds, "export"), shown("Exporting"), artifacts.staging(output_dir) as folder:
         staged = folder / runtime.MODEL_FILE
         written = write_model(model, converted, output, staged, attempts(model, chosen))
         del converted
         _leave_out_unread(model, staged)
         if release:
             model.release()
-        result = _publish(model, written, staged, output_dir, classes, engine)
-    seconds["export"] = time.perf_counter() - started
-    return result
+        return _publish(model, written, staged, output_dir, classes, engine)
 
 
 def _publish(

@@ -57,17 +57,8 @@ def prepare(
     table = runtimes.get(runtime, exporting=True).TABLE.on(chosen.activation_grid)
     selection = select(selection or Selection(), chosen)
     on_cpu, (args, kwargs) = on_host(model), moved_call(args, kwargs or {})
-    analysis = analyze(
-        on_cpu,
-        args,
-        kwargs,
-        table,
-        selection,
-        recipe=chosen.name,
-        runtime=runtime,
-        module=module,
-        trains=trains,
-    )
+    where: dict[str, Any] = {"recipe": chosen.name, "runtime": runtime, "module": module}
+    analysis = analyze(on_cpu, args, kwargs, table, selection, **where, trains=trains)
     if trains and analysis.nothing:
         raise PlanError(f"{analysis.nothing}{_stored_alone(left_in_float(on_cpu, analysis.plan))}")
     prepared = StaticModel(model, analysis, chosen, observer or chosen.training_observer)

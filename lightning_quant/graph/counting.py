@@ -1,5 +1,6 @@
 """How many multiply-adds a call makes, and in which module: PyTorch's own counter, with what it lacks."""
 
+import functools
 import math
 from collections import defaultdict
 from collections.abc import Iterator
@@ -56,51 +57,57 @@ def observe_call(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return observed
 
 
+class _Account:
+    """Books what a counter has seen since it was last looked at on the innermost module at work."""
+
+    def __init__(self, counter: FlopCounterMode) -> None:
+        self.counter, self.observed = counter, ObservedCall()
+        self.inside: list[str] = []
+        self.before: dict[Any, int] = {}
+
+    def book(self) -> None:
+        """Book what ran since a module was last entered or left."""
+        now = self.counter.get_flop_counts().get("Global", {})
+        place = self.inside[-1] if self.inside else ""
+        for operator, flops in now.items():
+            # Of a step that differentiates on its own, the backward pass is no part of what runs later.
+            if flops != self.before.get(operator, 0) and "backward" not in str(operator):
+                self.observed.multiply_adds[place][_name(operator)] += (flops - self.before.get(operator, 0)) // 2
+        self.before = now
+
+    def enter(self, path: str, _: nn.Module, args: Any, kwargs: Any) -> None:
+        """Called before the forward of a module."""
+        self.book()
+        self.inside.append(path)
+        self.observed.first.setdefault(path, (args, kwargs))
+        self.observed.times[path] += 1
+
+    def leave(self, *_: Any) -> None:
+        """Called after the forward of a module."""
+        self.book()
+        self.inside.pop()
+
+
 @contextmanager
 def counted(root: nn.Module) -> Iterator[ObservedCall]:
     """Count what the modules of a tree compute in a block; their hooks go when it ends.
 
     Encoders run layer by layer: their fused kernels call no layer.
     """
-    observed, counter = ObservedCall(), multiply_add_counter()
-    inside: list[str] = []
-    before: dict[Any, int] = {}
-
-    def account() -> None:
-        # To the innermost module, whatever ran since the last module was entered or left.
-        nonlocal before
-        now = counter.get_flop_counts().get("Global", {})
-        place = inside[-1] if inside else ""
-        for operator, flops in now.items():
-            # Of a step that differentiates on its own, the backward pass is no part of what runs later.
-            if flops != before.get(operator, 0) and "backward" not in str(operator):
-                observed.multiply_adds[place][_name(operator)] += (flops - before.get(operator, 0)) // 2
-        before = now
-
-    def enter(path: str, args: Any, kwargs: Any) -> None:
-        account()
-        inside.append(path)
-        observed.first.setdefault(path, (args, kwargs))
-        observed.times[path] += 1
-
-    def leave() -> None:
-        account()
-        inside.pop()
-
+    account = _Account(counter := multiply_add_counter())
     handles = []
     for path, module in root.named_modules():
         if isinstance(module, torch.jit.ScriptModule):
             continue
+        enter = functools.partial(account.enter, path)
         handles += [
-            module.register_forward_pre_hook(
-                lambda _, args, kwargs, path=path: enter(path, args, kwargs), with_kwargs=True, prepend=True
-            ),
-            module.register_forward_hook(lambda *_: leave(), always_call=True),
+            module.register_forward_pre_hook(enter, with_kwargs=True, prepend=True),
+            module.register_forward_hook(account.leave, always_call=True),
         ]
     try:
         with without_fast_path(), counter:
-            yield observed
-            account()
+            yield account.observed
+            account.book()
     finally:
         for handle in handles:
             handle.remove()

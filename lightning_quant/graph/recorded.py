@@ -22,54 +22,19 @@ _WRITES = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
 @contextmanager
 def functions_recorded(tracer: fx.Tracer) -> Iterator[None]:
     """Let `torch.rand(x.shape[0], 1)`, `max(x.shape[2] - 5, 0)` and their kind become nodes when a size is a proxy."""
-
-    def recorded(original: Callable[..., Any], target: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-                return tracer.create_proxy("call_function", target, args, kwargs)
-            return original(*args, **kwargs)
-
-        return call
-
-    def recorded_extreme(original: Callable[..., Any], target: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            values = args[0] if len(args) == 1 and isinstance(args[0], tuple | list) else args
-            proxies = [value for value in values if isinstance(value, fx.Proxy)]
-            of_sizes = all(isinstance(proxy.node.meta.get("fake"), int | float) for proxy in proxies)
-            if kwargs or len(values) < 2 or not proxies or not of_sizes:
-                return original(*args, **kwargs)
-            largest = values[0]
-            for value in values[1:]:
-                largest = tracer.create_proxy("call_function", target, (largest, value), {})
-            return largest
-
-        return call
-
-    originals: dict[tuple[Any, str], Any] = {(torch, name): getattr(torch, name) for name in _CONSTRUCTORS}
     replaced: dict[tuple[Any, str], Any] = {
-        place: recorded(original, original) for place, original in originals.items()
+        (torch, name): _recorded(tracer, getattr(torch, name)) for name in _CONSTRUCTORS
     }
-    for name, target in (("max", torch.sym_max), ("min", torch.sym_min)):
-        originals[builtins, name] = getattr(builtins, name)
-        replaced[builtins, name] = recorded_extreme(getattr(builtins, name), target)
-    originals |= {(builtins, function.__name__): function for function in (len, callable, isinstance)}
-    originals[torch, "is_tensor"] = torch.is_tensor
-    replaced[builtins, "len"] = _length_recorded(len)
-    replaced[builtins, "callable"] = _callability_told(callable)
-    replaced[builtins, "isinstance"] = _class_told(isinstance)
-    replaced[torch, "is_tensor"] = lambda value: issubclass(_kind_of(value), Tensor)
-    set_attribute = originals[nn.Module, "__setattr__"] = nn.Module.__setattr__
-
-    def set_buffer(module: nn.Module, name: str, value: Any) -> None:
-        # `self.calls += 1`, or `= self.calls + 1`: what the graph leaves in the buffer has to be the same.
-        if isinstance(value, fx.Proxy) and name in module._buffers:
-            buffer = getattr(module, name)
-            if not (value.node.args and value.node.args[0] is buffer.node and value.node.target in _WRITES):
-                buffer.copy_(value)
-            return
-        set_attribute(module, name, value)
-
-    replaced[nn.Module, "__setattr__"] = set_buffer
+    replaced |= {
+        (torch, "is_tensor"): lambda value: issubclass(_kind_of(value), Tensor),
+        (builtins, "max"): _extreme_recorded(tracer, max, torch.sym_max),
+        (builtins, "min"): _extreme_recorded(tracer, min, torch.sym_min),
+        (builtins, "len"): _length_recorded(len),
+        (builtins, "callable"): _callability_told(callable),
+        (builtins, "isinstance"): _class_told(isinstance),
+        (nn.Module, "__setattr__"): _buffers_written(nn.Module.__setattr__),
+    }
+    originals = {(owner, name): getattr(owner, name) for owner, name in replaced}
     for (owner, name), function in replaced.items():
         setattr(owner, name, function)
     try:
@@ -77,6 +42,51 @@ def functions_recorded(tracer: fx.Tracer) -> Iterator[None]:
     finally:
         for (owner, name), original in originals.items():
             setattr(owner, name, original)
+
+
+def _recorded(tracer: fx.Tracer, original: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", original, args, kwargs)
+        return original(*args, **kwargs)
+
+    return call
+
+
+def _extreme_recorded(
+    tracer: fx.Tracer, original: Callable[..., Any], target: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Return `max` or `min` that becomes nodes, each of two sizes, where it is asked for that of sizes."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        values = args[0] if len(args) == 1 and isinstance(args[0], tuple | list) else args
+        proxies = [value for value in values if isinstance(value, fx.Proxy)]
+        of_sizes = all(isinstance(proxy.node.meta.get("fake"), int | float) for proxy in proxies)
+        if kwargs or len(values) < 2 or not proxies or not of_sizes:
+            return original(*args, **kwargs)
+        largest = values[0]
+        for value in values[1:]:
+            largest = tracer.create_proxy("call_function", target, (largest, value), {})
+        return largest
+
+    return call
+
+
+def _buffers_written(set_attribute: Callable[[nn.Module, str, Any], None]) -> Callable[[nn.Module, str, Any], None]:
+    """Return the `__setattr__` of modules that writes a proxy into a buffer in place.
+
+    Of `self.calls += 1` or `= self.calls + 1`, what the graph leaves in the buffer has to be the same.
+    """
+
+    def call(module: nn.Module, name: str, value: Any) -> None:
+        if isinstance(value, fx.Proxy) and name in module._buffers:
+            buffer = getattr(module, name)
+            if not (value.node.args and value.node.args[0] is buffer.node and value.node.target in _WRITES):
+                buffer.copy_(value)
+            return
+        set_attribute(module, name, value)
+
+    return call
 
 
 def _length_recorded(length: Callable[[Any], int]) -> Callable[[Any], Any]:

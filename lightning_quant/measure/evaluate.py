@@ -1,17 +1,14 @@
 """The user's own validation, on a copy of the LightningModule with another model in place of its module."""
 
-import logging
 import pickle
 import random
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -21,7 +18,8 @@ from lightning_quant.calls.recorded_calls import recorded_calls
 from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.capture.namespaces import is_overridden
 from lightning_quant.errors import EvaluationError
-from lightning_quant.measure.evaluate_shares import Share, lent_strategy, merged, without_repetitions
+from lightning_quant.measure.evaluate_shares import Share, merged, without_repetitions
+from lightning_quant.measure.validation_trainer import quiet, validation_trainer
 from lightning_quant.surgery.host import HOST, copied_to
 from lightning_quant.surgery.routing import Route, clone, resolve, route, unroute
 from lightning_quant.terminal.progress import shown
@@ -99,10 +97,7 @@ def evaluate(
     if loaders is None:
         return Metrics()
     device = HOST if on_cpu else trainer.strategy.root_device
-    # Moved here, since Trainers move parameters in place, and those of a clone are the original's.
-    duplicate = clone(pl_module) if device == HOST else copied_to(pl_module, device, in_float32=False)
-    # Lightning's cache of metrics by id, which a copy must not inherit.
-    duplicate._metric_attributes = None
+    duplicate = _copy_to_evaluate(trainer, pl_module, device)
     module = resolve(duplicate, path)
     counted = target if target is None or isinstance(target, CountedCalls) else CountedCalls(target)
     beside: set[str] = set()
@@ -111,23 +106,35 @@ def evaluate(
         route(module, counted)
         for name in quantized_layers:
             module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: beside.add(name))
-    _lend_transfer_hooks(trainer, duplicate)
     group = group or Group()
     shares = _Shares()
     loaders = without_repetitions(loaders, group)
     # The same random numbers for every candidate: what differs then is the candidate.
     recording: AbstractContextManager[list[Call]] = nullcontext([]) if recorded is None else recorded_calls(module, 1)
-    with _quiet(), isolated_rng(seed), shown("Evaluating"), recording as calls:
-        evaluator = _small_trainer(trainer, device, limit_batches, group, shares)
+    with quiet(), isolated_rng(seed), shown("Evaluating"), recording as calls:
+        evaluator = validation_trainer(trainer, device, limit_batches, group, shares)
         results = evaluator.validate(duplicate, dataloaders=loaders, verbose=False)
     if recorded is not None:
         recorded += calls
     group.together(_check_calls, counted, beside, path)
+    return _metrics(results, shares, group)
+
+
+def _metrics(results: Sequence[Mapping[str, float]], shares: "_Shares", group: Group) -> Metrics:
     if group.size > 1:
         values = merged(group.gather(shares.values))
         return Metrics(values, shares.higher_is_better, draws=any(group.gather(shares.draws)))
     values = {name: float(value) for result in results for name, value in result.items()}
     return Metrics(values, shares.higher_is_better, draws=shares.draws)
+
+
+def _copy_to_evaluate(trainer: Trainer, pl_module: LightningModule, device: torch.device) -> LightningModule:
+    # Moved here, since Trainers move parameters in place, and those of a clone are the original's.
+    duplicate = clone(pl_module) if device == HOST else copied_to(pl_module, device, in_float32=False)
+    # Lightning's cache of metrics by id, which a copy must not inherit.
+    duplicate._metric_attributes = None
+    _lend_transfer_hooks(trainer, duplicate)
+    return duplicate
 
 
 def why_no_metrics(trainer: Trainer) -> str:
@@ -182,21 +189,6 @@ def _random_states() -> tuple[Any, ...]:
     return *tensors, pickle.dumps((random.getstate(), np.random.get_state()))
 
 
-class _DataModuleLender(Callback):
-    """Lets `validation_step` see the datamodule without another setup and teardown of it."""
-
-    def __init__(self, datamodule: Any) -> None:
-        self.datamodule = datamodule
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when validation begins: lend the datamodule."""
-        trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when validation ends: take it back before teardown."""
-        trainer.datamodule = None  # type: ignore[attr-defined]
-
-
 def _lend_transfer_hooks(trainer: Trainer, duplicate: LightningModule) -> None:
     """Let the copy transfer batches as the datamodule would."""
     datamodule = getattr(trainer, "datamodule", None)
@@ -224,71 +216,6 @@ def _validation_loaders(trainer: Trainer) -> Any:
     if trainer.val_dataloaders is None and trainer.limit_val_batches and trainer.enable_validation:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
     return trainer.val_dataloaders
-
-
-def _small_trainer(
-    trainer: Trainer, device: torch.device, limit_batches: int | float | None, group: Group, shares: _Shares
-) -> Trainer:
-    where: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
-    if device != HOST:
-        # The trainer's own, since Lightning has no name for accelerators of others.
-        where = {"accelerator": trainer.accelerator, "devices": 1 if device.index is None else [device.index]}
-        where["strategy"] = lent_strategy(trainer, device)
-    elif group.size > 1:
-        where["strategy"] = lent_strategy(trainer, device)
-    evaluator = type(trainer)(
-        **where,
-        **_precision(trainer, device),
-        limit_val_batches=trainer.limit_val_batches if limit_batches is None else limit_batches,
-        logger=DummyLogger(),
-        callbacks=[_DataModuleLender(getattr(trainer, "datamodule", None)), shares],
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    _lend_progress(trainer, evaluator)
-    return evaluator
-
-
-def _precision(trainer: Trainer, device: torch.device) -> dict[str, Any]:
-    """Return the precision of evaluation: the trainer's, but for weights that are not in float32.
-
-    What is exported is float32: half weights would be another model, and converting would reach shared tensors.
-    """
-    if str(trainer.precision).endswith("-true"):
-        return {"precision": "32-true"}
-    plugin: Any = trainer.precision_plugin
-    if type(plugin).__name__ == "MixedPrecision" and plugin.device == device.type:
-        # Autocast knows its device, which a name of a precision does not tell for accelerators of others.
-        return {"plugins": [type(plugin)(plugin.precision, plugin.device)]}
-    return {"precision": trainer.precision}
-
-
-def _lend_progress(trainer: Trainer, evaluator: Trainer) -> None:
-    """Let `current_epoch` and `global_step` be those of the last validation while training."""
-    begun: Any = trainer.fit_loop.epoch_progress.current
-    current: Any = evaluator.fit_loop.epoch_progress.current
-    current.ready = current.started = begun.started
-    current.processed = current.completed = max(begun.started - 1, 0)
-    loop = evaluator.fit_loop.epoch_loop
-    loop.automatic_optimization.optim_progress.optimizer.step.total.completed = trainer.global_step
-    loop.manual_optimization.optim_step_progress.total.completed = trainer.global_step
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence what a Trainer says of devices and workers; the user has read it at the start of fit."""
-    loggers = [logging.getLogger(f"{name}.utilities.rank_zero") for name in ("lightning.pytorch", "pytorch_lightning")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
 
 
 def weighted_layers(root: nn.Module, names: tuple[str, ...]) -> tuple[str, ...]:

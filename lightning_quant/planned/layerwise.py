@@ -21,25 +21,23 @@ from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.capture.together import join_parts, part, parts_of, signature_of_parts
 from lightning_quant.errors import ExportError, PlanError
 from lightning_quant.graph.analyze import check_patterns, own_signature
-from lightning_quant.graph.plan import Plan
+from lightning_quant.graph.plan import Plan, Row
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers.correction import correct_biases
-from lightning_quant.layers.finite import check_output, check_weights
+from lightning_quant.layers.finite import check_output
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.placement import place, placed
 from lightning_quant.layers.refine import refine
 from lightning_quant.layers.rows import rows_of
-from lightning_quant.layers.shared import keep_ties, read_beside
-from lightning_quant.layers.trial import Trial, trials
 from lightning_quant.numerics.noise import alike, signal_to_noise
 from lightning_quant.planned.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.refusals import check_runs
+from lightning_quant.planned.try_layers import try_layers
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.recipe.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.surgery.host import give_back_memory, moved_call, on_host
 from lightning_quant.surgery.routing import (
-    call_watched,
     clone,
     evaluation_mode,
     without_fast_path,
@@ -240,59 +238,49 @@ def quantize_layers(
     selection = selection or Selection()
     source, model = model, on_host(model)
     more = [Call(*call) for call in calls or [(args, kwargs or {})]]
-    args, kwargs = moved_call(args, kwargs or {})
-    parts = parts_of(args)
-    if parts:
+    call = moved_call(args, kwargs or {})
+    if parts := parts_of(call.args):
         join_parts(model)
-    signature = signature_of_parts() if parts else own_signature(model)
-    needs_program = not runtimes.get(runtime, exporting=True).FILLS_MODULES
-    spec, tensors, opaque = spec_of(signature, Call(args, kwargs), needs_program=needs_program)
-    found = trials(model, chosen, selection, Call(args, kwargs), half_arithmetic=check_runs(runtime, chosen))
-    for trial in found.values():
-        if parts and not any(f"{trial.place}.".startswith(f"{name}.") for name in parts):
-            trial.stay_float("the training step does not call it, or it does not learn")
-    if only is not None:
-        found = {label: trial for label, trial in found.items() if label in only}
-    check_weights(found)
-    _run(model, list(found.values()), args, kwargs)
-    for trial in found.values():
-        trial.finish()
-    keep_ties(found)
-    for name in read_beside(model, found, args, kwargs):
-        found[name].stay_float("code outside it reads its weight")
-    keep_ties(found)
-    rows = rows_of(model, list(found.values()), args, kwargs)
+    captured, opaque = _captured(model, call, runtime)
+    half = check_runs(runtime, chosen)
+    found = try_layers(model, call, chosen, selection, half_arithmetic=half, parts=parts, only=only)
+    rows = rows_of(model, list(found.values()), *call)
     check_patterns(selection, list(rows))
     layers = {name: trial.layer for trial in found.values() if trial.layer is not None for name in trial.places}
     plan = Plan(chosen.name, runtime, module, (), rows)
     if not layers:
-        reasons = "; ".join(f"{row.name} ({row.kind}): {row.reason}" for row in rows[:3]) or "it has no such layer"
-        raise PlanError(
-            f"Expected {type(model).__name__} to have a layer for recipe {chosen.name!r}, but nothing can be "
-            f"quantized: {reasons}."
-        )
+        raise PlanError(_nothing(model, chosen.name, rows))
     if chosen.gptq:
         refine(source, layers, more)
     if chosen.bias_correction:
-        correct_biases(model, found, args, kwargs)
-    quantized = Layerwise(model, CapturedCall(signature, spec, tensors), chosen, plan, layers, selection)
+        correct_biases(model, found, *call)
+    quantized = Layerwise(model, captured, chosen, plan, layers, selection)
     quantized.parts = parts
-    if opaque:
-        quantized.give_up_program(opaque)
-        quantized.given, quantized._batch = Call(args, kwargs), None
-    elif parts:
-        quantized.give_up_program(f"it is of several modules, which other code calls one by one: {', '.join(parts)}")
+    _give_up_program(quantized, call, opaque)
     quantized.compare()
     return quantized
 
 
-@torch.no_grad()
-def _run(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Call the float model once; every layer's trial sees what the layer reads and answers."""
-    # Before the user's hooks, which may change what the layer answers.
-    handles = [
-        trial.float_layer.register_forward_hook(trial.see, with_kwargs=True, prepend=True)
-        for trial in found
-        if not isinstance(trial.float_layer, torch.jit.ScriptModule)
-    ]
-    call_watched(model, args, kwargs, handles)
+def _give_up_program(quantized: Layerwise, call: Call, opaque: str) -> None:
+    """Note that there will be no program, where the call is opaque or is of several modules."""
+    if opaque:
+        quantized.give_up_program(opaque)
+        quantized.given, quantized._batch = call, None
+    elif parts := quantized.parts:
+        quantized.give_up_program(f"it is of several modules, which other code calls one by one: {', '.join(parts)}")
+
+
+def _captured(model: nn.Module, call: Call, runtime: str) -> tuple[CapturedCall, str]:
+    """Return a call as data, and why no program can be made of it, where the runtime can do without one."""
+    signature = signature_of_parts() if parts_of(call.args) else own_signature(model)
+    needs_program = not runtimes.get(runtime, exporting=True).FILLS_MODULES
+    spec, tensors, opaque = spec_of(signature, call, needs_program=needs_program)
+    return CapturedCall(signature, spec, tensors), opaque
+
+
+def _nothing(model: nn.Module, recipe: str, rows: Sequence[Row]) -> str:
+    reasons = "; ".join(f"{row.name} ({row.kind}): {row.reason}" for row in rows[:3]) or "it has no such layer"
+    return (
+        f"Expected {type(model).__name__} to have a layer for recipe {recipe!r}, but nothing can be "
+        f"quantized: {reasons}."
+    )

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.export.model_file import export_float
 from lightning_quant.machine.latency import Timing, measure
 from lightning_quant.machine.machine import cpu_name
+from lightning_quant.machine.timed import timed
 from lightning_quant.measure.output_noise import HeldOut, Noise, measure_noise
 from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.planned.inside import Answers, load_inside
@@ -73,21 +73,16 @@ def make_report(
         limits: what the artifact is to keep to.
     """
     seconds = dict(seconds or {})
-    runtime = model.runtime
     threads = threads or torch.get_num_threads()
     loaded = _opened(model, artifact, threads)
     compared: tuple[nn.Module, nn.Module] = (model.root, loaded)
     if model.into_only:
         compared = (Answers(model.root), Answers(loaded))
-    started = time.perf_counter()
-    parity = model.parity(compared[1], artifact.model_path)
-    noise, unfit = _noise(model, *compared, held)
-    seconds["parity"] = time.perf_counter() - started
-    started = time.perf_counter()
-    latency, remarks = _latency(model, loaded, threads)
-    seconds["latency"] = time.perf_counter() - started
-    operators = runtime.count_operators(artifact.model_path)
-    planned = tuple(operator for graph in model.plan.graphs for operator in graph.operators)
+    with timed(seconds, "parity"):
+        parity = model.parity(compared[1], artifact.model_path)
+        noise, unfit = _noise(model, *compared, held)
+    with timed(seconds, "latency"):
+        latency, remarks = _latency(model, loaded, threads)
     sections: tuple[Section, ...] = (
         Metrics(metrics, trained),
         NoiseSection(noise, _way_out(model, sensitivity)),
@@ -96,19 +91,11 @@ def make_report(
         Agreement(parity),
         Notes((*notes, *_engine(artifact), *remarks, *unfit)),
         Ranking(sensitivity),
-        Coverage(
-            model.plan.to_dict(),
-            operators,
-            runtime.still_float(planned if any(row.action == "int8" for row in model.plan.rows) else (), operators),
-            step_share,
-            model.least_stored_share,
-        ),
+        _coverage(model, artifact, step_share),
         Seconds(seconds),
     )
-    return with_limits(
-        Report(model.recipe.name, model.plan.runtime, artifact.manifest["versions"], sections),
-        limits or NO_LIMITS,
-    )
+    report = Report(model.recipe.name, model.plan.runtime, artifact.manifest["versions"], sections)
+    return with_limits(report, limits or NO_LIMITS)
 
 
 def with_limits(report: Report, limits: Limits) -> Report:
@@ -144,6 +131,15 @@ def _way_out(model: PlannedModel, sensitivity: Sensitivity | None) -> str:
     if sensitivity is not None and sensitivity.advice is not None:
         return f"Keep {', '.join(sensitivity.advice.names)} float with `exclude`, as sensitivity advises"
     return model.recipe.against_noise
+
+
+def _coverage(model: PlannedModel, artifact: Artifact, step_share: float) -> Coverage:
+    """Return what the file computes in integers, as its runtime counts it, beside what was planned."""
+    operators = model.runtime.count_operators(artifact.model_path)
+    planned = tuple(operator for graph in model.plan.graphs for operator in graph.operators)
+    in_integers = planned if any(row.action == "int8" for row in model.plan.rows) else ()
+    left = model.runtime.still_float(in_integers, operators)
+    return Coverage(model.plan.to_dict(), operators, left, step_share, model.least_stored_share)
 
 
 def _engine(artifact: Artifact) -> tuple[str, ...]:

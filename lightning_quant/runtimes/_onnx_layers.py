@@ -139,8 +139,7 @@ def _recurrent(
     if each == 3 and state:
         raise NotImplementedError("ONNX has no form of a projected state that is passed in")
     hidden = int(weights[0].shape[0]) // len(_GATES[mode])
-    rows = [gate * hidden + row for gate in _GATES[mode] for row in range(hidden)]
-    order = op.Constant(value_ints=rows)
+    order = op.Constant(value_ints=[gate * hidden + row for gate in _GATES[mode] for row in range(hidden)])
     sequence = op.Transpose(x, perm=[1, 0, 2]) if batch_first else x
     initial = [op.Split(tensor, axis=0, num_outputs=num_layers) for tensor in state]
     after: list[list[Any]] = [[] for _ in range(2 if mode == "LSTM" else 1)]
