@@ -249,28 +249,28 @@ GUARDS = (
         raise ValueError(f"{call!r:.80} is no operator of a program")
 """,
         "",
-        "runtimes/test_torch_programs.py -k not_in_the_list",
+        "runtimes/test_torch_program.py -k not_in_the_list",
     ),
     Guard(
         "programs write into nothing",
         "runtimes/_torch_operators.py",
         "    if found is None or found._schema.is_mutable:\n",
         "    if found is None:\n",
-        "runtimes/test_torch_programs.py -k not_in_the_list",
+        "runtimes/test_torch_program.py -k not_in_the_list",
     ),
     Guard(
         "sizes of programs are numbers",
         "runtimes/_torch_operators.py",
         "    if not all(isinstance(value, bool | int | float) for value in values):\n",
         "    if False:\n",
-        "runtimes/test_torch_programs.py -k arithmetic",
+        "runtimes/test_torch_program.py -k arithmetic",
     ),
     Guard(
         "what a program computes when it is opened is small",
         "runtimes/_torch_program.py",
         '        if known is not None and _is_small(step["call"], *known):\n',
         "        if known is not None:\n",
-        "runtimes/test_torch_programs.py -k little_memory",
+        "runtimes/test_torch_program.py -k little_memory",
     ),
     Guard(
         "each thread has a request of OpenVINO",

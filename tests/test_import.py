@@ -41,19 +41,6 @@ def test_loading_an_artifact_needs_no_lightning() -> None:
     assert result.stdout == "[]\n"
 
 
-@pytest.mark.parametrize("first", ["import lightning_quant", "from lightning.pytorch.cli import LightningCLI"])
-def test_lightning_cli_knows_the_callbacks_by_their_bare_names(first: str, tmp_path: Path) -> None:
-    arguments = ["--trainer.callbacks+=QuantizationAwareTraining", "--trainer.callbacks.output_dir=q"]
-    result = run(
-        f"import warnings; warnings.simplefilter('ignore')\n{first}\nimport lightning_quant\n"
-        "from lightning.pytorch import LightningModule\nfrom lightning.pytorch.cli import LightningCLI\n"
-        f"cli = LightningCLI(LightningModule, run=False, save_config_callback=None, args={arguments!r})\n"
-        "print([c.output_dir for c in cli.trainer.callbacks if type(c).__name__ == 'QuantizationAwareTraining'])"
-    )
-
-    assert result.stdout == "['q']\n", result.stderr
-
-
 def test_the_version_is_one_literal_that_a_build_reads_without_importing() -> None:
     root = Path(lightning_quant.__file__).parents[1]
     result = run(

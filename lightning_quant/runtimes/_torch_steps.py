@@ -47,6 +47,7 @@ def simplify(graph: fx.Graph) -> None:
             continue
         if node.target is _ATEN.dropout.default and not node.args[2]:
             node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
         elif any(word in str(node.target) for word in ("_assert_", "sym_constrain_range", "_guards_fn")):
             graph.erase_node(node)
         elif node.target in _FILLED:

@@ -10,7 +10,6 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.export.prepare import prepare
 from lightning_quant.layers.storage import SCHEMES
 from lightning_quant.recipe.recipe import RECIPES, IntegerSpec, LayerRecipe, Recipe, get
-from lightning_quant.runtimes import check_recipe
 
 
 def test_named_recipes() -> None:
@@ -64,14 +63,6 @@ def test_grids_without_kernels_are_refused(bits: int) -> None:
         IntegerSpec(bits=bits)
     with pytest.raises(QuantizationError, match=r"Keep layers float with `overrides`"):
         get({"name": "int8", "activation": {"bits": bits}})
-
-
-@pytest.mark.parametrize("bits", [4, 7, 12])
-def test_activations_that_no_runtime_runs_are_refused_when_written(bits: int) -> None:
-    with pytest.raises(QuantizationError, match=rf"`activation` to be a grid .* 8 or 16 bits, .* \[0, {2**bits - 1}\]"):
-        get({"activation": {"bits": bits}})
-    with pytest.raises(QuantizationError, match=rf"'own' .* that runtime 'torch' runs .*{2**bits - 1}"):
-        check_recipe("torch", Recipe(name="own", activation=IntegerSpec(bits=bits)))
 
 
 WEIGHT, ACTIVATION = IntegerSpec(symmetric=True, per_channel=True), IntegerSpec()

@@ -2,34 +2,19 @@
 
 import json
 import zipfile
-from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import lightning_models  # noqa: F401  makes exporting quick
 import pytest
 import torch
-from models import CASES, ResidualNet, calibrated, with_statistics
-from torch import Tensor, nn
+from models import CASES, calibrated
+from one_residual_net import IMAGE, ready
+from torch import nn
 
-from lightning_quant import load, quantize, runtimes
-from lightning_quant.calibrate.calibrate import calibrate, steps_of
-from lightning_quant.errors import ArtifactError, MissingRuntimeError, QuantizationError
-from lightning_quant.export.export import export
+from lightning_quant import quantize, runtimes
+from lightning_quant.errors import ArtifactError, MissingRuntimeError
 from lightning_quant.export.prepare import prepare
-from lightning_quant.runtimes import executorch, inductor
-from lightning_quant.simulate.prepared import Prepared
-
-IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-
-
-def ready(runtime: str) -> Prepared:
-    torch.manual_seed(0)
-    model = with_statistics(ResidualNet()).eval()
-    prepared = prepare(model, (IMAGE,), runtime=runtime, observer="min_max")
-    calibrate(prepared, steps_of(prepared, [IMAGE]))
-    return prepared
-
+from lightning_quant.runtimes import inductor
 
 # --- tables
 
@@ -128,73 +113,4 @@ def test_kernels_are_counted_in_the_generated_code(tmp_path: Path) -> None:
 # --- executorch
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    prepared = ready("executorch")
-    return prepared, export(prepared, tmp_path_factory.mktemp("executorch") / "artifact")
-
-
-def test_executorch_computes_the_simulation_to_the_bit(program: Any) -> None:
-    prepared, artifact = program
-    with torch.no_grad(), prepared.attached("frozen"):
-        simulated = prepared.root(IMAGE)
-
-    assert torch.equal(load(artifact.path)(IMAGE), simulated)
-
-
-def test_results_do_not_change_under_the_next_call(program: Any) -> None:
-    model = load(program[1].path)
-    first = model(IMAGE)
-    before = first.clone()
-    model(2 * IMAGE)
-
-    assert torch.equal(first, before)
-
-
-def test_batches_larger_than_the_planned_memory_are_refused(program: Any) -> None:
-    model = load(program[1].path)
-    limit = executorch._MAX_BATCH
-
-    assert model(IMAGE.repeat(limit // 4, 1, 1, 1)).shape == (limit, 4)
-    with pytest.raises(QuantizationError, match=rf"`image` to be at most \({limit}, 3, 8, 8\) large.*smaller batches"):
-        model(torch.zeros(limit + 1, 3, 8, 8))
-
-
-def test_pool_of_threads_does_not_change_under_a_loaded_program(program: Any) -> None:
-    held = load(program[1].path)
-    current = executorch._program  # the module keeps what it loads alive
-    assert current is not None
-    from executorch.extension.pybindings import portable_lib
-
-    number = portable_lib._threadpool_get_thread_count()
-    with pytest.raises(QuantizationError, match=r"a process has one pool of threads"):
-        load(program[1].path, threads=number + 1)
-    assert held(IMAGE).shape == (4, 4)
-    assert load(program[1].path, threads=number)(IMAGE).shape == (4, 4)
-
-
-def test_integer_operators_of_xnnpack_are_counted(program: Any) -> None:
-    prepared, artifact = program
-    counts = executorch.RUNTIME.count_operators(artifact.model_path)
-    kinds = Counter(operator.kind for operator in prepared.plan.graphs[0].operators)
-
-    assert counts["XNNConv2d_int8"] == kinds["conv2d"] == 3
-    assert counts["XNNAdd_int8"] == kinds["add"] == 1
-    assert counts["XNNFullyConnected_int8"] == kinds["linear"] == 1
-    assert executorch.RUNTIME.still_float(prepared.plan.graphs[0].operators, {**counts, "XNNConv2d_int8": 1}) == {
-        "conv2d": 2
-    }
-
-
 # --- openvino
-
-
-def test_openvino_files_find_each_other_and_threads_are_passed_on(tmp_path: Path) -> None:
-    artifact = export(ready("openvino"), tmp_path / "artifact")
-    model: Any = load(artifact.path, threads=1)
-    x: Tensor = IMAGE
-
-    assert sorted(artifact.model_files.values()) == ["model.bin", "model.xml"]
-    assert model.compiled.get_property("INFERENCE_NUM_THREADS") == 1
-    assert model.compiled.get_property("INFERENCE_PRECISION_HINT").to_string() == "f32"
-    assert torch.equal(model(x.double()), model(x))

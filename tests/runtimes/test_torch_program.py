@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from linear_nets import net
 from torch import Tensor, nn
 
 from lightning_quant import runtimes
@@ -20,17 +20,11 @@ from lightning_quant.errors import ArtifactError, QuantizationError
 from lightning_quant.export.export import export
 from lightning_quant.export.prepare import prepare
 from lightning_quant.planned.layerwise import quantize_layers
-from lightning_quant.runtimes import _torch_operators, _torch_program
-from lightning_quant.runtimes._fill import STRUCTURE, fill
 
 runtime = runtimes.get("torch")
 
 X = torch.randn(3, 6)
 Change = Callable[[dict[str, Any]], None]
-
-
-def net() -> nn.Module:
-    return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
 
 
 @pytest.fixture(scope="module", params=["static", "layers"])
@@ -135,19 +129,6 @@ def test_a_small_program_takes_little_memory_when_it_is_loaded(artifact: Artifac
     load_changed(artifact, tmp_path, change)
 
 
-def test_the_list_has_no_operator_that_acts() -> None:
-    for name in _torch_operators._ATEN:
-        packet = getattr(torch.ops.aten, name)
-        schemas = [getattr(packet, overload)._schema for overload in packet.overloads()]
-        assert any(not schema.is_mutable for schema in schemas), name
-        pure = [str(schema) for schema in schemas if not schema.is_mutable]
-        assert not any(word in text for text in pure for word in ("Storage", "Stream")), name
-    strange = {"from_file", "save", "set_", "resize_", "_print", "empty", "empty_like", "new_empty", "empty_strided"}
-    assert not strange & _torch_operators._ATEN
-    assert all(isinstance(value, torch.dtype | torch.memory_format | torch.layout)
-               for value in _torch_program.CONSTANTS.values())  # fmt: skip
-
-
 class Foreign(nn.Module):
     """A linear layer, and what a test wants after it."""
 
@@ -194,26 +175,3 @@ def test_what_exporters_write_of_ordinary_code_is_in_the_list(after: Any, tmp_pa
     with torch.no_grad():
         assert torch.equal(loaded(X), quantized.quantized()(X))
         assert torch.equal(loaded(X[:2]), quantized.quantized()(X[:2]))
-
-
-@pytest.mark.parametrize(
-    "structure",
-    [
-        None,
-        "",
-        "[]",
-        "{}",
-        '{"layers": {"0": ["x"]}, "aliases": {}}',
-        '{"layers": {}, "aliases": {"a": "no"}}',
-        '{"layers": {}, "aliases": {"a": []}}',
-        "[" * 5000,
-    ],
-    ids=lambda structure: str(structure)[:20],
-)
-def test_a_model_is_not_filled_from_what_is_no_file_of_ours(structure: str | None, tmp_path: Path) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "model", metadata=None if structure is None else {STRUCTURE: structure})
-    with pytest.raises(ArtifactError, match="Expected"):
-        fill(net(), tmp_path / "model")
-    (tmp_path / "model").write_bytes(b"\xff" * 64)
-    with pytest.raises(ArtifactError, match="to hold the tensors of a model"):
-        fill(net(), tmp_path / "model")
