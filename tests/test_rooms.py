@@ -89,3 +89,14 @@ def test_tests_lie_beside_what_they_test() -> None:
         if file.parent.name in ORDER and file.stem[5:] in names and (file.parent.name, file.stem[5:]) not in files
     ]
     assert not apart
+
+
+def test_every_module_has_a_test_file_of_its_name() -> None:
+    # Names of files are unique, so that where two rooms have a module of one name, the room's stands before it.
+    missing = []
+    for file in PACKAGE.rglob("*.py"):
+        room, module = file.relative_to(PACKAGE).parent.name, file.stem.lstrip("_")
+        names = (f"test_{module}.py", f"test_{room}_{module}.py")
+        if file.name != "__init__.py" and not any((TESTS / room / name).is_file() for name in names):
+            missing.append(f"tests/{room}/test_{module}.py")
+    assert not missing

@@ -12,9 +12,9 @@ import lightning_models  # noqa: F401  makes exporting quick
 import pytest
 import torch
 import yaml
-from lightning.pytorch import Trainer
+from command_line import EXAMPLE, run_in
 from lightning.pytorch.cli import LightningCLI
-from plain_project.training import Classifier, Data
+from plain_project.training import Classifier
 
 from lightning_quant import runtimes
 from lightning_quant.artifact.artifact import Artifact, read
@@ -25,36 +25,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),
     pytest.mark.filterwarnings("ignore:.*max_epochs.*:UserWarning"),
 ]
-
-EXAMPLE = Path(__file__).parents[2] / "examples" / "plain_project"
-QUIET: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a checkpoint of a module of another width than its default, and the example's configuration."""
-    folder = tmp_path_factory.mktemp("project")
-    trainer = Trainer(max_epochs=1, limit_train_batches=20, accelerator="cpu", enable_checkpointing=False, **QUIET)
-    trainer.fit(Classifier(width=8), Data())
-    trainer.save_checkpoint(folder / "best.ckpt")
-    (folder / "quantize.yaml").write_text((EXAMPLE / "quantize.yaml").read_text())
-    return folder
-
-
-@pytest.fixture(scope="module")
-def quantized(project: Path) -> Artifact:
-    """What the command makes of it."""
-    arguments = ("--output", "out", "--threads", "1", "--num-batches=4", "--sensitivity=true")
-    code = run_in(project, "quantize", "--config", "quantize.yaml", *arguments)
-    assert code == 0
-    return read(project / "out")
-
-
-def run_in(folder: Path, *arguments: str) -> int:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(sys, "path", list(sys.path))
-        return cli.main(list(arguments))
 
 
 def test_example_has_three_lines_of_yaml_and_knows_nothing_of_this_package() -> None:
@@ -150,21 +120,6 @@ def test_inspect_takes_the_configuration_of_quantize_before_its_checkpoint_exist
     assert "best.ckpt is not there yet" in captured.err
 
 
-def test_inspect_takes_a_checkpoint_with_a_configuration_or_classes(
-    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    checkpoint = str(project / "best.ckpt")
-    classes = ("--model-class", "plain_project.training.Classifier", "--data-class", "plain_project.training.Data")
-    for arguments in (
-        (checkpoint, "--config", str(EXAMPLE / "quantize.yaml")),
-        ("--exclude", '["8"]', checkpoint, *classes),
-    ):
-        assert run_in(tmp_path, "inspect", *arguments, "--json") == 0
-        assert json.loads(capsys.readouterr().out)["rows"][0]["macs"] == 8 * 9 * 64 * 32
-    assert run_in(tmp_path, "inspect", checkpoint) == 2
-    assert "say of which class it is" in capsys.readouterr().err
-
-
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run of LightningCLI, whose classes are named in its configuration."""
@@ -194,48 +149,6 @@ def test_configuration_that_lightning_cli_saved_is_taken_as_it_is(
     assert json.loads(capsys.readouterr().out)["rows"][0]["macs"] == 4 * 9 * 64 * 32
 
 
-class Touches:
-    """Makes a file when it is unpickled."""
-
-    def __init__(self, proof: Path) -> None:
-        self.proof = proof
-
-    def __reduce__(self) -> Any:
-        return Path.touch, (self.proof,)
-
-
-@pytest.mark.parametrize("command", ["inspect", "quantize"])
-def test_code_of_a_checkpoint_runs_only_when_told_so(
-    command: str, project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    proof, checkpoint = tmp_path / "proof", tmp_path / "other.ckpt"
-    saved = torch.load(project / "best.ckpt", weights_only=True)
-    torch.save({**saved, "more": Touches(proof)}, checkpoint)
-    arguments = ["--config", str(EXAMPLE / "quantize.yaml"), "--ckpt_path", str(checkpoint)]
-    arguments += ["--evaluate=false", "--threads=1"] if command == "quantize" else []
-    assert run_in(tmp_path, command, *arguments) == 2
-    assert "`--trust` on the command line" in capsys.readouterr().err
-    assert not proof.exists()
-    assert run_in(tmp_path, command, *arguments, "--trust") == 0
-    assert proof.exists()
-
-
-def test_classes_that_a_checkpoint_names_are_imported_only_when_told_so(
-    project: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    saved = torch.load(project / "best.ckpt", weights_only=True)
-    (tmp_path / "named_by_checkpoint.py").write_text("from pathlib import Path\nPath('proof').touch()\n")
-    named = {"class_path": "named_by_checkpoint.Model"}
-    for number, values in enumerate(({"_class_path": named["class_path"]}, {"width": 8, "net": [{"deep": named}]})):
-        checkpoint = tmp_path / f"{number}.ckpt"
-        torch.save({**saved, "hyper_parameters": values}, checkpoint)
-        classes = () if number == 0 else ("--config", str(EXAMPLE / "quantize.yaml"))
-        assert run_in(tmp_path, "inspect", str(checkpoint), *classes) == (2 if number == 0 else 0)
-        assert not (tmp_path / "proof").exists()
-        if number == 0:
-            assert "`--model-class named_by_checkpoint.Model`, or add `--trust`" in capsys.readouterr().err
-
-
 def test_commands_of_the_page_run_one_after_the_other(project: Path, tmp_path: Path) -> None:
     readme = (EXAMPLE.parent / "README.md").read_text()
     (block,) = [text for text in re.findall(r"```bash\n(.*?)```", readme, re.DOTALL) if "lightning-quant" in text]
@@ -252,34 +165,6 @@ def test_commands_of_the_page_run_one_after_the_other(project: Path, tmp_path: P
 
     # The limits of the comparison are not for a net this small.
     assert codes == {**dict.fromkeys(("inspect", "quantize", "verify", "bench", "report"), 0), "compare": 1}
-
-
-def test_users_own_cli_gains_the_subcommand(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightning_quant.cli.quantize_command import QuantizationCLI
-
-    output = project / "own"
-    arguments = ["quantize", f"--ckpt_path={project / 'best.ckpt'}", f"--output={output}", "--evaluate=false"]
-    monkeypatch.setattr(sys, "argv", ["main.py", *arguments, "--threads=1", "--trainer.logger=false"])
-    made = QuantizationCLI(Classifier, Data, save_config_callback=None)
-
-    assert made.result.path == output
-    assert read(output).plan["coverage"] == 1.0
-    assert {"fit", "validate", "test", "predict", "quantize", "inspect"} == set(QuantizationCLI.subcommands())
-
-
-def test_mistakes_in_ones_own_cli_are_one_line_and_no_traceback(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from lightning_quant.cli.quantize_command import QuantizationCLI
-
-    mistakes = {"`recipe` to be one of": (project / "best.ckpt", "int5"), "`ckpt_path`": (project / "no.ckpt", "int8")}
-    for said, (checkpoint, recipe) in mistakes.items():
-        arguments = [f"--ckpt_path={checkpoint}", f"--recipe={recipe}", "--trainer.logger=false"]
-        monkeypatch.setattr(sys, "argv", ["main.py", "quantize", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            QuantizationCLI(Classifier, Data, save_config_callback=None)
-        assert ended.value.code == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith(f"main.py quantize: Expected {said}")
 
 
 @pytest.mark.parametrize(
@@ -479,35 +364,3 @@ def test_mistakes_are_told_in_few_words_with_an_exit_code_of_their_own(
     # Of a slip of the pen nobody's main.py is to blame.
     assert not ("Did you mean" in captured.err and "main.py" in captured.err)
     assert "usage:" not in captured.err
-
-
-def test_errors_before_training_have_their_own_exit_code(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run_in(project, "inspect", "--model-class", "nowhere.Model") == 2
-    assert "Expected an import path" in capsys.readouterr().err
-    assert run_in(project, "inspect", "nowhere.ckpt") == 2
-    assert "'nowhere.ckpt' is no file" in capsys.readouterr().err
-
-
-def test_limits_in_yaml_are_those_of_the_command_line(
-    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    from lightning_quant.cli.quantize_command import QuantizationCLI
-
-    limits = {"max_drop": {"val_accuracy": -2.0, "val_f1": 0.1}, "higher_is_better": ["val_accuracy"]}
-    content = {**yaml.safe_load((EXAMPLE / "quantize.yaml").read_text()), "limits": limits, "threads": 1}
-    (project / "limits.yaml").write_text(yaml.safe_dump(content))
-    arguments = ["quantize", "--config", "limits.yaml", "--output", "limited", "--num_batches=1"]
-    assert run_in(project, *arguments, "--json") == 1
-    captured = capsys.readouterr()
-    missed = json.loads(captured.out)["missed"]
-    assert missed[1].endswith(": limits FAILED: no metric 'val_f1' was measured, but val_accuracy")
-    assert "val_accuracy fell by" in missed[0]
-    assert all(text in captured.err for text in missed)
-
-    content = {"limits": limits, "ckpt_path": str(project / "best.ckpt"), "threads": 1, "output": str(project / "own1")}
-    (project / "own.yaml").write_text(yaml.safe_dump(content))
-    monkeypatch.setattr(sys, "argv", ["main.py", "quantize", f"--config={project}/own.yaml", "--trainer.logger=false"])
-    with pytest.raises(SystemExit) as ended:
-        QuantizationCLI(Classifier, Data, save_config_callback=None)
-    assert ended.value.code == 1
-    assert "main.py quantize: " in capsys.readouterr().err

@@ -9,6 +9,11 @@ import pytest
 from lightning_quant import __version__
 from lightning_quant.cli import cli
 
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),
+    pytest.mark.filterwarnings("ignore:.*max_epochs.*:UserWarning"),
+]
+
 
 def test_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)

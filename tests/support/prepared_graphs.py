@@ -16,15 +16,15 @@ from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.simulate.prepared import Prepared
 
 
-def ready(model: nn.Module, *args: Tensor, recipe: str | Recipe = "int8") -> Prepared:
-    prepared = prepare(model, args, observer="min_max", recipe=recipe)
+def ready(model: nn.Module, *args: Tensor, recipe: str | Recipe = "int8", runtime: str = "onnxruntime") -> Prepared:
+    prepared = prepare(model, args, observer="min_max", recipe=recipe, runtime=runtime)
     calibrate(prepared, steps_of(prepared, [args]))
     return prepared
 
 
-def evaluated(model: nn.Module, *args: Tensor, recipe: str | Recipe = "int8") -> Prepared:
+def evaluated(model: nn.Module, *args: Tensor, **options: Any) -> Prepared:
     """Return the same of a module that is in evaluation mode from now on."""
-    return ready(model.eval(), *args, recipe=recipe)
+    return ready(model.eval(), *args, **options)
 
 
 def rows_of(model: nn.Module, *args: Tensor, **selection: Any) -> dict[str, Row]:

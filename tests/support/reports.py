@@ -19,7 +19,7 @@ from lightning_quant.simulate.parity import Parity
 
 
 def timing(median_ms: float) -> Timing:
-    return Timing(median_ms, 0.9 * median_ms, 1.1 * median_ms, 20)
+    return Timing(float(median_ms), 0.9 * median_ms, 1.1 * median_ms, 20)
 
 
 def row(
