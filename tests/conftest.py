@@ -40,7 +40,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the latencies out of reports, which take longer than all the rest of a run with a tiny net."""
-    monkeypatch.setattr("lightning_quant.report.make_report._latency", lambda *_: ((), ()))
+    monkeypatch.setattr("lightning_quant.report.make_report.measure_latency", lambda *_: ((), ()))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -55,7 +55,7 @@ GUARDS = (
     ),
     Guard(
         "random metrics are seen",
-        "measure/evaluate.py",
+        "measure/logged_values.py",
         "        self.draws = self.draws or self._before != _random_states()\n",
         "        pass\n",
         "callbacks/test_by_chance.py -k which_metrics",

@@ -15,6 +15,9 @@ from lightning_quant.artifact.commit import TEMPORARY, current, locked
 from lightning_quant.artifact.manifest import FORMAT_VERSION, MANIFEST, MAX_BYTES
 from lightning_quant.errors import ArtifactError
 
+SEARCH = "search.json"
+"""What a search for an artifact has tried: it may lie in a folder before the artifact does."""
+
 
 def output_folder(output_dir: str | os.PathLike[str]) -> Path:
     """Return the one absolute path of a folder, however it was spelled: `~`, `..` and links are resolved.
@@ -148,4 +151,4 @@ def _check_ours(path: Path) -> None:
 
 
 def _strangers(path: Path) -> list[str]:
-    return sorted(name for name in os.listdir(path) if not name.startswith(TEMPORARY))
+    return sorted(name for name in os.listdir(path) if not name.startswith(TEMPORARY) and name != SEARCH)

@@ -8,8 +8,9 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from lightning_quant.calibrate.batch_norm import reestimate_batch_norm
-from lightning_quant.callbacks.finish import Deployment
+from lightning_quant.callbacks.deployment import Deployment
 from lightning_quant.callbacks.training_data import calibration_steps, working_copy
+from lightning_quant.calls.calls import Call
 from lightning_quant.calls.recorded_calls import recorded_calls
 from lightning_quant.measure.sensitivity import NUM_CALLS, Sensitivity, rank_operators
 from lightning_quant.simulate.prepared import Prepared
@@ -44,9 +45,14 @@ def reestimate(trainer: Trainer, deployment: Deployment, path: str, number: int)
 
 def rank(trainer: Trainer, deployment: Deployment, path: str) -> Sensitivity:
     """Measure every operator on training batches, which a copy may run the user's training step on."""
+    return rank_operators(*training_calls(trainer, deployment, path, NUM_CALLS))
+
+
+def training_calls(trainer: Trainer, deployment: Deployment, path: str, number: int) -> tuple[Prepared, list[Call]]:
+    """Return calls that training batches make of the module, and the model over the copy that they are of."""
     duplicate = working_copy(trainer, deployment.pl_module)
     root = resolve(duplicate, path)
-    with recorded_calls(root, NUM_CALLS) as calls, evaluation_mode(root), torch.no_grad():
-        for step in calibration_steps(trainer, duplicate, NUM_CALLS, 0, "train"):
+    with recorded_calls(root, number) as calls, evaluation_mode(root), torch.no_grad():
+        for step in calibration_steps(trainer, duplicate, number, 0, "train"):
             step()
-    return rank_operators(Prepared.of(deployment.model).bound_to(root), calls)
+    return Prepared.of(deployment.model).bound_to(root), calls

@@ -21,6 +21,7 @@ from lightning_quant.callbacks.observe_step import observe_step
 from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.refusals import refused_in_callback
 from lightning_quant.callbacks.runtime_choice import choose_at_start
+from lightning_quant.callbacks.search_checks import check_searchable
 from lightning_quant.callbacks.states import identity_of
 from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call
 from lightning_quant.callbacks.validation_batches import check_batches, note_sizes
@@ -41,6 +42,7 @@ from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import notes_of_sizes
 from lightning_quant.planned.way_inside import fills_modules, way_inside
 from lightning_quant.report.limits import unlogged
+from lightning_quant.search.checks import check_size
 from lightning_quant.surgery.routing import resolve
 
 
@@ -129,6 +131,7 @@ class QuantizationCallback(Callback):
         self.seconds = {}
         with timed(self.seconds, "capture"):
             refused_in_callback(self._plan_and_try, trainer, pl_module)
+            refused_in_callback(check_searchable, self, trainer, pl_module)
         self._begun = True
 
     @override
@@ -222,6 +225,7 @@ class QuantizationCallback(Callback):
 
     def _check_names(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refusals.check_names(self.settings, trainer, pl_module)
+        refusals.check_alone(self.settings, self.group.size)
         others = [c for c in trainer.callbacks if isinstance(c, QuantizationCallback) and c is not self]  # type: ignore[attr-defined]
         refusals.check_own_folder(self.folder(trainer), [other.folder(trainer) for other in others])
 
@@ -277,7 +281,9 @@ class QuantizationCallback(Callback):
 
     def _try_export(self, model: PlannedModel) -> tuple[Any, ...]:
         """Try the end, and return what was found out of the sizes."""
-        trial_export(model, dynamic_shapes=self.settings.dynamic_shapes, engine=self.settings.engine)
+        size = trial_export(model, dynamic_shapes=self.settings.dynamic_shapes, engine=self.settings.engine)
+        if self.settings.searches:
+            check_size(self.settings.limits, model, size)
         return model.found_sizes()
 
     def _take_sizes(

@@ -1,14 +1,13 @@
-"""When fit has ended: take the weights to export, make the artifact, measure it, and log it."""
+"""When fit has ended: make the artifact of the weights to export, measure it, and log it."""
 
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant.artifact import artifact as artifacts
@@ -17,65 +16,24 @@ from lightning_quant.artifact.labels import class_labels
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.by_chance import in_words
+from lightning_quant.callbacks.deployment import Deployment
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.held_out import held_out
 from lightning_quant.callbacks.publish import publish
-from lightning_quant.callbacks.states import state_of
 from lightning_quant.calls.calls import Call
 from lightning_quant.errors import FixedSizesError
 from lightning_quant.export.export import export
 from lightning_quant.machine.timed import timed
-from lightning_quant.measure.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
-from lightning_quant.measure.output_noise import HeldOut
+from lightning_quant.measure.evaluate import CountedCalls, Metrics, evaluate, weighted_layers, why_no_metrics
 from lightning_quant.measure.rounded_parts import all_but
 from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.planned.parts import in_parts
-from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import notes_of_sizes
-from lightning_quant.report.make_report import make_report
+from lightning_quant.report.make_report import make_report, with_search
 from lightning_quant.report.metrics import MetricRow
 from lightning_quant.report.page import to_html
 from lightning_quant.simulate.prepared import Prepared
-from lightning_quant.surgery.host import HOST, copied_to
 from lightning_quant.surgery.routing import clone, resolve
-
-
-@dataclass(frozen=True)
-class Deployment:
-    """The weights to export.
-
-    Attributes:
-        pl_module: an independent copy of the LightningModule with these weights in float32.
-        model: the planned model over its module.
-        checkpoint: the checkpoint file that the weights come from or that training wrote last, if any.
-        notes: what the report should say of the choice.
-        sensitivity: which operator costs what, where that was asked for.
-        held: a call that took no part in the choice of ranges, where there is one.
-    """
-
-    pl_module: LightningModule
-    model: PlannedModel
-    checkpoint: Path | None
-    notes: tuple[str, ...]
-    sensitivity: Sensitivity | None = None
-    held: HeldOut | None = None
-
-
-def choose_weights(
-    callback: QuantizationCallback, trainer: Trainer, pl_module: LightningModule, *, with_ranges: bool
-) -> Deployment:
-    """Copy the last or the best weights; with `with_ranges`, the ranges come from the same checkpoint file."""
-    duplicate = clone(pl_module, unrouted=True)
-    model = callback.require_prepared()
-    checkpoint = _existing(_best_path(trainer) or _last_path(trainer))
-    notes = callback.notes
-    if callback.settings.weights == "best" and not notes:
-        notes = _load_best(callback, trainer, duplicate, model, with_ranges=with_ranges)
-    callback.group.share_tensors(duplicate)
-    duplicate = copied_to(duplicate, HOST)
-    bound = model.bound_to(resolve(duplicate, callback.path)).on_host()
-    bound.varying = set().union(*callback.group.gather(model.varying))
-    return Deployment(duplicate, bound, checkpoint, notes)
 
 
 def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment) -> Artifact:
@@ -155,6 +113,7 @@ def _report(
         held=deployment.held,
         limits=callback.settings.limits,
     )
+    report = with_search(report, deployment.search)
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
     publish(callback, trainer, report, artifact)
     return artifact
@@ -174,15 +133,19 @@ def _metrics(
     """Return the metrics and what to know of them, and append a call of validation to `calls`."""
     pl_module, model, path = deployment.pl_module, deployment.model, callback.path
     limit = callback.settings.limit_eval_batches
-    group = callback.group
-    float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group, recorded=calls)
+    group, known = callback.group, deployment.known
+    if known is None:
+        float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group, recorded=calls)
+    else:
+        float_values, calls[:] = known.floating, known.calls
     if not float_values:
         return (), ()
     with model.attached("frozen"):
         simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
-    exported, number = dict[str, float](), None
+    exported, number = Metrics(), None
     try:
-        exported, number = _evaluate_artifact(callback, trainer, deployment, own)
+        files = {} if known is None else known.files
+        exported, number = files.get(digest(own)) or evaluate_artifact(callback, trainer, deployment, own)
     except FixedSizesError as error:
         warn(f"The artifact has no metrics: {error}")
     before = callback.metrics_before
@@ -212,69 +175,39 @@ def _gains(
     return {name: values[1][name] - value for name, value in values[0].items()}
 
 
-def _evaluate_artifact(
-    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, own: Artifact
-) -> tuple[dict[str, float], int | None]:
+def digest(artifact: Artifact) -> str:
+    """Return what tells the model files of two artifacts apart."""
+    hashes = artifact.manifest["sha256"]
+    return " ".join(hashes[name] for _, name in sorted(artifact.model_files.items()))
+
+
+def evaluate_artifact(
+    callback: QuantizationCallback,
+    trainer: Trainer,
+    deployment: Deployment,
+    own: Artifact,
+    *,
+    contributions: bool = False,
+) -> tuple[Metrics, int | None]:
     """Return the metrics of the file, and the number of samples that it saw where that is known."""
     pl_module, model, path = deployment.pl_module, deployment.model, callback.path
-    limit, group = callback.settings.limit_eval_batches, callback.group
+    how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "group": callback.group}
+    how["contributions"] = contributions
     if model.runs_inside:
         # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.
         filled = clone(pl_module)
         artifacts.open_model(own, into=resolve(filled, path))
         # Its layers are the CPU's: another device would run them with kernels of its own.
-        return evaluate(trainer, filled, path, limit_batches=limit, group=group, on_cpu=True), None
+        return evaluate(trainer, filled, path, on_cpu=True, **how), None
     target: Callable[..., Any] = in_parts(artifacts.open_model(own), model)
     without_loss = False
     if callback.loss_inputs is not None:
         target = callback.loss_inputs.outside(target)
         without_loss = callback.loss_inputs.formula is None
     counted = CountedCalls(target)
-    values: dict[str, float] = evaluate(
-        trainer,
-        pl_module,
-        path,
-        counted,
-        quantized_layers=weighted_layers(model.root, model.evaluated_layers),
-        limit_batches=limit,
-        group=group,
-    )
+    layers = weighted_layers(model.root, model.evaluated_layers)
+    values = evaluate(trainer, pl_module, path, counted, quantized_layers=layers, **how)
     if without_loss:
-        values = {name: value for name, value in values.items() if not math.isnan(value)}
+        for name in [name for name, value in values.items() if math.isnan(value)]:
+            del values[name]
     return values, counted.num_samples
-
-
-def _load_best(
-    callback: QuantizationCallback,
-    trainer: Trainer,
-    duplicate: LightningModule,
-    model: PlannedModel,
-    *,
-    with_ranges: bool,
-) -> tuple[str, ...]:
-    path = _existing(_best_path(trainer))
-    if path is None:
-        return ("weights are the last ones: no ModelCheckpoint has a best checkpoint",)
-    # Written by this very run, so nothing in it is foreign; hyperparameters may be of any class.
-    saved = torch.load(path, map_location="cpu", weights_only=False)
-    state = state_of(callback, callback.settings, saved.get("callbacks", {})) or {}
-    if with_ranges:
-        if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm"):
-            return (
-                f"weights are the last ones: the best checkpoint {path.name} was saved before fake quantization began",
-            )
-        Prepared.of(model).load_state_dict(state)
-    duplicate.load_state_dict(saved["state_dict"], assign=True)
-    return (f"weights are the best ones, from {path.name}",)
-
-
-def _best_path(trainer: Trainer) -> str:
-    return getattr(trainer.checkpoint_callback, "best_model_path", "") or ""
-
-
-def _last_path(trainer: Trainer) -> str:
-    return getattr(trainer.checkpoint_callback, "last_model_path", "") or ""
-
-
-def _existing(path: str) -> Path | None:
-    return Path(path) if path and Path(path).is_file() else None

@@ -15,8 +15,10 @@ from lightning_quant.arguments.names import Data, DataName, Engine, Example, Rec
 from lightning_quant.calibrate.calibrate import calibrate
 from lightning_quant.calibrate.distributed import calibrate_together
 from lightning_quant.callbacks.base import QuantizationCallback
-from lightning_quant.callbacks.finish import choose_weights, finish
+from lightning_quant.callbacks.deployment import choose_weights
+from lightning_quant.callbacks.finish import finish
 from lightning_quant.callbacks.refusals import refused_in_callback
+from lightning_quant.callbacks.searching import Recorded, calibrated_and_recorded, searched
 from lightning_quant.callbacks.training_data import calibration_steps, check_data, working_copy
 from lightning_quant.calls.recorded_calls import recorded_calls
 from lightning_quant.doors.settings import CallbackSettings, documented
@@ -101,6 +103,9 @@ class PostTrainingQuantization(QuantizationCallback):
         sensitivity: bool = False,
         name: str | None = None,
         limits: Limits | dict[str, Any] | None = None,
+        objective: str | None = None,
+        max_validations: int | None = None,
+        time_budget_s: float | None = None,
     ) -> None:
         super().__init__(refused_in_callback(CalibrationSettings.of, locals()))
 
@@ -117,12 +122,14 @@ class PostTrainingQuantization(QuantizationCallback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit ends: calibrate on the weights to export, then convert, export, measure, log."""
-        deployment = choose_weights(self, trainer, pl_module, with_ranges=False)
+        deployment, recorded = choose_weights(self, trainer, pl_module, with_ranges=False), None
         if self.settings.recipe.needs_calibration:
-            found = self._calibrate(trainer, Prepared.of(deployment.model), deployment.pl_module)
-            steps = outcomes(deployment.model.accuracy_steps)
-            deployment = replace(deployment, notes=(*deployment.notes, *steps), sensitivity=found)
-        self.artifact = finish(self, trainer, deployment)
+            found, recorded = self._calibrate(trainer, Prepared.of(deployment.model), deployment.pl_module)
+            deployment = replace(deployment, sensitivity=found)
+        if self.settings.searches:
+            deployment = searched(self, trainer, deployment, recorded)
+        steps = outcomes(deployment.model.accuracy_steps)
+        self.artifact = finish(self, trainer, replace(deployment, notes=(*deployment.notes, *steps)))
 
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -140,24 +147,29 @@ class PostTrainingQuantization(QuantizationCallback):
                 )
             check_data(trainer, pl_module, calibration.data, recipe.needed_calls, calibration.num_batches)
 
-    def _calibrate(self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule) -> Sensitivity | None:
+    def _calibrate(
+        self, trainer: Trainer, deployed: Prepared, pl_module: LightningModule
+    ) -> tuple[Sensitivity | None, Recorded | None]:
         """Calibrate on the trainer's device, and measure there which operator costs what where that is wanted."""
+        settings, recorded = self.settings, None
         duplicate = working_copy(trainer, pl_module)
         prepared = deployed.bound_to(resolve(duplicate, self.path))
-        chosen, group = self.settings.calibration, self.group
+        chosen, group = settings.calibration, self.group
         number = math.ceil(chosen.num_batches / group.size)
 
-        def steps() -> Iterator[Callable[[], Any]]:
-            return calibration_steps(trainer, duplicate, number, chosen.seed, chosen.data)
+        def steps(more: int = 0) -> Iterator[Callable[[], Any]]:
+            return calibration_steps(trainer, duplicate, number + more, chosen.seed, chosen.data)
 
-        few = NUM_CALLS if self.settings.sensitivity else 0
+        few = NUM_CALLS if settings.sensitivity else 0
         with recorded_calls(prepared.root, few) as calls, timed(self.seconds, "calibrate"):
-            if group.size == 1:
+            if settings.searches:
+                recorded = calibrated_and_recorded(prepared, steps(NUM_CALLS), number)
+            elif group.size == 1:
                 calibrate(prepared, steps())
             else:
                 calibrate_together(group, prepared, steps)
         deployed.take_over(prepared)
-        return rank_operators(prepared, calls) if self.settings.sensitivity else None
+        return rank_operators(prepared, calls) if settings.sensitivity else None, recorded
 
 
 def _calibration(given: Any) -> Calibration:

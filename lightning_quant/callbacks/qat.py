@@ -14,16 +14,19 @@ from typing_extensions import override
 
 from lightning_quant.arguments.names import Engine, Example, Recipes, Runtime, Weights
 from lightning_quant.calibrate.distributed import merge_batch
-from lightning_quant.callbacks.after_training import rank, reestimate
+from lightning_quant.callbacks.after_training import rank, reestimate, training_calls
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
-from lightning_quant.callbacks.finish import choose_weights, finish
+from lightning_quant.callbacks.deployment import choose_weights
+from lightning_quant.callbacks.finish import finish
 from lightning_quant.callbacks.refusals import check_trained_once, refused_in_callback
 from lightning_quant.callbacks.schedule import Schedule, Timeline, read_schedule, timeline_of
+from lightning_quant.callbacks.searching import NUM_BATCHES, Recorded, searched
 from lightning_quant.callbacks.states import state_of
 from lightning_quant.doors.settings import CallbackSettings, documented
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export.engines import AUTO
+from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.numerics.learned_steps import LearnedSteps
 from lightning_quant.planned.sizes import ChosenShapes
 from lightning_quant.ranges.observer_merge import check_mergeable
@@ -93,6 +96,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         sensitivity: bool = False,
         name: str | None = None,
         limits: Limits | dict[str, Any] | None = None,
+        objective: str | None = None,
+        max_validations: int | None = None,
+        time_budget_s: float | None = None,
     ) -> None:
         super().__init__(refused_in_callback(TrainingSettings.of, locals()))
         self.timeline = Timeline({}, in_epochs=False)
@@ -173,6 +179,9 @@ class QuantizationAwareTraining(QuantizationCallback):
             reestimate(trainer, deployment, self.path, self.settings.recipe.batch_norm_batches)
         if self.settings.sensitivity and self.require_prepared().quantizes:
             deployment = replace(deployment, sensitivity=rank(trainer, deployment, self.path))
+        if self.settings.searches:
+            prepared, calls = training_calls(trainer, deployment, self.path, NUM_BATCHES)
+            deployment = searched(self, trainer, deployment, Recorded(prepared, calls, calls[:NUM_CALLS]))
         self.artifact = finish(self, trainer, deployment)
 
     def _begin(self, trainer: Trainer) -> None:

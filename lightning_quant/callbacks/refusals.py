@@ -51,6 +51,15 @@ def check_names(settings: CallbackSettings, trainer: Trainer, pl_module: Lightni
         find_module(pl_module, settings.module)
 
 
+def check_alone(settings: CallbackSettings, number: int) -> None:
+    """Refuse to search in several processes."""
+    if settings.searches and number > 1:
+        raise QuantizationError(
+            f"Expected one process to search what keeps the limits, but got {number}. Train without `limits` by name "
+            "and `objective`, and search afterwards with `quantize_checkpoint`."
+        )
+
+
 def check_own_folder(folder: Path, others: list[Path]) -> None:
     """Refuse two artifacts in one folder."""
     if folder in others:

@@ -51,6 +51,9 @@ class Quantizing:
         trust: bool = False,
         weights_only: bool | None = None,
         limits: Limits | dict[str, Any] | None = None,
+        objective: str | None = None,
+        max_validations: int | None = None,
+        time_budget_s: float | None = None,
     ) -> Any:
         """Quantize a trained checkpoint and write the artifact, evaluated with the model's own validation.
 

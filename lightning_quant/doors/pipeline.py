@@ -66,6 +66,9 @@ def quantize(  # noqa: D417  `documented` adds the shared ones
     module: str | None = None,
     trust_checkpoint: bool = False,
     limits: Limits | dict[str, Any] | None = None,
+    objective: str | None = None,
+    max_validations: int | None = None,
+    time_budget_s: float | None = None,
 ) -> Artifact:
     """Quantize a trained float module and write the artifact; the module itself stays as it is.
 

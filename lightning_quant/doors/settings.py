@@ -31,7 +31,8 @@ from lightning_quant.measure.sensitivity import check_rankable
 from lightning_quant.planned.sizes import ChosenShapes, chosen_shapes
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.recipe.recipe import RECIPES, AnyRecipe
-from lightning_quant.report.limits import NO_LIMITS, Limits, check_measured, limits_from
+from lightning_quant.report.limits import NO_LIMITS, Limits, check_measured, is_search, limits_from
+from lightning_quant.search.objective import SIZE, check_search
 
 Door = TypeVar("Door", bound=Callable[..., Any])
 
@@ -60,7 +61,15 @@ class Settings:
             twice for the worst operator. For recipes that are calibrated, in one process.
         limits: what the artifact must keep to, such as `{"max_drop": {"val_f1": 0.01}, "max_size_ratio": 0.3}`, see
             `lightning_quant.report.limits.Limits`; one that is missed is a warning, and exit code 1 of every command.
-            `quantize` runs no validation, and so knows size and speed alone.
+            By the names of what they are on, `{"val_f1": -0.01, "size_ratio": 0.3, "speedup": 1.5}`, they are searched:
+            of a metric it is the change that is allowed, in its worse direction; "size_bytes" and "latency_ms" bound as
+            well. The whole recipe is tried first; where it misses one, the layers that cost most are kept in float, as
+            few as the exported file's own validation asks for. Of `quantize`, metrics are those of its `evaluate`.
+        objective: what the search makes best among all that keep the limits: "size", "latency", or a metric. By default
+            "size" with limits by name, and no search with limits by the fields of `Limits`, which are checked alone.
+        max_validations: how often the search may validate an exported file; ceil(log2(n)) + 3 of n steps by default.
+        time_budget_s: seconds after which the search tries nothing more; the best so far is written then, as it is when
+            the run is interrupted.
 
     Raises:
         QuantizationError: an argument is wrong; the message has the way out.
@@ -76,8 +85,13 @@ class Settings:
     dynamic_shapes: ChosenShapes = None
     sensitivity: bool = False
     limits: Limits = NO_LIMITS
+    objective: str | None = None
+    max_validations: int | None = None
+    time_budget_s: float | None = None
 
     def __post_init__(self) -> None:
+        if self.objective is None and is_search(self.limits):
+            self._hold("objective", SIZE)
         self._hold("recipe", recipes.get(self.recipe))
         self._hold("include", patterns("include", self.include))
         self._hold("exclude", patterns("exclude", self.exclude))
@@ -89,6 +103,12 @@ class Settings:
         check_flag("sensitivity", self.sensitivity)
         chosen_shapes(self.dynamic_shapes)
         check_rankable(self.recipe, sensitivity=self.sensitivity)
+        check_search(self.objective, self.max_validations, self.time_budget_s)
+
+    @property
+    def searches(self) -> bool:
+        """Whether what keeps the limits is searched for."""
+        return self.objective is not None
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:

@@ -98,10 +98,11 @@ def _describe(runtime: Runtime, staged: Path, content: dict[str, Any]) -> None:
     runtime.describe(staged, facts)
 
 
-def trial_export(model: PlannedModel, *, dynamic_shapes: ChosenShapes = None, engine: str = AUTO) -> None:
+def trial_export(model: PlannedModel, *, dynamic_shapes: ChosenShapes = None, engine: str = AUTO) -> int:
     """Do once, in a temporary folder, what the end will do: what fails here would fail later.
 
-    Ranges are those of the captured call alone. What was found out of the sizes stays with the model.
+    Ranges are those of the captured call alone. What was found out of the sizes stays with the model. Returns the bytes
+    of the model files.
 
     Raises:
         ExportError: the module does not export; the message says why.
@@ -116,8 +117,11 @@ def trial_export(model: PlannedModel, *, dynamic_shapes: ChosenShapes = None, en
         _rehearse(trial, written, staged)
         # Which engine is fastest is measured at the end; that one is correct can be known now.
         tried = AUTO if engine == FASTEST else engine
-        artifacts.standalone(_publish(trial, written, staged, place.parent, engine=tried))
+        artifact = _publish(trial, written, staged, place.parent, engine=tried)
+        artifacts.standalone(artifact)
+        size = artifact.size_bytes
     trial.share_sizes(model)
+    return size
 
 
 def _rehearse(model: PlannedModel, written: Written, staged: Path) -> None:

@@ -1,14 +1,11 @@
 """The user's own validation, on a copy of the LightningModule with another model in place of its module."""
 
-import pickle
-import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -18,7 +15,9 @@ from lightning_quant.calls.recorded_calls import recorded_calls
 from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.capture.namespaces import is_overridden
 from lightning_quant.errors import EvaluationError
-from lightning_quant.measure.evaluate_shares import Share, merged, without_repetitions
+from lightning_quant.measure.contributions import Contributions, Recorder
+from lightning_quant.measure.evaluate_shares import merged, without_repetitions
+from lightning_quant.measure.logged_values import LoggedValues
 from lightning_quant.measure.validation_trainer import quiet, validation_trainer
 from lightning_quant.surgery.host import HOST, copied_to
 from lightning_quant.surgery.routing import Route, clone, resolve, route, unroute
@@ -31,6 +30,7 @@ class Metrics(dict[str, float]):
     Attributes:
         higher_is_better: of the metrics of torchmetrics that say so.
         draws: whether a validation step drew random numbers.
+        contributions: of the metrics that parts of the data make up, where that was asked for.
     """
 
     def __init__(
@@ -39,9 +39,11 @@ class Metrics(dict[str, float]):
         higher_is_better: dict[str, bool] | None = None,
         *,
         draws: bool = False,
+        contributions: dict[str, Contributions] | None = None,
     ) -> None:
         super().__init__(values or {})
         self.higher_is_better, self.draws = higher_is_better or {}, draws
+        self.contributions = contributions or {}
 
 
 class CountedCalls(Route):
@@ -73,6 +75,7 @@ def evaluate(
     on_cpu: bool = False,
     recorded: list[Call] | None = None,
     seed: int = 0,
+    contributions: bool = False,
 ) -> Metrics:
     """Run the validation loop of a LightningModule and return its metrics.
 
@@ -89,6 +92,7 @@ def evaluate(
         on_cpu: whether the LightningModule has to run on the CPU, and not on the trainer's device.
         recorded: gets the arguments of the module's first call, where that is wanted.
         seed: of the random numbers that validation may draw.
+        contributions: whether to note what each batch adds to the metrics; in one process.
 
     Raises:
         EvaluationError: validation never called the target, or ran a quantized layer in float beside it.
@@ -107,7 +111,7 @@ def evaluate(
         for name in quantized_layers:
             module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: beside.add(name))
     group = group or Group()
-    shares = _Shares()
+    shares = LoggedValues(Recorder() if contributions and group.size == 1 else None)
     loaders = without_repetitions(loaders, group)
     # The same random numbers for every candidate: what differs then is the candidate.
     recording: AbstractContextManager[list[Call]] = nullcontext([]) if recorded is None else recorded_calls(module, 1)
@@ -120,12 +124,12 @@ def evaluate(
     return _metrics(results, shares, group)
 
 
-def _metrics(results: Sequence[Mapping[str, float]], shares: "_Shares", group: Group) -> Metrics:
+def _metrics(results: Sequence[Mapping[str, float]], shares: LoggedValues, group: Group) -> Metrics:
     if group.size > 1:
         values = merged(group.gather(shares.values))
         return Metrics(values, shares.higher_is_better, draws=any(group.gather(shares.draws)))
     values = {name: float(value) for result in results for name, value in result.items()}
-    return Metrics(values, shares.higher_is_better, draws=shares.draws)
+    return Metrics(values, shares.higher_is_better, draws=shares.draws, contributions=shares.contributions(values))
 
 
 def _copy_to_evaluate(trainer: Trainer, pl_module: LightningModule, device: torch.device) -> LightningModule:
@@ -144,49 +148,6 @@ def why_no_metrics(trainer: Trainer) -> str:
     if not trainer.enable_validation:
         return "the run has no validation loop"
     return "the validation loop logs none"
-
-
-class _Shares(Callback):
-    """Keeps what the validation loop of one process logged, with the number of samples behind each mean."""
-
-    def __init__(self) -> None:
-        self.values: dict[str, Share] = {}
-        self.higher_is_better: dict[str, bool] = {}
-        self.draws = False
-        self._before: Any = None
-
-    def on_validation_batch_start(self, *_: Any) -> None:
-        """Called when a validation step begins: see where the random numbers are."""
-        self._before = _random_states()
-
-    def on_validation_batch_end(self, *_: Any) -> None:
-        """Called when a validation step ends: see whether it drew some."""
-        self.draws = self.draws or self._before != _random_states()
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when validation ends: read the results before they are reset."""
-        results = trainer._results
-        for item in () if results is None else results.values():
-            if item.has_reset or not item.meta.on_epoch:
-                continue
-            suffix = item.meta.dataloader_idx if item.meta.add_dataloader_idx else None
-            name = item.meta.forked_name(False) + (f"/dataloader_idx_{suffix}" if suffix is not None else "")
-            higher_is_better = None if item.is_tensor else getattr(item.value, "higher_is_better", None)
-            if higher_is_better is not None:
-                self.higher_is_better[name] = bool(higher_is_better)
-            value, number, how = item.compute(), 1.0, "same"
-            if item.is_tensor:
-                how = next(h for h in ("mean", "max", "min", "sum") if getattr(item.meta, f"is_{h}_reduction"))
-                number = float(item.cumulated_batch_size) if how == "mean" else 1.0
-            if isinstance(value, Tensor) and value.numel() == 1:
-                self.values[name] = Share(float(value), number, how)
-
-
-def _random_states() -> tuple[Any, ...]:
-    """Return where the generators are that a step may draw from, comparable."""
-    on_device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.empty(0)
-    tensors = tuple(state.numpy().tobytes() for state in (torch.get_rng_state(), on_device))
-    return *tensors, pickle.dumps((random.getstate(), np.random.get_state()))
 
 
 def _lend_transfer_hooks(trainer: Trainer, duplicate: LightningModule) -> None:

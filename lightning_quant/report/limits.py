@@ -5,16 +5,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lightning_quant.arguments.arguments import check_fields
 from lightning_quant.arguments.choice import closest
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.errors import QuantizationError
+from lightning_quant.report.limit_names import EXAMPLE, are_by_name, as_fields
 
 SCHEMA_VERSION = 1
 """Of the JSON that the command line prints; a key that goes or changes its meaning makes another."""
 _SPEEDUP = "quant/speedup/batch_"
-# What a limit looks like, for those who write another thing.
-_EXAMPLE: dict[str, Any] = {"max_drop": {"val_f1": 0.01}, "max_size_ratio": 0.3}
+_LATENCY = "quant/latency_ms/batch_"
+# What the drop of a metric looks like, for those who write another thing.
+_DROP = {"val_f1": 0.01}
+_SINGLE = ("max_accuracy_drop", "max_size_ratio", "min_speedup", "max_size_bytes", "max_latency_ms")
 
 
 def _check_names(argument: str, value: Any) -> None:
@@ -35,6 +37,8 @@ class Limits:
         max_accuracy_drop: by how much every metric with "acc" in its name may fall.
         max_size_ratio: of artifact to float, in bytes.
         min_speedup: against the faster float peer, at every measured batch size.
+        max_size_bytes: of the artifact's model files.
+        max_latency_ms: of one call, at every measured batch size.
         higher_is_better: metrics of which neither torchmetrics nor a ModelCheckpoint or EarlyStopping says so.
         lower_is_better: likewise.
     """
@@ -45,15 +49,17 @@ class Limits:
     min_speedup: float | None = None
     higher_is_better: list[str] = field(default_factory=list)
     lower_is_better: list[str] = field(default_factory=list)
+    max_size_bytes: float | None = None
+    max_latency_ms: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("higher_is_better", "lower_is_better"):
             _check_names(name, getattr(self, name))
         if not isinstance(self.max_drop, Mapping) or not all(isinstance(name, str) for name in self.max_drop):
-            example, got = _EXAMPLE["max_drop"], self.max_drop
-            raise QuantizationError(f"Expected `limits.max_drop` to be a dict such as {example}, but got {got!r:.60}.")
-        ratios = {"max_accuracy_drop": self.max_accuracy_drop, "max_size_ratio": self.max_size_ratio}
-        values = {**ratios, "min_speedup": self.min_speedup, **{f"max_drop.{k}": v for k, v in self.max_drop.items()}}
+            got = self.max_drop
+            raise QuantizationError(f"Expected `limits.max_drop` to be a dict such as {_DROP}, but got {got!r:.60}.")
+        single = {name: getattr(self, name) for name in _SINGLE}
+        values = {**single, **{f"max_drop.{k}": v for k, v in self.max_drop.items()}}
         for name, value in values.items():
             is_number = isinstance(value, int | float) and not isinstance(value, bool) and not math.isnan(value)
             is_number |= value is None and "." not in name
@@ -72,23 +78,25 @@ class Limits:
 
 
 NO_LIMITS = Limits()
+_FIELDS = [field.name for field in fields(Limits)]
 
 
 def limits_from(given: "Limits | Mapping[str, Any] | None") -> Limits:
-    """Return the limits that an argument means: none, some, or a dict of the fields of `Limits`.
+    """Return the limits that an argument means: none, some, a dict of the fields of `Limits`, or one by name.
 
     Raises:
         QuantizationError: it is something else, or one of the fields is no limit.
     """
     if given is None or isinstance(given, Limits):
         return given or NO_LIMITS
-    names = {field.name for field in fields(Limits)}
     if not isinstance(given, Mapping):
-        raise QuantizationError(f"Expected `limits` to be a dict such as {_EXAMPLE}, but got {given!r:.60}.")
-    if given and not names & set(given) and not any(closest(name, names) for name in given):
-        raise QuantizationError(f"Expected `limits` to be a dict such as {_EXAMPLE}, but got {dict(given)!r:.60}.")
-    check_fields("limits", given, names)
-    return Limits(**given)
+        raise QuantizationError(f"Expected `limits` to be a dict such as {EXAMPLE}, but got {given!r:.60}.")
+    return Limits(**(as_fields(given, _FIELDS) if is_search(given) else given))
+
+
+def is_search(given: Any) -> bool:
+    """Tell whether limits are by the names of what they are on, and so ask for a search of what keeps them."""
+    return are_by_name(given, _FIELDS)
 
 
 def check_measured(limits: Limits, why_not: str) -> None:
@@ -140,6 +148,8 @@ def missed(report: Mapping[str, Any], limits: Limits) -> list[str]:
             found.append("no size ratio was measured")
         elif not float(ratio) <= limits.max_size_ratio:
             found.append(f"its size ratio is {cell(ratio)}, more than {limits.max_size_ratio}")
+    found += _bytes_missed(report, limits)
+    found += _latency_missed(report, limits)
     if limits.min_speedup is not None:
         speedups = _speedups(report)
         for batch, value in speedups.items():
@@ -150,6 +160,27 @@ def missed(report: Mapping[str, Any], limits: Limits) -> list[str]:
         if not speedups:
             found.append("no speed-up was measured")
     return found
+
+
+def _bytes_missed(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
+    reached = report.get("artifact_bytes")
+    if limits.max_size_bytes is None:
+        return
+    if reached is None:
+        yield "its bytes were not measured"
+    elif reached > limits.max_size_bytes:
+        yield f"it has {reached:,} bytes, more than {limits.max_size_bytes:,}"
+
+
+def _latency_missed(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
+    if limits.max_latency_ms is None:
+        return
+    reached = _by_batch(report, _LATENCY)
+    for batch, value in reached.items():
+        if not value <= limits.max_latency_ms:
+            yield f"at batch {batch} a call takes {value:.3g} ms, more than {limits.max_latency_ms}"
+    if not reached:
+        yield "no latency was measured"
 
 
 def failures_in(report: dict[str, Any]) -> list[str]:
@@ -257,5 +288,9 @@ def _delta(row: Mapping[str, Any]) -> float | None:
 
 
 def _speedups(report: Mapping[str, Any]) -> dict[str, float]:
+    return _by_batch(report, _SPEEDUP)
+
+
+def _by_batch(report: Mapping[str, Any], prefix: str) -> dict[str, float]:
     scalars = report.get("scalars", {})
-    return {key.removeprefix(_SPEEDUP): float(value) for key, value in scalars.items() if key.startswith(_SPEEDUP)}
+    return {key.removeprefix(prefix): float(value) for key, value in scalars.items() if key.startswith(prefix)}

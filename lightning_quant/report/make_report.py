@@ -82,7 +82,7 @@ def make_report(
         parity = model.parity(compared[1], artifact.model_path)
         noise, unfit = _noise(model, *compared, held)
     with timed(seconds, "latency"):
-        latency, remarks = _latency(model, loaded, threads)
+        latency, remarks = measure_latency(model, loaded, threads)
     sections: tuple[Section, ...] = (
         Metrics(metrics, trained),
         NoiseSection(noise, _way_out(model, sensitivity)),
@@ -102,6 +102,12 @@ def with_limits(report: Report, limits: Limits) -> Report:
     """Return a report that is also held against limits."""
     kept = KeptLimits(limits, tuple(missed(report.to_dict(), limits)))
     return dataclasses.replace(report, sections=(*report.sections, kept))
+
+
+def with_search(report: Report, search: Section | None) -> Report:
+    """Return a report that also says, behind its metrics, how the artifact was found; the same where it was not."""
+    first, *others = report.sections
+    return report if search is None else dataclasses.replace(report, sections=(first, search, *others))
 
 
 def _opened(model: PlannedModel, artifact: Artifact, threads: int) -> LoadedModule:
@@ -152,7 +158,16 @@ def tensor_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
-def _latency(model: PlannedModel, loaded: nn.Module, threads: int) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
+def measure_latency(
+    model: PlannedModel, loaded: nn.Module, threads: int
+) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
+    """Time an artifact and its float peers in turn, at the smallest and the captured batch; add what stood in the way.
+
+    Args:
+        model: that was exported.
+        loaded: the artifact.
+        threads: of every contestant.
+    """
     remarks: tuple[str, ...] = ()
     with tempfile.TemporaryDirectory() as folder, torch_threads(threads), evaluation_mode(model.root):
         in_process = model.runtime.IN_PROCESS

@@ -29,6 +29,9 @@ SHARED = {
     "sensitivity": True,
     "name": "mine",
     "limits": {"max_size_ratio": 0.3},
+    "objective": "latency",
+    "max_validations": 5,
+    "time_budget_s": 60.0,
 }
 KINDS: dict[type[Any], dict[str, Any]] = {
     lq.QuantizationAwareTraining: {"schedule": lq.Schedule(fake_quantize=2, freeze_observers=3, unit="epochs")},

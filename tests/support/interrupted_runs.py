@@ -115,7 +115,7 @@ def main(kind: str, folder: Path) -> None:
     saving = ModelCheckpoint(folder / "ckpt", save_last=True)
     trainer = make_trainer(Fork(artifact, x), callback, saving, max_epochs=2, enable_checkpointing=True)
     # Latencies take longer than all else that follows the moments at which it is killed.
-    with mock.patch("lightning_quant.report.make_report._latency", return_value=((), ())):
+    with mock.patch("lightning_quant.report.make_report.measure_latency", return_value=((), ())):
         trainer.fit(seeded())
     Classifier.load_from_checkpoint(saving.last_model_path, weights_only=True, strict=True)
     final = load(artifact)(x)

@@ -1,0 +1,112 @@
+"""What is exported when fit has ended: the last weights or the best ones, and what is known of them by then."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.states import state_of
+from lightning_quant.calls.calls import Call
+from lightning_quant.measure.evaluate import Metrics
+from lightning_quant.measure.output_noise import HeldOut
+from lightning_quant.measure.sensitivity import Sensitivity
+from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.report.section import Section
+from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.host import HOST, copied_to
+from lightning_quant.surgery.routing import clone, resolve
+
+
+@dataclass
+class Known:
+    """What a search has measured by now, which is not measured again.
+
+    Attributes:
+        floating: metrics of the float weights.
+        calls: the first call that their validation made of the module.
+        files: metrics by `digest` of an artifact, with the number of samples where that is known.
+    """
+
+    floating: Metrics
+    calls: list[Call] = field(default_factory=list)
+    files: dict[str, tuple[Metrics, int | None]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Deployment:
+    """The weights to export.
+
+    Attributes:
+        pl_module: an independent copy of the LightningModule with these weights in float32.
+        model: the planned model over its module.
+        checkpoint: the checkpoint file that the weights come from or that training wrote last, if any.
+        notes: what the report should say of the choice.
+        sensitivity: which operator costs what, where that was asked for.
+        held: a call that took no part in the choice of ranges, where there is one.
+        known: what was measured by now.
+        search: how the model was found, where it was.
+    """
+
+    pl_module: LightningModule
+    model: PlannedModel
+    checkpoint: Path | None
+    notes: tuple[str, ...]
+    sensitivity: Sensitivity | None = None
+    held: HeldOut | None = None
+    known: Known | None = None
+    search: Section | None = None
+
+
+def choose_weights(
+    callback: QuantizationCallback, trainer: Trainer, pl_module: LightningModule, *, with_ranges: bool
+) -> Deployment:
+    """Copy the last or the best weights; with `with_ranges`, the ranges come from the same checkpoint file."""
+    duplicate = clone(pl_module, unrouted=True)
+    model = callback.require_prepared()
+    checkpoint = _existing(_best_path(trainer) or _last_path(trainer))
+    notes = callback.notes
+    if callback.settings.weights == "best" and not notes:
+        notes = _load_best(callback, trainer, duplicate, model, with_ranges=with_ranges)
+    callback.group.share_tensors(duplicate)
+    duplicate = copied_to(duplicate, HOST)
+    bound = model.bound_to(resolve(duplicate, callback.path)).on_host()
+    bound.varying = set().union(*callback.group.gather(model.varying))
+    return Deployment(duplicate, bound, checkpoint, notes)
+
+
+def _load_best(
+    callback: QuantizationCallback,
+    trainer: Trainer,
+    duplicate: LightningModule,
+    model: PlannedModel,
+    *,
+    with_ranges: bool,
+) -> tuple[str, ...]:
+    path = _existing(_best_path(trainer))
+    if path is None:
+        return ("weights are the last ones: no ModelCheckpoint has a best checkpoint",)
+    # Written by this very run, so nothing in it is foreign; hyperparameters may be of any class.
+    saved = torch.load(path, map_location="cpu", weights_only=False)
+    state = state_of(callback, callback.settings, saved.get("callbacks", {})) or {}
+    if with_ranges:
+        if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm"):
+            return (
+                f"weights are the last ones: the best checkpoint {path.name} was saved before fake quantization began",
+            )
+        Prepared.of(model).load_state_dict(state)
+    duplicate.load_state_dict(saved["state_dict"], assign=True)
+    return (f"weights are the best ones, from {path.name}",)
+
+
+def _best_path(trainer: Trainer) -> str:
+    return getattr(trainer.checkpoint_callback, "best_model_path", "") or ""
+
+
+def _last_path(trainer: Trainer) -> str:
+    return getattr(trainer.checkpoint_callback, "last_model_path", "") or ""
+
+
+def _existing(path: str) -> Path | None:
+    return Path(path) if path and Path(path).is_file() else None

@@ -1,0 +1,169 @@
+"""The search of callbacks: trials are validated with the user's own loop, on the weights that will be exported."""
+
+import dataclasses
+import functools
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.utilities import rank_zero_info
+
+from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.calibrate.calibrate import calibrate
+from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.deployment import Deployment, Known
+from lightning_quant.callbacks.directions import watched
+from lightning_quant.callbacks.finish import digest, evaluate_artifact
+from lightning_quant.calls.calls import Call
+from lightning_quant.calls.recorded_calls import recorded_calls
+from lightning_quant.measure.evaluate import Metrics, evaluate
+from lightning_quant.measure.sensitivity import NUM_CALLS
+from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.recipe import recipe as recipes
+from lightning_quant.search.candidates import Candidates
+from lightning_quant.search.files import Files
+from lightning_quant.search.find import Budget, Found, find
+from lightning_quant.search.judge import Judge
+from lightning_quant.search.objective import LATENCY
+from lightning_quant.search.record import fingerprint, load, save
+from lightning_quant.search.relaxations import relaxations
+from lightning_quant.search.section import SearchSection
+from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.routing import evaluation_mode
+
+# Training batches from which another plan learns ranges that training through rounding has not.
+NUM_BATCHES = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Recorded:
+    """What candidates are calibrated and ranked on.
+
+    Attributes:
+        prepared: the whole recipe over a copy of the module on the device.
+        calls: of that copy, which ranges were learned from.
+        held: calls that chose nothing; where there are none, the last of the others.
+    """
+
+    prepared: Prepared
+    calls: list[Call]
+    held: list[Call]
+
+    @property
+    def to_rank(self) -> list[Call]:
+        """Few calls that are enough to rank operators."""
+        return (self.held or self.calls[-NUM_CALLS:])[:NUM_CALLS]
+
+
+def calibrated_and_recorded(prepared: Prepared, steps: Iterator[Callable[[], Any]], number: int) -> Recorded:
+    """Calibrate a model on the first steps, record their calls, and hold back those of the others."""
+    with recorded_calls(prepared.root) as calls:
+        calibrate(prepared, itertools.islice(steps, number))
+    with recorded_calls(prepared.root) as held, evaluation_mode(prepared.root), torch.no_grad():
+        for step in steps:
+            step()
+    return Recorded(prepared, calls, held)
+
+
+def searched(
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, recorded: Recorded | None
+) -> Deployment:
+    """Return the deployment with the best model that was found, and how it was.
+
+    Args:
+        callback: whose settings say what is searched.
+        trainer: whose validation counts.
+        deployment: with the whole recipe.
+        recorded: None where the recipe has no graph, so that the whole is tried alone.
+    """
+    started, settings = time.perf_counter(), callback.settings
+    known = _float_metrics(callback, trainer, deployment)
+    directions = watched(trainer, callback._checkpoint) | known.floating.higher_is_better
+    judge = Judge(settings.limits, directions)
+    objective = settings.objective or ""
+    files = _files(callback, trainer, deployment, recorded, known)
+    files.timed = judge.on_speed or objective == LATENCY
+    mark = _mark(callback, deployment, known)
+    found = load(callback.last_folder, mark)
+    note = functools.partial(_note, callback, objective, mark)
+    seconds = settings.time_budget_s
+    deadline = float("inf") if seconds is None else time.monotonic() + seconds
+    found = find(files, judge, objective, Budget(settings.max_validations, deadline), found=found, note=note)
+    note(found)
+    callback.seconds["search"] = time.perf_counter() - started
+    best = found.best(objective, judge.direction)
+    if best is None:
+        why = found.trials[-1].error if found.trials else found.ended
+        return dataclasses.replace(
+            deployment, known=known, notes=(*deployment.notes, f"the search tried no file: {why}")
+        )
+    section = SearchSection(objective, found, best)
+    return dataclasses.replace(deployment, model=files.model(best.choice), known=known, search=section)
+
+
+def _float_metrics(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment) -> Known:
+    calls: list[Call] = []
+    if not callback.settings.evaluate:
+        return Known(Metrics())
+    how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "group": callback.group}
+    pl_module = deployment.pl_module
+    return Known(evaluate(trainer, pl_module, callback.path, recorded=calls, contributions=True, **how), calls)
+
+
+def _files(
+    callback: QuantizationCallback,
+    trainer: Trainer,
+    deployment: Deployment,
+    recorded: Recorded | None,
+    known: Known,
+) -> Files:
+    settings, root = callback.settings, deployment.model.root
+
+    def validate(model: PlannedModel, artifact: Artifact) -> Metrics:
+        if not known.floating:
+            return Metrics()
+        tried = dataclasses.replace(deployment, model=model)
+        known.files[digest(artifact)] = evaluate_artifact(callback, trainer, tried, artifact, contributions=True)
+        return known.files[digest(artifact)][0]
+
+    def on_host(made: Prepared) -> PlannedModel:
+        return made.bound_to(root).on_host()
+
+    how: dict[str, Any] = {"dynamic_shapes": settings.dynamic_shapes, "engine": settings.engine}
+    how["threads"] = settings.threads
+    if recorded is None:
+        return Files(known.floating, validate, on_host, deployment.model, None, _nothing, **how)
+    trained = callback.trains_rounded
+    candidates = Candidates(recorded.prepared, recorded.calls, settings.selection, trained)
+    by_time = settings.objective == LATENCY
+    rank = functools.partial(relaxations, recorded.prepared, recorded.to_rank, by_time=by_time)
+    return Files(known.floating, validate, on_host, deployment.model, candidates, rank, **how)
+
+
+def _nothing() -> Any:
+    raise NotImplementedError
+
+
+def _mark(callback: QuantizationCallback, deployment: Deployment, known: Known) -> str:
+    """Return what a search has to have in common with this one to be gone on with."""
+    settings = callback.settings
+    said = {
+        name: value
+        for name, value in vars(settings).items()
+        if name not in ("recipe", "output_dir", "name", "max_validations", "time_budget_s", "threads")
+    }
+    recipe, runtime = recipes.spelled(settings.recipe), callback.chosen_runtime
+    return fingerprint(
+        deployment.model.root, recipe, runtime, callback.path, sorted(map(repr, said.items())), known.floating
+    )
+
+
+def _note(callback: QuantizationCallback, objective: str, mark: str, found: Found) -> None:
+    save(callback.last_folder, found, objective, mark)
+    if found.trials and not found.ended:
+        trial = found.trials[-1]
+        outcome = trial.error or ("keeps the limits" if trial.keeps_all else "misses a limit")
+        rank_zero_info(f"{type(callback).__name__}: search, {len(found.trials)}: {trial.choice}: {outcome}.")

@@ -1,0 +1,77 @@
+"""What a validation loop logs, read from Lightning's own records of it."""
+
+import pickle
+import random
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_quant.measure.contributions import Contributions, Recorder
+from lightning_quant.measure.evaluate_shares import Share
+
+
+class LoggedValues(Callback):
+    """Keeps what the validation loop of one process logged, with the number of samples behind each mean."""
+
+    def __init__(self, recorder: Recorder | None = None) -> None:
+        self.values: dict[str, Share] = {}
+        self.higher_is_better: dict[str, bool] = {}
+        self.draws = False
+        self._before: Any = None
+        self._recorder, self._logged = recorder, dict[str, Any]()
+
+    def on_validation_batch_start(self, *_: Any) -> None:
+        """Called when a validation step begins: see where the random numbers are."""
+        self._before = _random_states()
+
+    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Called when a validation step ends: see whether it drew some, and what it added to the metrics."""
+        self.draws = self.draws or self._before != _random_states()
+        if self._recorder is not None:
+            modules = pl_module.named_modules()
+            self._recorder.note(_logged_in(trainer), {n: m for n, m in modules if isinstance(m, Metric)})
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when validation ends: read the results before they are reset."""
+        self._logged = _logged_in(trainer)
+        for name, item in self._logged.items():
+            higher_is_better = None if item.is_tensor else getattr(item.value, "higher_is_better", None)
+            if higher_is_better is not None:
+                self.higher_is_better[name] = bool(higher_is_better)
+            value, number, how = item.compute(), 1.0, "same"
+            if item.is_tensor:
+                how = next(h for h in ("mean", "max", "min", "sum") if getattr(item.meta, f"is_{h}_reduction"))
+                number = float(item.cumulated_batch_size) if how == "mean" else 1.0
+            if isinstance(value, Tensor) and value.numel() == 1:
+                self.values[name] = Share(float(value), number, how)
+
+    def contributions(self, values: Mapping[str, float]) -> dict[str, Contributions]:
+        """Return the parts of what was logged, where they make up its value."""
+        if self._recorder is None:
+            return {}
+        metrics = {name: None if item.is_tensor else item.value for name, item in self._logged.items()}
+        found = {n: self._recorder.contributions(n, value, metrics.get(n)) for n, value in values.items()}
+        return {name: parts for name, parts in found.items() if parts is not None}
+
+
+def _logged_in(trainer: Trainer) -> dict[str, Any]:
+    """Return name to Lightning's record of what was logged for the whole of a validation epoch."""
+    results, found = trainer._results, {}
+    for item in () if results is None else results.values():
+        if item.has_reset or not item.meta.on_epoch:
+            continue
+        suffix = item.meta.dataloader_idx if item.meta.add_dataloader_idx else None
+        found[item.meta.forked_name(False) + (f"/dataloader_idx_{suffix}" if suffix is not None else "")] = item
+    return found
+
+
+def _random_states() -> tuple[Any, ...]:
+    """Return where the generators are that a step may draw from, comparable."""
+    on_device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else torch.empty(0)
+    tensors = tuple(state.numpy().tobytes() for state in (torch.get_rng_state(), on_device))
+    return *tensors, pickle.dumps((random.getstate(), np.random.get_state()))

@@ -1,0 +1,106 @@
+"""What can be tried: choices of a model, each exported to a folder of its own and validated there."""
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lightning_quant.artifact import artifact as artifacts
+from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.export.engines import AUTO
+from lightning_quant.export.export import export
+from lightning_quant.measure.contributions import difference
+from lightning_quant.measure.evaluate import Metrics
+from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.planned.sizes import ChosenShapes
+from lightning_quant.report.make_report import measure_latency, tensor_bytes
+from lightning_quant.search.candidates import Candidates
+from lightning_quant.search.choice import Choice, Measured
+from lightning_quant.search.relaxations import Refined, Relaxations
+from lightning_quant.simulate.prepared import Prepared
+
+Validate = Callable[[PlannedModel, Artifact], Metrics]
+
+
+@dataclass
+class Files:
+    """The space of a search on exported files.
+
+    Attributes:
+        floating: metrics of the float model, with contributions.
+        validate: gives those of a file.
+        on_host: gives a model over the module that is exported, on the CPU.
+        whole: the whole recipe, ready to be exported.
+        candidates: makes the others; None where the recipe has no graph.
+        rank: measures what keeping operators in float gains.
+        timed: whether latencies are measured.
+        threads: for those.
+        dynamic_shapes: as for `export`.
+        engine: likewise.
+        models: what was made, by choice.
+    """
+
+    floating: Metrics
+    validate: Validate
+    on_host: Callable[[Prepared], PlannedModel]
+    whole: PlannedModel
+    candidates: Candidates | None
+    rank: Callable[[], Relaxations]
+    timed: bool = False
+    threads: int | None = None
+    dynamic_shapes: ChosenShapes = None
+    engine: str = AUTO
+    models: dict[Choice, PlannedModel] = field(default_factory=dict)
+    _relaxations: Relaxations | None = None
+
+    def model(self, choice: Choice) -> PlannedModel:
+        """Return the model of a choice, made once.
+
+        Raises:
+            QuantizationError: nothing is left to quantize, or a layer cannot be kept as chosen.
+        """
+        if choice not in self.models:
+            whole = choice == Choice() or self.candidates is None
+            self.models[choice] = self.whole if whole else self.on_host(self.candidates.make(choice))  # type: ignore[union-attr]
+        return self.models[choice]
+
+    def measure(self, choice: Choice) -> Measured:
+        """Export a choice and validate the file."""
+        model = self.model(choice)
+        model.observe_unreached()
+        with tempfile.TemporaryDirectory() as name:
+            artifact = export(
+                model, Path(name).resolve() / "trial", dynamic_shapes=self.dynamic_shapes, engine=self.engine
+            )
+            metrics = self.validate(model, artifact)
+            latency, speedup = self._latency(model, artifact) if self.timed else ({}, {})
+            size = artifact.size_bytes
+        parts, known = metrics.contributions, self.floating.contributions
+        differences = {
+            name: difference(value, self.floating[name], parts.get(name), known.get(name))
+            for name, value in metrics.items()
+            if name in self.floating
+        }
+        return Measured(dict(metrics), differences, size, size / tensor_bytes(model.root), latency, speedup)
+
+    def accurate(self) -> Choice | None:
+        """Return the whole recipe with more done for accuracy; None where there is no more."""
+        return None if self.candidates is None else self.candidates.accurate()
+
+    def steps(self) -> Sequence[Choice]:
+        """Return choices that keep more and more out of the recipe, ranked once."""
+        return [] if self.candidates is None else Refined(self._ranked())
+
+    def cheaper(self, fails: Choice, keeps: Choice) -> Choice | None:
+        """Return a choice that costs less by the ranking, and leaves hardly more noise."""
+        return self._ranked().cheaper(fails, keeps)
+
+    def _ranked(self) -> Relaxations:
+        if self._relaxations is None:
+            self._relaxations = self.rank()
+        return self._relaxations
+
+    def _latency(self, model: PlannedModel, artifact: Artifact) -> tuple[dict[str, float], dict[str, float]]:
+        threads = self.threads or 1
+        rows, _ = measure_latency(model, artifacts.open_model(artifact, threads=threads), threads)
+        return {str(r.batch): r.artifact.median_ms for r in rows}, {str(r.batch): r.speedup for r in rows}

@@ -1,0 +1,203 @@
+"""The search itself: from the whole recipe to as few operators in float as the limits ask for, by validations alone.
+
+The number of steps of a ranking is bisected on validations of exported files. A set that is cheaper by the model of the
+ranking is tried with what is left.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lightning_quant.errors import QuantizationError
+from lightning_quant.search.choice import Choice, Measured, Trial, Verdict
+from lightning_quant.search.objective import COSTS, LATENCY, SIZE
+
+# Validations beside those of the bisection: the whole recipe, a safer calibration of it, a cheaper set.
+_BESIDE = 3
+
+
+class Space(Protocol):
+    """What can be tried."""
+
+    def measure(self, choice: Choice) -> Measured:
+        """Export a choice and validate the file."""
+
+    def accurate(self) -> Choice | None:
+        """Return the whole recipe with more done for accuracy; None where there is no more."""
+
+    def steps(self) -> Sequence[Choice]:
+        """Return choices that keep more and more out of the recipe, ranked once."""
+
+    def cheaper(self, fails: Choice, keeps: Choice) -> Choice | None:
+        """Return a choice cheaper than one that keeps the limits, and likely to keep them, too."""
+
+
+class SpentError(Exception):
+    """Nothing more may be tried."""
+
+
+@dataclass
+class Budget:
+    """What a search may spend.
+
+    Attributes:
+        max_validations: of exported files; None for as many as the bisection of its steps takes.
+        deadline: `time.monotonic()` after which nothing more is tried.
+    """
+
+    max_validations: int | None = None
+    deadline: float = math.inf
+
+    def check(self, number: int) -> None:
+        """Raise once nothing is left after a number of validations."""
+        if self.max_validations is not None and number >= self.max_validations:
+            raise SpentError(f"its budget of validations spent, {self.max_validations}")
+        if time.monotonic() >= self.deadline:
+            raise SpentError("its time budget spent")
+
+
+@dataclass
+class Found:
+    """What a search has found out by now.
+
+    Attributes:
+        trials: in the order in which they were tried.
+        num_steps: of the ranking; 0 while it was not needed.
+        ended: why it ended, in words.
+    """
+
+    trials: list[Trial] = field(default_factory=list)
+    num_steps: int = 0
+    ended: str = ""
+
+    def best(self, objective: str, better: Callable[[str], bool | None]) -> Trial | None:
+        """Return the best by the objective of all that keep the limits; else the one that misses least."""
+        made = [trial for trial in self.trials if trial.measured is not None]
+        keeping = [trial for trial in made if trial.keeps_all]
+        if keeping:
+            return min(keeping, key=lambda trial: _cost(trial, objective, better))
+        return min(made, key=lambda trial: (*trial.misses, _cost(trial, SIZE, better)), default=None)
+
+
+def find(
+    space: Space,
+    judge: Callable[[Measured], tuple[Verdict, ...]],
+    objective: str = SIZE,
+    budget: Budget | None = None,
+    *,
+    found: Found | None = None,
+    note: Callable[[Found], None] | None = None,
+) -> Found:
+    """Search a space; end with what was found when the budget is spent or the user interrupts.
+
+    Args:
+        space: what can be tried.
+        judge: gives a verdict for each limit.
+        objective: "size", "latency", or a metric.
+        budget: what may be spent; by default as many validations as a bisection takes.
+        found: gets the trials; those in it are known and not run again.
+        note: called after every trial.
+    """
+    search = _Search(space, judge, budget or Budget(), found if found is not None else Found(), note)
+    try:
+        search.found.ended = search.cheapest() if objective in COSTS else search.dearest()
+    except SpentError as spent:
+        search.found.ended = str(spent)
+    except KeyboardInterrupt:
+        search.found.ended = "an interruption"
+    return search.found
+
+
+class _Search:
+    def __init__(
+        self,
+        space: Space,
+        judge: Callable[[Measured], tuple[Verdict, ...]],
+        budget: Budget,
+        found: Found,
+        note: Callable[[Found], None] | None,
+    ) -> None:
+        self.space, self.judge, self.budget, self.found, self.note = space, judge, budget, found, note
+        # What an interrupted search has tried is not tried again, but counts.
+        self._known = {trial.choice: trial for trial in found.trials}
+        found.trials = []
+
+    def cheapest(self) -> str:
+        """Find the first step at which the metrics keep their limits."""
+        whole = self._try(Choice())
+        if whole.keeps(on_metrics=True):
+            return "the whole recipe keeps the limits on metrics"
+        accurate = self.space.accurate()
+        if accurate is not None and self._try(accurate).keeps(on_metrics=True):
+            return "the whole recipe keeps the limits on metrics with more done for accuracy"
+        steps = self._steps()
+        at = self._bisect(steps, lambda trial: trial.keeps(on_metrics=True))
+        if at == len(steps):
+            return "no number of steps keeps the limits on metrics"
+        fails, keeps = (steps[at - 1] if at else Choice()), steps[at]
+        while self._has_left() and (other := self.space.cheaper(fails, keeps)) is not None:
+            if self._try(other).keeps(on_metrics=True):
+                keeps = other
+            else:
+                fails = other
+        return "the least in float that keeps the limits on metrics"
+
+    def dearest(self) -> str:
+        """Find the last step at which size and speed keep their limits: more in float is better by a metric."""
+        if not self._try(Choice()).keeps(on_metrics=False):
+            return "the whole recipe misses the limits on size and speed, and what is kept float only costs more"
+        steps = self._steps()
+        self._bisect(steps, lambda trial: not trial.keeps(on_metrics=False))
+        return "the most in float that keeps the limits on size and speed"
+
+    def _steps(self) -> Sequence[Choice]:
+        steps = self.space.steps()
+        self.found.num_steps = len(steps)
+        if self.budget.max_validations is None:
+            self.budget.max_validations = math.ceil(math.log2(max(len(steps), 1))) + _BESIDE
+        return steps
+
+    def _bisect(self, steps: Sequence[Choice], is_far_enough: Callable[[Trial], bool]) -> int:
+        """Return the first index that is far enough, if all behind it are; their number where none is."""
+        low, high = -1, len(steps)
+        while high - low > 1:
+            middle = (low + high) // 2
+            if is_far_enough(self._try(steps[middle])):
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def _has_left(self) -> bool:
+        return self.budget.max_validations is None or len(self.found.trials) < self.budget.max_validations
+
+    def _try(self, choice: Choice) -> Trial:
+        self.budget.check(len(self.found.trials))
+        trial = self._known.get(choice) or self._measure(choice)
+        if all(trial.choice != other.choice for other in self.found.trials):
+            self.found.trials.append(trial)
+        if self.note is not None:
+            self.note(self.found)
+        return trial
+
+    def _measure(self, choice: Choice) -> Trial:
+        started = time.monotonic()
+        try:
+            measured = self.space.measure(choice)
+        except QuantizationError as error:
+            return Trial(choice, None, (), time.monotonic() - started, str(error))
+        return Trial(choice, measured, self.judge(measured), time.monotonic() - started)
+
+
+def _cost(trial: Trial, objective: str, better: Callable[[str], bool | None]) -> float:
+    measured = trial.measured
+    if measured is None:
+        return math.inf
+    if objective == LATENCY:
+        return max(measured.latency_ms.values(), default=math.inf)
+    if objective == SIZE:
+        return measured.size_bytes
+    value = measured.metrics.get(objective, math.nan)
+    return math.inf if math.isnan(value) else -value if better(objective) is not False else value

@@ -1,0 +1,86 @@
+"""Whether what was measured keeps the limits: with a one-sided interval where the metric has parts."""
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from lightning_quant.measure.contributions import CONFIDENCE, Difference
+from lightning_quant.report.limits import Limits
+from lightning_quant.search.choice import Measured, Verdict
+
+_INTERVAL = f"one-sided {CONFIDENCE:.0%} interval, paired with float"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Limits, and in which direction metrics get worse.
+
+    Attributes:
+        limits: what is to be kept.
+        higher_is_better: of metrics of which that is known.
+    """
+
+    limits: Limits
+    higher_is_better: Mapping[str, bool | None]
+
+    def __call__(self, measured: Measured) -> tuple[Verdict, ...]:
+        """Return a verdict for each limit."""
+        return (*self._on_metrics(measured), *self._on_costs(measured))
+
+    def direction(self, name: str) -> bool | None:
+        """Return whether a metric is better when it is higher; None where nobody says so."""
+        if name in self.limits.higher_is_better or name in self.limits.lower_is_better:
+            return name in self.limits.higher_is_better
+        return self.higher_is_better.get(name)
+
+    @property
+    def on_speed(self) -> bool:
+        """Whether a limit is on speed."""
+        return self.limits.min_speedup is not None or self.limits.max_latency_ms is not None
+
+    def _on_metrics(self, measured: Measured) -> Iterator[Verdict]:
+        drops = dict(self.limits.max_drop)
+        if self.limits.max_accuracy_drop is not None:
+            accuracies = [name for name in measured.differences if "acc" in name.lower()]
+            drops |= {name: self.limits.max_accuracy_drop for name in accuracies if name not in drops}
+            if not accuracies:
+                yield _unknown("max_accuracy_drop", self.limits.max_accuracy_drop, "no metric has `acc` in its name")
+        for name, allowed in drops.items():
+            higher = True if name not in self.limits.max_drop else self.direction(name)
+            difference = measured.differences.get(name)
+            if difference is None:
+                yield _unknown(name, allowed, "it was not measured of float and file")
+            elif higher is None:
+                yield _unknown(name, allowed, "nobody says whether it is better when higher")
+            else:
+                yield _of_metric(name, allowed, difference, higher_is_better=higher)
+
+    def _on_costs(self, measured: Measured) -> Iterator[Verdict]:
+        limits = self.limits
+        if limits.max_size_ratio is not None:
+            yield _at_most("size_ratio", limits.max_size_ratio, measured.size_ratio)
+        if limits.max_size_bytes is not None:
+            yield _at_most("size_bytes", limits.max_size_bytes, measured.size_bytes)
+        if limits.max_latency_ms is not None:
+            yield _at_most("latency_ms", limits.max_latency_ms, max(measured.latency_ms.values(), default=None))
+        if limits.min_speedup is not None:
+            least = min(measured.speedup.values(), default=None)
+            kept = least is not None and least >= limits.min_speedup
+            yield Verdict("speedup", limits.min_speedup, least, least, kept, "the slowest of the measured batch sizes")
+
+
+def _of_metric(name: str, allowed: float, difference: Difference, *, higher_is_better: bool) -> Verdict:
+    estimate = -difference.value if higher_is_better else difference.value
+    reached = difference.worst(higher_is_better=higher_is_better)
+    basis = _INTERVAL if difference.margin is not None else f"point estimate: {difference.why}"
+    # What is equal in decimals is allowed: 0.90 - 0.85 is a little more than 0.05.
+    kept = reached <= allowed or math.isclose(reached, allowed, rel_tol=1e-6)
+    return Verdict(name, allowed, reached, estimate, kept, basis, on_metric=True)
+
+
+def _unknown(name: str, allowed: float, why: str) -> Verdict:
+    return Verdict(name, allowed, None, None, kept=False, basis=why, on_metric=True)
+
+
+def _at_most(name: str, allowed: float, reached: float | None) -> Verdict:
+    return Verdict(name, allowed, reached, reached, reached is not None and reached <= allowed, "measured")

@@ -1,0 +1,196 @@
+"""What keeping operators out of integers gains and costs: measured once, part by part, on held-back calls.
+
+What is rounded falls into parts: the weight of an operator, and the tensors that share a scale. A part is rounded for
+as long as an operator needs it in integers, so that a tensor is spared only when all that write or read it are kept out
+together. Noise of parts adds up where it is small, so each is measured with nothing else rounded: of two bad layers
+neither hides the other. Weights can stay stored in eight bits where only tensors are to be spared.
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_quant.calls.calls import Call
+from lightning_quant.layers import class_for
+from lightning_quant.measure.own_statistics import error_of
+from lightning_quant.measure.rounded_parts import name_of, touched_edges
+from lightning_quant.numerics.exact import exact_arithmetic
+from lightning_quant.search.cheapest import Part, cheapest
+from lightning_quant.search.choice import FLOAT, STORED, Choice
+from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.routing import evaluation_mode
+from lightning_quant.terminal.progress import tracked
+
+# Beside the gain of a step counts its price, in shares of what keeping everything would cost, on top of this one: what
+# costs nothing is no better than what gains five times as much.
+_LEAST_PRICE = 0.25
+
+
+@dataclass(frozen=True)
+class Relaxations:
+    """Parts, and what sparing them costs.
+
+    Attributes:
+        parts: all that is rounded.
+        operators: names in the plan's order.
+        stored: names of those whose weights may stay in eight bits while they compute in float.
+        prices: name and scheme to what it costs, in bytes or in multiply-adds.
+    """
+
+    parts: tuple[Part, ...]
+    operators: tuple[str, ...]
+    stored: frozenset[str]
+    prices: Mapping[tuple[str, str], float]
+
+    def error(self, kept: Mapping[str, str]) -> float:
+        """Return the noise that is left, as the sum of its parts."""
+        return sum(part.error for part in self.parts if not _is_spared(part, kept))
+
+    def price(self, kept: Mapping[str, str]) -> float:
+        """Return what a choice costs."""
+        return sum(self.prices[item] for item in kept.items())
+
+    def steps(self) -> list[Choice]:
+        """Return growing choices, what gains most by its price first; at least one operator stays in integers."""
+        kept: dict[str, str] = {}
+        whole = sum(self.prices[name, FLOAT] for name in self.operators) or 1.0
+        found = []
+        while (best := self._next(kept, whole)) is not None:
+            kept = best
+            if len(kept) == len(self.operators):
+                break
+            found.append(Choice(tuple(kept.items())))
+        return found
+
+    def at_most(self, error: float) -> Choice | None:
+        """Return the cheapest choice that leaves no more than some noise; None where that is not found."""
+        kept = cheapest(self.parts, self.operators, self.stored, self.prices, error * (1 + 1e-9))
+        return None if kept is None else Choice(tuple(kept.items()))
+
+    def refined(self, step: Choice) -> Choice:
+        """Return the cheapest choice that leaves as little noise as a step, or the step."""
+        other = self.at_most(self.error(dict(step.kept)))
+        return step if other is None or self.price(dict(other.kept)) >= self.price(dict(step.kept)) else other
+
+    def cheaper(self, fails: Choice, keeps: Choice) -> Choice | None:
+        """Return a choice that is cheaper than one that keeps the limits, with noise between it and one that fails."""
+        most, least = self.error(dict(fails.kept)), self.error(dict(keeps.kept))
+        other = self.at_most(math.sqrt(most * least)) if most > least else None
+        if other is None or other in (fails, keeps) or self.price(dict(other.kept)) >= self.price(dict(keeps.kept)):
+            return None
+        return other
+
+    def _next(self, kept: dict[str, str], whole: float) -> dict[str, str] | None:
+        left = [part for part in self.parts if not _is_spared(part, kept)]
+        of_user: dict[str, list[Part]] = {}
+        for part in left:
+            for name in part.users:
+                of_user.setdefault(name, []).append(part)
+        options = list(dict.fromkeys(tuple(sorted(self._sparing(part, kept).items())) for part in left))
+
+        def worth(option: Iterable[tuple[str, str]]) -> float:
+            chosen = kept | dict(option)
+            near = {id(part): part for name, _ in option for part in of_user.get(name, ())}
+            gain = sum(part.error for part in near.values() if _is_spared(part, chosen))
+            more = sum(
+                self.prices[item] - (self.prices[item[0], kept[item[0]]] if item[0] in kept else 0) for item in option
+            )
+            return gain / (more / whole + _LEAST_PRICE)
+
+        return kept | dict(max(options, key=worth)) if options else None
+
+    def _sparing(self, part: Part, kept: Mapping[str, str]) -> dict[str, str]:
+        """Return the least that has to be kept out of integers for a part to be spared."""
+        if part.is_weight:
+            return dict.fromkeys(part.users, FLOAT)
+        return {name: STORED if name in self.stored else FLOAT for name in part.users if name not in kept}
+
+
+class Refined(Sequence[Choice]):
+    """Steps of a ranking, each as the cheapest choice of as little noise, worked out when it is asked for."""
+
+    def __init__(self, ranked: Relaxations) -> None:
+        self._ranked, self._steps = ranked, ranked.steps()
+        self._found: dict[int, Choice] = {}
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __getitem__(self, index: Any) -> Any:
+        if index not in self._found:
+            self._found[index] = self._ranked.refined(self._steps[index])
+        return self._found[index]
+
+
+def _is_spared(part: Part, kept: Mapping[str, str]) -> bool:
+    if part.is_weight:
+        return all(kept.get(name) == FLOAT for name in part.users)
+    return all(name in kept for name in part.users)
+
+
+@torch.no_grad()
+@exact_arithmetic()
+def relaxations(prepared: Prepared, calls: list[Call], *, by_time: bool = False) -> Relaxations:
+    """Measure every part of a calibrated module: one run of all calls for each.
+
+    Args:
+        prepared: detached and calibrated.
+        calls: of the module, best such as no range was learned from.
+        by_time: whether what is kept costs time, by its multiply-adds, and not bytes.
+    """
+    with evaluation_mode(prepared.root):
+        exact = [prepared.root(*args, **kwargs) for args, kwargs in calls]
+
+        def error(rounded: frozenset[str]) -> float:
+            with prepared.simulation.quantizing_only(rounded), prepared.attached("frozen"):
+                return error_of(exact, [prepared.root(*args, **kwargs) for args, kwargs in calls])
+
+        rounded = _rounded(prepared)
+        parts = tuple(
+            Part(users, is_weight, error(identities))
+            for identities, users, is_weight in tracked(rounded, "Ranking", "part")
+        )
+    operators = tuple(dict.fromkeys(name_of(prepared, identity) for identity in prepared.operators))
+    stored = _stored(prepared)
+    return Relaxations(parts, operators, stored, _prices(prepared, operators, by_time=by_time))
+
+
+def _rounded(prepared: Prepared) -> list[tuple[frozenset[str], frozenset[str], bool]]:
+    """Return for each part what of it is rounded, the names of its users, and whether it is a weight."""
+    found = []
+    users: dict[str, set[str]] = {}
+    for identity, operator in prepared.operators.items():
+        if operator.weight:
+            found.append((frozenset({identity}), frozenset({name_of(prepared, identity)}), True))
+        for edge in touched_edges(prepared, identity):
+            users.setdefault(prepared.ranges.source(edge), set()).add(name_of(prepared, identity))
+    for source, names in users.items():
+        edges = frozenset(edge for edge in prepared.ranges.edges if prepared.ranges.source(edge) == source)
+        found.append((edges, frozenset(names), False))
+    return found
+
+
+def _stored(prepared: Prepared) -> frozenset[str]:
+    """Return the operators that are layers of their own which a recipe of layers can store."""
+    if not prepared.runtime.LAYERS_IN_GRAPHS:
+        return frozenset()
+    modules = dict(prepared.root.named_modules())
+    names = [operator.name for operator in prepared.operators.values() if operator.weight]
+    once = {name for name in names if names.count(name) == 1 and name in modules}
+    return frozenset(name for name in once if class_for(modules[name]) is not None)
+
+
+def _prices(prepared: Prepared, operators: tuple[str, ...], *, by_time: bool) -> dict[tuple[str, str], float]:
+    macs = {row.name: row.macs for row in prepared.plan.rows}
+    numbers = {o.name: prepared.weight(i).numel() for i, o in prepared.operators.items() if o.weight}
+    if by_time:
+        return {(name, scheme): float(macs.get(name, 0)) for name in operators for scheme in (FLOAT, STORED)}
+    # Three bytes more for each value than in eight bits.
+    return {
+        (name, scheme): 3.0 * numbers.get(name, 0) * (scheme == FLOAT)
+        for name in operators
+        for scheme in (FLOAT, STORED)
+    }

@@ -1,0 +1,144 @@
+import math
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import pytest
+
+from lightning_quant.errors import ExportError
+from lightning_quant.measure.contributions import Difference
+from lightning_quant.report.limits import Limits
+from lightning_quant.search.cheapest import Part
+from lightning_quant.search.choice import FLOAT, Choice, Measured
+from lightning_quant.search.find import Budget, Found, Space, find
+from lightning_quant.search.judge import Judge
+from lightning_quant.search.relaxations import Refined, Relaxations
+
+
+@dataclass
+class Simulated:
+    """A space of operators whose weights each cost a known part of accuracy, and bytes of their own."""
+
+    errors: dict[str, float]
+    sizes: dict[str, float]
+    ranked: Relaxations = field(init=False)
+    tried: list[Choice] = field(default_factory=list)
+    fails: Choice | None = None
+    stops_after: int = 10**9
+
+    def __post_init__(self) -> None:
+        parts = tuple(Part(frozenset({name}), is_weight=True, error=error) for name, error in self.errors.items())
+        prices = {(name, FLOAT): size for name, size in self.sizes.items()}
+        self.ranked = Relaxations(parts, tuple(self.errors), frozenset(), prices)
+
+    def measure(self, choice: Choice) -> Measured:
+        if len(self.tried) == self.stops_after:
+            raise KeyboardInterrupt
+        self.tried.append(choice)
+        if choice == self.fails:
+            raise ExportError("no file")
+        drop = sum(error for name, error in self.errors.items() if name not in dict(choice.kept))
+        size = round(100 + sum(self.sizes[name] for name, _ in choice.kept))
+        return Measured({"acc": 1 - drop}, {"acc": Difference(-drop)}, size, size / 1000)
+
+    def accurate(self) -> Choice | None:
+        return None
+
+    def steps(self) -> Sequence[Choice]:
+        return Refined(self.ranked)
+
+    def cheaper(self, fails: Choice, keeps: Choice) -> Choice | None:
+        return self.ranked.cheaper(fails, keeps)
+
+
+def simulated(number: int, seed: int = 0) -> Simulated:
+    generator = random.Random(seed)
+    errors = {f"layer{i}": generator.random() ** 4 / number for i in range(number)}
+    return Simulated(errors, {name: generator.choice([1, 10, 100]) for name in errors})
+
+
+def judge(**limits: float) -> Judge:
+    return Judge(Limits({"acc": limits.pop("acc", 0.01)}, **limits), {"acc": True})  # type: ignore[arg-type]
+
+
+def test_where_the_whole_recipe_keeps_the_limits_one_validation_is_all() -> None:
+    space = simulated(30)
+    found = find(space, judge(acc=0.5))
+    assert [trial.choice for trial in found.trials] == [Choice()]
+    assert found.num_steps == 0
+
+
+@pytest.mark.parametrize("number", [2, 3, 7, 16, 33])
+@pytest.mark.parametrize("allowed", [0.0, 0.001, 0.01, 0.05])
+def test_as_few_are_kept_float_as_the_limit_asks_for_in_a_logarithm_of_validations(number: int, allowed: float) -> None:
+    space = simulated(number)
+    found = find(space, judge(acc=allowed))
+    assert len(found.trials) <= math.ceil(math.log2(max(found.num_steps, 1))) + 3
+    best = found.best("size", {"acc": True}.get)
+    assert best is not None
+    keeping = [c for c in (Choice(), *space.steps()) if space.measure(c).differences["acc"].value >= -allowed]
+    assert best.keeps_all == bool(keeping)
+    if best.keeps_all:
+        assert best.measured is not None
+        assert best.measured.size_bytes <= space.measure(keeping[0]).size_bytes
+
+
+def test_what_is_found_is_near_the_best_of_all_subsets() -> None:
+    for seed in range(5):
+        space = simulated(10, seed)
+        best = find(space, judge(acc=0.02)).best("size", {"acc": True}.get)
+        assert best is not None
+        assert best.measured is not None
+        names = list(space.errors)
+        subsets = [Choice(tuple((n, FLOAT) for i, n in enumerate(names) if mask >> i & 1)) for mask in range(2**10)]
+        every = [m for m in map(space.measure, subsets) if m.differences["acc"].value >= -0.02]
+        assert best.measured.size_bytes <= 1.05 * min(m.size_bytes for m in every)
+
+
+def test_a_metric_as_objective_takes_as_much_float_as_the_bytes_allow() -> None:
+    space = simulated(20)
+    found = find(space, judge(acc=1.0, max_size_ratio=0.3), "acc")
+    best = found.best("acc", {"acc": True}.get)
+    assert best is not None
+    assert best.measured is not None
+    keeping = [m for m in map(space.measure, space.steps()) if m.size_ratio <= 0.3]
+    assert best.measured.metrics["acc"] == max(m.metrics["acc"] for m in keeping)
+
+
+def test_a_spent_budget_leaves_the_best_so_far() -> None:
+    found = find(simulated(50), judge(acc=0.001), budget=Budget(max_validations=3))
+    assert len(found.trials) == 3
+    assert found.ended == "its budget of validations spent, 3"
+    best = found.best("size", {"acc": True}.get)
+    assert best is not None
+    assert best.misses == min(trial.misses for trial in found.trials if not trial.keeps_all) or best.keeps_all
+    over = find(simulated(50), judge(acc=0.001), budget=Budget(deadline=-1.0))
+    assert (over.trials, over.ended) == ([], "its time budget spent")
+
+
+def test_an_interrupted_search_goes_on_where_it_was() -> None:
+    space = simulated(40)
+    space.stops_after = 3
+    found = find(space, judge(acc=0.002))
+    assert found.ended == "an interruption"
+    assert len(found.trials) == 3
+    again = simulated(40)
+    resumed = find(again, judge(acc=0.002), found=Found(list(found.trials)))
+    whole = find(simulated(40), judge(acc=0.002))
+    assert [t.choice for t in resumed.trials] == [t.choice for t in whole.trials]
+    assert len(again.tried) == len(whole.trials) - 3
+
+
+def test_a_file_that_cannot_be_made_is_a_trial_that_keeps_nothing() -> None:
+    space: Simulated = simulated(4)
+    space.fails = Choice()
+    found = find(space, judge(acc=0.5))
+    assert found.trials[0].error == "no file"
+    best = found.best("size", {"acc": True}.get)
+    assert best is not None
+    assert best.keeps_all
+
+
+def test_a_simulated_space_is_one() -> None:
+    space: Space = simulated(2)
+    assert space.accurate() is None

@@ -1,0 +1,46 @@
+import pytest
+
+from lightning_quant.measure.contributions import Difference
+from lightning_quant.report.limits import Limits, limits_from
+from lightning_quant.search.choice import Measured
+from lightning_quant.search.judge import Judge
+
+
+def verdict(limits: Limits, difference: Difference, **known: bool | None) -> tuple[bool, float | None, str]:
+    measured = Measured({"m": 0.0}, {"m": difference}, 300, 0.3, {"1": 2.0}, {"1": 1.2, "8": 1.6})
+    (found,) = Judge(limits, known)(measured)
+    return found.kept, found.reached, found.basis
+
+
+@pytest.mark.parametrize(
+    ("limit", "value", "margin", "kept"),
+    [
+        (-0.01, -0.008, 0.001, True),
+        (-0.01, -0.008, 0.003, False),  # the estimate keeps it, the interval does not
+        (-0.01, 0.5, 0.003, True),
+        (0.01, 0.008, 0.001, True),
+        (0.01, 0.012, None, False),
+        (-0.05, 0.85 - 0.9, None, True),
+    ],
+)
+def test_a_limit_is_kept_when_the_interval_says_so(
+    limit: float, value: float, margin: float | None, kept: bool
+) -> None:
+    found = verdict(limits_from({"m": limit}), Difference(value, margin, "" if margin else "no batches"))
+    assert found[0] == kept
+    assert ("interval" in found[2]) == (margin is not None)
+    assert ("no batches" in found[2]) == (margin is None)
+
+
+def test_a_metric_without_a_direction_keeps_no_limit() -> None:
+    assert verdict(Limits({"m": 0.1}), Difference(0.0))[0] is False
+    assert verdict(Limits({"m": 0.1}), Difference(0.0), m=True)[0] is True
+
+
+@pytest.mark.parametrize(
+    ("name", "kept", "missed"),
+    [("size_ratio", 0.3, 0.29), ("size_bytes", 300, 299), ("latency_ms", 2, 1.9), ("speedup", 1.2, 1.3)],
+)
+def test_bounds_of_size_and_speed(name: str, kept: float, missed: float) -> None:
+    assert verdict(limits_from({name: kept}), Difference(0.0))[0]
+    assert not verdict(limits_from({name: missed}), Difference(0.0))[0]
