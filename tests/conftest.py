@@ -12,6 +12,8 @@ from quick_exports import make_exports_quick
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 
+# Fixtures that several files share; one conftest.py is all that doctests can tell apart.
+pytest_plugins = ("command_line", "small_artifacts")
 # They import projects that only environments of their own have.
 collect_ignore_glob = ["clients/client_*.py", "clients/run_client.py"]
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from static_programs import IMAGE, ready, residual
+from residual_nets import IMAGE, residual
+from static_programs import ready
 from torch import Tensor, nn
 
 from lightning_quant import load, quantize, runtimes

@@ -1,13 +1,13 @@
 """Scales of all edges side by side are those of each."""
 
 import torch
-from residual_nets import IMAGE, residual
+from residual_nets import LARGE, observing_residual
 
 
 def test_scales_of_all_edges_are_those_of_each() -> None:
-    _, prepared = residual()
+    _, prepared = observing_residual()
     prepared.set_phase("observe")
-    prepared.root(IMAGE)
+    prepared.root(LARGE)
     ranges = prepared.ranges
     ranges.settle()
     grids = ranges.grids()

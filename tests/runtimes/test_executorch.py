@@ -6,7 +6,7 @@ from typing import Any
 import lightning_models  # noqa: F401  makes exporting quick
 import pytest
 import torch
-from one_residual_net import IMAGE, ready
+from residual_nets import IMAGE, residual_on
 
 from lightning_quant import load
 from lightning_quant.errors import QuantizationError
@@ -16,7 +16,7 @@ from lightning_quant.runtimes import executorch
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    prepared = ready("executorch")
+    prepared = residual_on("executorch")
     return prepared, export(prepared, tmp_path_factory.mktemp("executorch") / "artifact")
 
 

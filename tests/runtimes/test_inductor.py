@@ -8,7 +8,7 @@ import lightning_models  # noqa: F401  makes exporting quick
 import pytest
 import torch
 from models import CASES, calibrated
-from one_residual_net import IMAGE, ready
+from residual_nets import IMAGE, residual_on
 from torch import nn
 
 from lightning_quant import quantize, runtimes
@@ -20,7 +20,7 @@ from lightning_quant.runtimes import inductor
 
 
 def test_an_engine_that_adds_in_its_convolution_has_no_quantizer_between() -> None:
-    plans = {name: ready(name).plan.graphs[0] for name in ("onnxruntime", "inductor")}
+    plans = {name: residual_on(name).plan.graphs[0] for name in ("onnxruntime", "inductor")}
     edges = {name: {edge.key for edge in plan.edges} for name, plan in plans.items()}
     convolutions = {
         name: [o.quantized_output for o in plan.operators if o.kind == "conv2d"] for name, plan in plans.items()
@@ -33,7 +33,7 @@ def test_an_engine_that_adds_in_its_convolution_has_no_quantizer_between() -> No
 def test_simulation_without_rounding_before_an_addition_is_closer_to_float() -> None:
     errors = {}
     for name in ("onnxruntime", "inductor"):
-        prepared = ready(name)
+        prepared = residual_on(name)
         with torch.no_grad():
             expected = prepared.root(IMAGE)
             with prepared.attached("frozen"):
@@ -104,7 +104,7 @@ def test_kernels_are_counted_in_the_generated_code(tmp_path: Path) -> None:
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("model/data/x.wrapper.cpp", code)
     counts = inductor.RUNTIME.count_operators(path)
-    operators = ready("inductor").plan.graphs[0].operators
+    operators = residual_on("inductor").plan.graphs[0].operators
 
     assert counts == {"qconv_pointwise_tensor": 1, "qlinear_pointwise_tensor": 1, "convolution": 1}
     assert inductor.RUNTIME.still_float(operators, counts) == {"conv2d": 2}

@@ -5,7 +5,7 @@ from typing import Any
 
 import lightning_models  # noqa: F401  makes exporting quick
 import torch
-from one_residual_net import IMAGE, ready
+from residual_nets import IMAGE, residual_on
 from torch import Tensor
 
 from lightning_quant import load
@@ -13,7 +13,7 @@ from lightning_quant.export.export import export
 
 
 def test_openvino_files_find_each_other_and_threads_are_passed_on(tmp_path: Path) -> None:
-    artifact = export(ready("openvino"), tmp_path / "artifact")
+    artifact = export(residual_on("openvino"), tmp_path / "artifact")
     model: Any = load(artifact.path, threads=1)
     x: Tensor = IMAGE
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from static_programs import IMAGE, ready
+from residual_nets import IMAGE
+from static_programs import ready
 from torch import Tensor, nn
 
 from lightning_quant import load, runtimes

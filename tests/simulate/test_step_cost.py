@@ -12,7 +12,7 @@ import torch.nn.functional as F  # noqa: N812
 from models import CASES, Case, ResidualNet
 from one_by_one import one_by_one
 from reference_models import resnet18
-from residual_nets import IMAGE, residual
+from residual_nets import LARGE, observing_residual
 from step_count import Count, as_on_a_gpu, count, forward_and_backward
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -30,7 +30,7 @@ def counted_float(dtype: torch.dtype | None) -> Count:
 def counted(phase: str | None, where: Any, dtype: torch.dtype | None = None) -> Count:
     torch.manual_seed(0)
     with where:
-        return count(forward_and_backward(resnet18().train(), IMAGE, phase, dtype))
+        return count(forward_and_backward(resnet18().train(), LARGE, phase, dtype))
 
 
 # --- counts: ResNet18, forward and backward, 31 rounded tensors and 21 rounded weights
@@ -176,13 +176,13 @@ def test_observers_updated_together_are_those_updated_alone(kind: Any) -> None:
 
 
 def test_gradients_of_gradients_pass_a_kernel() -> None:
-    model, prepared = residual()
+    model, prepared = observing_residual()
     prepared.set_phase("observe")
-    model(IMAGE)
+    model(LARGE)
     prepared.set_phase("frozen")
 
     def penalty() -> list[Tensor]:
-        x = IMAGE.clone().requires_grad_()
+        x = LARGE.clone().requires_grad_()
         (grad,) = torch.autograd.grad(F.softplus(model(x)).sum(), x, create_graph=True)
         return list(torch.autograd.grad(grad.square().sum(), [model.conv1.weight, model.fc.weight]))
 

@@ -1,9 +1,11 @@
 """A small artifact and its manifest, changed as one who knows how its hash is made."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import nn
 
@@ -25,3 +27,14 @@ def change_manifest(folder: Path, **values: Any) -> None:
     path = folder / "manifest.json"
     text, _ = dump({**json.loads(path.read_text()), **values})
     path.write_text(text)
+
+
+@pytest.fixture(scope="session")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
+    return make(tmp_path_factory.mktemp("artifact") / "quantized")
+
+
+@pytest.fixture
+def folder(original: Artifact, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(original.path, tmp_path / "copy"))
