@@ -1,10 +1,12 @@
 import gc
+import inspect
 import json
 import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import quick_trials
 import torch
 from exported import Artifacts
 from features import rows_of
@@ -20,11 +22,18 @@ collect_ignore_glob = ["clients/client_*.py", "clients/run_client.py"]
 # Test machines share their cores; the nets here are too small to gain from threads.
 torch.set_num_threads(1)
 make_exports_quick()
+quick_trials.make_trials_quick()
 
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _tried_for_real(request: pytest.FixtureRequest) -> None:
+    """Let tests that patch something try each export for real."""
+    quick_trials.for_real = "monkeypatch" in inspect.signature(request.function).parameters
 
 
 @pytest.fixture(params=[QuantizationAwareTraining, PostTrainingQuantization])
