@@ -82,7 +82,7 @@ def equal(first: Any, second: Any) -> bool:
     "strategy",
     [
         pytest.param("ddp", marks=feature("Several processes", "ddp", only="QAT")),
-        pytest.param("ddp_fork", marks=feature("Several processes", "ddp_fork", only="QAT")),
+        pytest.param("ddp_fork", marks=[feature("Several processes", "ddp_fork", only="QAT"), pytest.mark.slow]),
         pytest.param("ddp_spawn", marks=[feature("Several processes", "ddp_spawn", only="QAT"), pytest.mark.slow]),
     ],
 )
