@@ -24,7 +24,8 @@ def make_trials_quick() -> None:
     try_export = QuantizationCallback._try_export
 
     def tried(callback: QuantizationCallback, model: PlannedModel) -> tuple[Any, ...]:
-        key = None if for_real or __import__("os").environ.get("QT") == "0" else _key(callback, model)
+        # Limits that are searched are also held against what the trial wrote.
+        key = None if for_real or callback.settings.searches else _key(callback, model)
         if key is None or key not in _passed:
             found = try_export(callback, model)
             if key is not None:
