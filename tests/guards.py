@@ -188,7 +188,7 @@ GUARDS = (
     ),
     Guard(
         "power iterations run once",
-        "convert/convert.py",
+        "export/convert.py",
         "torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):\n        prepared.root(*args, **kwargs)",
         "torch.random.fork_rng(devices=[]):\n        prepared.root(*args, **kwargs)",
         "callbacks/test_model_peculiarities.py -k power",

@@ -10,7 +10,7 @@ TESTS = Path(__file__).parent
 # As lightning_quant/README.md lists them: each imports those before it.
 ORDER = (
     "errors", "arguments", "terminal", "machine", "calls", "surgery", "numerics", "graph", "recipe", "layers",
-    "runtimes", "artifact", "ranges", "capture", "planned", "simulate", "calibrate", "convert", "export", "measure",
+    "runtimes", "artifact", "ranges", "capture", "planned", "simulate", "calibrate", "export", "measure",
     "report", "search", "doors", "callbacks", "cli",
 )  # fmt: skip
 # What is looked up by a call and not by an import: names in recipes, by those who know them, when one is written; a
@@ -51,7 +51,7 @@ def test_every_room_imports_only_what_stands_before_it() -> None:
 def test_the_listing_is_short_and_complete() -> None:
     entries = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
     assert entries == {"__init__", *ORDER}
-    assert len(ORDER) <= 25
+    assert len(entries) <= 25
     page = (PACKAGE / "README.md").read_text()
     assert all(f"`{room}/`" in page or f"`{room}.py`" in page for room in ORDER)
 

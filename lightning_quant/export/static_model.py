@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from lightning_quant.calibrate.calibrate import observe_unreached
-from lightning_quant.convert.convert import check_agreement, convert
 from lightning_quant.errors import CalibrationError
+from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.ranges.ranges import Ranges
 from lightning_quant.simulate.parity import PARITY_SAMPLES, Parity, check_parity
 from lightning_quant.simulate.prepared import Prepared

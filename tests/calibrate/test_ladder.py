@@ -14,8 +14,8 @@ from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.range_choice import choose_ranges
 from lightning_quant.calibrate.recalibrate import recalibrate
-from lightning_quant.convert.convert import check_agreement, convert
 from lightning_quant.errors import CalibrationError, QuantizationError
+from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.recipe.recipe import RECIPES, Recipe
 from lightning_quant.simulate.prepared import Prepared

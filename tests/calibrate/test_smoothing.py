@@ -9,7 +9,7 @@ from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calibrate.groups import scaling_groups
 from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calibrate.smoothing import smooth, smoothing_factor
-from lightning_quant.convert.convert import check_agreement, convert
+from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.numerics.noise import signal_to_noise
 from lightning_quant.recipe.recipe import Recipe

@@ -9,7 +9,7 @@ from lightning_quant.calibrate import ladder
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.weight_rounding import gptq_layers, least_error_scale, shrink_scales
-from lightning_quant.convert.convert import check_agreement, convert
+from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.recipe.recipe import IntegerSpec, Recipe
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 import lightning_quant as lq
 from lightning_quant.calibrate.calibrate import calibrate
 from lightning_quant.calls.recorded_calls import recorded_calls
-from lightning_quant.convert.convert import convert
 from lightning_quant.errors import NoEffectWarning
+from lightning_quant.export.convert import convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.layers import refine
 from lightning_quant.numerics.exact import exact_arithmetic

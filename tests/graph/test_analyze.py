@@ -6,8 +6,8 @@ from models import BranchingNet, ViewsNet, with_statistics
 from prepared_graphs import ready, recorded_edges
 from torch import Tensor, nn
 
-from lightning_quant.convert.convert import convert
 from lightning_quant.errors import PlanError
+from lightning_quant.export.convert import convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.numerics.noise import signal_to_noise
 

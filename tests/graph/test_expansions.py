@@ -4,7 +4,7 @@ import torch
 from prepared_graphs import ready
 from torch import Tensor, nn
 
-from lightning_quant.convert.convert import convert
+from lightning_quant.export.convert import convert
 from lightning_quant.numerics.noise import signal_to_noise
 
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
-from lightning_quant.convert.convert import convert
+from lightning_quant.export.convert import convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.numerics.noise import signal_to_noise
 from lightning_quant.simulate.prepared import Prepared

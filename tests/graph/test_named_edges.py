@@ -6,7 +6,7 @@ import torch
 from models import ResidualNet, with_statistics
 from prepared_graphs import evaluated
 
-from lightning_quant.convert.convert import convert
+from lightning_quant.export.convert import convert
 from lightning_quant.graph.named_edges import EdgeQuantizer
 from lightning_quant.recipe.recipe import Recipe
 

@@ -8,7 +8,7 @@ import torch.nn.functional as F  # noqa: N812
 from prepared_graphs import ready
 from torch import Tensor, nn
 
-from lightning_quant.convert.convert import convert
+from lightning_quant.export.convert import convert
 from lightning_quant.numerics.noise import signal_to_noise
 
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -7,7 +7,7 @@ from models import with_statistics
 from test_moves import agreement, ready
 from torch import Tensor, fx, nn
 
-from lightning_quant.convert.convert import convert
+from lightning_quant.export.convert import convert
 from lightning_quant.export.prepare import prepare
 
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

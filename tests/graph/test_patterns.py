@@ -11,8 +11,8 @@ from reference_models import mobilenet_v2, resnet18, timm_style_net
 from torch import Tensor, nn
 
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
-from lightning_quant.convert.convert import convert
 from lightning_quant.errors import PlanError
+from lightning_quant.export.convert import convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph import operations
 from lightning_quant.graph.table import Selection

@@ -7,7 +7,7 @@ from models import ResidualNet, with_statistics
 from prepared_graphs import evaluated, quantized_layers
 from torch import nn
 
-from lightning_quant.convert.convert import convert
+from lightning_quant.export.convert import convert
 from lightning_quant.recipe.recipe import Recipe
 
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))

@@ -12,8 +12,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.utils.checkpoint import checkpoint
 
 from lightning_quant.calls.calls import flatten_call
-from lightning_quant.convert.convert import convert
 from lightning_quant.errors import UntraceableError
+from lightning_quant.export.convert import convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.trace import trace
 from lightning_quant.numerics.noise import signal_to_noise

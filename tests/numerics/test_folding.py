@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
-from lightning_quant.convert.convert import check_agreement, convert
 from lightning_quant.errors import ExportError
+from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.numerics.fake_quantize import (
     channel_maximum,

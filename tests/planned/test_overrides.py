@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import lightning_quant as lq
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
-from lightning_quant.convert.convert import check_agreement, convert
 from lightning_quant.errors import NoEffectWarning, PlanError, QuantizationError
+from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.measure.sensitivity import sensitivity
 from lightning_quant.numerics.noise import signal_to_noise

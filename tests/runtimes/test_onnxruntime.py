@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from lightning_quant import load, runtimes
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calls.calls import flatten_call
-from lightning_quant.convert import convert as conversion
 from lightning_quant.errors import ExportError, QuantizationError
+from lightning_quant.export import convert as conversion
 from lightning_quant.export.export import export, trial_export
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection

@@ -4,7 +4,7 @@ import torch
 from prepared_graphs import evaluated
 from torch import Tensor, nn
 
-from lightning_quant.convert.convert import convert
+from lightning_quant.export.convert import convert
 from lightning_quant.graph.qdq import BoundGraph
 from lightning_quant.runtimes._xnnpack import as_xnnpack_reads_it
 

@@ -13,7 +13,7 @@ from random_nets import RandomNet, Spec, specs
 from lightning_quant import runtimes
 from lightning_quant.artifact.artifact import load
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
-from lightning_quant.convert.convert import check_agreement, convert
+from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.export import export
 from lightning_quant.export.prepare import prepare
 from lightning_quant.simulate.parity import check_parity

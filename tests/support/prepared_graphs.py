@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
-from lightning_quant.convert.convert import convert
+from lightning_quant.export.convert import convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.plan import Row
 from lightning_quant.graph.qdq import QuantizedLayer

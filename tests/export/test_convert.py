@@ -13,8 +13,8 @@ from torch.nn.utils import parametrizations, prune
 
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calls.signature import tensor_leaves
-from lightning_quant.convert.convert import check_agreement, convert
 from lightning_quant.errors import CalibrationError, ExportError
+from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.numerics.noise import signal_to_noise
 from lightning_quant.recipe.recipe import IntegerSpec, Recipe

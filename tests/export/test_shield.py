@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lightning_quant import load, runtimes
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
-from lightning_quant.convert import convert as conversion
+from lightning_quant.export import convert as conversion
 from lightning_quant.export.export import export
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection

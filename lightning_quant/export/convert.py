@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 
-from lightning_quant.convert.shield import shield_float_layers
 from lightning_quant.errors import ExportError
+from lightning_quant.export.shield import shield_float_layers
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.candidates import is_left_out
