@@ -44,14 +44,15 @@ class Candidates:
         if choice == Choice():
             return whole
         args, kwargs = whole.call()
+        recipe = recipe_of(whole.recipe, choice)
         made = prepare(
             whole.root,
             args,
             kwargs,
-            recipe=recipe_of(whole.recipe, choice),
+            recipe=recipe,
             runtime=whole.plan.runtime,
             selection=self.selection,
-            observer=whole.observer,
+            observer=recipe.calibration_observer if choice.accurate else whole.observer,
             module=whole.plan.module,
             trains=False,
         )

@@ -24,8 +24,8 @@ from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
 from lightning_quant.terminal.progress import tracked
 
-# Beside the gain of a step counts its price, in shares of what keeping everything would cost, on top of this one: what
-# costs nothing is no better than what gains five times as much.
+# Beside the gain of a step counts its price: shares of what everything in float would cost, of the operators that leave
+# the integers, and this on top, so that what costs nothing is no better than what gains many times as much.
 _LEAST_PRICE = 0.25
 
 
@@ -60,8 +60,6 @@ class Relaxations:
         found = []
         while (best := self._next(kept, whole)) is not None:
             kept = best
-            if len(kept) == len(self.operators):
-                break
             found.append(Choice(tuple(kept.items())))
         return found
 
@@ -89,16 +87,16 @@ class Relaxations:
         for part in left:
             for name in part.users:
                 of_user.setdefault(name, []).append(part)
-        options = list(dict.fromkeys(tuple(sorted(self._sparing(part, kept).items())) for part in left))
+        every = dict.fromkeys(tuple(sorted(self._sparing(part, kept).items())) for part in left)
+        options = [option for option in every if len(kept | dict(option)) < len(self.operators)]
 
         def worth(option: Iterable[tuple[str, str]]) -> float:
             chosen = kept | dict(option)
             near = {id(part): part for name, _ in option for part in of_user.get(name, ())}
             gain = sum(part.error for part in near.values() if _is_spared(part, chosen))
-            more = sum(
-                self.prices[item] - (self.prices[item[0], kept[item[0]]] if item[0] in kept else 0) for item in option
-            )
-            return gain / (more / whole + _LEAST_PRICE)
+            more = sum(self.prices[n, s] - (self.prices[n, kept[n]] if n in kept else 0) for n, s in option)
+            newly = sum(name not in kept for name, _ in option)
+            return gain / (more / whole + newly / len(self.operators) + _LEAST_PRICE)
 
         return kept | dict(max(options, key=worth)) if options else None
 

@@ -1,0 +1,51 @@
+from typing import Any
+
+import pytest
+import torch
+from lightning_models import ConvNet
+
+from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.calls.calls import Call
+from lightning_quant.export.prepare import prepare
+from lightning_quant.graph.table import Selection
+from lightning_quant.measure.evaluate import Metrics
+from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.search.candidates import Candidates
+from lightning_quant.search.choice import FLOAT, Choice
+from lightning_quant.search.files import Files
+from lightning_quant.search.relaxations import relaxations
+
+
+def test_a_choice_is_measured_on_its_own_file(unmeasured: Any) -> None:
+    calls = [Call((torch.randn(8, 1, 8, 8),)) for _ in range(2)]
+    whole = prepare(ConvNet(width=64), calls[0].args, trains=False)
+    calibrate(whole, steps_of(whole, calls))
+    seen: list[int] = []
+
+    def validate(model: PlannedModel, artifact: Artifact) -> Metrics:
+        seen.append(artifact.size_bytes)
+        return Metrics({"m": 0.5, "other": 1.0})
+
+    files = Files(
+        Metrics({"m": 0.75}),
+        validate,
+        lambda made: made.on_host(),
+        whole,
+        Candidates(whole, calls, Selection()),
+        lambda: relaxations(whole, calls),
+    )
+    small, large = files.measure(Choice()), files.measure(Choice((("head", FLOAT),)))
+    assert [small.size_bytes, large.size_bytes] == seen
+    assert large.size_bytes - small.size_bytes == pytest.approx(3 * 4 * 1024, rel=0.2)
+    assert small.differences["m"].value == -0.25
+    assert set(small.differences) == {"m"}
+    assert files.model(Choice()) is whole
+    assert len(files.steps()) > 0
+    assert not small.latency_ms
+
+
+def test_a_recipe_without_a_graph_has_the_whole_alone() -> None:
+    files = Files(Metrics(), lambda *_: Metrics(), lambda made: made, None, None, lambda: pytest.fail("ranked"))  # type: ignore[arg-type]
+    assert files.accurate() is None
+    assert list(files.steps()) == []

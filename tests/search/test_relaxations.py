@@ -1,0 +1,73 @@
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor, nn
+
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.calls.calls import Call
+from lightning_quant.export.prepare import prepare
+from lightning_quant.search.choice import FLOAT, STORED
+from lightning_quant.search.relaxations import Refined, Relaxations, relaxations
+
+
+class Chain(nn.Module):
+    """Layers in a row, one of which answers with a few channels that are far too large and that nobody reads."""
+
+    def __init__(self, number: int, bad: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(number))
+        with torch.no_grad():
+            self.layers[bad].bias[:2] = 300.0
+            self.layers[bad + 1].weight[:, :2] = 0.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = F.relu(layer(x))
+        return x
+
+
+def ranked(model: nn.Module, *, by_time: bool = False, **options: Any) -> Relaxations:
+    calls = [Call((torch.randn(16, 16),)) for _ in range(3)]
+    prepared = prepare(model, calls[0].args, trains=False, **options)
+    calibrate(prepared, steps_of(prepared, calls[:2]))
+    return relaxations(prepared, calls[2:], by_time=by_time)
+
+
+@pytest.mark.parametrize("bad", range(4))
+def test_a_planted_bad_layer_is_found_first(bad: int) -> None:
+    first = dict(ranked(Chain(6, bad)).steps()[0].kept)
+    # Its output is what is bad: who writes it and who reads it.
+    assert first == {f"layers.{bad}": STORED, f"layers.{bad + 1}": STORED}
+
+
+def test_steps_grow_leave_less_noise_and_one_operator_in_integers() -> None:
+    found = ranked(Chain(6, 2))
+    steps = found.steps()
+    errors = [found.error(dict(step.kept)) for step in steps]
+    assert errors == sorted(errors, reverse=True)
+    assert all(set(dict(a.kept)) <= set(dict(b.kept)) for a, b in itertools.pairwise(steps))
+    assert len(steps[-1].kept) == len(found.operators) - 1
+    refined = Refined(found)
+    assert len(refined) == len(steps)
+    for step, cheap in zip(steps, [refined[i] for i in range(len(refined))], strict=True):
+        assert found.error(dict(cheap.kept)) <= found.error(dict(step.kept)) * (1 + 1e-6)
+        assert found.price(dict(cheap.kept)) <= found.price(dict(step.kept))
+
+
+def test_where_no_layer_can_be_stored_it_is_float() -> None:
+    assert set(dict(ranked(Chain(4, 1), runtime="inductor").steps()[0].kept).values()) == {FLOAT}
+
+
+def test_time_is_priced_by_multiply_adds() -> None:
+    prices = ranked(Chain(4, 1), by_time=True).prices
+    assert prices["layers.0", STORED] == prices["layers.0", FLOAT] == 16 * 16 * 16
+
+
+def test_no_noise_is_lost_or_counted_twice() -> None:
+    found = ranked(Chain(3, 1))
+    everything = dict.fromkeys(found.operators, FLOAT)
+    assert found.error(everything) == 0
+    assert found.error({}) == pytest.approx(sum(part.error for part in found.parts))
