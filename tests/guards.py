@@ -33,6 +33,27 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "OpenVINO makes no kernels of attention that answer otherwise in the second call",
+        "runtimes/openvino.py",
+        '{"SNIPPETS_MODE": "DISABLE"}',
+        "{}",
+        "runtimes/test_openvino_graph.py -k every_call",
+    ),
+    Guard(
+        "nothing is computed in the kernel of a maximum on OpenVINO",
+        "runtimes/_openvino_graph.py",
+        '    return tape.op("Max", [alone, alone])\n',
+        "    return alone\n",
+        "runtimes/test_openvino_graph.py -k norm",
+    ),
+    Guard(
+        "integers are scaled before OpenVINO reduces them",
+        "runtimes/_openvino_graph.py",
+        "if _is_dequantized(values) else values",
+        "if False else values",
+        "runtimes/test_openvino_graph.py -k maximum and tokens",
+    ),
+    Guard(
         "a graph that does otherwise than the forward it was traced from is left out",
         "graph/faithful.py",
         '        found = _unfaithful(traced, module, tensors, *calls[""])\n',
