@@ -4,7 +4,7 @@ import functools
 import itertools
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from lightning_quant.calls.loaded import LoadedModule
 from lightning_quant.capture.batch_readings import run_call
 from lightning_quant.capture.calibration_data import CalibrationCalls
 from lightning_quant.capture.checkpoint import load_module
+from lightning_quant.doors.evaluated import evaluated, searched
 from lightning_quant.doors.settings import Settings, documented
 from lightning_quant.errors import CalibrationError, NoEffectWarning, QuantizationError
 from lightning_quant.export.auto import choose_runtime
@@ -39,7 +40,7 @@ from lightning_quant.planned.sizes import ChosenShapes, notes_of_sizes
 from lightning_quant.planned.way_inside import way_inside
 from lightning_quant.recipe.recipe import AnyRecipe, LayerRecipe, Recipe
 from lightning_quant.report.limits import Limits, check_measured
-from lightning_quant.report.make_report import make_report
+from lightning_quant.report.make_report import make_report, with_search
 from lightning_quant.report.page import to_html
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.compilation import is_compiled
@@ -69,6 +70,7 @@ def quantize(  # noqa: D417  `documented` adds the shared ones
     objective: str | None = None,
     max_validations: int | None = None,
     time_budget_s: float | None = None,
+    evaluate: Callable[[nn.Module], Any] | None = None,
 ) -> Artifact:
     """Quantize a trained float module and write the artifact; the module itself stays as it is.
 
@@ -83,6 +85,9 @@ def quantize(  # noqa: D417  `documented` adds the shared ones
             LightningModule's own forward by default.
         trust_checkpoint: whether to load more of it than tensors and plain values, such as hyperparameters of any
             class, which runs code of whoever wrote the file.
+        evaluate: function of a module, the float one or an exported file, to its metrics: a dict of numbers, or of the
+            values of all samples, whose mean then counts and which intervals are made of; or one of these, called
+            "metric". What limits on metrics are about.
 
     Raises:
         QuantizationError: an argument is wrong or a stage failed; nothing is half written.
@@ -93,13 +98,18 @@ def quantize(  # noqa: D417  `documented` adds the shared ones
     """
     settings = Settings.of(locals())
     recipe, selection, limits = settings.recipe, settings.selection, settings.limits
-    check_measured(limits, "`quantize` runs none: use PostTrainingQuantization and its `quantize_checkpoint`")
+    if evaluate is None:
+        check_measured(
+            limits,
+            "`quantize` runs none: use its `evaluate`, or PostTrainingQuantization and its `quantize_checkpoint`",
+        )
     if runtime != AUTO:
         runtimes.check_recipe(runtime, recipe)
     with alone(), way_inside(recipe, runtime):
         model = _float_module(model_or_checkpoint, lightning_module, module, trust=trust_checkpoint)
         if device_for_search(device_of(model)) != device_of(model):
             model = on_host(model)
+        judged = evaluated(evaluate, model, settings)
         folder = artifacts.check_folder(output_dir if output_dir is not None else "quantized")
         given = CalibrationCalls(model, calibration_data)
         calls = iter(given)
@@ -123,10 +133,15 @@ def quantize(  # noqa: D417  `documented` adds the shared ones
         held: list[Call] = []
         calls = held_back(calls, recipe.needed_calls, held)
         few = list(itertools.islice(calls, NUM_CALLS)) if sensitivity else []
-        quantized: PlannedModel = make(model, recipe, chosen, selection, itertools.chain(few, calls), seconds)  # type: ignore[arg-type]
+        calls = itertools.chain(few, calls)
+        seen = list(calls) if settings.searches else []
+        quantized: PlannedModel = make(model, recipe, chosen, selection, iter(seen) if seen else calls, seconds)  # type: ignore[arg-type]
         for call in held:
             quantized.note_sizes(*call)
         found = rank_operators(Prepared.of(quantized), few) if sensitivity else None
+        search = None
+        if settings.searches:
+            quantized, search = searched(judged, quantized, seen, held, folder, seconds)
         quantized = quantized.on_host()
         artifact = export(
             quantized,
@@ -142,16 +157,19 @@ def quantize(  # noqa: D417  `documented` adds the shared ones
         notes += notes_of_sizes(quantized)
         # Measured on a copy: another run may replace the artifact meanwhile.
         with artifacts.private_copy(artifact) as own:
+            metrics, failed = judged.rows(quantized, own)
             report = make_report(
                 quantized,
                 own,
+                metrics=metrics,
                 seconds=seconds,
                 threads=threads,
-                notes=notes,
+                notes=(*notes, *failed),
                 sensitivity=found,
                 held=HeldOut(tuple(held), "the last call, which took no part in calibration"),
                 limits=limits,
             )
+            report = with_search(report, search)
             artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
         for text in report.warnings:
             warnings.warn(f"{artifact.path}: {text}.", NoEffectWarning, stacklevel=2)

@@ -74,7 +74,7 @@ def make_report(
     """
     seconds = dict(seconds or {})
     threads = threads or torch.get_num_threads()
-    loaded = _opened(model, artifact, threads)
+    loaded = opened(model, artifact, threads)
     compared: tuple[nn.Module, nn.Module] = (model.root, loaded)
     if model.into_only:
         compared = (Answers(model.root), Answers(loaded))
@@ -110,8 +110,8 @@ def with_search(report: Report, search: Section | None) -> Report:
     return report if search is None else dataclasses.replace(report, sections=(first, search, *others))
 
 
-def _opened(model: PlannedModel, artifact: Artifact, threads: int) -> LoadedModule:
-    """Load an artifact, one without a program into a copy of the module that it was made of."""
+def opened(model: PlannedModel, artifact: Artifact, threads: int) -> LoadedModule:
+    """Load an artifact; one without a program into a copy of the module that it was made of."""
     if model.into_only:
         return load_inside(model, artifact.path, artifact.model_files, artifact.signature, threads)
     return artifacts.open_model(artifact, threads=threads)
