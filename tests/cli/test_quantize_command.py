@@ -69,3 +69,20 @@ def test_limits_in_yaml_are_those_of_the_command_line(
         QuantizationCLI(Classifier, Data, save_config_callback=None)
     assert ended.value.code == 1
     assert "main.py quantize: " in capsys.readouterr().err
+
+
+def test_limits_by_name_are_searched_from_yaml_and_from_the_command_line(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = {**yaml.safe_load((EXAMPLE / "quantize.yaml").read_text()), "threads": 1, "max_validations": 2}
+    content["limits"] = {"val_accuracy": -0.5, "speedup": 1e6}
+    (project / "searched.yaml").write_text(yaml.safe_dump(content))
+    arguments = ["quantize", "--config", "searched.yaml", "--output", "searched", "--num_batches=2"]
+    assert run_in(project, *arguments, "--limits", '{"val_accuracy": -0.5}', "--objective", "size") == 0
+    search = read(project / "searched").report["search"]  # type: ignore[index]
+    assert [search["objective"], len(search["trials"]), search["verdicts"][0]["kept"]] == ["size", 1, True]
+    capsys.readouterr()
+    assert run_in(project, *arguments) == 1
+    assert "times as fast as float, less than 1000000.0" in capsys.readouterr().err
+    assert run_in(project, *arguments, "--limits", '{"val_acuracy": -0.5}') == 2
+    assert "'val_accuracy' was probably meant" in capsys.readouterr().err

@@ -145,7 +145,9 @@ def test_limits_on_what_no_validation_logs_are_known_before_training(tmp_path: P
 @pytest.mark.usefixtures("unmeasured")
 def test_limits_of_a_function_without_validation_are_on_size_and_speed(tmp_path: Path) -> None:
     arguments: dict[str, Any] = {"calibration_data": torch.randn(4, 3), "output_dir": tmp_path}
-    with pytest.raises(QuantizationError, match="`quantize` runs none: use its `evaluate`, or PostTrainingQuantization"):
+    with pytest.raises(
+        QuantizationError, match="`quantize` runs none: use its `evaluate`, or PostTrainingQuantization"
+    ):
         quantize(torch.nn.Linear(3, 2), limits={"max_drop": {"val_f1": 0.1}}, **arguments)
     with pytest.warns(NoEffectWarning, match="limits FAILED: its size ratio"):
         quantize(torch.nn.Linear(3, 2), limits={"max_size_ratio": 0.001}, **arguments)
