@@ -7,6 +7,7 @@ from torch import Tensor
 
 from lightning_quant.calibrate.groups import ScalingGroup
 from lightning_quant.numerics.adjustments import ChannelScale, FoldedLayer, unscaled
+from lightning_quant.numerics.fake_quantize import along
 from lightning_quant.simulate.prepared import Prepared
 
 
@@ -53,7 +54,7 @@ def rescale(prepared: Prepared, group: ScalingGroup, factor: Tensor, shift: Tens
 
 def along_rows(values: Tensor, weight: Tensor) -> Tensor:
     """Shape values per output channel so that they multiply a weight."""
-    return values.view(-1, *[1] * (weight.dim() - 1))
+    return along(values, weight)
 
 
 def along_columns(values: Tensor, weight: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.layers.kernels import pack, unpack
+from lightning_quant.numerics.fake_quantize import along
 
 _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 # Values that are rounded at a time: a large weight is never copied whole in float, and glibc, which adapts to the size
@@ -77,12 +78,12 @@ def dequantize(stored: Tensor, scale: Tensor | None) -> Tensor:
         return stored.float()
     if scale.dim() == 2:
         return unpack(stored, scale)
-    return stored.to(torch.float32) * scale.view(-1, *[1] * (stored.dim() - 1))
+    return stored.to(torch.float32) * along(scale, stored)
 
 
 def _quantize_int8(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     scale = (weight.flatten(1).abs().amax(1) / 127).clamp_(min=torch.finfo(torch.float32).tiny)
-    integers = weight / scale.view(-1, *[1] * (weight.dim() - 1))
+    integers = weight / along(scale, weight)
     return integers.round_().clamp_(-127, 127).to(torch.int8), scale
 
 

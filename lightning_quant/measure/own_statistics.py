@@ -10,7 +10,7 @@ from lightning_quant.calibrate.rescale import folded_layer
 from lightning_quant.calls.calls import Call
 from lightning_quant.measure.edge_statistics import edge_statistics, ratio_to_median
 from lightning_quant.measure.rounded_parts import own_parts, read_from_float
-from lightning_quant.numerics.fake_quantize import fake_quantize
+from lightning_quant.numerics.fake_quantize import along, fake_quantize
 from lightning_quant.numerics.noise import alike, signal_to_noise
 from lightning_quant.simulate.prepared import Prepared
 
@@ -86,7 +86,7 @@ def _weight_noise(prepared: Prepared, calls: list[Call]) -> dict[str, float]:
         layer = folded_layer(prepared, site.identity)
         folded = prepared.folded(site.identity)
         integers = prepared.weight_integers(site.identity, folded)
-        rounded = integers * folded.scale.view(-1, *[1] * (integers.dim() - 1))
+        rounded = integers * along(folded.scale, integers)
         edge = site.operator.reads[0]
         reads_float = edge in read_from_float(prepared, site.identity)
         signal = total = 0.0

@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor
 
+from lightning_quant.numerics.fake_quantize import along
+
 
 @dataclass(frozen=True)
 class FoldedLayer:
@@ -61,9 +63,7 @@ class ChannelScale:
         return replace(self, factor=self.factor.to(device), shift=self.shift.to(device))
 
     def _shaped(self, values: Tensor, x: Tensor) -> Tensor:
-        shape = [1] * x.dim()
-        shape[self.axis] = -1
-        return values.to(x).view(shape)
+        return along(values.to(x), x, self.axis)
 
 
 def unscaled(channels: int, axis: int) -> ChannelScale:

@@ -8,6 +8,7 @@ E[y~] - E[y] = (W~ - W) E[x], here with means measured on calibration data and z
 import torch
 from torch import Tensor
 
+from lightning_quant.numerics.fake_quantize import along
 from lightning_quant.numerics.folding import Folded
 
 
@@ -46,9 +47,8 @@ def bias_correction(weight: Tensor, folded: Folded, integers: Tensor, mean: Tens
         integers: the folded weight in whole steps.
         mean: `(in_channels,)`, of the layer's input.
     """
-    shape = (-1, *[1] * (weight.dim() - 1))
-    exact = weight.double() if folded.gain is None else weight.double() * folded.gain.double().view(shape)
-    return mean_shift(integers.double() * folded.scale.double().view(shape) - exact, mean)
+    exact = weight.double() if folded.gain is None else weight.double() * along(folded.gain.double(), weight)
+    return mean_shift(integers.double() * along(folded.scale.double(), weight) - exact, mean)
 
 
 def mean_shift(error: Tensor, mean: Tensor) -> Tensor:

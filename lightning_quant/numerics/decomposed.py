@@ -10,6 +10,8 @@ import sys
 import torch
 from torch import Tensor
 
+from lightning_quant.numerics.fake_quantize import along
+
 _OWNER = "torch.ao.quantization.fx._decomposed"
 _SCHEMAS = {
     "quantize_per_tensor": (
@@ -78,7 +80,7 @@ def quantize_per_channel(
     dtype: torch.dtype,
 ) -> Tensor:
     """Return the integers of a tensor whose slices along an axis have a grid each."""
-    scales, zero_points = _along(scales, axis, input), _along(zero_points, axis, input)
+    scales, zero_points = along(scales, input, axis), along(zero_points, input, axis)
     return torch.clamp(torch.round(input.float() * (1.0 / scales)) + zero_points, quant_min, quant_max).to(dtype)
 
 
@@ -94,14 +96,8 @@ def dequantize_per_channel(
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Return the values of integers whose slices along an axis have a grid each."""
-    values = input if zero_points is None else input - _along(zero_points, axis, input)
-    return (values * _along(scales, axis, input)).to(out_dtype or torch.float32)
-
-
-def _along(values: Tensor, axis: int, like: Tensor) -> Tensor:
-    shape = [1] * like.dim()
-    shape[axis] = -1
-    return values.view(shape)
+    values = input if zero_points is None else input - along(zero_points, input, axis)
+    return (values * along(scales, input, axis)).to(out_dtype or torch.float32)
 
 
 def _exists(name: str) -> bool:

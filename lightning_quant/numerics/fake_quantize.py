@@ -152,8 +152,20 @@ def fake_quantize_weight(weight: Tensor, scale: Tensor, dtype: torch.dtype | Non
         scale: `(out_channels,)`, float32, from `weight_scale`.
         dtype: of the result; the weight's by default.
     """
-    shape = (-1, *[1] * (weight.dim() - 1))
-    return _PerChannel.apply(weight, scale.view(shape), weight.dtype if dtype is None else dtype)
+    return _PerChannel.apply(weight, along(scale, weight), weight.dtype if dtype is None else dtype)
+
+
+def along(values: Tensor, like: Tensor, axis: int = 0) -> Tensor:
+    """Shape one value for each slice along an axis, rows by default, so that they multiply a tensor.
+
+    Args:
+        values: `(like.shape[axis],)`.
+        like: of any shape.
+        axis: of `like`.
+    """
+    shape = [1] * like.dim()
+    shape[axis] = -1
+    return values.view(shape)
 
 
 def channel_maximum(weight: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.numerics.adjustments import FoldedLayer
-from lightning_quant.numerics.fake_quantize import BIAS_LIMIT, SMALLEST_SCALE, channel_maximum, weight_scale
+from lightning_quant.numerics.fake_quantize import BIAS_LIMIT, SMALLEST_SCALE, along, channel_maximum, weight_scale
 from lightning_quant.surgery.routing import fetch, resolve
 
 
@@ -79,11 +79,10 @@ class Folded:
 
     def integers(self, weight: Tensor, quant_max: int) -> Tensor:
         """Return the folded weight in whole steps, float32, of the weight's shape."""
-        shape = (-1, *[1] * (weight.dim() - 1))
         weight = weight.detach().float()
         if self.gain is not None:
-            weight = weight * self.gain.view(shape)
-        return torch.round(weight / self.scale.view(shape)).clamp_(-quant_max, quant_max)
+            weight = weight * along(self.gain, weight)
+        return torch.round(weight / along(self.scale, weight)).clamp_(-quant_max, quant_max)
 
 
 @torch.no_grad()

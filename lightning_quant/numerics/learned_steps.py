@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quant.numerics.fake_quantize import SMALLEST_SCALE
+from lightning_quant.numerics.fake_quantize import SMALLEST_SCALE, along
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -41,7 +41,7 @@ def quantize_with_learned_step(weight: Tensor, step: Tensor, quant_max: int) -> 
         step: `(out_channels,)`, positive, float32; its gradient is that of equation 3.
         quant_max: highest integer of the grid.
     """
-    return _LearnedStep.apply(weight, step.view(-1, *[1] * (weight.dim() - 1)), quant_max)
+    return _LearnedStep.apply(weight, along(step, weight), quant_max)
 
 
 class LearnedSteps:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.errors import QuantizationError
+from lightning_quant.numerics.fake_quantize import along
 from lightning_quant.ranges import observers
 from lightning_quant.ranges.observers import MERGES, Observer
 from lightning_quant.recipe.recipe import Recipe
@@ -73,7 +74,7 @@ def _one(name: str, how: str, states: list[dict[str, Any]]) -> Any:
             raise QuantizationError(f"Expected state {name!r} of an observer to be the same in all processes.")
         return values[0]
     if how == "mean":
-        shares = (weights / weights.sum()).view(-1, *[1] * (stacked.dim() - 1)).to(stacked.device)
+        shares = along(weights / weights.sum(), stacked).to(stacked.device)
         return (stacked.double() * shares).sum(0).to(stacked.dtype)
     if how == "sum":
         return stacked.sum(0)

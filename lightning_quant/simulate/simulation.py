@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from lightning_quant.graph.moves import border_of
 from lightning_quant.numerics import integer
 from lightning_quant.numerics.bias_correction import InputMeans
-from lightning_quant.numerics.fake_quantize import fake_quantize, fake_quantize_weight
+from lightning_quant.numerics.fake_quantize import along, fake_quantize, fake_quantize_weight
 from lightning_quant.numerics.folding import Folded
 from lightning_quant.numerics.learned_steps import quantize_with_learned_step
 from lightning_quant.numerics.visible import visible
@@ -249,8 +249,8 @@ class Simulation:
         on_grid = self.quantizers.on_grid(edge, x.float())
         with torch.autocast(x.device.type, enabled=False):
             sums = call(torch.round(on_grid / input_scale), integers, None)
-        shape = (-1,) if operator.kind == "linear" else (-1, *[1] * (sums.dim() - 2))
-        sums, step = sums + folded.bias_integers.view(shape), folded.bias_step.view(shape)
+        axis = -1 if operator.kind == "linear" else 1
+        sums, step = sums + along(folded.bias_integers, sums, axis), along(folded.bias_step, sums, axis)
         if operator.quantized_output and not operator.moved:
             output = operator.writes
             scale, _ = self.quantizers.ranges.parameters(output)
@@ -271,9 +271,9 @@ class Simulation:
         operator = self.quantizers.operators[identity]
         edge = operator.reads[0]
         integers = self.quantizers.weight_integers(identity, folded)
-        weight = integers * folded.scale.view(-1, *[1] * (integers.dim() - 1))
+        weight = integers * along(folded.scale, integers)
         y = call(self.quantizers.on_grid(edge, x.float()), weight, None)
-        y = y + folded.bias.view((-1,) if operator.kind == "linear" else (-1, *[1] * (y.dim() - 2)))
+        y = y + along(folded.bias, y, -1 if operator.kind == "linear" else 1)
         channels = self.quantizers.channels.get(operator.writes)
         y = (y if channels is None else channels.from_grid(y)).to(x.dtype)
         if operator.batch_norm:

@@ -15,6 +15,8 @@ from lightning_quant.artifact.artifact import read
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),
     pytest.mark.filterwarnings("ignore:.*max_epochs.*:UserWarning"),
+    # Whether an earlier test has set one.
+    pytest.mark.filterwarnings("ignore:No seed found:UserWarning"),
 ]
 
 
