@@ -1,6 +1,7 @@
 """When fit has ended: make the artifact of the weights to export, measure it, and log it."""
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -9,6 +10,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
 
 from lightning_quant.artifact import artifact as artifacts
 from lightning_quant.artifact.artifact import Artifact
@@ -24,10 +26,13 @@ from lightning_quant.calls.calls import Call
 from lightning_quant.errors import FixedSizesError
 from lightning_quant.export.export import export
 from lightning_quant.machine.timed import timed
+from lightning_quant.measure.changed_predictions import Predictions, alone
 from lightning_quant.measure.evaluate import CountedCalls, Metrics, evaluate, weighted_layers, why_no_metrics
 from lightning_quant.measure.rounded_parts import all_but
 from lightning_quant.measure.sensitivity import Sensitivity
+from lightning_quant.measure.thumbnails import tokenizer_of
 from lightning_quant.planned.parts import in_parts
+from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import notes_of_sizes
 from lightning_quant.report.make_report import make_report, with_search
 from lightning_quant.report.metrics import MetricRow
@@ -60,9 +65,11 @@ def _measure(
     metrics: tuple[MetricRow, ...] = ()
     notes = (*callback.findings, *deployment.notes, *notes_of_sizes(deployment.model))
     calls: list[Call] = []
+    tokenizer = tokenizer_of(deployment.pl_module, getattr(trainer, "datamodule", None), deployment.model.root)
+    predictions = Predictions(functools.partial(_alone, callback, deployment.model), tokenizer)
     if callback.settings.evaluate:
         with timed(callback.seconds, "evaluate"):
-            metrics, by_chance = _metrics(callback, trainer, deployment, own, calls)
+            metrics, by_chance = _metrics(callback, trainer, deployment, own, calls, predictions)
             notes += by_chance
             if metrics and deployment.sensitivity is not None:
                 gains = _gains(callback, trainer, deployment, deployment.sensitivity)
@@ -74,7 +81,15 @@ def _measure(
             notes = (*notes, f"no validation metrics: {why_no_metrics(trainer)}")
     held = held_out(callback, trainer, deployment.pl_module, calls)
     deployment = replace(deployment, notes=notes, held=held)
-    return callback.group.on_first(_report, callback, trainer, deployment, artifact, own, metrics)
+    return callback.group.on_first(_report, callback, trainer, deployment, artifact, own, metrics, predictions)
+
+
+def _alone(callback: QuantizationCallback, model: PlannedModel, call: Call, place: int) -> list[Tensor] | None:
+    """Return the tensors of one sample of a call, labels left out."""
+    if callback.loss_inputs is not None:
+        bound = callback.loss_inputs.split(*call)[0]
+        call = Call(bound.args, bound.kwargs)
+    return alone(model, call, place)
 
 
 def _export(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, folder: Path) -> Artifact:
@@ -98,6 +113,7 @@ def _report(
     artifact: Artifact,
     own: Artifact,
     metrics: tuple[MetricRow, ...],
+    predictions: Predictions,
 ) -> Artifact:
     report = make_report(
         deployment.model,
@@ -112,6 +128,7 @@ def _report(
         trained=callback.trains_rounded,
         held=deployment.held,
         limits=callback.settings.limits,
+        predictions=predictions,
     )
     report = with_search(report, deployment.search)
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
@@ -128,14 +145,20 @@ def _bytes_of(checkpoint: Path | None) -> int | None:
 
 
 def _metrics(
-    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, own: Artifact, calls: list[Call]
+    callback: QuantizationCallback,
+    trainer: Trainer,
+    deployment: Deployment,
+    own: Artifact,
+    calls: list[Call],
+    predictions: Predictions,
 ) -> tuple[tuple[MetricRow, ...], tuple[str, ...]]:
-    """Return the metrics and what to know of them, and append a call of validation to `calls`."""
+    """Return metrics and what to know of them; append a call of validation to `calls`, and note what is predicted."""
     pl_module, model, path = deployment.pl_module, deployment.model, callback.path
     limit = callback.settings.limit_eval_batches
     group, known = callback.group, deployment.known
     if known is None:
-        float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group, recorded=calls)
+        watch = predictions.of_float
+        float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group, recorded=calls, watch=watch)
     else:
         float_values, calls[:] = known.floating, known.calls
     if not float_values:
@@ -145,7 +168,9 @@ def _metrics(
     exported, number = Metrics(), None
     try:
         files = {} if known is None else known.files
-        exported, number = files.get(digest(own)) or evaluate_artifact(callback, trainer, deployment, own)
+        exported, number = files.get(digest(own)) or evaluate_artifact(
+            callback, trainer, deployment, own, predictions=predictions
+        )
     except FixedSizesError as error:
         warn(f"The artifact has no metrics: {error}")
     before = callback.metrics_before
@@ -188,11 +213,16 @@ def evaluate_artifact(
     own: Artifact,
     *,
     contributions: bool = False,
+    predictions: Predictions | None = None,
 ) -> tuple[Metrics, int | None]:
     """Return the metrics of the file, and the number of samples that it saw where that is known."""
     pl_module, model, path = deployment.pl_module, deployment.model, callback.path
     how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "group": callback.group}
     how["contributions"] = contributions
+    # Processes see shares of the data each.
+    how["watch"] = (
+        predictions.of_artifact if predictions is not None and callback.group.size == 1 else contextlib.nullcontext
+    )
     if model.runs_inside:
         # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.
         filled = clone(pl_module)

@@ -47,10 +47,14 @@ class Matcher(Candidates):
         """Return a row for every operator that the plan lists, in the order of execution, and what it answers for."""
         quantized = {unit.main for unit in self.units.values()}
         found = []
+        # Node to the rows that its value comes from, seen through what is not listed.
+        made_by: dict[fx.Node, tuple[str, ...]] = {}
         for node in self.graph.nodes:
+            read = tuple(dict.fromkeys(name for source in node.all_input_nodes for name in made_by.get(source, ())))
+            made_by[node] = (self.name(node),) if self._is_listed(node) else read
             if not self._is_listed(node):
                 continue
-            row = Row(self.name(node), self.operations[node].layer, "float", self._float_reason(node))
+            row = Row(self.name(node), self.operations[node].layer, "float", self._float_reason(node), reads=read)
             if node in quantized:
                 row = self._quantized(row, node)
             elif node in self.fused:

@@ -1,6 +1,6 @@
 """The plan: what happens to each operator of a module, or the reason it stays float. Data only, no tensors."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -110,6 +110,7 @@ class Row:
         weights: values of its weights, those with more than one dimension; tied ones count once, for a layer that
             stays float where there is one.
         excluded: whether it is float because the user wants it.
+        reads: names of the rows whose results it reads, as far as a graph tells.
     """
 
     name: str
@@ -119,6 +120,7 @@ class Row:
     macs: int = 0
     weights: int = 0
     excluded: bool = False
+    reads: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def is_quantized(self) -> bool:

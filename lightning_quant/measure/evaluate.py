@@ -46,6 +46,10 @@ class Metrics(dict[str, float]):
         self.contributions = contributions or {}
 
 
+# What is to look at the module that validation calls.
+Watch = Callable[[nn.Module], AbstractContextManager[Any]]
+
+
 class CountedCalls(Route):
     """Passes calls on and counts them."""
 
@@ -76,6 +80,7 @@ def evaluate(
     recorded: list[Call] | None = None,
     seed: int = 0,
     contributions: bool = False,
+    watch: Watch = nullcontext,
 ) -> Metrics:
     """Run the validation loop of a LightningModule and return its metrics.
 
@@ -93,6 +98,7 @@ def evaluate(
         recorded: gets the arguments of the module's first call, where that is wanted.
         seed: of the random numbers that validation may draw.
         contributions: whether to note what each batch adds to the metrics; in one process.
+        watch: is entered with the module of the copy while validation runs.
 
     Raises:
         EvaluationError: validation never called the target, or ran a quantized layer in float beside it.
@@ -115,7 +121,7 @@ def evaluate(
     loaders = without_repetitions(loaders, group)
     # The same random numbers for every candidate: what differs then is the candidate.
     recording: AbstractContextManager[list[Call]] = nullcontext([]) if recorded is None else recorded_calls(module, 1)
-    with quiet(), isolated_rng(seed), shown("Evaluating"), recording as calls:
+    with quiet(), isolated_rng(seed), shown("Evaluating"), watch(module), recording as calls:
         evaluator = validation_trainer(trainer, device, limit_batches, group, shares)
         results = evaluator.validate(duplicate, dataloaders=loaders, verbose=False)
     if recorded is not None:

@@ -20,11 +20,13 @@ from lightning_quant.export.model_file import export_float
 from lightning_quant.machine.latency import Timing, measure
 from lightning_quant.machine.machine import cpu_name
 from lightning_quant.machine.timed import timed
+from lightning_quant.measure.changed_predictions import Predictions
 from lightning_quant.measure.output_noise import HeldOut, Noise, measure_noise
 from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.planned.inside import Answers, load_inside
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.report.agreement import Agreement
+from lightning_quant.report.closer_look import closer_look
 from lightning_quant.report.coverage import Coverage
 from lightning_quant.report.kept_limits import KeptLimits
 from lightning_quant.report.limits import NO_LIMITS, Limits, missed
@@ -55,6 +57,7 @@ def make_report(
     trained: bool = False,
     held: HeldOut | None = None,
     limits: Limits | None = None,
+    predictions: Predictions | None = None,
 ) -> Report:
     """Measure an artifact against the float module it came from.
 
@@ -71,31 +74,31 @@ def make_report(
         trained: whether the weights were trained through rounding.
         held: calls to compare float and artifact on; the captured one where there are none.
         limits: what the artifact is to keep to.
+        predictions: noted while validation ran.
     """
-    seconds = dict(seconds or {})
-    threads = threads or torch.get_num_threads()
+    seconds, threads = dict(seconds or {}), threads or torch.get_num_threads()
     loaded = opened(model, artifact, threads)
-    compared: tuple[nn.Module, nn.Module] = (model.root, loaded)
-    if model.into_only:
-        compared = (Answers(model.root), Answers(loaded))
+    root, asked = (Answers(model.root), Answers(loaded)) if model.into_only else (model.root, loaded)
     with timed(seconds, "parity"):
-        parity = model.parity(compared[1], artifact.model_path)
-        noise, unfit = _noise(model, *compared, held)
+        parity = model.parity(asked, artifact.model_path)
+        noise, unfit = _noise(model, root, asked, held)
     with timed(seconds, "latency"):
         latency, remarks = measure_latency(model, loaded, threads)
+    with timed(seconds, "closer look"):
+        look = closer_look(model, (root, asked), artifact.model_path, threads, held=held, predictions=predictions)
     sections: tuple[Section, ...] = (
         Metrics(metrics, trained),
         NoiseSection(noise, _way_out(model, sensitivity)),
         Size(tensor_bytes(model.root), checkpoint_bytes, artifact.size_bytes),
         Speed(latency, model.plan.runtime, threads, cpu_name()),
-        Agreement(parity),
+        *(Agreement(parity), look.changed),
         Notes((*notes, *_engine(artifact), *remarks, *unfit)),
         Ranking(sensitivity),
         _coverage(model, artifact, step_share),
-        Seconds(seconds),
+        *(look.numbers, Seconds(seconds)),
     )
-    report = Report(model.recipe.name, model.plan.runtime, artifact.manifest["versions"], sections)
-    return with_limits(report, limits or NO_LIMITS)
+    head = model.recipe.name, model.plan.runtime, artifact.manifest["versions"]
+    return with_limits(Report(*head, sections), limits or NO_LIMITS)
 
 
 def with_limits(report: Report, limits: Limits) -> Report:

@@ -2,15 +2,17 @@
 
 import functools
 import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_quant.artifact.manifest import REPORTS
 from lightning_quant.report.limits import columns
+from lightning_quant.report.network import bars, drawn
+from lightning_quant.report.verdict import delta, speedup, verdict
 
-# Metrics by which two artifacts may differ without a reader caring.
-_NOTHING = 5e-5
 _KB = 1000
 
 
@@ -23,11 +25,19 @@ def to_html(manifest: dict[str, Any], standalone: str) -> str:
     """
     # Lists and texts as report.json has them.
     report = json.loads(json.dumps(manifest["report"]))
-    rows = [_row(row, report) for row in report["plan"]["rows"]]
+    # What a report from before these sections lacks.
+    report = {"numbers": [], "operator_ms": {}, "changed": None, **report}
+    rows = _rows(report)
     return _template("report.html").render(
         m=manifest,
         r=report,
         rows=rows,
+        network=drawn(rows),
+        drawn=sorted(
+            (one for one in report["numbers"] if one["weight"] or one["output"]), key=lambda one: float(one["own_db"])
+        ),
+        unnamed_ms=sum(report["operator_ms"].values()) - sum(row["ms"] or 0 for row in rows),
+        classes=manifest.get("classes") or [],
         verdict=verdict(report),
         tiles=_tiles(report),
         parity=_parity(report["parity"] or {}),
@@ -48,20 +58,6 @@ def comparison(summaries: list[dict[str, Any]], missed: list[str]) -> str:
     return _template("compare.html").render(rows=rows, headings=headings, summaries=summaries, missed=missed)
 
 
-def verdict(report: dict[str, Any]) -> tuple[str, str]:
-    """Return how an artifact stands, "bad", "fair" or "good", and one sentence with what to do next."""
-    if report["failures"]:
-        return "bad", f"Do not deploy this file: {_sentence(report['failures'][0])}"
-    if report["warnings"]:
-        more = len(report["warnings"]) - 1
-        others = f" {more} more warning{'s stand' if more > 1 else ' stands'} below." if more else ""
-        return "fair", f"It computes what was simulated, but {_sentence(report['warnings'][0])}{others}"
-    gained = [f"{report['size_ratio']:.2f} of the bytes"]
-    gained += [f"{_speedup(report['latency'][0]):.3g} times as fast"] if report["latency"] else []
-    gained += [_changed(row) for row in report["metrics"][:1] if _delta(row) is not None]
-    return "good", f"Ready to deploy: {', '.join(gained)}, and it computes what was simulated."
-
-
 @functools.cache
 def _template(name: str) -> Any:
     environment = Environment(
@@ -71,7 +67,14 @@ def _template(name: str) -> Any:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"figures": figures, "size": size, "share": share, "speedup": _speedup, "delta": _delta}
+    environment.filters |= {
+        "bars": bars,
+        "figures": figures,
+        "size": size,
+        "share": share,
+        "speedup": speedup,
+        "delta": delta,
+    }
     return environment.get_template(name)
 
 
@@ -95,36 +98,17 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.3g}%" if (value := 100 * value) < 99.95 else "100%"
 
 
-def _sentence(text: str) -> str:
-    return f"{text.rstrip('.')}."
-
-
-def _speedup(row: dict[str, Any]) -> float:
-    peers = [row[name]["median_ms"] for name in ("torch_float", "runtime_float") if row[name] is not None]
-    return min(peers) / row["artifact"]["median_ms"]
-
-
-def _delta(row: dict[str, Any]) -> float | None:
-    values = row["float_value"], row["artifact"]
-    return None if any(not isinstance(value, float) for value in values) else values[1] - values[0]
-
-
-def _changed(row: dict[str, Any]) -> str:
-    change = _delta(row) or 0.0
-    return f"{row['name']} {'unchanged' if abs(change) < _NOTHING else f'{change:+.4f}'} at {row['artifact']:.4g}"
-
-
 def _tiles(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     """Return heading, figure and detail of what stands on top."""
     sizes = f"{size(report['artifact_bytes'])}, of {size(report['float_bytes'])}"
     tiles = [("size", f"{report['size_ratio']:.2f} x", sizes)]
     for row in report["metrics"][:2]:
-        change = _delta(row)
+        change = delta(row)
         detail = f"float {figures(row['float_value'])}" + ("" if change is None else f", change {change:+.4f}")
         tiles.append((row["name"], figures(row["artifact"]), detail))
     for row in report["latency"][:1]:
         detail = f"faster than the best float peer, {figures(row['artifact']['median_ms'])} ms at batch {row['batch']}"
-        tiles.append(("speed", f"{figures(_speedup(row))} x", detail))
+        tiles.append(("speed", f"{figures(speedup(row))} x", detail))
     outputs = report["noise"]["outputs"] if report["noise"] else []
     worst = min((o for o in outputs if isinstance(o["db"], float)), key=lambda o: o["db"], default=None)
     if worst is not None:
@@ -148,16 +132,55 @@ def _parity(parity: dict[str, Any]) -> list[str]:
     return said
 
 
-def _row(row: dict[str, Any], report: dict[str, Any]) -> dict[str, Any]:
-    """Return a row of the network with its shares, and with what sensitivity says of it."""
+def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of the network with their shares, and with what was measured of each operator."""
     rows = report["plan"]["rows"]
-    found = [layer for layer in (report["sensitivity"] or {"layers": []})["layers"] if layer["name"] == row["name"]]
-    action = "float" if row["action"] == "float" else "fused" if row["action"] == "fused" else "integers"
-    return {
-        **row,
-        "runs": action,
-        "macs_share": row["macs"] / max(sum(other["macs"] for other in rows), 1),
-        "weights_share": row["weights"] / max(sum(other["weights"] for other in rows), 1),
-        "own_db": found[0]["own_db"] if found else None,
-        "clipped": found[0]["clipped"] if found else None,
-    }
+    layers = {layer["name"]: layer for layer in (report["sensitivity"] or {"layers": []})["layers"]}
+    numbers = {one["name"]: one for one in report["numbers"]}
+    times = report["operator_ms"]
+    totals = {what: max(sum(row[what] for row in rows), 1) for what in ("macs", "weights")}
+    shown = []
+    for row in _parts_behind(rows):
+        name, action = row["name"], row["action"]
+        found = layers.get(name, {})
+        shown.append(
+            {
+                **row,
+                "runs": action if action in ("float", "fused") else "integers",
+                "macs_share": row["macs"] / totals["macs"],
+                "weights_share": row["weights"] / totals["weights"],
+                "weight_bytes": _weight_bytes(row),
+                "own_db": found.get("own_db", numbers.get(name, {}).get("own_db")),
+                "db": numbers.get(name, {}).get("db"),
+                "clipped": found.get("clipped"),
+                "ms": times.get(name) if action != "fused" else None,
+            }
+        )
+    return shown
+
+
+def _parts_behind(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return rows with those of a part that has a graph of its own behind the row of the part."""
+    names = {row["name"] for row in rows}
+    inside: dict[str, list[dict[str, Any]]] = {}
+    outer: list[dict[str, Any]] = []
+    for row in rows:
+        place = row["name"].rpartition(".")[0]
+        while place and place not in names:
+            place = place.rpartition(".")[0]
+        (inside.setdefault(place, []) if place else outer).append(row)
+
+    def unfolded(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+        yield row
+        for part in inside.pop(row["name"], ()):
+            yield from unfolded(part)
+
+    return [part for row in outer for part in unfolded(row)]
+
+
+def _weight_bytes(row: dict[str, Any]) -> float | None:
+    """Return what a row's weights take in the file, scales left out; None where its scheme does not tell."""
+    bits = re.match(r"b?float(16)|float$|int(4|8)", row["action"])
+    if bits is None:
+        return None
+    return row["weights"] * int(next((group for group in bits.groups() if group), 32)) / 8

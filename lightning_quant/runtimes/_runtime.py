@@ -142,6 +142,22 @@ class Runtime(abc.ABC):
         """
         raise NotImplementedError
 
+    def operator_ms(
+        self, path: Path, inputs: dict[str, Tensor], operators: tuple[Operator, ...], threads: int
+    ) -> dict[str, float]:
+        """Return how long each operator of a call takes, in milliseconds, where the engine has a profiler.
+
+        Args:
+            path: a model file.
+            inputs: the model's own inputs by name.
+            operators: of the plan.
+            threads: of a call.
+
+        Returns:
+            row of the plan to time; under the empty name what belongs to no row. Empty where nothing tells.
+        """
+        return {}
+
     def __reduce__(self) -> str:
         """Let copies and pickles be the one object of the runtime's file."""
         return "RUNTIME"

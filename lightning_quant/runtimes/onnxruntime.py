@@ -32,10 +32,12 @@ from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.named_edges import PREFIX
+from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.numerics.grid import INTEGERS_8, INTEGERS_16
 from lightning_quant.runtimes._onnx_export import describe, export_onnx
 from lightning_quant.runtimes._onnx_forced import run_forced
+from lightning_quant.runtimes._onnx_profile import operator_ms
 from lightning_quant.runtimes._reasons import first_line
 from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.runtimes._standalone import numpy_inputs
@@ -207,6 +209,14 @@ class OnnxRuntime(Runtime):
         """Run every operator on its own, on given integers, in one session."""
         return run_forced(path, inputs, edges, session)
 
+    def operator_ms(
+        self, path: Path, inputs: dict[str, Tensor], operators: tuple[Operator, ...], threads: int
+    ) -> dict[str, float]:
+        """Return what ONNX Runtime's profiler says."""
+        return operator_ms(
+            path, inputs, operators, lambda file, profile: session(file, threads=threads, profile=profile)
+        )
+
 
 RUNTIME = OnnxRuntime()
 
@@ -225,9 +235,22 @@ outputs = dict(zip({names!r}, session.run({names!r}, known)))
 
 
 def session(
-    path: Path, *, threads: int | None = None, providers: list[str] | None = None, optimized: Path | None = None
+    path: Path,
+    *,
+    threads: int | None = None,
+    providers: list[str] | None = None,
+    optimized: Path | None = None,
+    profile: Path | None = None,
 ) -> Any:
-    """Start a session on `threads` threads (ONNX Runtime's default when None), on the CPU unless told otherwise."""
+    """Start a session on `threads` threads (ONNX Runtime's default when None), on the CPU unless told otherwise.
+
+    Args:
+        path: an ONNX file.
+        threads: of a call.
+        providers: what executes it.
+        optimized: gets what ONNX Runtime makes of the file.
+        profile: what the name of its profile begins with.
+    """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -236,6 +259,8 @@ def session(
         options.intra_op_num_threads = threads
     if optimized is not None:
         options.optimized_model_filepath = str(optimized)
+    if profile is not None:
+        options.enable_profiling, options.profile_file_prefix = True, str(profile)
     return onnxruntime.InferenceSession(str(path), options, providers=providers or ["CPUExecutionProvider"])
 
 

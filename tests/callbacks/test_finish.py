@@ -74,5 +74,6 @@ def test_evaluation_can_be_limited(tmp_path: Path) -> None:
     first = validate_by_hand(load(tmp_path), module.val_dataloader(), limit=1)
     whole = validate_by_hand(load(tmp_path), module.val_dataloader())
 
+    assert callback.artifact.report["changed"]["num_samples"] == BATCH
     assert metrics["val_loss"] == pytest.approx(first["val_loss"], abs=1e-6)
     assert first["val_loss"] != pytest.approx(whole["val_loss"], abs=1e-5)

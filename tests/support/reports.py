@@ -5,11 +5,13 @@ from typing import Any
 from lightning_quant.machine.latency import Timing
 from lightning_quant.planned.layer_parity import LayerParity
 from lightning_quant.report.agreement import Agreement
+from lightning_quant.report.changed import Changed
 from lightning_quant.report.coverage import Coverage
 from lightning_quant.report.limits import NO_LIMITS
 from lightning_quant.report.make_report import with_limits
 from lightning_quant.report.metrics import MetricRow, Metrics
 from lightning_quant.report.noise import NoiseSection
+from lightning_quant.report.numbers import Numbers
 from lightning_quant.report.ranking import Ranking
 from lightning_quant.report.remarks import Notes, Seconds
 from lightning_quant.report.report import Report
@@ -64,9 +66,12 @@ GOOD_VALUES: dict[str, Any] = {
 }
 
 
+NOTHING: dict[str, Any] = {"changed": None, "numbers": (), "operator_ms": {}}
+
+
 def changed(**values: Any) -> Report:
     """Return a good report but for some values, whichever section they belong to."""
-    v = {**GOOD_VALUES, "trained": False, "sensitivity": None, "step_share": 1.0, "noise": None, **values}
+    v = {**GOOD_VALUES, "trained": False, "sensitivity": None, "step_share": 1.0, "noise": None, **NOTHING, **values}
     least = v.get("min_stored_share")
     sections = (
         Metrics(v["metrics"], v["trained"]),
@@ -74,9 +79,11 @@ def changed(**values: Any) -> Report:
         Size(v["float_bytes"], v["checkpoint_bytes"], v["artifact_bytes"]),
         Speed(v["latency"], v["runtime"], v["threads"], v["cpu"]),
         Agreement(v["parity"]),
+        Changed(v["changed"]),
         Notes(v["notes"]),
         Ranking(v["sensitivity"]),
         Coverage(v["plan"], v["operators"], v["still_float"], v["step_share"], least),
+        Numbers(v["numbers"], v["operator_ms"]),
         Seconds(v["seconds"]),
     )
     return with_limits(Report(v["recipe"], v["runtime"], v["versions"], sections), v.get("limits", NO_LIMITS))

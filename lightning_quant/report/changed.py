@@ -1,0 +1,38 @@
+"""Which samples got another prediction, and which operator did it."""
+
+from dataclasses import dataclass
+
+from lightning_quant.measure.changed_predictions import ChangedPredictions
+from lightning_quant.report.section import Section
+from lightning_quant.terminal.tables import one_line
+
+_NUM_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Changed(Section):
+    """Samples whose prediction changed; report.html shows some.
+
+    Attributes:
+        changed: None where the model gives no class scores, or nothing was compared.
+    """
+
+    changed: ChangedPredictions | None
+
+    def text(self) -> str:
+        """Return how many changed, and what brings them back."""
+        found = self.changed
+        if found is None or not found.num_changed:
+            return ""
+        line = f"{found.num_changed:,} of {found.num_samples:,} predictions changed, on {found.base}"
+        number = len(found.samples)
+        if found.operators:
+            named = [f"{name} {back}" for name, back in list(found.operators.items())[:_NUM_NAMED]]
+            line += f"; of {number} that were looked at, kept float alone brings back: {', '.join(named)}"
+        elif found.num_tried and number:
+            line += f"; none of {found.num_tried} operators, kept float alone, brings one of {number} back"
+        return one_line(f"{line}.")
+
+    def scalars(self) -> dict[str, float | None]:
+        """Return the share of predictions that changed."""
+        return {} if self.changed is None else {"changed_share": self.changed.num_changed / self.changed.num_samples}

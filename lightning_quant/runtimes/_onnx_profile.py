@@ -1,0 +1,90 @@
+"""How long each operator of an ONNX file takes, as ONNX Runtime's profiler says it."""
+
+import collections
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from lightning_quant.graph.named_edges import PREFIX
+from lightning_quant.graph.plan import Operator, join
+
+# Calls that are profiled after one that is not, and seconds after which no other one begins.
+_CALLS, _SECONDS = 8, 0.5
+# What runs in the kernel of the operator in front of it.
+_FUSED = ("Relu", "Clip")
+_KERNEL = "_kernel_time"
+
+
+def operator_ms(
+    path: Path, inputs: dict[str, Tensor], operators: tuple[Operator, ...], session: Callable[[Path, Path], Any]
+) -> dict[str, float]:
+    """Return operator to the median of its milliseconds, as `Runtime.operator_ms`.
+
+    Args:
+        path: an ONNX file in QDQ form.
+        inputs: the model's own inputs by name.
+        operators: of the plan.
+        session: starts a session of a file that profiles to a path.
+    """
+    import onnx
+
+    owners = _owners(onnx.load(path, load_external_data=False).graph, operators)
+    spent: dict[str, list[float]] = collections.defaultdict(list)
+    with tempfile.TemporaryDirectory() as folder:
+        running = session(path, Path(folder) / "profile")
+        values = {info.name: inputs[info.name].detach().cpu().numpy() for info in running.get_inputs()}
+        started, number = time.perf_counter(), 0
+        while number <= _CALLS and (number < 2 or time.perf_counter() - started < _SECONDS):
+            running.run(None, values)
+            number += 1
+        events = json.loads(Path(running.end_profiling()).read_text(encoding="utf-8"))
+    for event in events:
+        if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
+            spent[event["name"].removesuffix(_KERNEL)].append(event["dur"] / 1000)
+    found: dict[str, float] = collections.defaultdict(float)
+    for node, durations in spent.items():
+        # The first call is slower than all others.
+        found[_owner(node, owners)] += statistics.median(durations[1:] or durations)
+    return dict(found)
+
+
+def _owner(node: str, owners: dict[str, str]) -> str:
+    """Return whose node this is: optimizers put something behind the name that it has in the file."""
+    while node not in owners and "_" in node:
+        node = node.rpartition("_")[0]
+    return owners.get(node, "")
+
+
+def _owners(graph: Any, operators: tuple[Operator, ...]) -> dict[str, str]:
+    """Return name of a node to the name of the row that it belongs to, as far as quantized tensors tell."""
+    made = {output: node for node in graph.node for output in node.output}
+    writers = {operator.writes: operator.name for operator in operators}
+    owners: dict[str, str] = {node.name: "" for node in graph.node}
+    for node in graph.node:
+        if node.name.startswith(PREFIX):
+            edge = _edge(node)
+            source = made.get(node.input[0])
+            while source is not None and source.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+                owners[source.name] = writers.get(edge) or join(*edge.split(":", 1))
+                source = made.get(source.input[0]) if source.op_type in _FUSED else None
+    # Operators that answer in float are known by what they read.
+    readers = {operator.reads[0]: operator.name for operator in operators if not operator.quantized_output}
+    for node in graph.node:
+        source = made.get(node.input[0]) if node.input else None
+        if source is None or source.op_type != "DequantizeLinear" or owners[node.name]:
+            continue
+        quantize = made.get(source.input[0])
+        if quantize is not None and quantize.name.startswith(PREFIX) and node.op_type != "QuantizeLinear":
+            owners[node.name] = readers.get(_edge(quantize), "")
+    return owners
+
+
+def _edge(node: Any) -> str:
+    """Return the edge that a node quantizes; of a part that runs several times, in whichever run."""
+    return node.name.removeprefix(PREFIX).partition("@")[0]
