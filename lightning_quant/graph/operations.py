@@ -71,11 +71,10 @@ ACTIVATIONS = frozenset({
 })  # fmt: skip
 # Kinds whose result has values of what they read alone.
 MOVING, moved_from = moves.MOVING, moves.moved_from
-LISTED = WEIGHTED | ACTIVATIONS | frozenset({
-    "batch_norm", "add", "mul", "sub", "cat", "max_pool", "avg_pool", "global_avg_pool",
-    "adaptive_max_pool", "matmul", "attention", "lstm", "gru", "rnn", "cell", "embedding", "transformer", "layer_norm",
-    "group_norm", "bilinear", "upsample", "interpolate",
-})  # fmt: skip
+# What moves values, or leaves them as they are, has no row in a plan; every other kind has one.
+_WITHOUT_ROW = frozenset({"border", "flip", "pad", "pass", "repeat", "reshape", "slice", "split"})
+_KINDS = frozenset({*_MODULES.values(), *_FUNCTIONS.values(), *_METHODS.values(), "interpolate"})
+LISTED = _KINDS - _WITHOUT_ROW
 # Layers of which recipes of layers store the weights, and graphs take none apart.
 STORED = frozenset({"attention", "lstm", "gru", "rnn", "cell", "embedding", "transformer"})
 STORED_REASON = "'int8' has no form of it here; 'int8_dynamic' or 'int8_weight_only' stores its weights"

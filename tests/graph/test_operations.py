@@ -74,3 +74,10 @@ def test_every_listed_operator_has_a_row_and_a_reason() -> None:
     expected = {"conv", "conv3d", "project", "attention", "attention.out_proj"}
     assert {row.name for row in rows.values() if row.action == "int8"} == expected
     assert {row.name for row in rows.values() if row.action == "int8 weights"} == {"embedding", "lstm", "up"}
+
+
+def test_every_kind_has_a_row_but_those_that_move_values_or_leave_them() -> None:
+    tables = (operations._MODULES, operations._FUNCTIONS, operations._METHODS)
+    kinds = {kind for table in tables for kind in table.values()}
+    assert kinds - operations.LISTED <= operations.MOVING | {"pad", "pass", "split"}
+    assert operations.LISTED >= operations.WEIGHTED | operations.ACTIVATIONS | operations.STORED
