@@ -39,6 +39,10 @@ class ArtifactError(QuantizationError):
     """A folder is not an artifact, is damaged, or cannot be written."""
 
 
+class DiskError(ArtifactError):
+    """A disk does not take a file: it is full, may not be written to, or fails."""
+
+
 class EvaluationError(QuantizationError):
     """The model under evaluation was not the one that ran."""
 

@@ -98,7 +98,7 @@ def add_report(
     """
     beside = (artifact.path.with_name(f"{artifact.path.name}-{number}") for number in itertools.count(2))
     for path in itertools.chain([artifact.path], beside):
-        with staging(path) as folder, locked(path):
+        with staging(path, "the report, without which the artifact is there") as folder, locked(path):
             if _holds(path, artifact):
                 source = current(path)
             elif own is not None and is_free(path):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from lightning_quant.arguments.reading import parse_json, read_bytes
 from lightning_quant.artifact.manifest import MANIFEST, MAX_BYTES, SIGNATURE_FILE, is_file_name, top_level
-from lightning_quant.errors import ArtifactError, NoEffectWarning
+from lightning_quant.errors import ArtifactError, DiskError, NoEffectWarning
 
 TEMPORARY = ".lightning_quant-"
 """How names of temporary files and folders begin."""
@@ -53,6 +53,10 @@ def commit(path: Path, staged: Path) -> None:
     Args:
         path: the artifact's folder, `locked`.
         staged: from `staging(path)`; holds a manifest and the files that it names, and is gone afterwards.
+
+    Raises:
+        OSError: the old artifact stays.
+        DiskError: the new one is there, and its files have no names in the folder yet.
     """
     for file in staged.iterdir():
         os.chmod(file, 0o644)
@@ -63,7 +67,14 @@ def commit(path: Path, staged: Path) -> None:
     _settle(path)
     os.rename(staged, path / _NEW)
     _sync_folder(path)
-    _settle(path)
+    try:
+        _settle(path)
+    except OSError as error:
+        raise DiskError(
+            f"Expected {path} to take the names of the new artifact's files, but {error}. They are whole, and `load` "
+            f"and `verify` open them: they lie in {_NEW} there until the next artifact is written. Make room there, "
+            "and run this again."
+        ) from error
     for entry in path.iterdir():
         if entry.name.startswith(TEMPORARY) and _is_abandoned(entry):
             _remove(entry)
@@ -73,7 +84,7 @@ def settle_and_write(path: Path, name: str, content: Callable[[bytes], bytes]) -
     """Write a file that depends on the manifest's bytes into the folder of an artifact, whole or not at all.
 
     Raises:
-        ArtifactError: it cannot be written.
+        DiskError: it cannot be written.
     """
     try:
         with locked(path):
@@ -91,7 +102,7 @@ def settle_and_write(path: Path, name: str, content: Callable[[bytes], bytes]) -
                 _remove(temporary)
             _sync_folder(path)
     except OSError as error:
-        raise ArtifactError(f"Expected {path} to take {name}, but {error}.") from error
+        raise DiskError(f"Expected {path} to take {name}, but {error}. Make room there.") from error
     return path / name
 
 

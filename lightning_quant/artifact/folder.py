@@ -14,6 +14,7 @@ from lightning_quant.arguments.reading import opened, parse_json, read_bytes
 from lightning_quant.artifact.commit import TEMPORARY, current, locked
 from lightning_quant.artifact.manifest import FORMAT_VERSION, MANIFEST, MAX_BYTES
 from lightning_quant.errors import ArtifactError
+from lightning_quant.machine.disk import lasting_scratch_folder, taking
 
 SEARCH = "search.json"
 """What a search for an artifact has tried: it may lie in a folder before the artifact does."""
@@ -66,28 +67,29 @@ def check_folder(output_dir: str | os.PathLike[str]) -> Path:
 
 
 def fleeting_folder() -> Path:
-    """Make a folder that is gone when the process ends."""
-    folder = Path(tempfile.mkdtemp(prefix="lightning_quant-")).resolve()
+    """Make a folder that is gone when the process ends.
+
+    Raises:
+        DiskError: there is no room for it.
+    """
+    folder = lasting_scratch_folder()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
 @contextmanager
-def staging(path: Path) -> Iterator[Path]:
+def staging(path: Path, what: str = "the artifact") -> Iterator[Path]:
     """Offer a folder inside the artifact's to write files into; it is gone after the block.
 
-    Raises:
-        ArtifactError: the disk is full, or something else keeps files from being written.
-    """
-    from safetensors import SafetensorError
+    Args:
+        path: the artifact's folder.
+        what: is written, in words.
 
-    try:
-        with _temporary(path) as folder:
-            yield folder
-    except (OSError, SafetensorError) as error:
-        raise ArtifactError(
-            f"Expected {path} to take the artifact, but {error}. Free some space, or choose another `output_dir`."
-        ) from error
+    Raises:
+        DiskError: the disk is full, or something else keeps files from being written.
+    """
+    with taking(path, what), _temporary(path) as folder:
+        yield folder
 
 
 def is_free(path: Path) -> bool:

@@ -6,7 +6,6 @@ covers, are never opened by a runtime.
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -32,6 +31,7 @@ from lightning_quant.artifact.signing import Key, check_signature
 from lightning_quant.calls.loaded import LoadedModule, Origin, into_how
 from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, QuantizationError
+from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.terminal.tables import one_line
 
 # How often a reader begins anew when another version came between.
@@ -138,14 +138,13 @@ def private_copy(path: str | os.PathLike[str] | Artifact, key: Key | None = None
     Raises:
         ArtifactError: as for `read`, it is not signed so, or there is no space for the copy.
     """
-    with tempfile.TemporaryDirectory(prefix="lightning_quant-", ignore_cleanup_errors=True) as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         found = _taking(path, lambda artifact, where: _copy_files(artifact, where, folder), key)
         try:
             yield Artifact(folder, found.manifest)
         except QuantizationError as error:
             # The reader knows the folder that was named.
-            raise type(error)(str(error).replace(name, str(found.path))) from error
+            raise type(error)(str(error).replace(str(folder), str(found.path))) from error
 
 
 def load(path: str | os.PathLike[str] | Artifact, *, key: Key | None = None, **runtime_options: Any) -> LoadedModule:

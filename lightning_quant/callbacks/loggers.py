@@ -1,13 +1,12 @@
 """What each logger holds beside numbers: hyperparameters, the report as text, pictures, and the artifact itself."""
 
 import importlib.util
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.report.report import Report
 from lightning_quant.terminal.tables import text_table
 
@@ -102,8 +101,8 @@ def _mlflow(logger: Any, entry: Entry) -> None:
         import mlflow.onnx
         import onnx
 
-        with tempfile.TemporaryDirectory() as folder:
-            flavour = Path(folder) / "model"
+        with scratch_folder() as folder:
+            flavour = folder / "model"
             mlflow.onnx.save_model(onnx.load(entry.artifact.model_path), flavour)
             client.log_artifacts(run, str(flavour), f"{entry.prefix}/mlflow_model")
 

@@ -8,7 +8,6 @@ import argparse
 import dataclasses
 import json
 import sys
-import tempfile
 import webbrowser
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lightning_quant.artifact.artifact import Artifact, page_of, read
 from lightning_quant.cli.cli_options import NAME, limits_of, make_parser, require_cli_packages
 from lightning_quant.errors import QuantizationError
+from lightning_quant.machine.disk import lasting_scratch_folder
 from lightning_quant.report.limits import SCHEMA_VERSION, columns, failures_in, missed_limits, summary
 from lightning_quant.report.page import comparison, to_html
 from lightning_quant.terminal.tables import text_table
@@ -161,7 +161,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _show(page: str, options: argparse.Namespace) -> None:
     """Write a page where `--html` says, and open it in a browser where `--open` does."""
-    where = Path(options.html or Path(tempfile.mkdtemp()) / f"{options.command}.html").absolute()
+    where = Path(options.html or lasting_scratch_folder() / f"{options.command}.html").absolute()
     try:
         where.write_text(page, encoding="utf-8")
     except OSError as error:

@@ -5,7 +5,6 @@ import importlib
 import inspect
 import os
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +21,7 @@ from lightning_quant.callbacks import PostTrainingQuantization
 from lightning_quant.capture.checkpoint import load_weights, read_checkpoint
 from lightning_quant.doors.settings import CallbackSettings, documented
 from lightning_quant.errors import QuantizationError
+from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.report.limits import NO_LIMITS, Limits, missed_limits
 
 OWN_SUBCOMMANDS = ("quantize", "inspect")
@@ -98,8 +98,8 @@ class Quantizing:
         shared = CallbackSettings.among(locals())
         if ckpt_path is not None:
             load_weights(model, ckpt_path, trust=trust or weights_only is False)
-        with tempfile.TemporaryDirectory() as folder:
-            callback = Inspection(**shared, output_dir=Path(folder) / "none")
+        with scratch_folder() as folder:
+            callback = Inspection(**shared, output_dir=folder / "none")
             options: dict[str, Any] = {"max_epochs": 0, "callbacks": [callback], "devices": 1}
             Trainer(**_options(self), **options, **_QUIET).fit(model, datamodule=datamodule)
             prepared = callback.require_prepared()

@@ -1,16 +1,15 @@
 """`runtime="auto"`: try every installed runtime on this machine, and take the fastest that computes what it should."""
 
 import functools
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from lightning_quant import runtimes
 from lightning_quant.artifact import golden
 from lightning_quant.artifact.artifact import load
-from lightning_quant.errors import QuantizationError
+from lightning_quant.errors import DiskError, QuantizationError
 from lightning_quant.export.export import export
+from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.machine.latency import Timing, measure
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import ChosenShapes
@@ -30,14 +29,16 @@ def choose_runtime(
         QuantizationError: no runtime gave a correct artifact; the message has every reason.
     """
     refused: dict[str, str] = {}
-    with tempfile.TemporaryDirectory() as name:
+    with scratch_folder() as folder:
         candidates: dict[str, Callable[[], Any]] = {}
         for runtime in runtimes.names():
             try:
                 model = plan(runtime)
-                artifact = export(model, Path(name, runtime), dynamic_shapes=dynamic_shapes)
+                artifact = export(model, folder / runtime, dynamic_shapes=dynamic_shapes)
                 loaded = load(artifact.path, threads=threads or 1)
                 failures = model.parity(loaded, artifact.model_path).failures
+            except DiskError:
+                raise
             except QuantizationError as error:
                 refused[runtime] = str(error)
                 continue

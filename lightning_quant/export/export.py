@@ -1,6 +1,5 @@
 """From a planned model to an artifact, and the trial of it before training."""
 
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from lightning_quant.artifact.golden import GoldenBatch
 from lightning_quant.calls.signature import Signature
 from lightning_quant.export.engines import AUTO, FASTEST, choose_engine
 from lightning_quant.export.model_file import Written, float_outputs, write_model
+from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.machine.timed import timed
 from lightning_quant.planned.planned_model import BATCH, PlannedModel
 from lightning_quant.planned.sizes import ChosenShapes, attempts, chosen_shapes, dynamic_dimensions, only_batches
@@ -110,14 +110,16 @@ def trial_export(model: PlannedModel, *, dynamic_shapes: ChosenShapes = None, en
     trial = model.on_host().for_trial()
     chosen = chosen_shapes(dynamic_shapes)
     converted, output = trial.converted(static_sizes=only_batches(dynamic_dimensions(trial, chosen)))
-    with tempfile.TemporaryDirectory() as folder, artifacts.staging(Path(folder).resolve()) as place:
+    with scratch_folder() as folder:
+        place = folder / "staged"
+        place.mkdir()
         staged = place / trial.runtime.MODEL_FILE
         written = write_model(trial, converted, output, staged, attempts(trial, chosen))
         _leave_out_unread(trial, staged)
         _rehearse(trial, written, staged)
         # Which engine is fastest is measured at the end; that one is correct can be known now.
         tried = AUTO if engine == FASTEST else engine
-        artifact = _publish(trial, written, staged, place.parent, engine=tried)
+        artifact = _publish(trial, written, staged, folder, engine=tried)
         artifacts.standalone(artifact)
         size = artifact.size_bytes
     trial.share_sizes(model)

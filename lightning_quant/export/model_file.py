@@ -14,7 +14,7 @@ from lightning_quant.calls.calls import DynamicShapes
 from lightning_quant.calls.loaded import LoadedModule
 from lightning_quant.calls.signature import Signature, leaves_of, make_signature, tensor_leaves
 from lightning_quant.capture.capture import isolated_rng
-from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
+from lightning_quant.errors import DiskError, ExportError, QuantizationError
 from lightning_quant.numerics.noise import signal_to_noise
 from lightning_quant.planned.decisions import decided_as_captured, decisions, in_words
 from lightning_quant.planned.inside import load_inside
@@ -56,7 +56,9 @@ def write_model(
             continue
         try:
             written = _attempt(model, converted, output, staged, dynamic)
-        except (ExportError, ArtifactError, QuantizationError) as error:
+        except DiskError:
+            raise
+        except QuantizationError as error:
             if dynamic is wanted[-1] and doubted is None:
                 # What is left in the last attempt is what the user asked to vary in the file.
                 if dynamic or not model.may_give_up_program:

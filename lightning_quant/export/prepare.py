@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import torch
 from torch import nn
 
 from lightning_quant import runtimes
@@ -15,6 +14,7 @@ from lightning_quant.layers.leftovers import left_in_float
 from lightning_quant.planned.overrides import select
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.recipe.recipe import AnyRecipe
+from lightning_quant.surgery.compilation import scripted_part
 from lightning_quant.surgery.host import moved_call, on_host
 
 
@@ -70,11 +70,11 @@ def prepare(
 
 
 def _check_python(model: nn.Module) -> None:
-    scripted = [name for name, child in model.named_modules() if isinstance(child, torch.jit.ScriptModule)]
-    if scripted:
+    if name := scripted_part(model):
         raise PlanError(
-            f"Expected modules of Python code, but {scripted[0]!r} is scripted. Give the module as it was before "
-            "`torch.jit.script`, or take recipe 'int8_dynamic' with `runtime=\"torch\"`, which leaves it as it is."
+            f"Expected modules of Python code, but {name!r} is scripted or traced, which PyTorch's exporter does not "
+            "take. Give the module as it was before `torch.jit`, or a child without that part, or take recipe "
+            "'int8_dynamic' with `runtime=\"torch\"`, which leaves it as it is."
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from lightning_quant.artifact import golden
 from lightning_quant.artifact.artifact import open_model, private_copy, read
 from lightning_quant.calls.loaded import LoadedModule
-from lightning_quant.errors import QuantizationError
+from lightning_quant.errors import DiskError, QuantizationError
 from lightning_quant.machine.latency import measure
 from lightning_quant.machine.machine import cpu_name, peak_bytes
 
@@ -120,9 +120,13 @@ def _recorded_float(report: dict[str, Any] | None, batch: int, threads: int) -> 
 def _in_process(names: list[str], batches: Sequence[int], threads: int) -> dict[str, Any]:
     task = json.dumps({"names": names, "batches": list(batches), "threads": threads})
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-    ran = subprocess.run(
-        [sys.executable, "-c", _WORKER], input=task, capture_output=True, text=True, env=environment, check=False
-    )
+    command = [sys.executable, "-c", _WORKER]
+    try:
+        ran = subprocess.run(command, input=task, capture_output=True, text=True, env=environment, check=False)
+    except OSError as error:
+        raise DiskError(
+            f"Expected a process of its own for each measurement, but it does not start: {error}."
+        ) from error
     if ran.returncode != 0:
         last = ran.stderr.strip().splitlines()[-1:] or ["no message"]
         raise QuantizationError(f"Expected {', '.join(names)} to run in batches of {list(batches)}, but {last[0]}")

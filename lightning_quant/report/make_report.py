@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from lightning_quant.calls.loaded import LoadedModule
 from lightning_quant.calls.signature import make_signature
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export.model_file import export_float
+from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.machine.latency import Timing, measure
 from lightning_quant.machine.machine import cpu_name
 from lightning_quant.machine.timed import timed
@@ -172,10 +172,10 @@ def measure_latency(
         threads: of every contestant.
     """
     remarks: tuple[str, ...] = ()
-    with tempfile.TemporaryDirectory() as folder, torch_threads(threads), evaluation_mode(model.root):
+    with scratch_folder() as folder, torch_threads(threads), evaluation_mode(model.root):
         in_process = model.runtime.IN_PROCESS
         try:
-            runtime_float = None if in_process else _load_float(model, Path(folder), threads)
+            runtime_float = None if in_process else _load_float(model, folder, threads)
         except QuantizationError as error:
             runtime_float, remarks = None, (f"the float model has no peer in {model.plan.runtime}: {error}",)
         rows = []

@@ -15,8 +15,10 @@ from lightning_quant.calls.calls import CapturedCall
 from lightning_quant.calls.signature import Signature, output_names, tensor_leaves
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.layers.packed import kept_padded
+from lightning_quant.machine.disk import disk_refusal
 from lightning_quant.runtimes._allowances import allowances
 from lightning_quant.runtimes._reasons import first_line, reason, sizes_watched
+from lightning_quant.surgery.compilation import scripted_part
 from lightning_quant.surgery.foreign_operators import ForeignOperatorsInlined
 from lightning_quant.surgery.process import alone
 from lightning_quant.surgery.routing import as_exported
@@ -26,10 +28,19 @@ Forms = tuple[list[dict[str, Any]], list[dict[str, Any]]]
 
 
 class Flat(nn.Module):
-    """Takes and gives flat tensors, as model files do."""
+    """Takes and gives flat tensors, as model files do.
+
+    Raises:
+        ExportError: a part of the module is none that `torch.export` takes.
+    """
 
     def __init__(self, module: nn.Module, call: CapturedCall) -> None:
         super().__init__()
+        if name := scripted_part(module):
+            raise ExportError(
+                f"Expected modules of Python code, but {name!r} is scripted or traced, which `torch.export` does not "
+                "take. Give the module as it was before `torch.jit`, or a child without that part."
+            )
         self.module, self.call = module, call
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -117,6 +128,7 @@ def exporting(engine: str, names: tuple[str, ...] = ()) -> Iterator[list[str]]:
 
     Raises:
         ExportError: the exporter raised; the message has its reason, the place in the user's code, and the way out.
+        OSError: the disk does not take what it writes.
     """
     with sizes_watched() as fixed:
         try:
@@ -126,6 +138,8 @@ def exporting(engine: str, names: tuple[str, ...] = ()) -> Iterator[list[str]]:
             raise
         except Exception as error:
             # Exporters raise errors of any class, some of their own that derive from nothing narrower.
+            if (refusal := disk_refusal(error)) is not None:
+                raise refusal from error
             raise refused(engine, reason(error, names, fixed)) from error
 
 

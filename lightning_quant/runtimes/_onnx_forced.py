@@ -1,6 +1,5 @@
 """Single operators of an ONNX file, each on given integers, in one session of ONNX Runtime."""
 
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from lightning_quant.graph.named_edges import PREFIX, check_common
+from lightning_quant.machine.disk import scratch_folder
 
 
 def run_forced(
@@ -39,8 +39,8 @@ def run_forced(
     kinds = {name: onnx.helper.np_dtype_to_tensor_dtype(edge.dtype) for name, edge in given.items()}
     model.graph.output.extend(make(output, kinds[name], None) for output, name in forced.items())
     model.graph.input.extend(make(name, kinds[name], edge.shape) for name, edge in given.items())
-    with tempfile.TemporaryDirectory() as folder:
-        cut_file = Path(folder) / "model.onnx"
+    with scratch_folder() as folder:
+        cut_file = folder / "model.onnx"
         onnx.save(model, cut_file, save_as_external_data=model.ByteSize() > 2**30)
         running = session(cut_file)
     values = {name: tensor.detach().cpu().numpy() for name, tensor in inputs.items()} | given

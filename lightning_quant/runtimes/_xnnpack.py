@@ -2,13 +2,13 @@
 
 import json
 import re
-import tempfile
 from importlib import resources
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+
+from lightning_quant.machine.disk import scratch_folder
 
 # Follows the names of operators that compute in integers.
 INTEGER = "_int8"
@@ -65,13 +65,13 @@ def xnnpack_nodes(data: bytes) -> list[str]:
     from executorch.exir._serialize._flatbuffer import _flatc_decompile
 
     header = XNNHeader.from_bytes(data[: XNNHeader.EXPECTED_LENGTH])
-    with tempfile.TemporaryDirectory() as folder:
-        schema, binary = Path(folder) / "schema.fbs", Path(folder) / "graph.bin"
+    with scratch_folder() as folder:
+        schema, binary = folder / "schema.fbs", folder / "graph.bin"
         schema.write_bytes(resources.files(serialization).joinpath("schema.fbs").read_bytes())
         binary.write_bytes(data[header.flatbuffer_offset : header.flatbuffer_offset + header.flatbuffer_size])
-        _flatc_decompile(folder, str(schema), str(binary), ["--raw-binary"])
+        _flatc_decompile(str(folder), str(schema), str(binary), ["--raw-binary"])
         # Bounds of activations may be infinite, which JSON has no numbers for.
-        graph = json.loads(re.sub(r":\s*[-+]?(inf|nan)\w*", ": null", (Path(folder) / "graph.json").read_text()))
+        graph = json.loads(re.sub(r":\s*[-+]?(inf|nan)\w*", ": null", (folder / "graph.json").read_text()))
     values = [value["xvalue_union"] for value in graph["xvalues"]]
     integers = {value["tensor_value"]["id_out"] for value in values if "tensor_value" in value}
     return [

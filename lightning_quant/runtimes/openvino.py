@@ -14,7 +14,6 @@ What the table says was tried on OpenVINO 2026.4, CPU, with layer types and prim
 """
 
 import collections
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.named_edges import PREFIX
 from lightning_quant.graph.table import OperatorTable
+from lightning_quant.machine.disk import check_room, scratch_folder
 from lightning_quant.runtimes._onnx_export import export_onnx
 from lightning_quant.runtimes._openvino_forced import run_forced
 from lightning_quant.runtimes._openvino_graph import suit_openvino
@@ -154,13 +154,14 @@ class OpenVino(Runtime):
         """
         import openvino
 
-        with tempfile.TemporaryDirectory() as folder:
-            onnx_path = Path(folder) / "model.onnx"
+        with scratch_folder() as folder:
+            onnx_path = folder / "model.onnx"
             export_onnx(module, call, onnx_path, rewrite=suit_openvino)
             try:
                 model = _with_names_of_its_own(compress_weights(openvino.Core().read_model(onnx_path)))
                 openvino.save_model(model, path, compress_to_fp16=False)
             except RuntimeError as error:
+                check_room(path.parent, onnx_path.stat().st_size)
                 raise ExportError(
                     f"Expected OpenVINO to read the exported model, but it says: {_reason(error)}. Exclude what it "
                     "does not know, or choose another runtime."

@@ -1,14 +1,13 @@
 """What can be tried: choices of a model, each exported to a folder of its own and validated there."""
 
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from lightning_quant.artifact import artifact as artifacts
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
+from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.measure.contributions import difference
 from lightning_quant.measure.evaluate import Metrics
 from lightning_quant.planned.planned_model import PlannedModel
@@ -68,10 +67,8 @@ class Files:
         """Export a choice and validate the file."""
         model = self.model(choice)
         model.observe_unreached()
-        with tempfile.TemporaryDirectory() as name:
-            artifact = export(
-                model, Path(name).resolve() / "trial", dynamic_shapes=self.dynamic_shapes, engine=self.engine
-            )
+        with scratch_folder() as folder:
+            artifact = export(model, folder / "trial", dynamic_shapes=self.dynamic_shapes, engine=self.engine)
             metrics = self.validate(model, artifact)
             latency, speedup = self._latency(model, artifact) if self.timed else ({}, {})
             size = artifact.size_bytes

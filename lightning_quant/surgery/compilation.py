@@ -43,3 +43,10 @@ def kept_from_compilers(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return a function that a compiler calls as it is: what a graph does there depends on what it sees."""
     # Where nothing is compiled the compiler, which takes seconds to import, is not loaded.
     return torch.compiler.disable(function) if "torch._dynamo" in sys.modules else function
+
+
+def scripted_part(module: nn.Module) -> str:
+    """Return the name of a part that is TorchScript, or the type of the module if all of it is; empty without one."""
+    scripted = (name for name, child in module.named_modules() if isinstance(child, torch.jit.ScriptModule))
+    name = next(scripted, None)
+    return "" if name is None else name or type(module).__name__

@@ -182,10 +182,10 @@ def resolve(root: nn.Module, path: str) -> nn.Module:
     module = root
     # `get_submodule` asks each attribute three times, which a training step would notice.
     for name in path.split(".") if path else ():
-        child = module._modules.get(name)
-        if child is None:
+        # Of TorchScript it has no `get`.
+        if name not in module._modules:
             return root.get_submodule(path)
-        module = child
+        module = module._modules[name] or root.get_submodule(path)
     return module
 
 

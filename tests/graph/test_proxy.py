@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant import quantize
-from lightning_quant.errors import PlanError
+from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.export.prepare import prepare
 
 X = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
@@ -218,5 +218,7 @@ def test_scripted_children_run_as_they_are_among_stored_layers(tmp_path: Path) -
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
 def test_scripted_children_are_refused_by_name_where_graphs_are_made() -> None:
-    with pytest.raises(PlanError, match="'scripted' is scripted"):
+    with pytest.raises(PlanError, match="'scripted' is scripted or traced, which PyTorch's exporter does not take"):
         prepare(Scripted(), (X,))
+    with pytest.raises(QuantizationError, match=r"'scripted' is scripted or traced, which `torch\.export`"):
+        quantize(Scripted(), "int8_dynamic", calibration_data=[X])
