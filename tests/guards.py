@@ -75,6 +75,20 @@ GUARDS = (
         "planned/test_inside.py -k told_what_to_type",
     ),
     Guard(
+        "what a disk refuses is an error with the way out",
+        "machine/disk.py",
+        '        raise DiskError(f"Expected {folder} to take {what}, but {error}. {way_out}") from error\n',
+        "        raise\n",
+        "machine/test_disk.py -k names_the_place",
+    ),
+    Guard(
+        "a full disk is no refusal of the module",
+        "runtimes/_flat.py",
+        "                raise refusal from error\n",
+        "                pass\n",
+        "machine/test_disk.py -k fix_sizes",
+    ),
+    Guard(
         "random metrics are seen",
         "measure/logged_values.py",
         "        self.draws = self.draws or self._before != _random_states()\n",

@@ -20,6 +20,7 @@ from lightning_quant.artifact.artifact import read
 from lightning_quant.errors import DiskError, QuantizationError
 from lightning_quant.export.auto import choose_runtime
 from lightning_quant.machine.disk import disk_refusal, scratch_folder, taking
+from lightning_quant.runtimes._flat import exporting
 
 X = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
@@ -95,6 +96,9 @@ def test_a_full_disk_is_no_reason_to_fix_sizes_or_to_take_another_runtime(tmp_pa
     disk = Disk(errno.ENOSPC, is_wanted=lambda name, path: name == "open" and path.endswith("model.onnx"))
     with failing(disk), pytest.raises(DiskError, match="No space left"):
         lq.quantize(net(0), calibration_data=[X], output_dir=tmp_path / "quantized")
+
+    with pytest.raises(OSError, match="No space left"), exporting("ExecuTorch"):
+        raise RuntimeError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
 
     def full(_: str) -> Any:
         raise DiskError("no room")
