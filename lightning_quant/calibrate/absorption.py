@@ -6,10 +6,9 @@ here it is the least value that calibration saw, which keeps the function on all
 """
 
 import torch
-from torch import Tensor
 
+from lightning_quant.calibrate.channels_read import activation_minima
 from lightning_quant.calibrate.groups import ScalingGroup
-from lightning_quant.calibrate.lockstep import Site, lockstep
 from lightning_quant.calibrate.rescale import rescale
 from lightning_quant.calls.calls import Call
 from lightning_quant.simulate.prepared import Prepared
@@ -28,20 +27,8 @@ def absorb(prepared: Prepared, groups: list[ScalingGroup], calls: list[Call]) ->
         calls: of the module.
     """
     wanted = [g for g in groups if g.producers and g.activated and not (g.padded or g.links or g.from_float)]
-    readers = {identity: group for group in wanted for identity in group.consumers}
-    least: dict[ScalingGroup, Tensor] = {}
-
-    def visit(site: Site) -> None:
-        group = readers.get(site.identity)
-        if group is None:
-            return
-        for x in site.float_inputs:
-            low = x.amin([d for d in range(x.dim()) if d != group.axis]).clamp(min=0)
-            least[group] = torch.minimum(least[group], low) if group in least else low
-
-    lockstep(prepared, calls, visit, quantized=False)
     absorbed = {}
-    for group, constant in least.items():
+    for group, constant in activation_minima(prepared, wanted, calls).items():
         # A channel that sits at its clip all the time has no slope to keep.
         constant = torch.where(constant < group.clip, constant, torch.zeros_like(constant))
         if bool((constant > 0).any()):

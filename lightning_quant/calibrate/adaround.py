@@ -5,7 +5,6 @@ sigmoid h, trained on the squared output error plus a term that drives h to 0 or
 """
 
 import math
-import time
 from dataclasses import dataclass, replace
 
 import torch
@@ -42,7 +41,6 @@ def adaround(
     calls: list[Call],
     *,
     iterations: int = 400,
-    deadline: float = math.inf,
     learning_rate: float = 0.1,
     regularization: float = 0.1,
     batch: int = 32,
@@ -55,7 +53,6 @@ def adaround(
         prepared: detached and calibrated; ranges and scales stay.
         calls: of the module.
         iterations: steps of Adam for each layer.
-        deadline: `time.monotonic()` after which the layers left are rounded to nearest.
         learning_rate: of Adam.
         regularization: weight of the term that drives every choice to up or down.
         batch: samples in a step.
@@ -69,7 +66,7 @@ def adaround(
 
     def visit(site: Site) -> None:
         progress.set_postfix_str(site.operator.name)
-        if time.monotonic() < deadline and any(x.numel() for x in site.quantized_inputs):
+        if any(x.numel() for x in site.quantized_inputs):
             results.append(_reconstruct(prepared, site, iterations, learning_rate, regularization, batch))
         progress.update()
 

@@ -9,9 +9,10 @@ of the clip that calibration saw.
 import torch
 from torch import Tensor
 
+from lightning_quant.calibrate.channels_read import activation_maxima
 from lightning_quant.calibrate.groups import ScalingGroup
 from lightning_quant.calibrate.rescale import folded_layer, rescale
-from lightning_quant.calibrate.smoothing import activation_maxima, column_maximum
+from lightning_quant.calibrate.smoothing import column_maximum
 from lightning_quant.calls.calls import Call
 from lightning_quant.numerics.fake_quantize import channel_maximum
 from lightning_quant.simulate.prepared import Prepared

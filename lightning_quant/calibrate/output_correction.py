@@ -37,11 +37,24 @@ def correct_output(prepared: Prepared, site: Site) -> None:
     folded = prepared.folded(site.identity, corrected=False)
     weight = prepared.weight_integers(site.identity, folded)
     weight = weight * along_rows(folded.scale, weight)
-    exact = _mean([site.compute(x, layer.weight, None) for x in site.float_inputs], site.channel_axis)
-    actual = _mean([site.compute(x, weight, None) for x in site.quantized_inputs], site.channel_axis)
-    prepared.bias_corrections[site.identity] = (exact - actual).float()
+    exact = mean_output(site, site.float_inputs, layer.weight)
+    prepared.bias_corrections[site.identity] = (exact - mean_output(site, site.quantized_inputs, weight)).float()
 
 
-def _mean(outputs: list[Tensor], axis: int) -> Tensor:
-    by_channel = torch.cat([y.movedim(axis, 0).flatten(1) for y in outputs], 1)
-    return by_channel.double().mean(1)
+def mean_output(site: Site, inputs: list[Tensor], weight: Tensor) -> Tensor:
+    """Return the mean over inputs of each channel that an operator returns without its bias, `(channels,)`, float64.
+
+    An operator is linear: the sum of the outputs of a call's samples is the output of their sum.
+    """
+    total, number = torch.zeros((), dtype=torch.float64, device=weight.device), 0
+    for x in inputs:
+        samples = x.numel() // max(x.shape[-1], 1) if site.operator.kind == "linear" else len(x)
+        if not x.numel():
+            continue
+        # Of a linear operator every leading dimension is one of samples.
+        flat = x.reshape(-1, x.shape[-1]) if site.operator.kind == "linear" else x
+        y = site.compute(flat.sum(0, keepdim=True, dtype=torch.float64), weight.double(), None)
+        by_channel = y.movedim(site.channel_axis, 0).flatten(1)
+        total = total + by_channel.sum(1)
+        number += samples * by_channel.shape[1]
+    return total / max(number, 1)

@@ -9,8 +9,8 @@ al. 2022, arXiv:2211.10438, equation 4: factor = max|x|**alpha / max|w|**(1 - al
 import torch
 from torch import Tensor
 
+from lightning_quant.calibrate.channels_read import activation_maxima
 from lightning_quant.calibrate.groups import ScalingGroup
-from lightning_quant.calibrate.lockstep import Site, lockstep
 from lightning_quant.calibrate.rescale import folded_layer, rescale
 from lightning_quant.calls.calls import Call
 from lightning_quant.simulate.prepared import Prepared
@@ -38,10 +38,7 @@ def smooth(prepared: Prepared, groups: list[ScalingGroup], calls: list[Call], *,
         free = all(weight.shape[1] == 1 for weight in weights) and group.channels > 1
         maximum = maximum.clamp(max=group.clip)
         factor = smoothing_factor(maximum, column_maximum(weights, group.channels), 1.0 if free else alpha)
-        if group.clip != float("inf"):
-            # The grid ends at the clip, so a channel's clip moves down with its factor: not below what was seen.
-            factor = torch.maximum(factor, maximum / group.clip).clamp(max=1)
-        rescale(prepared, group, factor)
+        rescale(prepared, group, within_clip(factor, maximum, group.clip))
     return len(maxima)
 
 
@@ -63,21 +60,12 @@ def smoothing_factor(activation: Tensor, weight: Tensor, alpha: float) -> Tensor
     return torch.where(alive, factor, torch.ones_like(factor)).clamp(_SMALLEST, 1)
 
 
-def activation_maxima(prepared: Prepared, groups: list[ScalingGroup], calls: list[Call]) -> dict[ScalingGroup, Tensor]:
-    """Return the largest magnitude of each channel that the weighted readers of each group see."""
-    readers = {identity: group for group in groups for identity in group.consumers}
-    maxima: dict[ScalingGroup, Tensor] = {}
+def within_clip(factor: Tensor, maximum: Tensor, clip: float) -> Tensor:
+    """Return factors that keep what was seen of each channel below the clip, `(channels,)`.
 
-    def visit(site: Site) -> None:
-        group = readers.get(site.identity)
-        if group is None:
-            return
-        for x in site.float_inputs:
-            maximum = x.abs().amax([d for d in range(x.dim()) if d != group.axis])
-            maxima[group] = torch.maximum(maxima[group], maximum) if group in maxima else maximum
-
-    lockstep(prepared, calls, visit, quantized=False)
-    return maxima
+    The grid ends at the clip, so a channel's clip moves down with its factor: not below what was seen.
+    """
+    return factor if clip == float("inf") else torch.maximum(factor, maximum / clip).clamp(max=1)
 
 
 def column_maximum(weights: list[Tensor], channels: int) -> Tensor:

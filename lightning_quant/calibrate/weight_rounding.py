@@ -4,7 +4,9 @@ Rounding with scales by the largest magnitude is right for eight bits. With four
 cost all others too much.
 """
 
+import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F  # noqa: N812
@@ -12,12 +14,15 @@ from torch import Tensor
 
 from lightning_quant.calibrate.lockstep import Site, lockstep
 from lightning_quant.calibrate.output_correction import correct_output
-from lightning_quant.calibrate.rescale import along_rows, folded_layer
+from lightning_quant.calibrate.rescale import folded_layer
 from lightning_quant.calls.calls import Call
-from lightning_quant.numerics.gptq import Hessian, gptq, output_error
+from lightning_quant.numerics.grouped_gptq import GroupedCovariance, grouped_error, grouped_gptq
 from lightning_quant.simulate.prepared import Prepared
 
 _NUM_CANDIDATES = 50
+_KINDS = ("linear", "conv1d", "conv2d", "conv3d")
+# Outputs that a layer is rounded by, at least.
+_NUM_INPUTS = 8192
 
 
 @torch.no_grad()
@@ -66,8 +71,8 @@ def shrink_scales(prepared: Prepared) -> int:
 
 
 @torch.no_grad()
-def gptq_layers(prepared: Prepared, calls: list[Call]) -> int:
-    """Round the weights of all ungrouped layers by GPTQ, on what they read in the quantized model; return how many.
+def gptq_layers(prepared: Prepared, calls: list[Call], *, corrects_all: bool = False) -> int:
+    """Round the weights of all layers by GPTQ, on what they read in the quantized model; return how many.
 
     Errors are those around each output's mean, which the bias restores: later layers see it corrected. A layer keeps
     rounding to nearest where that makes less error on the calls.
@@ -75,43 +80,90 @@ def gptq_layers(prepared: Prepared, calls: list[Call]) -> int:
     Args:
         prepared: detached and calibrated.
         calls: of the module.
+        corrects_all: whether biases are corrected by the outputs of all layers, not only of those that change.
     """
     changed = []
 
     def visit(site: Site) -> None:
-        layer = folded_layer(prepared, site.identity)
-        if site.options.get("groups", 1) != 1 or site.operator.kind not in ("linear", "conv2d"):
-            return
-        flat = layer.weight.flatten(1)
-        hessian = Hessian(flat.shape[1], flat.device)
-        for x in site.quantized_inputs:
-            hessian.update(x if site.operator.kind == "linear" else _patches(x, layer.weight, site))
-        folded, quant_max = prepared.folded(site.identity), prepared.weight_quant_max(site.identity)
-        scale = along_rows(folded.scale, flat)
-        spread = hessian.covariance
-        integers = gptq(flat, spread, folded.scale, -quant_max, quant_max).float()
-        nearest = prepared.weight_integers(site.identity, folded).flatten(1)
-        if output_error(flat, integers * scale, spread) < output_error(flat, nearest * scale, spread):
-            integers = integers.view_as(layer.weight)
-            prepared.layers[site.identity] = replace(layer, scale=folded.scale, integers=integers)
-            correct_output(prepared, site)
+        if site.operator.kind in _KINDS and any(x.numel() for x in site.quantized_inputs) and _round(prepared, site):
             changed.append(site.identity)
+        elif not corrects_all:
+            return
+        correct_output(prepared, site)
 
     lockstep(prepared, calls, visit)
     return len(changed)
 
 
-def _patches(x: Tensor, weight: Tensor, site: Site) -> Tensor:
-    """Return the inputs of every output of a convolution, `(outputs, in_channels * places)`."""
-    options = {name: site.options[name] for name in ("stride", "dilation")}
+def _round(prepared: Prepared, site: Site) -> bool:
+    layer, folded = folded_layer(prepared, site.identity), prepared.folded(site.identity)
+    quant_max = prepared.weight_quant_max(site.identity)
+    groups = int(site.options.get("groups", 1))
+    inputs = [x for x in site.quantized_inputs if x.numel()]
+    places = -(-max(_NUM_INPUTS, 4 * layer.weight[0].numel()) // sum(map(len, inputs)))
+    covariance = GroupedCovariance()
+    for x in inputs:
+        covariance.update(inputs_of_outputs(x, layer.weight, site, places))
+    spread = covariance.mean
+    weight, scale = layer.weight.view(groups, -1, spread.shape[1]), folded.scale.view(groups, -1)
+    integers = grouped_gptq(weight, spread, scale, quant_max)
+    nearest = prepared.weight_integers(site.identity, folded).view_as(integers)
+    learned, rounded = (grouped_error(i * scale.unsqueeze(2) - weight, spread) for i in (integers, nearest))
+    if learned >= rounded:
+        return False
+    prepared.layers[site.identity] = replace(layer, scale=folded.scale, integers=integers.view_as(layer.weight))
+    return True
+
+
+def inputs_of_outputs(x: Tensor, weight: Tensor, site: Site, places: int) -> Tensor:
+    """Return what some outputs of each sample are computed from, `(groups, outputs, in_features)`.
+
+    Args:
+        x: what the operator reads.
+        weight: its weight.
+        site: the operator.
+        places: how many outputs of a sample, the same ones in all, evenly spaced but for a random share.
+    """
+    if site.operator.kind == "linear":
+        rows = x.reshape(len(x), -1, x.shape[-1])
+        return rows[:, _some(rows.shape[1], places)].reshape(1, -1, x.shape[-1])
+    sides = _sides(weight, site)
+    view = F.pad(x, sides) if any(sides) else x
+    dilation = _each(site.options["dilation"], weight)
+    for axis, (size, step, stride) in enumerate(
+        zip(weight.shape[2:], dilation, _each(site.options["stride"], weight), strict=True)
+    ):
+        view = view.unfold(2 + axis, step * (size - 1) + 1, stride)[..., ::step]
+    shape = view.shape[2 : x.dim()]
+    chosen = torch.unravel_index(_some(math.prod(shape), places), shape)
+    # Samples, channels, places and the kernel's own dimensions.
+    at_places: Any = (slice(None), slice(None), *chosen)
+    taken = view[at_places].flatten(3)
+    groups = x.shape[1] // weight.shape[1]
+    samples, _, number, inner = taken.shape
+    parts = taken.reshape(samples, groups, weight.shape[1], number, inner).permute(1, 0, 3, 2, 4)
+    return parts.reshape(groups, samples * number, weight.shape[1] * inner)
+
+
+def _some(number: int, wanted: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.arange(number) if number <= wanted else torch.randperm(number, generator=generator)[:wanted].sort()[0]
+
+
+def _sides(weight: Tensor, site: Site) -> list[int]:
+    """Return how much a convolution pads, last dimension first, as `F.pad` takes it."""
     padding = site.options["padding"]
-    if isinstance(padding, str):
-        total = [d * (k - 1) for d, k in zip(_pair(options["dilation"]), weight.shape[2:], strict=True)]
-        sides = [] if padding == "valid" else [n for t in reversed(total) for n in (t // 2, t - t // 2)]
-        x, padding = F.pad(x, sides) if sides else x, 0
-    unfolded = F.unfold(x, tuple(weight.shape[2:]), padding=padding, **options)
-    return unfolded.transpose(1, 2).flatten(0, 1)
+    if not isinstance(padding, str):
+        return [n for side in reversed(_each(padding, weight)) for n in (side, side)]
+    if padding == "valid":
+        return []
+    dilation = _each(site.options["dilation"], weight)
+    total = [d * (k - 1) for d, k in zip(dilation, weight.shape[2:], strict=True)]
+    return [n for t in reversed(total) for n in (t // 2, t - t // 2)]
 
 
-def _pair(value: int | tuple[int, ...]) -> tuple[int, ...]:
-    return value if isinstance(value, tuple) else (value, value)
+def _each(value: int | tuple[int, ...], weight: Tensor) -> tuple[int, ...]:
+    """Return a setting for every dimension of the kernel."""
+    number = weight.dim() - 2
+    value = tuple(value) if isinstance(value, tuple | list) else (value,)
+    return value if len(value) == number else value * number

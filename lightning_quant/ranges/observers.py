@@ -152,10 +152,14 @@ class MeanSquaredError(Histogram):
     def __init__(self, grid: Grid = UINT8) -> None:
         super().__init__()
         self.grid = grid
+        # The last answer, and the counts and number of updates that it belongs to: the search is asked for often.
+        self._answer: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def range(self) -> tuple[Tensor, Tensor]:
         """Return the range of least expected squared error, never wider than the data."""
-        return self.least_error_range(self.grid)
+        if self._answer is None or self._answer[0] is not self.counts or self._answer[1] != self.num_updates:
+            self._answer = self.counts, self.num_updates, self.least_error_range(self.grid)
+        return self._answer[2]
 
 
 OBSERVERS: dict[str, Callable[[Recipe], Observer]] = {

@@ -35,7 +35,7 @@ OF_EVERY_DOOR = [
     ({"recipe": {"overrides": {"head": 4}}}, r"`overrides` to map 'head' .* got 4"),
     ({"recipe": {"name": "int8_dynamic", "schemes": ["dynamik"]}}, r"`recipe.schemes` .* Did you mean 'dynamic'"),
     ({"recipe": {"accuracy_steps": "equalize"}}, r"`accuracy_steps` to be a list of names .* got 'equalize'"),
-    ({"recipe": {"time_budget_s": "10"}}, r"`time_budget_s` to be 0 or more, but got '10'"),
+    ({"recipe": {"max_passes": "10"}}, r"`max_passes` to be 0 or more, but got '10'"),
     ({"recipe": {"weight": "int4"}}, r"`weight` to be a dict such as \{'bits': 4\} .* got 'int4'"),
     ({"recipe": {"weight": {"bits": "4"}}}, r"`bits` to be in \[2, 16\], but got '4'"),
     ({"recipe": {"overrides": ["head"]}}, r"`overrides` to be a dict such as .* got"),

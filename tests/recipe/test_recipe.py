@@ -73,7 +73,7 @@ REFUSED = {
     "weight.bits": {"weight": replace(WEIGHT, bits=9)},
     "activation.per_channel": {"activation": replace(ACTIVATION, per_channel=True)},
     "percentile": {"percentile": 10.0},
-    "time_budget_s": {"time_budget_s": -1.0},
+    "max_passes": {"max_passes": -1.0},
     "batch_norm_batches": {"batch_norm_batches": -1},
     "learned_step_rate": {"learned_step_rate": -0.1},
 }

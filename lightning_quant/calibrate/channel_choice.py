@@ -1,0 +1,190 @@
+"""Choose the factor of each channel of every scaling group by the error behind the layers that read it.
+
+A factor moves the differences between channels into the weights that read them, as in `smoothing`, whose strength is
+chosen here group by group: what rounding the tensor and rounding its readers' weights does to their outputs is
+computed from a sample of what they read in the float model, without running the model for each candidate.
+Sources: Xiao et al. 2022, arXiv:2211.10438, equation 4 (the factors); Nagel et al. 2021, arXiv:2106.08295, section 3.1
+(errors of clipping and rounding).
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_quant.calibrate.groups import ScalingGroup, scaling_groups
+from lightning_quant.calibrate.rescale import along_columns, folded_layer, rescale
+from lightning_quant.calibrate.smoothing import column_maximum, smoothing_factor, within_clip
+from lightning_quant.calls.calls import Call
+from lightning_quant.numerics.fake_quantize import affine_parameters, channel_maximum, fake_quantize, weight_scale
+from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.routing import evaluation_mode
+
+STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+# Shares of its range that a tensor may be clipped to.
+SHARES = (1.0, 0.9, 0.8, 0.65, 0.5)
+# Share of its error that a group must lose for factors to be worth it.
+_LEAST_GAIN = 0.02
+_NUM_ROWS = 1024
+
+
+@dataclass
+class Sample:
+    """What a tensor holds over all calls, on its present grid.
+
+    Attributes:
+        rows: `(rows, channels)`, some of its places.
+        low: `(channels,)`, least values of all places.
+        high: `(channels,)`, highest values.
+    """
+
+    rows: Tensor
+    low: Tensor
+    high: Tensor
+
+
+@dataclass
+class _Reader:
+    """A weighted operator that reads a group.
+
+    Attributes:
+        weight: `(out_channels, in_channels // groups, ...)`, folded.
+        rows: `(rows, in_channels)`, a sample of what it reads, less the mean.
+        quant_max: highest integer of its weight.
+    """
+
+    weight: Tensor
+    rows: Tensor
+    quant_max: int
+
+    def power(self, errors: Tensor, weight: Tensor | None = None) -> Tensor:
+        """Return the mean power of outputs for rows `(..., rows, in_channels)`, places of a kernel taken apart."""
+        weight = self.weight if weight is None else weight
+        places = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+        channels = errors.shape[-1]
+        if places.shape[1] == 1:
+            gain = places.square().sum((1, 2)).view(channels, -1).sum(1)
+            return (errors.square().mean(-2) * gain).sum(-1)
+        total = torch.zeros(errors.shape[:-2], dtype=torch.float32, device=errors.device)
+        groups = channels // places.shape[1]
+        for part, of_part in zip(errors.chunk(groups, -1), places.chunk(groups, 0), strict=True):
+            matrix = of_part.transpose(1, 2).flatten(0, 1)
+            if len(matrix) > matrix.shape[1]:
+                total = total + ((part @ (matrix.T @ matrix)) * part).sum(-1).mean(-1)
+            else:
+                total = total + (part @ matrix.T).square().sum(-1).mean(-1)
+        return total
+
+
+@torch.no_grad()
+def choose_channels(prepared: Prepared, calls: list[Call]) -> int:
+    """Rescale every group by the factors of least error; return how many groups gain by any.
+
+    Groups that a float operator writes are left, for which every factor is a multiplication more: but for those of
+    linear layers in nets with LayerNorm. Ranges and bias corrections belong to the old grids afterwards.
+
+    Args:
+        prepared: detached and calibrated.
+        calls: of the module; they give the activations.
+    """
+    every = scaling_groups(prepared)
+    has_norm = any(group.normalized for group in every)
+    groups = [g for g in every if not g.from_float or (has_norm and not g.links and is_linear(prepared, g))]
+    samples = sample_edges(prepared, groups, calls)
+    changed = 0
+    for group in groups:
+        factor = best_factor(prepared, group, samples)
+        if factor is not None:
+            rescale(prepared, group, factor)
+            changed += 1
+    return changed
+
+
+def sample_edges(prepared: Prepared, groups: list[ScalingGroup], calls: list[Call]) -> dict[str, Sample]:
+    """Return a sample of every edge of the groups that the float model reaches, places evenly spaced in each call."""
+    owners = {edge: group for group in groups for edge in group.edges}
+    number = -(-_NUM_ROWS // len(calls))
+    seen: dict[str, Sample] = {}
+
+    def watch(identity: str, x: Tensor) -> None:
+        if identity not in owners or not x.numel():
+            return
+        group = owners[identity]
+        rows = prepared.on_grid(identity, x.float(), clipped=True).movedim(group.axis, -1).reshape(-1, group.channels)
+        chosen = rows[:: max(1, len(rows) // number)][:number].clone()
+        new = Sample(chosen, rows.amin(0), rows.amax(0))
+        old = seen.get(identity)
+        seen[identity] = new if old is None else _joined(old, new)
+
+    with evaluation_mode(prepared.root), prepared.simulation.watching(watch), prepared.attached("off"):
+        for args, kwargs in calls:
+            prepared.root(*args, **kwargs)
+    return seen
+
+
+def best_factor(prepared: Prepared, group: ScalingGroup, samples: dict[str, Sample]) -> Tensor | None:
+    """Return the factors of least error among the strengths, `(channels,)`; None where they gain too little."""
+    seen = [samples[edge] for edge in group.edges if edge in samples]
+    if not seen:
+        return None
+    readers = _readers(prepared, group, samples, seen[0])
+    maximum = torch.stack([torch.maximum(s.low.abs(), s.high.abs()) for s in seen]).amax(0).clamp(max=group.clip)
+    columns = column_maximum([reader.weight for reader in readers], group.channels)
+    best, least = None, (1 - _LEAST_GAIN) * _error(prepared, group, seen, readers, torch.ones_like(maximum))
+    for strength in STRENGTHS:
+        factor = within_clip(smoothing_factor(maximum, columns, strength), maximum, group.clip)
+        error = _error(prepared, group, seen, readers, factor)
+        if error < least:
+            best, least = factor, error
+    return best
+
+
+def _readers(prepared: Prepared, group: ScalingGroup, samples: dict[str, Sample], other: Sample) -> list[_Reader]:
+    readers = []
+    for identity in group.consumers:
+        rows = samples.get(prepared.operators[identity].reads[0], other).rows
+        weight = folded_layer(prepared, identity).weight
+        readers.append(_Reader(weight, rows - rows.mean(0), prepared.weight_quant_max(identity)))
+    return readers
+
+
+def _error(
+    prepared: Prepared, group: ScalingGroup, seen: list[Sample], readers: list[_Reader], factor: Tensor
+) -> float:
+    """Return the error of rounding behind all readers, each relative to the power of its output."""
+    errors = [_rounding_errors(prepared, group, sample, factor) for sample in seen]
+    total = 0.0
+    for reader in readers:
+        power = float(reader.power(reader.rows)) or 1.0
+        total += sum(float(reader.power(error).min()) for error in errors) / power
+        weight = reader.weight * along_columns(factor, reader.weight)
+        shape = (-1, *[1] * (weight.dim() - 1))
+        scale = weight_scale(channel_maximum(weight), reader.quant_max).view(shape)
+        lost = torch.round(weight / scale) * scale - weight
+        total += float(reader.power(reader.rows / factor, lost)) / power
+    return total
+
+
+def _rounding_errors(prepared: Prepared, group: ScalingGroup, sample: Sample, factor: Tensor) -> Tensor:
+    """Return what rounding changes of a sample for each share of its range, `(shares, rows, channels)`.
+
+    Less the mean of each channel, which bias correction takes away.
+    """
+    rows = (sample.rows / factor).clamp(max=group.clip)
+    low, high = (sample.low / factor).amin(), (sample.high / factor).amax().clamp(max=group.clip)
+    errors = []
+    for share in SHARES:
+        parameters = affine_parameters(low * share, high * share, prepared.ranges.grid)
+        errors.append((fake_quantize(rows, *parameters, prepared.ranges.grid) - rows) * factor)
+    stacked = torch.stack(errors)
+    return stacked - stacked.mean(1, keepdim=True)
+
+
+def _joined(one: Sample, other: Sample) -> Sample:
+    rows = torch.cat([one.rows, other.rows])
+    return Sample(rows, torch.minimum(one.low, other.low), torch.maximum(one.high, other.high))
+
+
+def is_linear(prepared: Prepared, group: ScalingGroup) -> bool:
+    """Tell whether only linear operators read a group."""
+    return all(prepared.operators[identity].kind == "linear" for identity in group.consumers)

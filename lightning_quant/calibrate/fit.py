@@ -1,0 +1,72 @@
+"""What a step for accuracy is fitted to, and the state that it changes: taken, put back, judged."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from lightning_quant.calibrate.output_correction import correct_outputs
+from lightning_quant.calibrate.recalibrate import recalibrate
+from lightning_quant.calls.calls import Call
+from lightning_quant.numerics.noise import alike, signal_to_noise
+from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.routing import evaluation_mode
+
+# What equal outputs count as, in decibels.
+_EQUAL_DB = 200.0
+
+
+@dataclass
+class Fit:
+    """What a step may look at.
+
+    Attributes:
+        calls: calls of the module to fit to.
+        corrects_outputs: whether biases are corrected by the outputs of the quantized model; a step that changes
+            anything has to do that again.
+    """
+
+    calls: list[Call]
+    corrects_outputs: bool = False
+
+    def refresh(self, prepared: Prepared) -> None:
+        """Learn ranges and bias corrections again, after layers or channel scales have changed."""
+        recalibrate(prepared, self.calls)
+        self.correct(prepared)
+
+    def correct(self, prepared: Prepared) -> None:
+        """Correct biases again, if they are by outputs, after integers or ranges have changed."""
+        if self.corrects_outputs:
+            correct_outputs(prepared, self.calls)
+
+
+def snapshot(prepared: Prepared) -> tuple[Any, ...]:
+    """Return what `restore` needs to undo steps; layers and ranges are replaced by steps, never written into."""
+    adjusted = (dict(values) for values in (prepared.layers, prepared.channels, prepared.bias_corrections))
+    return (*adjusted, prepared.ranges, dict(prepared.ranges.chosen))
+
+
+def restore(prepared: Prepared, saved: tuple[Any, ...]) -> None:
+    """Undo everything since a snapshot, which can be restored again."""
+    prepared.layers, prepared.channels, prepared.bias_corrections = (dict(values) for values in saved[:3])
+    prepared.ranges, prepared.ranges.chosen = saved[3], dict(saved[4])
+    prepared.ranges.forget_parameters()
+
+
+@torch.no_grad()
+def output_snrs(prepared: Prepared, calls: list[Call]) -> list[float]:
+    """Return signal over noise of the quantized module's output on each call, in decibels of at most 200."""
+    ratios = []
+    with evaluation_mode(prepared.root):
+        for args, kwargs in calls:
+            exact = prepared.root(*args, **kwargs)
+            with prepared.attached("frozen"):
+                quantized = prepared.root(*args, **kwargs)
+            ratios.append(min(signal_to_noise(*alike(exact, quantized)), _EQUAL_DB))
+    return ratios
+
+
+def output_snr(prepared: Prepared, calls: list[Call]) -> float:
+    """Return the mean over calls of the signal-to-noise ratio of the quantized module's output, in decibels."""
+    ratios = output_snrs(prepared, calls)
+    return sum(ratios) / len(ratios)
