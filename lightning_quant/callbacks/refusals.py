@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from lightning_quant import runtimes
 from lightning_quant.arguments.arguments import check_on_device
 from lightning_quant.capture.capture import find_module
+from lightning_quant.capture.checkpoint import weights_fit
 from lightning_quant.capture.namespaces import is_overridden
 from lightning_quant.doors.settings import CallbackSettings
 from lightning_quant.errors import CaptureError, QuantizationError
@@ -92,13 +93,8 @@ def check_trained_once(path: str, others: list[str]) -> None:
 
 def load_weights(trainer: Trainer, checkpoint: dict[str, Any]) -> None:
     """Give the Trainer's module the weights of a checkpoint; refuse those of another one."""
-    try:
+    with weights_fit(trainer.lightning_module, "the checkpoint"):
         trainer.strategy.load_model_state_dict(checkpoint)
-    except RuntimeError as error:
-        raise QuantizationError(
-            f"Expected the checkpoint to be one of {type(trainer.lightning_module).__name__} with the same "
-            f"hyperparameters, but {error}"
-        ) from error
 
 
 def _is_configured(pl_module: LightningModule) -> bool:

@@ -5,6 +5,8 @@ import pickle
 import struct
 import warnings
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -101,12 +103,19 @@ def load_weights(model: nn.Module, ckpt_path: str | os.PathLike[str], *, trust: 
         QuantizationError: there is no such file, or the weights are those of another module.
     """
     saved = read_checkpoint(ckpt_path, trust=trust)
-    try:
+    with weights_fit(model, os.fspath(ckpt_path)):
         model.load_state_dict(saved["state_dict"])
+
+
+@contextmanager
+def weights_fit(model: nn.Module, checkpoint: str) -> Iterator[None]:
+    """Refuse weights that a block loads into a module and that are those of another one; `checkpoint` in words."""
+    try:
+        yield
     except RuntimeError as error:
         raise QuantizationError(
-            f"Expected {os.fspath(ckpt_path)} to be a checkpoint of {type(model).__name__} with the same "
-            f"hyperparameters, but {error}"
+            f"Expected {checkpoint} to be a checkpoint of {type(model).__name__} with the same hyperparameters, but "
+            f"{error}"
         ) from error
 
 

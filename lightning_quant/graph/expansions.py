@@ -53,17 +53,7 @@ def layer_read_by(node: fx.Node, root: nn.Module) -> str:
     return str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
 
 
-def _attention(
-    layer: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    key_padding_mask: Tensor | None = None,
-    need_weights: bool = True,
-    attn_mask: Tensor | None = None,
-    average_attn_weights: bool = True,
-    is_causal: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+def _attention(layer: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
     def project(*sources: Tensor) -> tuple[Tensor, ...]:
         bias = layer.in_proj_bias
         if layer._qkv_same_embed_dim and sources[0] is sources[1] and sources[1] is sources[2]:
@@ -79,8 +69,7 @@ def _attention(
     def finish(x: Tensor) -> Tensor:
         return F.linear(x, layer.out_proj.weight, layer.out_proj.bias)
 
-    masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights)
-    return attend(layer, project, finish, query, key, value, *masks)
+    return attend(layer, project, finish, *args, **kwargs)
 
 
 def _transformer(

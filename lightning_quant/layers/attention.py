@@ -29,20 +29,9 @@ class StoredAttention(StoredLayer):
         length = key.shape[1 if float_layer.batch_first and query.dim() == 3 else 0]
         return 2 * query.numel() * length
 
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        key_padding_mask: Tensor | None = None,
-        need_weights: bool = True,
-        attn_mask: Tensor | None = None,
-        average_attn_weights: bool = True,
-        is_causal: bool = False,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Attend as `nn.MultiheadAttention.forward` does; shapes and masks are as there."""
-        masks = (key_padding_mask, need_weights, attn_mask, average_attn_weights)
-        return attend(self._float_layer, self._project, self._output, query, key, value, *masks)
+    def forward(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """Attend as `nn.MultiheadAttention.forward` does; arguments are as there."""
+        return attend(self._float_layer, self._project, self._output, *args, **kwargs)
 
     def _project(self, *sources: Tensor) -> tuple[Tensor, ...]:
         is_one = sources[0] is sources[1] and sources[1] is sources[2]

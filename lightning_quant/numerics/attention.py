@@ -22,6 +22,7 @@ def attend(
     need_weights: bool = True,
     attn_mask: Tensor | None = None,
     average_attn_weights: bool = True,
+    is_causal: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attend as `nn.MultiheadAttention.forward` does; shapes and masks are as there.
 
@@ -36,6 +37,7 @@ def attend(
         need_weights: as there.
         attn_mask: as there.
         average_attn_weights: as there.
+        is_causal: a hint for kernels; what is masked, the mask says itself.
 
     Source: torch.nn.functional.multi_head_attention_forward, PyTorch 2.13, without `add_bias_kv` and `add_zero_attn`.
     """
