@@ -33,6 +33,20 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "attention over three dimensions is exported as one head",
+        "runtimes/_allowances.py",
+        "args[0].dim() == 3",
+        "False",
+        "runtimes/test_allowances.py -k another_form and OneHead",
+    ),
+    Guard(
+        "bilinear layers reach ExecuTorch as products",
+        "runtimes/_allowances.py",
+        "_bilinear if function is F.bilinear else function",
+        "function",
+        "runtimes/test_allowances.py -k another_form and Pairs",
+    ),
+    Guard(
         "OpenVINO makes no kernels of attention that answer otherwise in the second call",
         "runtimes/openvino.py",
         '{"SNIPPETS_MODE": "DISABLE"}',

@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
@@ -11,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 @contextlib.contextmanager
 def allowances() -> Iterator[None]:
     """Let an exporter follow the code of a forward that it would refuse for what changes no result."""
-    with _masks_as_given(), _Copies():
+    with _masks_as_given(), _Copies(), _Respelled():
         yield
 
 
@@ -56,3 +57,41 @@ class _Copies(TorchFunctionMode):
         if function is Tensor.numpy and type(args[0]) not in (Tensor, nn.Parameter):
             return _Array()
         return function(*args, **(kwargs or {}))
+
+
+class _Respelled(TorchFunctionMode):
+    """Writes what exporters know in one form alone, or not at all, in operators that all of them know."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if function is F.scaled_dot_product_attention and args and args[0].dim() == 3:
+            return _attention_of_one_head(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _attention_of_one_head(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None = None, *args: Any, **kwargs: Any
+) -> Tensor:
+    """Attend, with queries `(N, L, E)`, as one head `(N, 1, L, E)`, which is what ONNX has."""
+    if attn_mask is not None and attn_mask.dim() == 3:
+        attn_mask = attn_mask.unsqueeze(1)
+    q, k, v = (x.unsqueeze(1) for x in (query, key, value))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask, *args, **kwargs).squeeze(1)
+
+
+class BilinearAsProducts(TorchFunctionMode):
+    """Writes `F.bilinear` as a product with a matrix and a sum; PyTorch's operator is none of its core ones."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return (_bilinear if function is F.bilinear else function)(*args, **(kwargs or {}))
+
+
+def _bilinear(input1: Tensor, input2: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Compute `sum_ij input1_i weight_oij input2_j + bias_o`, weight `(out, in1, in2)`."""
+    outputs, _, second = weight.shape
+    product = (input1 @ weight.permute(1, 0, 2).flatten(1)).unflatten(-1, (outputs, second))
+    result = (product * input2.unsqueeze(-2)).sum(-1)
+    return result if bias is None else result + bias

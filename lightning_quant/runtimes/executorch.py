@@ -26,6 +26,7 @@ from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.table import OperatorTable
+from lightning_quant.runtimes._allowances import BilinearAsProducts
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, quiet
 from lightning_quant.runtimes._reasons import first_line
 from lightning_quant.runtimes._runtime import Runtime
@@ -125,7 +126,7 @@ class ExecuTorch(Runtime):
         }
         shapes = dynamic_shapes(call, limits)
         flat = Flat(module, call).eval()
-        with exporting("ExecuTorch", call.names):
+        with exporting("ExecuTorch", call.names), BilinearAsProducts():
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 

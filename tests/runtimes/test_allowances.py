@@ -5,10 +5,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import lightning_quant as lq
+from lightning_quant.artifact import artifact as artifacts
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.errors import ExportError
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
+from lightning_quant.numerics.noise import signal_to_noise
 
 
 class _Masked(nn.Module):
@@ -77,3 +83,46 @@ def test_exports(kind: str, recipe: str, runtime: str, tmp_path: Path) -> None:
     loaded = lq.load(artifact.path)
     with torch.no_grad():
         torch.testing.assert_close(loaded(calls[1]), model(calls[1]), rtol=0.0, atol=0.1)
+
+
+class _OneHead(nn.Module):
+    """Attention over `(N, L, E)`, as U-Nets of diffusion write it, with a mask of as many dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.project, self.out = nn.Linear(6, 48), nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.project(x).chunk(3, -1)
+        mask = torch.tril(x.new_ones(1, x.shape[1], x.shape[1])) > 0
+        return self.out(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
+
+
+class _Pairs(nn.Module):
+    """Two views of the input, multiplied with each other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.pairs = nn.Linear(6, 8), nn.Linear(6, 8), nn.Bilinear(8, 8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.pairs(self.first(x), self.second(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "runtime", "shape"), [(_OneHead, "onnxruntime", (8, 5, 6)), (_Pairs, "executorch", (8, 6))]
+)
+def test_operators_of_another_form_are_exported(
+    make: type[nn.Module], runtime: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    pytest.importorskip(runtime)
+    torch.manual_seed(0)
+    model, x = make().eval(), torch.randn(shape)
+    prepared = prepare(model, (x,), runtime=runtime)
+    calibrate(prepared, steps_of(prepared, [x]))
+    artifact = export(prepared, tmp_path)
+    loaded = artifacts.load(artifact.path, threads=1)
+
+    assert prepared.parity(loaded, artifact.model_path).failures == []
+    with torch.no_grad():
+        assert signal_to_noise([model(x)], [loaded(x)]) > 25
