@@ -182,10 +182,11 @@ def resolve(root: nn.Module, path: str) -> nn.Module:
     module = root
     # `get_submodule` asks each attribute three times, which a training step would notice.
     for name in path.split(".") if path else ():
-        # Of TorchScript it has no `get`.
-        if name not in module._modules:
+        children = dict(module._modules.items())  # Of TorchScript it has no `get`.
+        child = children.get(name)
+        if child is None:
             return root.get_submodule(path)
-        module = module._modules[name] or root.get_submodule(path)
+        module = child
     return module
 
 

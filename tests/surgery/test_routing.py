@@ -104,3 +104,13 @@ def test_modules_and_tensors_are_found_by_dotted_names() -> None:
     assert device_of(nn.ReLU()).type == "cpu"
     with pytest.raises(AttributeError, match="nowhere"):
         resolve(model, "1.nowhere")
+
+
+def test_parts_are_found_that_have_no_length_or_no_children() -> None:
+    class Unmeasured(nn.Linear):
+        def __len__(self) -> int:
+            raise TypeError("no length")
+
+    root = nn.Sequential(Unmeasured(2, 2), nn.Sequential())
+    assert resolve(root, "0") is root[0]
+    assert resolve(root, "1") is root[1]
