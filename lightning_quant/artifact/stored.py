@@ -4,6 +4,7 @@ What is loaded is a private copy, hashed while it was made: files that change be
 covers, are never opened by a runtime.
 """
 
+import html
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from lightning_quant.artifact.manifest import (
     MANIFEST,
     MAX_BYTES,
     MODEL,
+    REPORT_HTML,
     REPORT_MD,
     is_same_model,
     parse,
@@ -65,6 +67,17 @@ class Artifact:
         written = self.report_path
         return (
             written.read_text(encoding="utf-8") if written is not None and written.is_file() else one_line(repr(self))
+        )
+
+    def _repr_html_(self) -> str | None:
+        """Return the report's page for a notebook, shut in a frame of its own; None where there is no page."""
+        name = self.manifest["files"].get(REPORT_HTML)
+        page = None if name is None else current(self.path) / name
+        if page is None or not page.is_file():
+            return None
+        text = html.escape(page.read_text(encoding="utf-8"))
+        return (
+            f'<iframe sandbox="allow-scripts" style="width: 100%; height: 40rem; border: 0" srcdoc="{text}"></iframe>'
         )
 
     @property

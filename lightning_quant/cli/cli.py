@@ -19,6 +19,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.machine.disk import lasting_scratch_folder
 from lightning_quant.report.limits import SCHEMA_VERSION, columns, failures_in, missed_limits, summary
 from lightning_quant.report.page import comparison, to_html
+from lightning_quant.terminal.shown_report import print_markdown
 from lightning_quant.terminal.tables import text_table
 
 if TYPE_CHECKING:
@@ -135,7 +136,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     else:
         text = artifact.report_path.read_text(encoding="utf-8")
         # Whoever wrote the artifact wrote this: what moves the cursor or the colours of a terminal is left out.
-        print("".join(character for character in text if character.isprintable() or character == "\n"))
+        print_markdown("".join(character for character in text if character.isprintable() or character == "\n"))
     if options.html or options.open:
         # Made anew: the page in the folder is a file like others, which may come from anywhere.
         _show(page_of(artifact, to_html), options)

@@ -186,6 +186,10 @@ def test_an_artifact_says_what_it_is_in_one_line(artifact: Any) -> None:
     )
     assert len(repr(artifact)) < 300
     assert artifact._repr_markdown_().startswith("# int8_weight_only on torch")
+    frame = artifact._repr_html_()
+    assert frame.startswith('<iframe sandbox="allow-scripts"')
+    # Its quotes are the frame's alone: nothing of the page is part of the notebook.
+    assert frame.count('"') == 6
 
 
 @pytest.mark.parametrize("door", [lq.load, lq.verify])
