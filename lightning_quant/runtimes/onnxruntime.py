@@ -85,7 +85,6 @@ _INTEGER_OPERATORS = {
     "sigmoid": ("QLinearSigmoid",),
 }
 
-
 # What ONNX Runtime calls the types of a signature.
 _TYPES = {
     **{name: f"tensor({name})" for name in ("float16", "bfloat16", "int8", "int16", "int32", "int64", "uint8", "bool")},
