@@ -103,6 +103,13 @@ GUARDS = (
         "machine/test_disk.py -k fix_sizes",
     ),
     Guard(
+        "limits in the better direction are refused before training",
+        "search/checks.py",
+        "    if wrong := other_directions(directions, said):\n",
+        "    if wrong := []:\n",
+        "search/test_checks.py",
+    ),
+    Guard(
         "random metrics are seen",
         "measure/logged_values.py",
         "        self.draws = self.draws or self._before != _random_states()\n",

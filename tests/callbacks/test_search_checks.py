@@ -6,6 +6,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_models import Classifier, fit
 
 from lightning_quant import PostTrainingQuantization
+from lightning_quant.callbacks.refusals import check_alone
+from lightning_quant.doors.settings import CallbackSettings
+from lightning_quant.errors import QuantizationError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),
@@ -27,3 +30,11 @@ def test_looking_at_what_is_logged_leaves_no_trace_in_training(tmp_path: Path) -
         fit(model, PostTrainingQuantization(output_dir=tmp_path, **arguments))  # type: ignore[arg-type]
         states.append(model.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+def test_a_search_in_several_processes_is_refused_by_its_settings() -> None:
+    searching = CallbackSettings(limits={"val_accuracy": -0.1})  # type: ignore[arg-type]
+    with pytest.raises(QuantizationError, match="one process to search"):
+        check_alone(searching, 2)
+    check_alone(searching, 1)
+    check_alone(CallbackSettings(limits={"max_drop": {"val_accuracy": 0.1}}), 2)  # type: ignore[arg-type]

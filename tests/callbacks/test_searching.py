@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from features import feature
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_models import NUM_CLASSES, Classifier, ConvNet, images
@@ -96,6 +97,7 @@ def test_the_layer_that_costs_accuracy_is_kept_float_and_proven_on_the_file(tmp_
     assert tried == []
 
 
+@feature("Interruptions", "Ctrl-C while limits are searched: the best so far is written", only="PTQ")
 @pytest.mark.usefixtures("quick")
 def test_an_interrupted_search_writes_the_best_so_far(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluated, number = searching.evaluate_artifact, 0
