@@ -217,9 +217,7 @@ class OnnxRuntime(Runtime):
         self, path: Path, inputs: dict[str, Tensor], operators: tuple[Operator, ...], threads: int
     ) -> dict[str, float]:
         """Return what ONNX Runtime's profiler says."""
-        return operator_ms(
-            path, inputs, operators, lambda file, profile: session(file, threads=threads, profile=profile)
-        )
+        return operator_ms(path, inputs, operators, lambda f, profile: session(f, threads=threads, profile=profile))
 
 
 RUNTIME = OnnxRuntime()
