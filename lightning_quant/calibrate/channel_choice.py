@@ -20,12 +20,12 @@ from lightning_quant.numerics.fake_quantize import affine_parameters, channel_ma
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
 
-STRENGTHS = (0.25, 0.5, 0.75, 1.0)
+STRENGTHS = (0.5, 0.75, 1.0)
 # Shares of its range that a tensor may be clipped to.
-SHARES = (1.0, 0.9, 0.8, 0.65, 0.5)
+SHARES = (1.0, 0.9, 0.8, 0.65)
 # Share of its error that a group must lose for factors to be worth it.
 _LEAST_GAIN = 0.02
-_NUM_ROWS = 1024
+_NUM_ROWS = 512
 
 
 @dataclass

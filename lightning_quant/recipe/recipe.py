@@ -193,7 +193,7 @@ RECIPES: dict[str, AnyRecipe] = {
     for recipe in (
         Recipe(),
         # A minute where `int8` takes seconds; the cheapest steps first.
-        Recipe(name="int8_accurate", accuracy_steps=("correct_outputs", "scale_channels", "gptq")),
+        Recipe(name="int8_accurate", accuracy_steps=("correct_outputs", "migrate", "scale_channels", "gptq")),
         # Four-bit weights in int8 kernels: no smaller file in every runtime, but what four-bit hardware computes.
         Recipe(
             name="int4_weights",
