@@ -1,5 +1,6 @@
 """What is exported when fit has ended: the last weights or the best ones, and what is known of them by then."""
 
+import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,8 +88,11 @@ def _load_best(
     path = _existing(_best_path(trainer))
     if path is None:
         return ("weights are the last ones: no ModelCheckpoint has a best checkpoint",)
-    # Written by this very run, so nothing in it is foreign; hyperparameters may be of any class.
-    saved = torch.load(path, map_location="cpu", weights_only=False)
+    try:
+        # Written by this very run, so nothing in it is foreign; hyperparameters may be of any class.
+        saved = torch.load(path, map_location="cpu", weights_only=False)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ImportError, AttributeError) as error:
+        return (f"weights are the last ones: the best checkpoint {path.name} cannot be read: {error}",)
     state = state_of(callback, callback.settings, saved.get("callbacks", {})) or {}
     if with_ranges:
         if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm"):

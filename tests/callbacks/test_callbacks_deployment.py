@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_models import Classifier, fit
 
@@ -36,3 +37,20 @@ def test_the_weights_to_export_are_a_copy_of_the_last_or_the_best(
     assert deployment.pl_module is not model
     assert deployment.checkpoint == Path(saving.best_model_path)
     assert SimpleNamespace(**vars(deployment)).known is None
+
+
+class Truncates(Callback):
+    """Leaves half of the best checkpoint, as a full disk does."""
+
+    def on_fit_end(self, trainer: Any, pl_module: Any) -> None:
+        path = Path(trainer.checkpoint_callback.best_model_path)
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def test_a_best_checkpoint_that_cannot_be_read_costs_no_artifact(tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path / "saved", monitor="score", mode="max")
+    callback = PostTrainingQuantization(output_dir=tmp_path / "q", weights="best", evaluate=False)
+    fit(Classifier(best_epoch=0), Truncates(), saving, callback, max_epochs=2, enable_checkpointing=True)
+    (note,) = [note for note in callback.artifact.report["notes"] if note.startswith("weights")]  # type: ignore[union-attr]
+    assert note.startswith("weights are the last ones: the best checkpoint epoch=0-step=")
+    assert "cannot be read" in note
