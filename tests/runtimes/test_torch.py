@@ -17,8 +17,8 @@ import torch
 from layer_models import TokenClassifier, bert, gpt2, llama, t5, tokens
 from lightning_models import decibels, equal_tensors, tensors_of
 from safetensors import safe_open
-from test_layerwise import State
 from torch import Tensor, nn
+from unchanged import State
 
 from lightning_quant import load, runtimes, verify
 from lightning_quant.artifact import artifact as artifacts
