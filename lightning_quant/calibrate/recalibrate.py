@@ -13,8 +13,13 @@ from lightning_quant.simulate.prepared import Prepared
 
 @torch.no_grad()
 def recalibrate(prepared: Prepared, calls: list[Call]) -> None:
-    """Forget all ranges and bias corrections, and learn them from calls."""
+    """Forget all ranges and bias corrections, and learn them from calls; what none of these reaches keeps its range."""
+    earlier = prepared.ranges.observers
     prepared.ranges = Ranges(prepared.ranges.edges, prepared.recipe, prepared.observer)
     means = InputMeans() if prepared.recipe.bias_correction else None
     steps = [functools.partial(prepared.root, *args, **kwargs) for args, kwargs in calls]
-    settle(prepared, observe(prepared, steps, means), means)
+    number = observe(prepared, steps, means)
+    for identity, observer in prepared.ranges.observers.items():
+        if observer.low is None and earlier[identity].low is not None:
+            observer.load_state(earlier[identity].state())
+    settle(prepared, number, means)

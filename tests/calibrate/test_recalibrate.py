@@ -1,7 +1,7 @@
 """Calibrating again forgets what was learned before."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calibrate.recalibrate import recalibrate
@@ -24,3 +24,26 @@ def test_ranges_and_corrections_are_those_of_the_new_calls_alone() -> None:
     assert wide.bias_corrections
     for identity, correction in narrow.bias_corrections.items():
         torch.testing.assert_close(wide.bias_corrections[identity], correction)
+
+
+class Either(nn.Module):
+    """Goes one of two ways, by the sign of its input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = (nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(x) if float(x.sum()) > 0 else self.down(x)
+
+
+def test_steps_for_accuracy_meet_ways_that_few_calls_go() -> None:
+    model, x = Either().eval(), torch.rand(8, 6)
+    prepared = prepare(model, (x,), recipe="int8_accurate", observer="mse", trains=False)
+    assert set(prepared.ranges.edges) == {"up:input", "up:1"}
+
+    # The ladder parts the calls into two halves: one of them never goes up.
+    calibrate(prepared, steps_of(prepared, [x, -x, 2 * x, -2 * x]))
+
+    assert prepared.accuracy_steps
+    assert prepared.ranges.parameters("up:input")[0] > 0
