@@ -83,7 +83,7 @@ def gptq(
     # Inputs with much power first (the paper's "act-order"), while many weights are left to make up for their errors.
     order = torch.argsort(hessian.diagonal() * ~dead, descending=True)
     working, scales, zeros = working[:, order], scales[:, order], zeros[:, order]
-    inverse = _inverse_factor(hessian[order][:, order], dampening)
+    inverse = inverse_factor(hessian[order][:, order], dampening)
     integers = torch.empty_like(working)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
@@ -112,9 +112,25 @@ def _by_column(values: Tensor, columns: int) -> Tensor:
     return values.repeat_interleave(columns // values.shape[1], 1)
 
 
-def _inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
-    """Return the upper Cholesky factor of the inverse of the dampened Hessian."""
-    hessian = hessian.clone()
-    hessian.diagonal().add_(dampening * float(hessian.diagonal().mean()))
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return torch.linalg.cholesky(inverse, upper=True)
+def inverse_factor(hessian: Tensor, dampening: float) -> Tensor:
+    """Return the upper Cholesky factors of the inverses of dampened Hessians, `(..., in_features, in_features)`.
+
+    Sums in float32 can leave a matrix of many features without one: it is dampened more, then.
+
+    Args:
+        hessian: symmetric, float64.
+        dampening: share of the mean diagonal that is added to the diagonal; 1 is added where that mean is 0.
+
+    Raises:
+        torch.linalg.LinAlgError: a value is not finite.
+    """
+    mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True)
+    for more in (1, 10, 100, 1000):
+        dampened = hessian.clone()
+        dampened.diagonal(dim1=-2, dim2=-1).add_(torch.where(mean > 0, dampening * more * mean, torch.ones_like(mean)))
+        lower, failed = torch.linalg.cholesky_ex(dampened)
+        if not failed.any():
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not failed.any():
+                return upper
+    return torch.linalg.cholesky(dampened, upper=True)

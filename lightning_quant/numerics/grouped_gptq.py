@@ -6,7 +6,7 @@ Source: Frantar et al. 2022, arXiv:2210.17323, algorithm 1, as in `gptq`; the gr
 import torch
 from torch import Tensor
 
-from lightning_quant.numerics.gptq import gptq
+from lightning_quant.numerics.gptq import gptq, inverse_factor
 
 
 class GroupedCovariance:
@@ -70,16 +70,13 @@ def grouped_gptq(
     if len(weight) == 1:
         return gptq(weight[0], covariance[0], scale[0], -quant_max, quant_max, dampening=dampening).float().unsqueeze(0)
     columns = weight.shape[2]
-    working, hessian, scale = weight.double(), covariance.clone(), scale.double()
-    diagonal = hessian.diagonal(dim1=1, dim2=2)
-    added = dampening * diagonal.mean(1, keepdim=True)
-    # A group whose inputs never change is rounded to nearest.
-    diagonal += torch.where(added > 0, added, torch.ones_like(added))
-    order = diagonal.argsort(1, descending=True)
+    working, hessian, scale = weight.double(), covariance, scale.double()
+    order = hessian.diagonal(dim1=1, dim2=2).argsort(1, descending=True)
     hessian = hessian.gather(1, order.unsqueeze(2).expand_as(hessian)).gather(2, order.unsqueeze(1).expand_as(hessian))
     by_order = order.unsqueeze(1).expand_as(working)
     working = working.gather(2, by_order)
-    inverse = torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(hessian)), upper=True)
+    # A group whose inputs never change is rounded to nearest.
+    inverse = inverse_factor(hessian, dampening)
     integers = torch.empty_like(working)
     for column in range(columns):
         values = working[:, :, column]

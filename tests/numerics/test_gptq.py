@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lightning_quant.numerics.gptq import Hessian, gptq, output_error
+from lightning_quant.numerics.gptq import Hessian, gptq, inverse_factor, output_error
 
 
 def correlated(samples: int, features: int, seed: int = 0) -> Tensor:
@@ -114,3 +114,13 @@ def test_near_the_best_of_all_roundings() -> None:
     nearest = output_error(weight, torch.round(weight / scale) * scale, hessian.mean)
     assert found < nearest
     assert sum(error < found for error in errors) < len(errors) // 8
+
+
+def test_a_hessian_that_float32_sums_left_indefinite_is_dampened_more() -> None:
+    vector = torch.randn(40, 1, dtype=torch.float64)
+    hessian = vector @ vector.T - 0.05 * torch.eye(40, dtype=torch.float64) * float(vector.square().mean())
+    factor = inverse_factor(torch.stack([hessian, torch.eye(40, dtype=torch.float64)]), 0.01)
+    assert torch.isfinite(factor).all()
+    torch.testing.assert_close(factor[1].T @ factor[1], torch.eye(40, dtype=torch.float64) / 1.1)
+    with pytest.raises(torch.linalg.LinAlgError):
+        inverse_factor(torch.full((3, 3), torch.nan, dtype=torch.float64), 0.01)
