@@ -91,6 +91,12 @@ def test_tests_lie_beside_what_they_test() -> None:
     assert not apart
 
 
+def test_names_of_test_files_are_their_own() -> None:
+    # Of two with one name pytest can collect one.
+    names = [file.name for file in TESTS.glob("**/test_*.py")]
+    assert len(names) == len(set(names))
+
+
 def test_every_module_has_a_test_file_of_its_name() -> None:
     # Names of files are unique, so that where two rooms have a module of one name, the room's stands before it.
     missing = []

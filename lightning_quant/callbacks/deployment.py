@@ -10,7 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.states import state_of
 from lightning_quant.calls.calls import Call
-from lightning_quant.measure.evaluate import Metrics
+from lightning_quant.measure.contributions import Metrics
 from lightning_quant.measure.output_noise import HeldOut
 from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.planned.planned_model import PlannedModel

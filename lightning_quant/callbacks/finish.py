@@ -27,7 +27,8 @@ from lightning_quant.errors import FixedSizesError
 from lightning_quant.export.export import export
 from lightning_quant.machine.timed import timed
 from lightning_quant.measure.changed_predictions import Predictions, alone
-from lightning_quant.measure.evaluate import CountedCalls, Metrics, evaluate, weighted_layers, why_no_metrics
+from lightning_quant.measure.contributions import Metrics
+from lightning_quant.measure.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
 from lightning_quant.measure.rounded_parts import all_but
 from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.measure.thumbnails import tokenizer_of

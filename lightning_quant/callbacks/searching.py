@@ -19,7 +19,8 @@ from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.finish import digest, evaluate_artifact
 from lightning_quant.calls.calls import Call
 from lightning_quant.calls.recorded_calls import recorded_calls
-from lightning_quant.measure.evaluate import Metrics, evaluate
+from lightning_quant.measure.contributions import Metrics
+from lightning_quant.measure.evaluate import evaluate
 from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe import recipe as recipes

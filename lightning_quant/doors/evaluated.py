@@ -15,8 +15,7 @@ from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.calls.calls import Call
 from lightning_quant.doors.settings import Settings
 from lightning_quant.errors import EvaluationError, QuantizationError
-from lightning_quant.measure.contributions import Contributions, of_samples
-from lightning_quant.measure.evaluate import Metrics
+from lightning_quant.measure.contributions import Contributions, Metrics, of_samples
 from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe import recipe as recipes

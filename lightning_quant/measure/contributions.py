@@ -64,6 +64,28 @@ class Difference:
         return (-self.value if higher_is_better else self.value) + (self.margin or 0.0)
 
 
+class Metrics(dict[str, float]):
+    """What a validation loop logged, by name.
+
+    Attributes:
+        higher_is_better: of the metrics of torchmetrics that say so.
+        draws: whether a validation step drew random numbers.
+        contributions: of the metrics that parts of the data make up, where that was asked for.
+    """
+
+    def __init__(
+        self,
+        values: Mapping[str, float] | None = None,
+        higher_is_better: dict[str, bool] | None = None,
+        *,
+        draws: bool = False,
+        contributions: dict[str, Contributions] | None = None,
+    ) -> None:
+        super().__init__(values or {})
+        self.higher_is_better, self.draws = higher_is_better or {}, draws
+        self.contributions = contributions or {}
+
+
 def of_samples(values: Sequence[float]) -> Contributions:
     """Return the contributions of samples to their mean."""
     return of_means(list(values), [1.0] * len(values))

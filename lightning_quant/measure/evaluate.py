@@ -15,36 +15,13 @@ from lightning_quant.calls.recorded_calls import recorded_calls
 from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.capture.namespaces import is_overridden
 from lightning_quant.errors import EvaluationError
-from lightning_quant.measure.contributions import Contributions, Recorder
+from lightning_quant.measure.contributions import Metrics, Recorder
 from lightning_quant.measure.evaluate_shares import merged, without_repetitions
 from lightning_quant.measure.logged_values import LoggedValues
 from lightning_quant.measure.validation_trainer import quiet, validation_trainer
 from lightning_quant.surgery.host import HOST, copied_to
 from lightning_quant.surgery.routing import Route, clone, resolve, route, unroute
 from lightning_quant.terminal.progress import shown
-
-
-class Metrics(dict[str, float]):
-    """What a validation loop logged, by name.
-
-    Attributes:
-        higher_is_better: of the metrics of torchmetrics that say so.
-        draws: whether a validation step drew random numbers.
-        contributions: of the metrics that parts of the data make up, where that was asked for.
-    """
-
-    def __init__(
-        self,
-        values: Mapping[str, float] | None = None,
-        higher_is_better: dict[str, bool] | None = None,
-        *,
-        draws: bool = False,
-        contributions: dict[str, Contributions] | None = None,
-    ) -> None:
-        super().__init__(values or {})
-        self.higher_is_better, self.draws = higher_is_better or {}, draws
-        self.contributions = contributions or {}
-
 
 # What is to look at the module that validation calls.
 Watch = Callable[[nn.Module], AbstractContextManager[Any]]

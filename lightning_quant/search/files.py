@@ -8,8 +8,7 @@ from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
 from lightning_quant.machine.disk import scratch_folder
-from lightning_quant.measure.contributions import difference
-from lightning_quant.measure.evaluate import Metrics
+from lightning_quant.measure.contributions import Metrics, difference
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import ChosenShapes
 from lightning_quant.report.make_report import measure_latency, tensor_bytes

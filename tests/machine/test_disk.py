@@ -61,6 +61,7 @@ def scratch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         ("replace", ".lightning_quant-model.onnx", errno.EACCES, "new", "`load` and `verify` open them"),
         ("open", "report.md", errno.ENOSPC, "new", "without which the artifact is there"),
     ],
+    ids=["no scratch folder", "no scratch file", "no model", "no commit", "no names", "no report"],
 )
 def test_a_refusal_names_the_place_and_the_way_out(
     operation: str, part: str, code: int, stays: str, says: str, earlier: Path, scratch: Path, tmp_path: Path

@@ -9,7 +9,7 @@ from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calls.calls import Call
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
-from lightning_quant.measure.evaluate import Metrics
+from lightning_quant.measure.contributions import Metrics
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.search.candidates import Candidates
 from lightning_quant.search.choice import FLOAT, Choice

@@ -82,7 +82,7 @@ class Watch:
             # Removed by its name in an open folder.
             with contextlib.suppress(OSError):
                 return os.readlink(f"/proc/self/fd/{args[1]}").startswith(self.private)
-        return bool(args) and isinstance(args[0], str) and args[0].startswith(self.private)
+        return bool(args) and isinstance(args[0], str | os.PathLike) and os.fspath(args[0]).startswith(self.private)
 
 
 def opened(folder: Path, what: str) -> Callable[..., None]:
