@@ -11,6 +11,7 @@ import torch
 from exported import Artifacts
 from features import rows_of
 from quick_exports import make_exports_quick
+from slow_cases import is_slow
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 
@@ -56,7 +57,10 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Write down what the collected tests show, slow ones included, when asked to."""
+    """Mark slow cases, and write down what the collected tests show, slow ones included, when asked to."""
+    for item in items:
+        if is_slow(item.nodeid):
+            item.add_marker(pytest.mark.slow)
     if "LIGHTNING_QUANT_FEATURES" in os.environ:
         Path(os.environ["LIGHTNING_QUANT_FEATURES"]).write_text(json.dumps(rows_of(items)))
 

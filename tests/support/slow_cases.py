@@ -1,0 +1,32 @@
+"""Cases of ordinary tests that run with the slow ones: like a sibling that stays, on what takes longer."""
+
+from fnmatch import fnmatchcase
+
+# A callback that does nothing while training meets what happens there in a few of these; the other meets all.
+_PTQ = "[[]PostTrainingQuantization-"
+SLOW_CASES = (
+    f"test_lightning_features.py::test_flags{_PTQ}*",
+    f"test_other_callbacks.py::test_*{_PTQ}*ours-first]",
+    "test_other_callbacks.py::test_batch_size_finder*ours-last]",
+    # Compilers: one net each stays.
+    "test_contract.py::test_loaded_artifact_is_called_like_the_module[[]inductor-multi_modal]",
+    "test_contract.py::test_loaded_artifact_is_called_like_the_module[[]executorch-[mp]*]",
+    "test_contract.py::test_report_is_made_of_every_runtime[[]inductor]",
+    "test_contract.py::test_same_model_again_is_the_same_file[[]executorch]",
+    "test_loaded.py::test_copies_answer_alike_and_are_modules_of_their_own[[]inductor]",
+    "test_standalone.py::test_lines_of_every_runtime_run_the_model_where_the_package_is_not_installed[[]executorch]",
+    "test_grid.py::test_symmetric_activations_run_in_integers_as_simulated[[]executorch-depthwise]",
+    "test_compilation.py::test_each_phase_is_one_graph_with_the_numbers_of_the_module_as_it_is[[]aot_eager]",
+    # A deep network: the engine that most use stays.
+    "test_parity.py::test_deep_network_is_as_far_from_its_artifact_as_tipped_ties_can_bring_it[[][ot][!n]*]",
+    # Fresh processes: being killed, one process that fails in a group, one spelling of the import stay.
+    "test_commit.py::test_crash_at_any_point_leaves_the_old_artifact_or_the_new_one[[][!k]*]",
+    "test_shorthand.py::test_lightning_cli_knows_the_callbacks_by_their_bare_names[[]from *]",
+    "test_decomposed.py::test_a_pytorch_without_them_exports_the_same",
+    "test_examples.py::test_audio_transformer_from_its_checkpoint[[]quantized0]",
+)
+
+
+def is_slow(node: str) -> bool:
+    """Tell whether a test, by its id, is one of the slow cases."""
+    return any(fnmatchcase(node.rpartition("/")[2], case) for case in SLOW_CASES)
