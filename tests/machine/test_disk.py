@@ -4,6 +4,7 @@ import errno
 import os
 import shutil
 import tempfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ RUNS = [
 @pytest.mark.slow
 @pytest.mark.parametrize("is_replaced", [False, True], ids=["first", "replaces"])
 @pytest.mark.parametrize(("kind", "recipe", "runtime"), RUNS)
-def test_every_file_operation_may_be_refused(
+def test_any_file_operation_may_be_refused(
     kind: str, recipe: str, runtime: str, is_replaced: bool, earlier: Path, scratch: Path, tmp_path: Path
 ) -> None:
     def run(folder: Path) -> None:
@@ -149,7 +150,10 @@ def test_every_file_operation_may_be_refused(
     codes = (errno.ENOSPC, errno.EACCES, errno.EIO)
     with failing(Disk(0)) as counted:
         run(tmp_path / "whole")
-    for number in range(1, counted.count + 1):
+    # A dozen of some hundred operations, others in each of these tests.
+    step = max(1, counted.count // 12)
+    first = 1 + zlib.crc32(f"{kind} {recipe} {runtime} {is_replaced}".encode()) % step
+    for number in range(first, counted.count + 1, step):
         folder = tmp_path / str(number)
         if is_replaced:
             shutil.copytree(earlier, folder)
