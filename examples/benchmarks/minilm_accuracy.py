@@ -162,7 +162,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
     parser.add_argument("--only", nargs="+", default=[""], help="parts of contestants' names")
-    parser.add_argument("--result", default="minilm_accuracy", help="name of the table's file")
     parser.add_argument("--layers", action="store_true", help="print the table of layers instead")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -203,7 +202,7 @@ def main() -> None:
                 print(" | ".join(rows[-1]), f"({seconds:.0f} s to quantize)", flush=True)
     title = f"MiniLM, SMS spam, {len(parts)} splits with {parts[0].sum()} held-out messages"
     header = (title, "accuracy %", "F1 %", "per split", "F1 - float [95 %]")
-    publish(arguments.result, table(rows, header), packages=("transformers",))
+    publish("minilm_accuracy", table(rows, header), packages=("transformers",))
 
 
 if __name__ == "__main__":
