@@ -6,12 +6,14 @@ from models import CASES
 from torch import Tensor, nn
 from uneven_chains import smooth_like
 
+from lightning_quant.calibrate import weight_rounding
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calibrate.fit import output_snr
 from lightning_quant.calibrate.lockstep import Site, lockstep
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.rescale import folded_layer
 from lightning_quant.calibrate.weight_rounding import gptq_layers, inputs_of_outputs, least_error_scale, shrink_scales
+from lightning_quant.calls.calls import Call
 from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.recipe.recipe import IntegerSpec, Recipe
@@ -86,3 +88,15 @@ def test_layers_in_groups_are_rounded_as_well() -> None:
     gptq_layers(prepared, calls)
     assert grouped & set(prepared.layers)
     assert output_snr(prepared, calls) > nearest
+
+
+def test_layers_of_very_many_inputs_keep_rounding_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(nn.Linear(24, 8), nn.ReLU(), nn.Linear(8, 4)).eval(), torch.rand(64, 24)
+    prepared = prepare(model, (x,))
+    calibrate(prepared, steps_of(prepared, [x]))
+    monkeypatch.setattr(weight_rounding, "_MOST_INPUTS", 8)
+    monkeypatch.setattr(weight_rounding, "_round", lambda prepared, site: rounded.append(site.identity) or True)
+    rounded: list[str] = []
+
+    assert gptq_layers(prepared, [Call((x,))]) == 1
+    assert rounded == [list(prepared.operators)[1]]
