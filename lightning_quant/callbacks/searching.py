@@ -26,10 +26,10 @@ from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.search.candidates import Candidates
 from lightning_quant.search.files import Files
-from lightning_quant.search.find import Budget, Found, find
+from lightning_quant.search.find import Budget, Found
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.objective import LATENCY
-from lightning_quant.search.record import fingerprint, load, save
+from lightning_quant.search.record import find_on_record, fingerprint
 from lightning_quant.search.relaxations import relaxations
 from lightning_quant.search.section import SearchSection
 from lightning_quant.simulate.prepared import Prepared
@@ -88,19 +88,12 @@ def searched(
     files = _files(callback, trainer, deployment, recorded, known)
     files.timed = judge.on_speed or objective == LATENCY
     mark = _mark(callback, deployment, known)
-    found = load(callback.last_folder, mark)
-    note = functools.partial(_note, callback, objective, mark)
-    seconds = settings.time_budget_s
-    deadline = float("inf") if seconds is None else time.monotonic() + seconds
-    found = find(files, judge, objective, Budget(settings.max_validations, deadline), found=found, note=note)
-    note(found)
+    budget, tell = Budget.of(settings.max_validations, settings.time_budget_s), functools.partial(_tell, callback)
+    found = find_on_record(files, judge, objective, budget, callback.last_folder, mark, tell)
     callback.seconds["search"] = time.perf_counter() - started
     best = found.best(objective, judge.direction)
     if best is None:
-        why = found.trials[-1].error if found.trials else found.ended
-        return dataclasses.replace(
-            deployment, known=known, notes=(*deployment.notes, f"the search tried no file: {why}")
-        )
+        return dataclasses.replace(deployment, known=known, notes=(*deployment.notes, found.nothing))
     section = SearchSection(objective, found, best)
     return dataclasses.replace(deployment, model=files.model(best.choice), known=known, search=section)
 
@@ -136,16 +129,12 @@ def _files(
     how: dict[str, Any] = {"dynamic_shapes": settings.dynamic_shapes, "engine": settings.engine}
     how["threads"] = settings.threads
     if recorded is None:
-        return Files(known.floating, validate, on_host, deployment.model, None, _nothing, **how)
+        return Files(known.floating, validate, on_host, deployment.model, None, None, **how)
     trained = callback.trains_rounded
     candidates = Candidates(recorded.prepared, recorded.calls, settings.selection, trained)
     by_time = settings.objective == LATENCY
     rank = functools.partial(relaxations, recorded.prepared, recorded.to_rank, by_time=by_time)
     return Files(known.floating, validate, on_host, deployment.model, candidates, rank, **how)
-
-
-def _nothing() -> Any:
-    raise NotImplementedError
 
 
 def _mark(callback: QuantizationCallback, deployment: Deployment, known: Known) -> str:
@@ -162,8 +151,7 @@ def _mark(callback: QuantizationCallback, deployment: Deployment, known: Known) 
     )
 
 
-def _note(callback: QuantizationCallback, objective: str, mark: str, found: Found) -> None:
-    save(callback.last_folder, found, objective, mark)
+def _tell(callback: QuantizationCallback, found: Found) -> None:
     if found.trials and not found.ended:
         trial = found.trials[-1]
         outcome = trial.error or ("keeps the limits" if trial.keeps_all else "misses a limit")

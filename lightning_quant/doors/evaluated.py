@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-import time
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.calls.calls import Call
 from lightning_quant.doors.settings import Settings
-from lightning_quant.errors import EvaluationError, QuantizationError
+from lightning_quant.errors import EvaluationError, NoEffectWarning, QuantizationError
+from lightning_quant.machine.timed import timed
 from lightning_quant.measure.contributions import Contributions, Metrics, of_samples
 from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.planned.planned_model import PlannedModel
@@ -24,10 +25,10 @@ from lightning_quant.report.metrics import MetricRow
 from lightning_quant.search.candidates import Candidates
 from lightning_quant.search.checks import check_metrics
 from lightning_quant.search.files import Files
-from lightning_quant.search.find import Budget, Found, find
+from lightning_quant.search.find import Budget
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.objective import LATENCY
-from lightning_quant.search.record import fingerprint, load, save
+from lightning_quant.search.record import find_on_record, fingerprint
 from lightning_quant.search.relaxations import relaxations
 from lightning_quant.search.section import SearchSection
 from lightning_quant.simulate.prepared import Prepared
@@ -137,9 +138,9 @@ def searched(
         folder: the artifact's.
         seconds: gets the time that it took.
     """
-    started, settings = time.perf_counter(), judged.settings
+    settings = judged.settings
     judge, objective = Judge(settings.limits, {}), settings.objective or ""
-    candidates, rank = None, _nothing
+    candidates = rank = None
     if isinstance(whole, Prepared):
         candidates = Candidates(whole, calls, settings.selection)
         by_time = objective == LATENCY
@@ -149,18 +150,11 @@ def searched(
     files.dynamic_shapes, files.engine = settings.dynamic_shapes, settings.engine
     said = settings.as_code(output_dir=None, threads=None, max_validations=None, time_budget_s=None)
     mark = fingerprint(whole.root, said, recipes.spelled(settings.recipe), whole.plan.runtime, judged.floating)
-
-    def note(found: Found) -> None:
-        save(folder, found, objective, mark)
-
-    limit = settings.time_budget_s
-    budget = Budget(settings.max_validations, math.inf if limit is None else time.monotonic() + limit)
-    found = find(files, judge, objective, budget, found=load(folder, mark), note=note)
-    note(found)
+    budget = Budget.of(settings.max_validations, settings.time_budget_s)
+    with timed(seconds, "search"):
+        found = find_on_record(files, judge, objective, budget, folder, mark)
     best = found.best(objective, judge.direction)
-    seconds["search"] = time.perf_counter() - started
-    return (whole, None) if best is None else (files.model(best.choice), SearchSection(objective, found, best))
-
-
-def _nothing() -> Any:
-    raise NotImplementedError
+    if best is None:
+        warnings.warn(f"{folder}: {found.nothing}.", NoEffectWarning, stacklevel=3)
+        return whole, None
+    return files.model(best.choice), SearchSection(objective, found, best)

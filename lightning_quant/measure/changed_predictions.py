@@ -5,6 +5,7 @@ float prediction comes back, that operator tipped it.
 """
 
 import collections
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from lightning_quant.calls.calls import Call, flatten_call
 from lightning_quant.calls.signature import leaves_of
 from lightning_quant.calls.structures import reachable_tensors
-from lightning_quant.errors import QuantizationError
+from lightning_quant.errors import NoEffectWarning, QuantizationError
 from lightning_quant.measure.rounded_parts import all_but, name_of, own_parts
 from lightning_quant.measure.thumbnails import image_of, text_of
 from lightning_quant.planned.planned_model import PlannedModel
@@ -137,13 +138,20 @@ class Predictions:
 
 def _sums(call: Call) -> list[float]:
     """Return what tells calls apart."""
-    return [float(tensor.double().sum()) for tensor in reachable_tensors(tuple(call))]
+    tensors = (tensor.abs() if tensor.is_complex() else tensor for tensor in reachable_tensors(tuple(call)))
+    return [float(tensor.double().sum()) for tensor in tensors]
 
 
 @contextmanager
 def _hooked(module: nn.Module, note: Callable[[Call, Any], None]) -> Iterator[None]:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        note(Call(args, kwargs), output)
+        try:
+            note(Call(args, kwargs), output)
+        # Inputs and outputs are the user's own, of any kind: what is noted for a figure costs no run.
+        except Exception as error:
+            handle.remove()
+            text = f"Predictions are not compared any further: {error!r}. Please report this."
+            warnings.warn(text, NoEffectWarning, stacklevel=2)
 
     handle = module.register_forward_hook(hook, with_kwargs=True)
     try:

@@ -15,7 +15,15 @@ _PIXELS, _LETTERS = 96, 400
 
 def tokenizer_of(*owners: Any) -> Any:
     """Return what makes text of tokens, of the first of these objects that has a `tokenizer`; None without one."""
-    return next((found for owner in owners if (found := getattr(owner, "tokenizer", None)) is not None), None)
+    for owner in owners:
+        try:
+            found = getattr(owner, "tokenizer", None)
+        # The user's own property, for a caption: one that is not there any more, say.
+        except Exception:
+            continue
+        if found is not None:
+            return found
+    return None
 
 
 def image_of(one: list[Tensor]) -> str:

@@ -3,7 +3,6 @@
 import collections
 import json
 import statistics
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from lightning_quant.graph.named_edges import PREFIX
 from lightning_quant.graph.plan import Operator, join
+from lightning_quant.machine.disk import scratch_folder
 
 # Calls that are profiled after one that is not, and seconds after which no other one begins.
 _CALLS, _SECONDS = 8, 0.5
@@ -36,8 +36,8 @@ def operator_ms(
 
     owners = _owners(onnx.load(path, load_external_data=False).graph, operators)
     spent: dict[str, list[float]] = collections.defaultdict(list)
-    with tempfile.TemporaryDirectory() as folder:
-        running = session(path, Path(folder) / "profile")
+    with scratch_folder() as folder:
+        running = session(path, folder / "profile")
         values = {info.name: inputs[info.name].detach().cpu().numpy() for info in running.get_inputs()}
         started, number = time.perf_counter(), 0
         while number <= _CALLS and (number < 2 or time.perf_counter() - started < _SECONDS):

@@ -30,7 +30,7 @@ class Files:
         on_host: gives a model over the module that is exported, on the CPU.
         whole: the whole recipe, ready to be exported.
         candidates: makes the others; None where the recipe has no graph.
-        rank: measures what keeping operators in float gains.
+        rank: measures what keeping operators in float gains; None where the recipe has no graph.
         timed: whether latencies are measured.
         threads: for those.
         dynamic_shapes: as for `export`.
@@ -43,7 +43,7 @@ class Files:
     on_host: Callable[[Prepared], PlannedModel]
     whole: PlannedModel
     candidates: Candidates | None
-    rank: Callable[[], Relaxations]
+    rank: Callable[[], Relaxations] | None
     timed: bool = False
     threads: int | None = None
     dynamic_shapes: ChosenShapes = None
@@ -85,15 +85,15 @@ class Files:
 
     def steps(self) -> Sequence[Choice]:
         """Return choices that keep more and more out of the recipe, ranked once."""
-        return [] if self.candidates is None else Refined(self._ranked())
+        return [] if self.rank is None else Refined(self._ranked(self.rank))
 
     def cheaper(self, fails: Choice, keeps: Choice) -> Choice | None:
         """Return a choice that costs less by the ranking, and leaves hardly more noise."""
-        return self._ranked().cheaper(fails, keeps)
+        return None if self.rank is None else self._ranked(self.rank).cheaper(fails, keeps)
 
-    def _ranked(self) -> Relaxations:
+    def _ranked(self, rank: Callable[[], Relaxations]) -> Relaxations:
         if self._relaxations is None:
-            self._relaxations = self.rank()
+            self._relaxations = rank()
         return self._relaxations
 
     def _latency(self, model: PlannedModel, artifact: Artifact) -> tuple[dict[str, float], dict[str, float]]:

@@ -50,6 +50,11 @@ class Budget:
     max_validations: int | None = None
     deadline: float = math.inf
 
+    @classmethod
+    def of(cls, max_validations: int | None, seconds: float | None) -> "Budget":
+        """Return what may be spent from now on; None is without end."""
+        return cls(max_validations, math.inf if seconds is None else time.monotonic() + seconds)
+
     def check(self, number: int) -> None:
         """Raise once nothing is left after a number of validations."""
         if self.max_validations is not None and number >= self.max_validations:
@@ -66,11 +71,18 @@ class Found:
         trials: in the order in which they were tried.
         num_steps: of the ranking; 0 while it was not needed.
         ended: why it ended, in words.
+        failed: whether that was an error.
     """
 
     trials: list[Trial] = field(default_factory=list)
     num_steps: int = 0
     ended: str = ""
+    failed: bool = False
+
+    @property
+    def nothing(self) -> str:
+        """Why there is no file to choose, in words."""
+        return f"the search tried no file: {self.trials[-1].error if self.trials else self.ended}"
 
     def best(self, objective: str, better: Callable[[str], bool | None]) -> Trial | None:
         """Return the best by the objective of all that keep the limits; else the one that misses least."""
@@ -90,7 +102,7 @@ def find(
     found: Found | None = None,
     note: Callable[[Found], None] | None = None,
 ) -> Found:
-    """Search a space; end with what was found when the budget is spent or the user interrupts.
+    """Search a space; end with what was found when the budget is spent, the user interrupts, or something fails.
 
     Args:
         space: what can be tried.
@@ -107,6 +119,9 @@ def find(
         search.found.ended = str(spent)
     except KeyboardInterrupt:
         search.found.ended = "an interruption"
+    # Libraries and the user's own code run in every trial: what was found before must not be lost for one of them.
+    except Exception as error:
+        search.found.ended, search.found.failed = f"an error: {error!r}", True
     return search.found
 
 

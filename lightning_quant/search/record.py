@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from lightning_quant.artifact.folder import SEARCH
 from lightning_quant.errors import ArtifactError
 from lightning_quant.measure.contributions import Difference
 from lightning_quant.search.choice import Choice, Measured, Trial, Verdict
-from lightning_quant.search.find import Found
+from lightning_quant.search.find import Budget, Found, Space, find
 
 SCHEMA_VERSION = 1
 _MAX_BYTES = 64 * 2**20
@@ -49,6 +50,36 @@ def save(folder: Path, found: Found, objective: str, mark: str) -> None:
         temporary = folder / f".lightning_quant-{SEARCH}"
         temporary.write_text(json.dumps(_plain(content), indent=2, allow_nan=False), encoding="utf-8")
         os.replace(temporary, folder / SEARCH)
+
+
+def find_on_record(
+    space: Space,
+    judge: Callable[[Measured], tuple[Verdict, ...]],
+    objective: str,
+    budget: Budget,
+    folder: Path,
+    mark: str,
+    tell: Callable[[Found], None] = lambda _: None,
+) -> Found:
+    """Search a space, go on from what an interrupted search of the same has recorded, and record every trial.
+
+    Args:
+        space: what can be tried.
+        judge: gives a verdict for each limit.
+        objective: "size", "latency", or a metric.
+        budget: what may be spent.
+        folder: the artifact's.
+        mark: `fingerprint` of the search.
+        tell: called after every trial, and in the end.
+    """
+
+    def note(found: Found) -> None:
+        save(folder, found, objective, mark)
+        tell(found)
+
+    found = find(space, judge, objective, budget, found=load(folder, mark), note=note)
+    note(found)
+    return found
 
 
 def as_dict(trial: Trial) -> dict[str, Any]:

@@ -56,6 +56,10 @@ class SearchSection(Section):
             and v.estimate <= v.allowed
         ]
 
+    def warnings(self) -> list[str]:
+        """Say what cut a search short."""
+        return [f"the search ended before it was through, with {self.found.ended}"] if self.found.failed else []
+
     def scalars(self) -> dict[str, float | None]:
         """Return how often a file was validated, and how many operators are kept out of the recipe."""
         return {

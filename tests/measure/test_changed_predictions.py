@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calls.calls import Call
+from lightning_quant.errors import NoEffectWarning
 from lightning_quant.export.prepare import prepare
 from lightning_quant.measure.changed_predictions import (
     NUM_KEPT,
@@ -125,3 +126,26 @@ def test_calls_in_another_order_are_not_taken_for_changes() -> None:
         predictions.note_artifact(Call((call,)), prepared.root(call))
 
     assert (predictions.num_samples, predictions.num_changed, predictions.kept) == (8, 0, [])
+
+
+@pytest.mark.parametrize(
+    "odd",
+    [torch.eye(4).to_sparse(), torch.empty(4, 4, device="meta"), torch.eye(4).to(torch.float8_e4m3fn)],
+    ids=["sparse", "meta", "float8"],
+)
+def test_what_cannot_be_compared_costs_no_validation(odd: Tensor) -> None:
+    model = nn.Identity()
+    predictions = Predictions(lambda *_: None)
+
+    def validate() -> None:
+        with predictions.of_float(model):
+            for x in (torch.eye(4), odd, torch.eye(4)):
+                model(x)
+
+    with pytest.warns(NoEffectWarning, match="not compared any further"):
+        validate()
+    with predictions.of_artifact(model):
+        model(torch.eye(4))
+        model(torch.eye(4))
+
+    assert predictions.num_samples == 4

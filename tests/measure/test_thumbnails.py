@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 
-from lightning_quant.measure.thumbnails import image_of, png, text_of
+from lightning_quant.measure.thumbnails import image_of, png, text_of, tokenizer_of
 
 
 def test_thumbnails_are_the_images() -> None:
@@ -42,3 +42,16 @@ def test_tokens_are_text_where_something_decodes_them() -> None:
     assert text_of(tokens, None) == text_of(tokens, Broken()) == "1 2 4"
     assert len(text_of([torch.ones(1, 5000, dtype=torch.long)], None)) == 400
     assert text_of(tokens[:1], Words()) == ""
+
+
+def test_a_tokenizer_that_is_not_there_any_more_is_none() -> None:
+    class Gone:
+        @property
+        def tokenizer(self) -> None:
+            raise RuntimeError("not set up")
+
+    class Has:
+        tokenizer = "words"
+
+    assert tokenizer_of(Gone(), None, object()) is None
+    assert tokenizer_of(Gone(), Has()) == "words"

@@ -13,6 +13,7 @@ from lightning_quant.search.choice import FLOAT, Choice, Measured
 from lightning_quant.search.find import Budget, Found, Space, find
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.relaxations import Refined, Relaxations
+from lightning_quant.search.section import SearchSection
 
 
 @dataclass
@@ -24,6 +25,7 @@ class Simulated:
     ranked: Relaxations = field(init=False)
     tried: list[Choice] = field(default_factory=list)
     fails: Choice | None = None
+    breaks_after: int = 10**9
     stops_after: int = 10**9
 
     def __post_init__(self) -> None:
@@ -34,6 +36,8 @@ class Simulated:
     def measure(self, choice: Choice) -> Measured:
         if len(self.tried) == self.stops_after:
             raise KeyboardInterrupt
+        if len(self.tried) == self.breaks_after:
+            raise RuntimeError("out of memory")
         self.tried.append(choice)
         if choice == self.fails:
             raise ExportError("no file")
@@ -137,6 +141,22 @@ def test_a_file_that_cannot_be_made_is_a_trial_that_keeps_nothing() -> None:
     best = found.best("size", {"acc": True}.get)
     assert best is not None
     assert best.keeps_all
+
+
+@pytest.mark.parametrize("number", [0, 1, 3])
+def test_whatever_fails_costs_nothing_that_was_found(number: int) -> None:
+    space = simulated(20)
+    space.breaks_after = number
+    found = find(space, judge(acc=1e-4))
+
+    assert (len(found.trials), found.failed) == (number, True)
+    assert "out of memory" in found.ended
+    best = found.best("size", {"acc": True}.get)
+    assert (best is None) == (number == 0)
+    if best is None:
+        assert "tried no file: an error: RuntimeError('out of memory')" in found.nothing
+    else:
+        assert "out of memory" in SearchSection("size", found, best).warnings()[0]
 
 
 def test_a_simulated_space_is_one() -> None:
