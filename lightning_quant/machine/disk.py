@@ -99,12 +99,17 @@ def check_room(folder: Path, num_bytes: int) -> None:
 
 
 def _is_of_ours(error: BaseException, folder: Path) -> bool:
-    """Tell whether an error is about a file of ours; a writer does not always name it."""
+    """Tell whether an error is about a file of ours; a writer does not always name it.
+
+    Other temporary files may be the user's own: of these, what a disk refuses alone.
+    """
     names = (getattr(error, attribute, None) for attribute in ("filename", "filename2"))
     named = [Path(name).resolve() for name in names if isinstance(name, str | os.PathLike)]
-    if not named:
-        return not isinstance(error, OSError) or disk_refusal(error) is not None
-    return any(name.is_relative_to(top) for name in named for top in (folder.resolve(), _temporary()))
+    if any(name.is_relative_to(folder.resolve()) for name in named):
+        return True
+    if named and not any(name.is_relative_to(_temporary()) for name in named):
+        return False
+    return not isinstance(error, OSError) or disk_refusal(error) is not None
 
 
 def _temporary() -> Path:

@@ -12,6 +12,17 @@ from torch import Tensor, nn
 IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
 
+class Padded(nn.Module):
+    """Pads between two convolutions."""
+
+    def __init__(self, pad: Any) -> None:
+        super().__init__()
+        self.conv1, self.conv2, self.pad = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 3), pad
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv2(self.pad(self.conv1(x)))
+
+
 @pytest.mark.parametrize(
     "pad",
     [
@@ -22,15 +33,7 @@ IMAGE = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     ],
 )
 def test_padding_with_zeros_is_part_of_the_convolution(pad: Any) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1, self.conv2, self.pad = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 3), pad
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv2(self.pad(self.conv1(x)))
-
-    model = Net().eval()
+    model = Padded(pad).eval()
     prepared = evaluated(model, IMAGE)
     conv2 = prepared.operators[":conv2"]
     assert conv2.pad
@@ -50,15 +53,7 @@ def test_padding_with_zeros_is_part_of_the_convolution(pad: Any) -> None:
     ],
 )
 def test_other_padding_is_not_part_of_the_convolution(pad: Any) -> None:
-    class Net(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.conv1, self.conv2, self.pad = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 2, 3), pad
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.conv2(self.pad(self.conv1(x)))
-
-    model = Net().eval()
+    model = Padded(pad).eval()
     assert not evaluated(model, IMAGE).operators[":conv2"].pad
     assert noise(model, IMAGE) > 25
 

@@ -119,7 +119,9 @@ def test_native_writers_that_say_less_are_understood() -> None:
 
 
 def test_errors_about_files_of_the_user_stay_what_they_are(tmp_path: Path) -> None:
-    for theirs in (FileNotFoundError(errno.ENOENT, "gone", "/data/train.csv"), ConnectionRefusedError(111, "away")):
+    beside = str(Path(tempfile.gettempdir()) / "data" / "train.csv")
+    missing = [FileNotFoundError(errno.ENOENT, "gone", name) for name in ("/data/train.csv", beside)]
+    for theirs in (*missing, ConnectionRefusedError(111, "away")):
         with pytest.raises(type(theirs)), taking(tmp_path, "the artifact"):
             raise theirs
     with pytest.raises(DiskError, match="to take temporary files"), scratch_folder() as folder:
