@@ -26,6 +26,10 @@ _UNSETTLED = frozenset({"is_same_size", "is_set_to", "requires_grad", "is_leaf",
 _HISTORY = frozenset({"grad", "grad_fn", "_grad", "_grad_fn", "_base", "_backward_hooks"})
 
 
+class UnknownError(Exception):
+    """The value of a node cannot be told from those that it reads; the message says why."""
+
+
 class ShapedProxy(fx.Proxy):
     """A proxy that knows rank, dtype and device, which no input of a deployed model changes."""
 
@@ -161,6 +165,17 @@ class ShapedProxy(fx.Proxy):
             why = f" ({self.node.meta['unknown']})" if "unknown" in self.node.meta else ""
             raise UntraceableError(f"`.{name}` of a value of unknown kind is needed{why}")
         return getattr(self.fake, name)
+
+
+def fake_of(leaf: Any) -> Any:
+    """Return what stands for a proxy, also for those of a slice, which pytrees do not look into; other leaves as is."""
+    if isinstance(leaf, slice):
+        return slice(fake_of(leaf.start), fake_of(leaf.stop), fake_of(leaf.step))
+    if not isinstance(leaf, fx.Proxy):
+        return leaf
+    if "unknown" in leaf.node.meta:
+        raise UnknownError(leaf.node.meta["unknown"])
+    return leaf.node.meta.get("fake")
 
 
 def settled(proxy: fx.Proxy, name: str) -> Any:

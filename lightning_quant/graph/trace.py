@@ -26,7 +26,7 @@ from lightning_quant.graph.constants import keep_constants
 from lightning_quant.graph.counting import counted_by, multiply_add_counter
 from lightning_quant.graph.expansions import expansion_of, is_expanded, layer_read_by, transformers_traceable
 from lightning_quant.graph.normalize import functionalize
-from lightning_quant.graph.proxy import ShapedProxy, settled
+from lightning_quant.graph.proxy import ShapedProxy, UnknownError, fake_of, settled
 from lightning_quant.graph.recorded import functions_recorded, types_told
 from lightning_quant.graph.side_effects import attributes, check_attributes
 from lightning_quant.graph.size_conditions import decided, is_of_sizes
@@ -53,10 +53,6 @@ class Traced:
 
 class _StopError(Exception):
     """What comes after a module that cannot be traced cannot be, either: what that returns is not known."""
-
-
-class _UnknownError(Exception):
-    """The value of a node cannot be told from those that it reads; the message says why."""
 
 
 class _Tracer(fx.Tracer):
@@ -155,7 +151,7 @@ class _Tracer(fx.Tracer):
         try:
             proxy.node.meta["fake"] = self._propagate(kind, target, args, kwargs)
             proxy.node.meta["multiply_adds"] = counted_by(self.counter)
-        except _UnknownError as error:
+        except UnknownError as error:
             proxy.node.meta["unknown"] = str(error)
         self._label(proxy.node)
         return settled(proxy, str(args[1]) if target is getattr else operation_name(proxy.node))
@@ -173,10 +169,7 @@ class _Tracer(fx.Tracer):
             index = sum(1 for node in self.graph.nodes if node.op == "placeholder") - 1
             fake = self.mode.from_tensor(self.tensors[index].detach())
             return fake if fake.device in self.devices else fake.to(self.device)
-        for read in pytree.tree_leaves((args, kwargs)):
-            if isinstance(read, fx.Proxy) and "unknown" in read.node.meta:
-                raise _UnknownError(read.node.meta["unknown"])
-        args, kwargs = pytree.tree_map_only(fx.Proxy, lambda p: p.node.meta.get("fake"), (args, kwargs))
+        args, kwargs = pytree.tree_map(fake_of, (args, kwargs))
         self.propagating = True
         try:
             with self.mode, torch.no_grad(), warnings.catch_warnings(), self.counter, ForeignOperatorsInlined():
@@ -191,7 +184,7 @@ class _Tracer(fx.Tracer):
         except Exception as error:  # a missing shape costs metadata, which is checked where it is needed
             if kind == "call_module":
                 return self._run_on_zeros(str(target), args, kwargs)
-            raise _UnknownError(f"{type(error).__name__}: {error}") from error
+            raise UnknownError(f"{type(error).__name__}: {error}") from error
         finally:
             self.propagating = False
 
@@ -204,7 +197,7 @@ class _Tracer(fx.Tracer):
             with torch.no_grad(), self.counter:
                 result = self.root.get_submodule(path).forward(*args, **kwargs)
         except Exception as error:
-            raise _UnknownError(f"{type(error).__name__}: {error}") from error
+            raise UnknownError(f"{type(error).__name__}: {error}") from error
         return pytree.tree_map_only(Tensor, self.mode.from_tensor, result)
 
     def _label(self, node: fx.Node) -> None:

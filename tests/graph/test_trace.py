@@ -1,9 +1,11 @@
 import copy
 import inspect
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from layer_models import bert
 from models import CASES, BranchingNet, Case, DropPathNet, calibrated, with_statistics
 from prepared_graphs import ready, recorded_edges
 from reference_models import timm_style_net
@@ -402,3 +404,44 @@ def leaves(result: object) -> list[Tensor]:
     items = vars(result).values() if hasattr(result, "__dataclass_fields__") else result
     items = items.values() if isinstance(items, dict) else items
     return [leaf for item in items for leaf in leaves(item)]
+
+
+SLICES: dict[str, Any] = {
+    "to a size": lambda table, h: table[:, : h.shape[1]],
+    "from an offset": lambda table, h: table[:, 2 : 2 + h.shape[1]],
+    "with a step": lambda table, h: table[:, : 2 * h.shape[1] : 2],
+    "kept in a tuple": lambda table, h: table[(slice(None), slice(0, h.size(1)))],
+    "behind an ellipsis": lambda table, h: table[..., : h.shape[1], :],
+    "from the end": lambda table, h: table[:, -h.shape[1] :],
+}
+
+
+@pytest.mark.parametrize("cut", SLICES.values(), ids=SLICES)
+def test_what_a_size_cuts_out_is_known(cut: Any) -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+            self.register_buffer("table", torch.randn(1, 32, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.first(x)
+            y = cut(self.table, h)
+            # Asks what it has cut out for its sizes, as masks of transformers do for the device.
+            return self.second(torch.relu(h + y.to(device=h.device, dtype=h.dtype).reshape(1, -1, y.shape[-1])))
+
+    prepared = prepare(Positions().eval(), (torch.randn(3, 5, 6),))
+
+    assert prepared.plan.num_quantized == 2
+
+
+def test_a_transformer_below_a_head_is_traced_with_its_mask() -> None:
+    mask = (torch.arange(12)[None] < torch.tensor([12, 5])[:, None]).long()
+    call = {"input_ids": torch.randint(20, (2, 12)), "attention_mask": mask}
+    prepared = prepare(bert(), (), call, trains=False)
+
+    layers = {name for name, module in bert().named_modules() if isinstance(module, nn.Linear)}
+    in_integers = {row.name for row in prepared.plan.rows if row.action == "int8"}
+    # Of one layer, of the pooler, and the head.
+    assert len(layers) == 8
+    assert layers <= in_integers
