@@ -70,8 +70,8 @@ GUARDS = (
     Guard(
         "a graph that does otherwise than the forward it was traced from is left out",
         "graph/faithful.py",
-        '        found = _unfaithful(traced, module, tensors, *calls[""])\n',
-        "        found = None\n",
+        '        unfaithful = _unfaithful(traced, module, tensors, *calls[""])\n',
+        "        unfaithful = None\n",
         "graph/test_faithful.py -k runs_as_it_is",
     ),
     Guard(
@@ -280,7 +280,7 @@ GUARDS = (
     Guard(
         "calls beside the forward are found",
         "callbacks/base.py",
-        "step.share, announce_beside(type(self).__name__, found, step)\n",
+        "step.share, announce_beside(type(self).__name__, captured, step)\n",
         "step.share, ()\n",
         "callbacks/test_observe_step.py -k beside",
     ),
@@ -310,8 +310,8 @@ GUARDS = (
     Guard(
         "programs write into nothing",
         "runtimes/_torch_operators.py",
-        "    if found is None or found._schema.is_mutable:\n",
-        "    if found is None:\n",
+        "    if operator is None or operator._schema.is_mutable:\n",
+        "    if operator is None:\n",
         "runtimes/test_torch_program.py -k not_in_the_list",
     ),
     Guard(
@@ -345,7 +345,7 @@ GUARDS = (
     Guard(
         "weights of layers are finite",
         "planned/try_layers.py",
-        "    check_weights(found)\n",
+        "    check_weights(tried)\n",
         "",
         "layers/test_finite.py -k not_finite",
     ),

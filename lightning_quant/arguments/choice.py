@@ -52,11 +52,11 @@ def closest(value: Any, names: Iterable[str], cutoff: float = _CUTOFF) -> list[s
     for name in names:
         by_spelling.setdefault(_plain(name), []).append(name)
     wanted = _CALLED.get(_plain(value), _plain(value))
-    found = difflib.get_close_matches(wanted, by_spelling, n=3, cutoff=cutoff)
+    near = difflib.get_close_matches(wanted, by_spelling, n=3, cutoff=cutoff)
     if cutoff <= _CUTOFF:
         # "val" for "validation" and "onnx" for "onnxruntime": short for what it begins.
-        found += [name for name in by_spelling if len(wanted) > 2 and name.startswith(wanted)]
-    return [name for spelling in dict.fromkeys(found) for name in by_spelling[spelling]][:3]
+        near += [name for name in by_spelling if len(wanted) > 2 and name.startswith(wanted)]
+    return [name for spelling in dict.fromkeys(near) for name in by_spelling[spelling]][:3]
 
 
 def _plain(name: str) -> str:

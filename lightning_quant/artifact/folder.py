@@ -136,8 +136,8 @@ def _check_ours(path: Path) -> None:
             )
         return
     try:
-        found = parse_json(read_bytes(manifest, MAX_BYTES))
-        version = found["format_version"] if {"sha256", "signature"} <= set(found) else None
+        content = parse_json(read_bytes(manifest, MAX_BYTES))
+        version = content["format_version"] if {"sha256", "signature"} <= set(content) else None
     except (ValueError, KeyError, TypeError):
         version = None
     if version is None:

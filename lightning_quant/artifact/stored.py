@@ -152,12 +152,12 @@ def private_copy(path: str | os.PathLike[str] | Artifact, key: Key | None = None
         ArtifactError: as for `read`, it is not signed so, or there is no space for the copy.
     """
     with scratch_folder() as folder:
-        found = _taking(path, lambda artifact, where: _copy_files(artifact, where, folder), key)
+        taken = _taking(path, lambda artifact, where: _copy_files(artifact, where, folder), key)
         try:
-            yield Artifact(folder, found.manifest)
+            yield Artifact(folder, taken.manifest)
         except QuantizationError as error:
             # The reader knows the folder that was named.
-            raise type(error)(str(error).replace(str(folder), str(found.path))) from error
+            raise type(error)(str(error).replace(str(folder), str(taken.path))) from error
 
 
 def load(path: str | os.PathLike[str] | Artifact, *, key: Key | None = None, **runtime_options: Any) -> LoadedModule:

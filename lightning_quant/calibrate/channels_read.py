@@ -28,7 +28,7 @@ def channels_read(
         combine: of the numbers of two tensors.
     """
     readers = {identity: group for group in groups for identity in group.consumers}
-    found: dict[ScalingGroup, Tensor] = {}
+    by_group: dict[ScalingGroup, Tensor] = {}
 
     def visit(site: Site) -> None:
         group = readers.get(site.identity)
@@ -36,10 +36,10 @@ def channels_read(
             return
         for x in site.float_inputs:
             value = measure(x, [d for d in range(x.dim()) if d != group.axis])
-            found[group] = combine(found[group], value) if group in found else value
+            by_group[group] = combine(by_group[group], value) if group in by_group else value
 
     lockstep(prepared, calls, visit, quantized=False)
-    return found
+    return by_group
 
 
 def activation_maxima(prepared: Prepared, groups: list[ScalingGroup], calls: list[Call]) -> dict[ScalingGroup, Tensor]:

@@ -75,8 +75,8 @@ class _Finder:
         for key in self.parent:
             if self._find(key) not in blocked:
                 members.setdefault(self._find(key), []).append(key)
-        found = [self._group(root, keys) for root, keys in members.items()]
-        return [group for group in found if group is not None]
+        scaling_groups = [self._group(root, keys) for root, keys in members.items()]
+        return [group for group in scaling_groups if group is not None]
 
     def _connect(self) -> None:
         for operator in self.island.plan.operators:

@@ -65,7 +65,7 @@ def _migrate(prepared: Prepared, fit: Fit) -> int:
     if not any(group.normalized for group in groups):
         return 0
     few = fit.calls[:2]
-    before = found = snapshot(prepared)
+    before = best_state = snapshot(prepared)
     best = output_snr(prepared, few)
     for alpha in ALPHAS:
         restore(prepared, before)
@@ -73,9 +73,9 @@ def _migrate(prepared: Prepared, fit: Fit) -> int:
         fit.refresh(prepared)
         error = output_snr(prepared, few)
         if error > best:
-            best, found = error, snapshot(prepared)
-    restore(prepared, found)
-    return 0 if found is before else len(groups)
+            best, best_state = error, snapshot(prepared)
+    restore(prepared, best_state)
+    return 0 if best_state is before else len(groups)
 
 
 def _equalize(prepared: Prepared, fit: Fit) -> int:

@@ -34,17 +34,17 @@ def announce(callback: str, module: str, model: PlannedModel, step_share: float)
         warn(f"{callback}: {warning}.")
 
 
-def announce_beside(callback: str, found: Capture, step: Step) -> tuple[str, ...]:
+def announce_beside(callback: str, captured: Capture, step: Step) -> tuple[str, ...]:
     """Say what of the step's layers the module's own forward does not reach: return it for the report, if any.
 
     Args:
         callback: name of its class.
-        found: the call of the module that was recorded.
+        captured: the call of the module that was recorded.
         step: what was seen of `training_step`.
     """
-    if found.beside:
+    if captured.beside:
         finding = (
-            f"training_step calls {', '.join(map(repr, found.beside))} beside {found.path!r}, which makes "
+            f"training_step calls {', '.join(map(repr, captured.beside))} beside {captured.path!r}, which makes "
             f"{step.share:.1%} of its multiply-adds: those modules are float"
         )
         rank_zero_info(f"{callback}: {finding}. Choose another one with `module=...`.")
@@ -53,9 +53,9 @@ def announce_beside(callback: str, found: Capture, step: Step) -> tuple[str, ...
         return ()
     finding = (
         f"training_step also calls {', '.join(step.beside[:5])}{', ...' if len(step.beside) > 5 else ''} past the "
-        f"forward of {found.path!r}: those calls are float"
+        f"forward of {captured.path!r}: those calls are float"
     )
-    warn(f"{callback}: {finding}. Call {found.path!r} itself to have them quantized.")
+    warn(f"{callback}: {finding}. Call {captured.path!r} itself to have them quantized.")
     return (finding,)
 
 

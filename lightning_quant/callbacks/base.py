@@ -245,39 +245,39 @@ class QuantizationCallback(Callback):
         refusals.check_initialized(pl_module)
         is_wanted = has_weights if settings.recipe.needs_calibration else may_have_layers(pl_module)
         together = fills_modules(settings.recipe, self.chosen_runtime)
-        found = capture_call(trainer, pl_module, settings.module, settings.example, is_wanted, together=together)
-        self.path = found.path
+        captured = capture_call(trainer, pl_module, settings.module, settings.example, is_wanted, together=together)
+        self.path = captured.path
         self.findings = ()
         if settings.example != "example_input_array" and self.path:
             step = observe_step(trainer, pl_module, self.path)
-            self.step_share, self.findings = step.share, announce_beside(type(self).__name__, found, step)
-        exported = exported_call(trainer, pl_module, settings, found, fills=together)
+            self.step_share, self.findings = step.share, announce_beside(type(self).__name__, captured, step)
+        exported = exported_call(trainer, pl_module, settings, captured, fills=together)
         for finding in exported.findings:
             rank_zero_info(f"{type(self).__name__}: {finding}.")
         self.findings += exported.findings
-        self.exported, found = exported, exported.capture
+        self.exported, captured = exported, exported.capture
         if settings.runtime == AUTO and not self.chosen_runtime:
             choose = functools.partial(choose_at_start, settings, trains=self.prepares_training)
-            self.chosen_runtime, note = self.group.on_first(choose, resolve(pl_module, found.path), found)
+            self.chosen_runtime, note = self.group.on_first(choose, resolve(pl_module, captured.path), captured)
             self.findings += (note,)
-        self.prepared = self._plan(resolve(pl_module, found.path), found)
+        self.prepared = self._plan(resolve(pl_module, captured.path), captured)
         self.prepared.learns_from_captured = exported.otherwise
         if exported.evaluated is not None:
             self.prepared.note_sizes(exported.evaluated.args, exported.evaluated.kwargs)
-            note_sizes(self.prepared, trainer, pl_module, found.path)
-        name = found.path or ", ".join(found.parts) or f"{type(pl_module).__name__}.forward"
+            note_sizes(self.prepared, trainer, pl_module, captured.path)
+        name = captured.path or ", ".join(captured.parts) or f"{type(pl_module).__name__}.forward"
         announce(type(self).__name__, name, self.prepared, self.step_share)
 
-    def _plan(self, module: nn.Module, found: Capture) -> PlannedModel:
+    def _plan(self, module: nn.Module, captured: Capture) -> PlannedModel:
         recipe, selection = self.settings.recipe, self.settings.selection
-        where: dict[str, Any] = {"runtime": self.chosen_runtime, "selection": selection, "module": found.path}
+        where: dict[str, Any] = {"runtime": self.chosen_runtime, "selection": selection, "module": captured.path}
         if not recipe.needs_calibration:
-            args, kwargs, self.loss_inputs = found.args, found.kwargs, None
-            if not found.parts:
+            args, kwargs, self.loss_inputs = captured.args, captured.kwargs, None
+            if not captured.parts:
                 args, kwargs, self.loss_inputs = leave_out_labels(module, args, kwargs)
             return quantize_layers(module, args, kwargs, recipe=recipe, **where)
         observed: dict[str, Any] = {"observer": self.observer(), "trains": self.prepares_training}
-        return prepare(module, found.args, found.kwargs, recipe=recipe, **observed, **where)
+        return prepare(module, captured.args, captured.kwargs, recipe=recipe, **observed, **where)
 
     def _try_export(self, model: PlannedModel) -> tuple[Any, ...]:
         """Try the end, and return what was found out of the sizes."""
@@ -287,10 +287,10 @@ class QuantizationCallback(Callback):
         return model.found_sizes()
 
     def _take_sizes(
-        self, trainer: Trainer, pl_module: LightningModule, model: PlannedModel, found: tuple[Any, ...]
+        self, trainer: Trainer, pl_module: LightningModule, model: PlannedModel, sizes: tuple[Any, ...]
     ) -> None:
         """Let every process know what the first found out; say what stays as captured, and refuse what cannot be."""
-        model.take_sizes(found)
+        model.take_sizes(sizes)
         for note in notes_of_sizes(model):
             rank_zero_info(f"{type(self).__name__}: {note}.")
         model.detach()

@@ -14,9 +14,9 @@ def watched(trainer: Any, checkpoint: dict[str, Any] | None = None) -> dict[str,
         trainer: with its callbacks.
         checkpoint: of a run whose callbacks are not those of the trainer.
     """
-    found = dict(match for state in (checkpoint or {}).get("callbacks", {}) for match in _WATCHED.findall(str(state)))
+    modes = dict(match for state in (checkpoint or {}).get("callbacks", {}) for match in _WATCHED.findall(str(state)))
     for callback in trainer.callbacks:
         name, mode = getattr(callback, "monitor", None), getattr(callback, "mode", None)
         if isinstance(name, str) and mode in ("min", "max"):
-            found[name] = mode
-    return {name: mode == "max" for name, mode in found.items()}
+            modes[name] = mode
+    return {name: mode == "max" for name, mode in modes.items()}

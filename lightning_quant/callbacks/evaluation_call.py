@@ -30,10 +30,10 @@ def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> 
         for batch in batches(trainer, pl_module, 1, "validation"):
             try:
                 with trainer.precision_plugin.val_step_context():
-                    found = capture(duplicate, functools.partial(run_validation, duplicate, batch), path)
+                    captured = capture(duplicate, functools.partial(run_validation, duplicate, batch), path)
                 # A call with what no file can take, keys and values of a generation say, is not the one to export.
-                flatten_call(own_signature(resolve(duplicate, found.path)), found.args, found.kwargs)
-                return found
+                flatten_call(own_signature(resolve(duplicate, captured.path)), captured.args, captured.kwargs)
+                return captured
             except CaptureError:
                 return None
             # A validation that does not run here, on a copy and before its time, tells nothing; the loop itself will.

@@ -31,7 +31,7 @@ class ExportedCall:
 
 
 def exported_call(
-    trainer: Trainer, pl_module: LightningModule, settings: CallbackSettings, found: Capture, *, fills: bool
+    trainer: Trainer, pl_module: LightningModule, settings: CallbackSettings, captured: Capture, *, fills: bool
 ) -> ExportedCall:
     """Return the call to export: that of validation where it is another one than training's but for the tensors.
 
@@ -41,33 +41,33 @@ def exported_call(
         trainer: at fit start.
         pl_module: its module.
         settings: which call is wanted, and whether validation will run on the artifact.
-        found: the call that training makes.
+        captured: the call that training makes.
         fills: whether the artifact may be layers alone, inside the user's own module.
 
     Raises:
         CaptureError: predict's is wanted, and there is none, or validation makes another one.
     """
-    if settings.example == "example_input_array" or found.parts:
-        return ExportedCall(found)
-    module, findings = resolve(pl_module, found.path), []
-    evaluated = evaluation_call(trainer, pl_module, found.path)
+    if settings.example == "example_input_array" or captured.parts:
+        return ExportedCall(captured)
+    module, findings = resolve(pl_module, captured.path), []
+    evaluated = evaluation_call(trainer, pl_module, captured.path)
     of_predict = settings.example == "predict_batch"
     wanted = evaluated
     if of_predict:
-        wanted = required_prediction(trainer, pl_module, found.path)
+        wanted = required_prediction(trainer, pl_module, captured.path)
         if settings.evaluate and not fills:
             _check_evaluates(module, wanted, evaluated)
-    differs = "" if wanted is None else difference(module, found, wanted)
+    differs = "" if wanted is None else difference(module, captured, wanted)
     if wanted is not None and differs:
         findings.append(
-            f"{'predict' if of_predict else 'validation'} calls {found.path or 'the module'!r} otherwise: {differs}. "
-            "Its call is the one exported, and ranges of what training does not reach come from it"
+            f"{'predict' if of_predict else 'validation'} calls {captured.path or 'the module'!r} otherwise: "
+            f"{differs}. Its call is the one exported, and ranges of what training does not reach come from it"
         )
-        found = wanted
-    prediction = None if of_predict else prediction_call(trainer, pl_module, found.path)
+        captured = wanted
+    prediction = None if of_predict else prediction_call(trainer, pl_module, captured.path)
     if prediction is not None:
-        findings.append(finding_of_prediction(module, found, prediction, fills=fills))
-    return ExportedCall(found, evaluated, bool(differs), tuple(filter(None, findings)))
+        findings.append(finding_of_prediction(module, captured, prediction, fills=fills))
+    return ExportedCall(captured, evaluated, bool(differs), tuple(filter(None, findings)))
 
 
 def _check_evaluates(module: nn.Module, prediction: Capture, evaluated: Capture | None) -> None:

@@ -74,8 +74,10 @@ def _measure(
             notes += by_chance
             if metrics and deployment.sensitivity is not None:
                 gains = _gains(callback, trainer, deployment, deployment.sensitivity)
-                found = deployment.sensitivity.with_gains(gains, {row.name: row.higher_is_better for row in metrics})
-                deployment = replace(deployment, sensitivity=found)
+                sensitivity = deployment.sensitivity.with_gains(
+                    gains, {row.name: row.higher_is_better for row in metrics}
+                )
+                deployment = replace(deployment, sensitivity=sensitivity)
         if callback.loss_inputs is not None and callback.loss_inputs.formula is None:
             notes = (*notes, "metrics that use the model's own loss are missing: the artifact takes no labels")
         if not metrics:
@@ -188,14 +190,14 @@ def _metrics(
 
 
 def _gains(
-    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, found: Sensitivity
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, sensitivity: Sensitivity
 ) -> dict[str, float]:
     """Return how the user's metrics change with what is advised to be kept float."""
-    if found.advice is None:
+    if sensitivity.advice is None:
         return {}
     prepared = Prepared.of(deployment.model)
     limit, values = callback.settings.limit_eval_batches, []
-    for left_out in ((), found.advice.names):
+    for left_out in ((), sensitivity.advice.names):
         with prepared.simulation.quantizing_only(all_but(prepared, left_out)), prepared.attached("frozen"):
             values.append(evaluate(trainer, deployment.pl_module, callback.path, limit_batches=limit))
     return {name: values[1][name] - value for name, value in values[0].items()}

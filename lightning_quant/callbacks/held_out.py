@@ -66,11 +66,11 @@ def _recorded(
             batch = next(itertools.islice(batches(trainer, duplicate, skipped + 1, data), skipped, None), None)
             if batch is None:
                 return None
-            found = _run(duplicate, batch, data, callback.path)
+            captured = _run(duplicate, batch, data, callback.path)
         # The user's own code, run once more, must not cost the report: the captured call is compared then.
         except Exception:
             return None
-    return Call(found.args, found.kwargs)
+    return Call(captured.args, captured.kwargs)
 
 
 def _run(duplicate: LightningModule, batch: object, data: str, path: str) -> Capture:

@@ -29,12 +29,12 @@ def prediction_call(trainer: Trainer, pl_module: LightningModule, path: str) -> 
         names = list(inspect.signature(duplicate.predict_step).parameters)
         for batch in batches(trainer, pl_module, 1, data):
             try:
-                found = capture(duplicate, partial(duplicate.predict_step, *(batch, 0, 0)[: len(names)]), path)
-                flatten_call(own_signature(resolve(duplicate, found.path)), found.args, found.kwargs)
+                captured = capture(duplicate, partial(duplicate.predict_step, *(batch, 0, 0)[: len(names)]), path)
+                flatten_call(own_signature(resolve(duplicate, captured.path)), captured.args, captured.kwargs)
             # The user's own code, on a batch that it may not be made for, tells nothing when it fails.
             except Exception:
                 return None
-            return found
+            return captured
     return None
 
 
@@ -44,13 +44,13 @@ def required_prediction(trainer: Trainer, pl_module: LightningModule, path: str)
     Raises:
         CaptureError: there is none.
     """
-    found = prediction_call(trainer, pl_module, path)
-    if found is None:
+    captured = prediction_call(trainer, pl_module, path)
+    if captured is None:
         raise CaptureError(
             f"Expected `predict_step` of {type(pl_module).__name__} to call {path or 'its forward'!r} on a batch as "
             "validation gets it, but it does not. Use `example='train_batch'`."
         )
-    return found
+    return captured
 
 
 def finding_of_prediction(module: nn.Module, exported: Capture, prediction: Capture, *, fills: bool) -> str:

@@ -124,8 +124,8 @@ class PostTrainingQuantization(QuantizationCallback):
         """Called when fit ends: calibrate on the weights to export, then convert, export, measure, log."""
         deployment, recorded = choose_weights(self, trainer, pl_module, with_ranges=False), None
         if self.settings.recipe.needs_calibration:
-            found, recorded = self._calibrate(trainer, Prepared.of(deployment.model), deployment.pl_module)
-            deployment = replace(deployment, sensitivity=found)
+            sensitivity, recorded = self._calibrate(trainer, Prepared.of(deployment.model), deployment.pl_module)
+            deployment = replace(deployment, sensitivity=sensitivity)
         if self.settings.searches:
             deployment = searched(self, trainer, deployment, recorded)
         steps = outcomes(deployment.model.accuracy_steps)

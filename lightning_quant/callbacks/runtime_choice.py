@@ -16,7 +16,7 @@ from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.surgery.host import HOST, copied_to, moved_call
 
 
-def choose_at_start(settings: Settings, module: nn.Module, found: Capture, *, trains: bool) -> tuple[str, str]:
+def choose_at_start(settings: Settings, module: nn.Module, captured: Capture, *, trains: bool) -> tuple[str, str]:
     """Return the fastest correct runtime and what was measured, with ranges of the captured call alone.
 
     Training through rounding needs to know the runtime, which says what is rounded; and weights change neither how long
@@ -25,11 +25,11 @@ def choose_at_start(settings: Settings, module: nn.Module, found: Capture, *, tr
     Args:
         settings: recipe, selection, and what latencies are measured with.
         module: to quantize.
-        found: a call of it.
+        captured: a call of it.
         trains: whether it will be trained through rounding.
     """
     duplicate = copied_to(module, HOST, unrouted=True)
-    args, kwargs = moved_call(found.args, found.kwargs)
+    args, kwargs = moved_call(captured.args, captured.kwargs)
     recipe, selection = settings.recipe, settings.selection
     if not recipe.needs_calibration:
         args, kwargs, _ = leave_out_labels(duplicate, args, kwargs)

@@ -26,7 +26,7 @@ from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.search.candidates import Candidates
 from lightning_quant.search.files import Files
-from lightning_quant.search.find import Budget, Found
+from lightning_quant.search.find import Budget, SearchRecord
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.objective import LATENCY
 from lightning_quant.search.record import find_on_record, fingerprint
@@ -89,12 +89,12 @@ def searched(
     files.timed = judge.on_speed or objective == LATENCY
     mark = _mark(callback, deployment, known)
     budget, tell = Budget.of(settings.max_validations, settings.time_budget_s), functools.partial(_tell, callback)
-    found = find_on_record(files, judge, objective, budget, callback.last_folder, mark, tell)
+    record = find_on_record(files, judge, objective, budget, callback.last_folder, mark, tell)
     callback.seconds["search"] = time.perf_counter() - started
-    best = found.best(objective, judge.direction)
+    best = record.best(objective, judge.direction)
     if best is None:
-        return dataclasses.replace(deployment, known=known, notes=(*deployment.notes, found.nothing))
-    section = SearchSection(objective, found, best)
+        return dataclasses.replace(deployment, known=known, notes=(*deployment.notes, record.nothing))
+    section = SearchSection(objective, record, best)
     return dataclasses.replace(deployment, model=files.model(best.choice), known=known, search=section)
 
 
@@ -151,8 +151,8 @@ def _mark(callback: QuantizationCallback, deployment: Deployment, known: Known) 
     )
 
 
-def _tell(callback: QuantizationCallback, found: Found) -> None:
-    if found.trials and not found.ended:
-        trial = found.trials[-1]
+def _tell(callback: QuantizationCallback, record: SearchRecord) -> None:
+    if record.trials and not record.ended:
+        trial = record.trials[-1]
         outcome = trial.error or ("keeps the limits" if trial.keeps_all else "misses a limit")
-        rank_zero_info(f"{type(callback).__name__}: search, {len(found.trials)}: {trial.choice}: {outcome}.")
+        rank_zero_info(f"{type(callback).__name__}: search, {len(record.trials)}: {trial.choice}: {outcome}.")

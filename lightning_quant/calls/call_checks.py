@@ -38,8 +38,8 @@ def as_captured(info: TensorInfo, tensor: Tensor) -> Tensor:
     """
     kind = next((kind for kind in ("is_meta", "is_quantized", "is_nested", "is_sparse") if getattr(tensor, kind)), None)
     if kind is not None or tensor.layout is not torch.strided:
-        found = str(tensor.layout) if kind is None else kind.removeprefix("is_")
-        raise QuantizationError(f"Expected `{info.name}` to be a dense tensor of {info.dtype}, but got a {found} one.")
+        layout = str(tensor.layout) if kind is None else kind.removeprefix("is_")
+        raise QuantizationError(f"Expected `{info.name}` to be a dense tensor of {info.dtype}, but got a {layout} one.")
     _check_shape(info, tensor)
     dtype = DTYPES[info.dtype]
     if tensor.dtype is dtype:

@@ -176,18 +176,18 @@ def constant_names(spec: CallSpec, tensors: list[Tensor]) -> tuple[str, ...]:
 
 def context_of(spec: CallSpec) -> str:
     """Return what classes of the user's carry in a call beside their tensors, as text; empty when there are none."""
-    found: list[str] = []
+    contexts: list[str] = []
 
     def visit(tree: Any) -> None:
         if tree.is_leaf():
             return
         if tree.type not in _PLAIN_CONTAINERS and not (isinstance(tree.type, type) and issubclass(tree.type, tuple)):
-            found.append(f"{tree.type.__name__}({_ADDRESS.sub('', repr(tree.context))})")
+            contexts.append(f"{tree.type.__name__}({_ADDRESS.sub('', repr(tree.context))})")
         for child in tree.children():
             visit(child)
 
     visit(spec.treespec)
-    return ", ".join(found)
+    return ", ".join(contexts)
 
 
 def rebuild_call(signature: inspect.Signature, arguments: Mapping[str, Any]) -> Call:

@@ -74,19 +74,19 @@ def named_leaves(tree: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[
 
 def reachable_tensors(value: Any) -> list[Tensor]:
     """Return the tensors of a value in order, those that objects of whatever class hold among them."""
-    found: list[Tensor] = []
+    tensors: list[Tensor] = []
     seen: set[int] = set()
 
     def visit(tree: Any) -> None:
         for leaf in pytree.tree_leaves(tree):
             if isinstance(leaf, Tensor):
-                found.append(leaf)
+                tensors.append(leaf)
             elif id(leaf) not in seen and not isinstance(leaf, (*CONSTANTS, nn.Module, type)):
                 seen.add(id(leaf))
                 visit([*_attributes(leaf).values(), *_items(leaf).values()])
 
     visit(value)
-    return found
+    return tensors
 
 
 def _part(key: Any) -> str:

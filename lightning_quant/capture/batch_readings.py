@@ -77,8 +77,8 @@ def choose_reading(module: nn.Module, signature: inspect.Signature, item: Any, *
             f"Expected it to be clear which items of a batch `forward{signature}` takes, but it runs with {ways} of "
             f"the {len(item)}. {way_out(item)}"
         )
-    found = (cut or running)[0]
-    return replace(found, cast=_cast(module, found.call(item)))
+    best = (cut or running)[0]
+    return replace(best, cast=_cast(module, best.call(item)))
 
 
 def _readings(signature: inspect.Signature, item: Any, *, is_batch: bool) -> list[Reading]:

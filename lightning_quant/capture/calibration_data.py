@@ -67,8 +67,8 @@ class CalibrationCalls:
         floating = next((p.dtype for p in self.module.parameters() if p.is_floating_point()), torch.get_default_dtype())
 
         def tensor(array: Any) -> Tensor:
-            found = torch.as_tensor(array)
-            return found.to(floating) if found.dtype == torch.float64 else found
+            converted = torch.as_tensor(array)
+            return converted.to(floating) if converted.dtype == torch.float64 else converted
 
         item = dict(item) if isinstance(item, Mapping) and not isinstance(item, dict) else item
         item = pytree.tree_map_only((np.ndarray, np.generic), tensor, item)

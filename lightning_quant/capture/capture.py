@@ -82,19 +82,19 @@ def capture(
                 f"Expected the training step to call `module` {path!r}, but it calls {sorted(calls) or 'none'}."
             )
         return Capture(path, *calls[path])
-    found = _trainable_only(root, list(calls))
-    if not found:
+    trainable = _trainable_only(root, list(calls))
+    if not trainable:
         raise CaptureError(_none(root, is_wanted))
-    if len(found) == 1:
-        return Capture(found[0], *calls[found[0]])
-    several = {name: calls[name] for name in found}
+    if len(trainable) == 1:
+        return Capture(trainable[0], *calls[trainable[0]])
+    several = {name: calls[name] for name in trainable}
     work = {name: _multiply_adds(root.get_submodule(name), *call) for name, call in several.items()}
-    largest = max(found, key=lambda name: work[name])
+    largest = max(trainable, key=lambda name: work[name])
     if work[largest] < _NEARLY_ALL * sum(work.values()) or not work[largest]:
         if together:
-            return Capture("", (PartCalls(several),), {}, parts=tuple(found))
+            return Capture("", (PartCalls(several),), {}, parts=tuple(trainable))
         raise CaptureError(_several(root, work))
-    return Capture(largest, *calls[largest], beside=tuple(name for name in found if name != largest))
+    return Capture(largest, *calls[largest], beside=tuple(name for name in trainable if name != largest))
 
 
 def find_module(root: nn.Module, path: str) -> nn.Module:

@@ -182,7 +182,7 @@ def _is_pickled(ckpt_path: str | os.PathLike[str]) -> bool:
 def _strange_classes(name: str) -> str:
     """Return in words which classes and functions a checkpoint names, without loading it."""
     try:
-        found = torch.serialization.get_unsafe_globals_in_checkpoint(name)
+        classes = torch.serialization.get_unsafe_globals_in_checkpoint(name)
     except _DAMAGE:  # No archive, as the Trainer writes.
         return ""
-    return f": it names {', '.join(sorted(found)[:3])}" if found else ""
+    return f": it names {', '.join(sorted(classes)[:3])}" if classes else ""

@@ -98,8 +98,8 @@ def leave_out_labels(
     )
     if not names:
         return args, kwargs, None
-    found = LossInputs(names, signature)
-    bound, labels = found.split(args, kwargs)
+    loss_inputs = LossInputs(names, signature)
+    bound, labels = loss_inputs.split(args, kwargs)
     with torch.no_grad(), isolated_rng(), evaluation_mode(module):
         complete = module(*args, **kwargs)
         try:
@@ -109,8 +109,8 @@ def leave_out_labels(
             return args, kwargs, None
     if not _differ_by_a_loss(complete, without):
         return args, kwargs, None
-    found.formula = _matching(complete, labels)
-    return bound.args, bound.kwargs, found
+    loss_inputs.formula = _matching(complete, labels)
+    return bound.args, bound.kwargs, loss_inputs
 
 
 def _differ_by_a_loss(complete: Any, without: Any) -> bool:

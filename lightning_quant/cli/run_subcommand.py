@@ -107,7 +107,7 @@ def _options(name: str, classes: dict[str, Any]) -> list[str]:
     """Return what a subcommand takes, as LightningCLI writes it."""
     known = [*inspect.signature(getattr(Quantizing, name)).parameters, "model_class", "data_class", "config", "json"]
     known += [f"trainer.{option}" for option in inspect.signature(Trainer).parameters]
-    known += [f"{kind}.{option}" for kind, found in classes.items() for option in inspect.signature(found).parameters]
+    known += [f"{kind}.{option}" for kind, made in classes.items() for option in inspect.signature(made).parameters]
     return [*known, *(field.name for field in fields(Limits))] if name == "quantize" else known
 
 
@@ -115,13 +115,13 @@ def _config_beside(ckpt_path: str, *, trust: bool) -> str | None:
     """Return the configuration that LightningCLI saved with a run, which has the checkpoint below it."""
     read_checkpoint(ckpt_path, trust=trust)
     parents = list(Path(ckpt_path).absolute().parents)[:2]
-    found = next((parent / "config.yaml" for parent in parents if (parent / "config.yaml").is_file()), None)
-    if found is not None and not trust:
+    config = next((parent / "config.yaml" for parent in parents if (parent / "config.yaml").is_file()), None)
+    if config is not None and not trust:
         raise QuantizationError(
-            f"Expected to be told that {found} may be used, since what it names is imported, and so run. Name it, "
-            f"`--config {found}`, or add `--trust` if whoever wrote it and the checkpoint is somebody you trust."
+            f"Expected to be told that {config} may be used, since what it names is imported, and so run. Name it, "
+            f"`--config {config}`, or add `--trust` if whoever wrote it and the checkpoint is somebody you trust."
         )
-    return None if found is None else str(found)
+    return None if config is None else str(config)
 
 
 def _class_in(ckpt_path: str, *, trust: bool) -> str:

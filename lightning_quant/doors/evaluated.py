@@ -152,9 +152,9 @@ def searched(
     mark = fingerprint(whole.root, said, recipes.spelled(settings.recipe), whole.plan.runtime, judged.floating)
     budget = Budget.of(settings.max_validations, settings.time_budget_s)
     with timed(seconds, "search"):
-        found = find_on_record(files, judge, objective, budget, folder, mark)
-    best = found.best(objective, judge.direction)
+        record = find_on_record(files, judge, objective, budget, folder, mark)
+    best = record.best(objective, judge.direction)
     if best is None:
-        warnings.warn(f"{folder}: {found.nothing}.", NoEffectWarning, stacklevel=3)
+        warnings.warn(f"{folder}: {record.nothing}.", NoEffectWarning, stacklevel=3)
         return whole, None
-    return files.model(best.choice), SearchSection(objective, found, best)
+    return files.model(best.choice), SearchSection(objective, record, best)

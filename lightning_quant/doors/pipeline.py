@@ -138,7 +138,7 @@ def quantize(  # noqa: D417  `documented` adds the shared ones
         quantized: PlannedModel = make(model, recipe, chosen, selection, iter(seen) if seen else calls, seconds)  # type: ignore[arg-type]
         for call in held:
             quantized.note_sizes(*call)
-        found = rank_operators(Prepared.of(quantized), few) if sensitivity else None
+        ranked = rank_operators(Prepared.of(quantized), few) if sensitivity else None
         search = None
         if settings.searches:
             quantized, search = searched(judged, quantized, seen, held, folder, seconds)
@@ -165,7 +165,7 @@ def quantize(  # noqa: D417  `documented` adds the shared ones
                 seconds=seconds,
                 threads=threads,
                 notes=(*notes, *failed),
-                sensitivity=found,
+                sensitivity=ranked,
                 held=HeldOut(tuple(held), "the last call, which took no part in calibration"),
                 limits=limits,
             )

@@ -221,14 +221,14 @@ def has_weights(module: nn.Module) -> bool:
 
 def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
     """Return the modules that the graph calls as a whole although layers with weights are inside."""
-    found = set()
+    paths = set()
     for node in traced.graph.nodes:
         if node.op != "call_module":
             continue
         kind = ops.describe(node, module).kind
         if kind in ("other", "transformer") and has_weights(module.get_submodule(str(node.target))):
-            found.add(str(node.target))
-    return found
+            paths.add(str(node.target))
+    return paths
 
 
 def _never_called(root: nn.Module, rows: list[Row], observed: ObservedCall) -> Iterator[Claim]:

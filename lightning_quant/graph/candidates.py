@@ -94,10 +94,10 @@ class Candidates:
         """Tell whether a value is computed from parameters alone; if so, keep how."""
         if not isinstance(node, fx.Node):
             return False
-        found = constant(node, self.root)
-        if found is not None:
-            self.constants[node.meta["key"]] = found
-        return found is not None
+        value = constant(node, self.root)
+        if value is not None:
+            self.constants[node.meta["key"]] = value
+        return value is not None
 
     def _fuse_pad(self, unit: Unit) -> None:
         pad = unit.source[0]

@@ -98,23 +98,23 @@ def weigh(root: nn.Module, claims: list[Claim], rows: list[Row]) -> list[Row]:
     for name, parameter in parameters.items():
         if parameter.dim() > 1:
             names.setdefault(id(parameter), []).append(name)
-    found = list(rows)
+    weighed = list(rows)
     for own in names.values():
         read = [name if name in readers else _made_of(name) for name in own]
         owners = [readers[name] if name in readers else _owner(name, modules) for name in read]
         known = sorted((index for index in owners if index is not None), key=lambda i: claims[i].row.action != "float")
         number = parameters[own[0]].numel()
         if known:
-            found[known[0]] = replace(found[known[0]], weights=found[known[0]].weights + number)
+            weighed[known[0]] = replace(weighed[known[0]], weights=weighed[known[0]].weights + number)
         else:
-            found.append(Row(own[0], "Parameter", "float", _NO_LAYER, weights=number))
-    return found
+            weighed.append(Row(own[0], "Parameter", "float", _NO_LAYER, weights=number))
+    return weighed
 
 
 def _made_of(name: str) -> str:
     """Return the name of the weight that a parameter is for, where a parametrization or weight norm makes one of it."""
-    layer, found, rest = name.rpartition("parametrizations.")
-    if found:
+    layer, parametrized, rest = name.rpartition("parametrizations.")
+    if parametrized:
         return layer + rest.partition(".")[0]
     owner, _, own = name.rpartition(".")
     return join(owner, "weight") if own in ("weight_g", "weight_v", "weight_orig") else name

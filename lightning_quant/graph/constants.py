@@ -43,13 +43,13 @@ def sources(node: fx.Node) -> list[str]:
 
 def ancestors(node: fx.Node) -> set[fx.Node]:
     """Return a node with all that it depends on."""
-    found, left = {node}, [node]
+    above, left = {node}, [node]
     while left:
         for read in left.pop().all_input_nodes:
-            if read not in found:
-                found.add(read)
+            if read not in above:
+                above.add(read)
                 left.append(read)
-    return found
+    return above
 
 
 def _is_random(node: fx.Node, root: nn.Module) -> bool:

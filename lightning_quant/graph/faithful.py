@@ -57,10 +57,10 @@ def trace_faithfully(
     reasons: dict[str, str] = {}
     while True:
         traced = trace(module, spec, tensors, {*(opaque or ()), *reasons})
-        found = _unfaithful(traced, module, tensors, *calls[""])
-        if found is None:
+        unfaithful = _unfaithful(traced, module, tensors, *calls[""])
+        if unfaithful is None:
             return replace(traced, opaque={**reasons, **traced.opaque})
-        place, reason = found
+        place, reason = unfaithful
         place = place or _place_of_fault(traced, module, calls)
         if not place or place in reasons:
             raise UntraceableError(f"{type(module).__name__}.forward cannot be traced: {reason}")

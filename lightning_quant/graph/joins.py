@@ -41,12 +41,12 @@ def unlike_parts(
     parts = {node: _parts(node, operations) for node in joins}
     if not parts:
         return {}
-    watch = _Watch(clone(root, unrouted=True), joins[0].graph, {part for found in parts.values() for part in found})
+    watch = _Watch(clone(root, unrouted=True), joins[0].graph, {part for keys in parts.values() for part in keys})
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         watch.run(*tensors)
     reasons = {}
-    for node, found in parts.items():
-        kept = _worst([watch.values[part] for part in found if part in watch.values])
+    for node, keys in parts.items():
+        kept = _worst([watch.values[part] for part in keys if part in watch.values])
         if kept is not None:
             reasons[node] = f"its parts' ranges are too unlike for one grid, on which one of them keeps {kept:.1f} dB"
     return reasons

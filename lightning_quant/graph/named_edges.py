@@ -45,8 +45,8 @@ class EdgeNames:
 
     def of(self, scopes: Iterable[Any]) -> str | None:
         """Return the edge that a node quantizes, from the paths of the modules that it was traced in."""
-        found = [self.identities[_last(scope)] for scope in scopes if _last(scope) in self.identities]
-        return _numbered(found[-1], self._seen) if found else None
+        identities = [self.identities[_last(scope)] for scope in scopes if _last(scope) in self.identities]
+        return _numbered(identities[-1], self._seen) if identities else None
 
     def of_onnx(self, node: Any) -> str | None:
         """Return the edge that a node of an ONNX graph quantizes, from what the exporter noted of it."""
@@ -63,16 +63,16 @@ def numbered(identities: Iterable[str]) -> list[str]:
     return [_numbered(identity, seen) for identity in identities]
 
 
-def check_common(given: Iterable[str], found: Iterable[str]) -> None:
+def check_common(given: Iterable[str], names: Iterable[str]) -> None:
     """Make sure that a file has edges of a plan.
 
     Raises:
         ExportError: it has none.
     """
-    if given and not set(given) & set(found):
+    if given and not set(given) & set(names):
         raise ExportError(
             f"Expected quantized tensors of the plan in the exported file, {list(given)[:3]} among them, but it has "
-            f"{list(found)[:3] or 'none'}."
+            f"{list(names)[:3] or 'none'}."
         )
 
 

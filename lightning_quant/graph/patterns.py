@@ -46,7 +46,7 @@ class Matcher(Candidates):
     def claims(self) -> list[Claim]:
         """Return a row for every operator that the plan lists, in the order of execution, and what it answers for."""
         quantized = {unit.main for unit in self.units.values()}
-        found = []
+        claims = []
         # Node to the rows that its value comes from, seen through what is not listed.
         made_by: dict[fx.Node, tuple[str, ...]] = {}
         for node in self.graph.nodes:
@@ -66,8 +66,8 @@ class Matcher(Candidates):
                 row = replace(row, action="float", reason=self.table.in_float) if self.table.in_float else row
             else:
                 row = replace(row, excluded=bool(self.selection.exclusion(row.name, row.kind)))
-            found.append(claim_of(node, row, self.path, self._weights(node)))
-        return found
+            claims.append(claim_of(node, row, self.path, self._weights(node)))
+        return claims
 
     def _quantized(self, row: Row, node: fx.Node) -> Row:
         if not self.table.in_float:
@@ -79,7 +79,7 @@ class Matcher(Candidates):
     def _computed_once(self) -> set[fx.Node]:
         """What weights and biases of integer operators are computed with."""
         read = [node for unit in self.units.values() for node in unit.main.all_input_nodes if node not in unit.source]
-        return {node for found in read if found.meta["key"] in self.constants for node in ancestors(found)}
+        return {node for constant in read if constant.meta["key"] in self.constants for node in ancestors(constant)}
 
     def _is_listed(self, node: fx.Node) -> bool:
         """Tell whether the plan has a row for a node: not for index arithmetic, nor for what constants give."""
@@ -262,9 +262,9 @@ class Matcher(Candidates):
 
 def _activations(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes whose values depend on the values of an input, and not on its sizes or on weights alone."""
-    found: set[fx.Node] = set()
+    activations: set[fx.Node] = set()
     for node in graph.nodes:
         tensors = [source for source in node.all_input_nodes if not isinstance(source.meta.get("fake"), int | Size)]
-        if node.op == "placeholder" or any(source in found for source in tensors):
-            found.add(node)
-    return found
+        if node.op == "placeholder" or any(source in activations for source in tensors):
+            activations.add(node)
+    return activations

@@ -240,11 +240,11 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
                 check_attributes(before, copy)
                 functionalize(graph, copy)
         except Exception as error:  # whatever a user's forward raises when run on proxies
-            found = tracer.failures or getattr(error, "places", None) or {"": _reason(error)}
-            if "" in found or found.keys() & reasons.keys():
-                reason = found.get("") or next(iter(found.values()))
+            failures = tracer.failures or getattr(error, "places", None) or {"": _reason(error)}
+            if "" in failures or failures.keys() & reasons.keys():
+                reason = failures.get("") or next(iter(failures.values()))
                 raise UntraceableError(f"{type(root).__name__}.forward cannot be traced: {reason}") from error
-            reasons |= found
+            reasons |= failures
             continue
         reasons |= tracer.failures
         if not tracer.failures:

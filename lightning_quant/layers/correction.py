@@ -17,9 +17,9 @@ _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @torch.no_grad()
-def correct_biases(model: nn.Module, found: Mapping[str, Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def correct_biases(model: nn.Module, tried: Mapping[str, Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Let the means of what linear layers and convolutions answer on a call of the float model stay as they were."""
-    trials = {label: trial for label, trial in found.items() if _is_correctable(trial)}
+    trials = {label: trial for label, trial in tried.items() if _is_correctable(trial)}
     means = InputMeans()
     handles = [trial.float_layer.register_forward_pre_hook(_noting(means, trial)) for trial in trials.values()]
     call_watched(model, args, kwargs, handles)

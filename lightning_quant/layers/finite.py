@@ -58,12 +58,12 @@ def check_output(
 
 def _first_layer(root: nn.Module, again: Callable[[], Any]) -> str:
     """Return in words which layer answers NaN first."""
-    found: list[str] = []
+    names: list[str] = []
 
     def hook(name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: Any, output: Any) -> None:
-            if not found and _has_nan(output):
-                found.append(name)
+            if not names and _has_nan(output):
+                names.append(name)
 
         return see
 
@@ -76,7 +76,7 @@ def _first_layer(root: nn.Module, again: Callable[[], Any]) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"{found[0]!r} does first" if found else "it comes from its own forward"
+    return f"{names[0]!r} does first" if names else "it comes from its own forward"
 
 
 def _has_nan(value: Any) -> bool:

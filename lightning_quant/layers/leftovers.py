@@ -18,7 +18,7 @@ _IN_TABLES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def left_in_float(root: nn.Module, plan: Plan) -> frozenset[str]:
     """Return the labels of layers and modules with weights that a graph's plan leaves in float for want of a form."""
     modules = dict(root.named_modules(remove_duplicate=False))
-    found = set()
+    labels = set()
     for row in plan.rows:
         if row.action != "float" or row.excluded or row.reason in (UNREAD, UNREACHED):
             continue
@@ -28,8 +28,8 @@ def left_in_float(root: nn.Module, plan: Plan) -> frozenset[str]:
         if module is None or isinstance(module, _IN_TABLES) or (is_expanded(module) and not has_hooks(module)):
             continue
         if class_for(module) is not None or any(p.dim() > 1 for p in module.parameters(recurse=False)):
-            found.add(_label(root, path))
-    return frozenset(found)
+            labels.add(_label(root, path))
+    return frozenset(labels)
 
 
 def with_stored(root: nn.Module, plan: Plan, stored: Mapping[str, Row]) -> Plan:

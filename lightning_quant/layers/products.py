@@ -28,7 +28,7 @@ class _Watch(TorchDispatchMode):
         # would be given to others.
         self.known = {p.untyped_storage().data_ptr(): {key} for key, p in parameters.items()}
         self.kept: list[Tensor] = []
-        self.found: set[int] = set()
+        self.multiplied: set[int] = set()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -38,7 +38,7 @@ class _Watch(TorchDispatchMode):
         if name in _PRODUCTS or name in _MOVES:
             read = {key for t in _tensors((args, kwargs)) for key in self.known.get(t.untyped_storage().data_ptr(), ())}
             if name in _PRODUCTS:
-                self.found |= read
+                self.multiplied |= read
             elif read:
                 for tensor in _tensors(result):
                     self.known.setdefault(tensor.untyped_storage().data_ptr(), set()).update(read)
@@ -71,7 +71,7 @@ def multiplied(model: nn.Module, owners: list[nn.Module], args: tuple[Any, ...],
         _Watch(own) as watch,
     ):
         model(*args, **kwargs)
-    return watch.found
+    return watch.multiplied
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -12,11 +12,11 @@ from lightning_quant.layers.trial import Trial
 from lightning_quant.surgery.routing import evaluation_mode
 
 
-def rows_of(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Row, ...]:
+def rows_of(model: nn.Module, tried: list[Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Row, ...]:
     """Return a row for every layer, and for what the call computes beside them."""
     claims = []
     counted: set[int] = set()
-    for trial in found:
+    for trial in tried:
         weights = [weight for weight in trial.weights if weight.data_ptr() not in counted]
         counted.update(weight.data_ptr() for weight in weights)
         action = "float" if trial.layer is None else trial.layer.scheme.action

@@ -12,14 +12,14 @@ from lightning_quant.surgery.routing import evaluation_mode, without_fast_path
 
 
 @torch.no_grad()
-def read_beside(model: nn.Module, found: dict[str, Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
+def read_beside(model: nn.Module, tried: dict[str, Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[str]:
     """Return the layers whose weights are used outside of them, too, where only the integers would be found.
 
     Mamba's discretization and DeBERTa's relative positions do so. Reading a shape or a type does no harm.
     """
 
     def fails(names: list[str]) -> bool:
-        layers = {place: found[name].layer for name in names for place in found[name].places}
+        layers = {place: tried[name].layer for name in names for place in tried[name].places}
         with placed(model, layers):  # type: ignore[arg-type]
             try:
                 output = model(*args, **kwargs)
@@ -33,17 +33,17 @@ def read_beside(model: nn.Module, found: dict[str, Trial], args: tuple[Any, ...]
         half = len(names) // 2
         return names if len(names) == 1 else culprits(names[:half]) + culprits(names[half:])
 
-    stored = [name for name, trial in found.items() if trial.layer is not None]
+    stored = [name for name, trial in tried.items() if trial.layer is not None]
     with torch.random.fork_rng(devices=[]), evaluation_mode(model), without_fast_path():
         if not fails(stored) or fails([]):
             return []
-        return culprits([name for name in stored if found[name].layer.read_beside])  # type: ignore[union-attr]
+        return culprits([name for name in stored if tried[name].layer.read_beside])  # type: ignore[union-attr]
 
 
-def keep_ties(found: dict[str, Trial]) -> None:
+def keep_ties(tried: dict[str, Trial]) -> None:
     """Give layers that share a weight one form of it: the form of the one that needs most bits."""
     by_weight: dict[int, list[Trial]] = {}
-    for trial in found.values():
+    for trial in tried.values():
         # Empty ones have no address.
         for weight in filter(torch.Tensor.numel, trial.weights):
             by_weight.setdefault(weight.data_ptr(), []).append(trial)

@@ -181,11 +181,11 @@ def trials(
     if not half_arithmetic:
         schemes = [replace(s, arithmetic="float") if s.arithmetic == "half" else s for s in schemes]
     known: dict[Any, Any] = {}
-    found: dict[int, Trial] = {}
+    by_module: dict[int, Trial] = {}
     inside: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
-        if id(module) in found:
-            found[id(module)].names.append(name)
+        if id(module) in by_module:
+            by_module[id(module)].names.append(name)
             continue
         if any(not outer or name.startswith(f"{outer}.") for outer in inside):
             continue
@@ -193,20 +193,20 @@ def trials(
         has_weights = any(p.dim() > 1 for p in module.parameters(recurse=False))
         if stored_class is None and not has_weights:
             continue
-        trial = found[id(module)] = Trial(name, module, recipe, known)
+        trial = by_module[id(module)] = Trial(name, module, recipe, known)
         if stored_class is not None:
             inside.append(name)
         excluded = selection.refusal(trial.label, trial.kind)
         trial.unwanted, trial.excluded = excluded or _refusal(module, stored_class), bool(excluded)
         if not trial.unwanted and stored_class is not None:
             trial.allow(stored_class, schemes)
-    _allow_parameters(model, list(found.values()), schemes, call)
-    return {trial.label: trial for trial in found.values()}
+    _allow_parameters(model, list(by_module.values()), schemes, call)
+    return {trial.label: trial for trial in by_module.values()}
 
 
-def _allow_parameters(model: nn.Module, found: list[Trial], schemes: list[Scheme], call: Call) -> None:
+def _allow_parameters(model: nn.Module, tried: list[Trial], schemes: list[Scheme], call: Call) -> None:
     """Let weights of modules without a quantized form be stored, where the modules' code multiplies by them."""
-    owners = [t for t in found if class_for(t.float_layer) is None and not t.excluded]
+    owners = [t for t in tried if class_for(t.float_layer) is None and not t.excluded]
     owners = [t for t in owners if not isinstance(t.float_layer, StoredLayer | parametrize.ParametrizationList)]
     read = multiplied(model, [t.float_layer for t in owners], *call)
     for trial in owners:

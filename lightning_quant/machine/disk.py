@@ -76,13 +76,13 @@ def taking(folder: Path, what: str) -> Iterator[None]:
 
 def disk_refusal(error: BaseException) -> OSError | None:
     """Return the refusal of a disk that a writer's error comes from; None where it comes from something else."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, OSError) and found.errno in _REFUSED:
-            return found
-        if any(words in str(found) for words in _IN_WORDS):
-            return OSError(str(found).strip().splitlines()[0])
-        found = found.__cause__ or getattr(found, "inner_exception", None) or found.__context__
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, OSError) and cause.errno in _REFUSED:
+            return cause
+        if any(words in str(cause) for words in _IN_WORDS):
+            return OSError(str(cause).strip().splitlines()[0])
+        cause = cause.__cause__ or getattr(cause, "inner_exception", None) or cause.__context__
     return None
 
 

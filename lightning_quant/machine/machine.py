@@ -33,10 +33,10 @@ def _cpu() -> tuple[str, frozenset[str]]:
     # Takes two seconds, which Linux users need not wait for.
     import cpuinfo
 
-    found = cpuinfo.get_cpu_info()
+    cpu = cpuinfo.get_cpu_info()
     spelled = {name.replace("_", ""): name for name in _SETS}
-    flags = frozenset(spelled.get(flag.replace("_", ""), flag) for flag in found.get("flags", []))
-    return found.get("brand_raw") or platform.processor() or platform.machine(), flags
+    flags = frozenset(spelled.get(flag.replace("_", ""), flag) for flag in cpu.get("flags", []))
+    return cpu.get("brand_raw") or platform.processor() or platform.machine(), flags
 
 
 def peak_bytes() -> int:

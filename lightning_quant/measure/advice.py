@@ -48,14 +48,14 @@ def advise(prepared: Prepared, worst: str, measure: Measure, float_bytes: dict[s
     error, score = measure(all_but(prepared))
     least = error * _LEAST
     everything = {name_of(prepared, identity) for identity in prepared.operators}
-    found: Advice | None = None
+    advice: Advice | None = None
     for names in _options(prepared, worst):
         left, left_score = measure(all_but(prepared, names))
         if left < least and everything != set(names):
             gain = None if score is None or left_score is None else left_score - score
-            found = Advice(names, left, sum(float_bytes[name] for name in names), gain)
+            advice = Advice(names, left, sum(float_bytes[name] for name in names), gain)
             least = error - 2 * (error - left)
-    return found
+    return advice
 
 
 def _options(prepared: Prepared, worst: str) -> list[tuple[str, ...]]:

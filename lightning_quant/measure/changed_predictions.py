@@ -203,8 +203,8 @@ def changed_predictions(
     """
     if not predictions.num_samples or not predictions.vary:
         return None
-    found = [(one, _changed(model, artifact, one)) for one in predictions.kept]
-    known = [(one, changed) for one, changed in found if changed is not None]
+    compared = [(one, _changed(model, artifact, one)) for one in predictions.kept]
+    known = [(one, changed) for one, changed in compared if changed is not None]
     tried = _tried(model, worst) if known else ()
     causes = _causes(model, known, tried)
     samples = tuple(
@@ -257,10 +257,10 @@ def _causes(
     model: PlannedModel, known: list[tuple[list[Tensor], Changed]], tried: tuple[str, ...]
 ) -> list[tuple[str, ...]]:
     """Return of each sample the operators that bring its prediction back; samples of one size run together."""
-    found: list[tuple[str, ...]] = [() for _ in known]
+    causes: list[tuple[str, ...]] = [() for _ in known]
     batch = model.batch
     if not isinstance(model, Prepared) or batch is None:
-        return found
+        return causes
     sizes: dict[Any, list[int]] = {}
     for index, (one, _) in enumerate(known):
         sizes.setdefault(tuple(tensor.shape for tensor in one), []).append(index)
@@ -276,8 +276,8 @@ def _causes(
             # Where rounding ties alone tipped a sample, nothing brings back what the simulation never lost.
             back_again = lost & _predicts(model, together, everything - _parts(model, name), before)
             for i, back in zip(indices, back_again, strict=True):
-                found[i] += (name,) * bool(back)
-    return found
+                causes[i] += (name,) * bool(back)
+    return causes
 
 
 def _parts(model: Prepared, name: str) -> frozenset[str]:

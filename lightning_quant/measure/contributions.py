@@ -173,8 +173,8 @@ class Recorder:
         if name in self._means:
             return _checked(_of_running(self._means[name]), value)
         states = [s for s in self._metrics.values() if s.metric is metric] if metric is not None else None
-        found = [parts for s in (states or self._metrics.values()) if (parts := _checked(s.contributions(), value))]
-        return found[0] if found else None
+        fitting = [parts for s in (states or self._metrics.values()) if (parts := _checked(s.contributions(), value))]
+        return fitting[0] if fitting else None
 
 
 def _of_running(reached: list[tuple[float, float]]) -> Contributions:

@@ -57,7 +57,7 @@ def edge_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, EdgeStat
         calls: of the module.
     """
     axes = _channel_axes(prepared)
-    found: dict[str, EdgeStatistics] = {}
+    statistics: dict[str, EdgeStatistics] = {}
     grid = prepared.ranges.grid
 
     def count(identity: str, x: Tensor) -> None:
@@ -68,7 +68,7 @@ def edge_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, EdgeStat
         channels = values.movedim(axes.get(identity, 1 if x.dim() == 4 else -1), 0).flatten(1)
         low, high = channels.aminmax(dim=1)
         nothing = torch.zeros(len(low), dtype=torch.float64, device=low.device)
-        entry = found.setdefault(identity, EdgeStatistics(low, high, nothing))
+        entry = statistics.setdefault(identity, EdgeStatistics(low, high, nothing))
         entry.low, entry.high = torch.minimum(entry.low, low), torch.maximum(entry.high, high)
         entry.total += channels.double().sum(1)
         entry.number += values.numel()
@@ -81,7 +81,7 @@ def edge_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, EdgeStat
     with prepared.simulation.watching(count), prepared.attached("observe"):
         for args, kwargs in calls:
             prepared.root(*args, **kwargs)
-    return found
+    return statistics
 
 
 def _channel_axes(prepared: Prepared) -> dict[str, int]:

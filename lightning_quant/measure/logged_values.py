@@ -55,19 +55,19 @@ class LoggedValues(Callback):
         if self._recorder is None:
             return {}
         metrics = {name: None if item.is_tensor else item.value for name, item in self._logged.items()}
-        found = {n: self._recorder.contributions(n, value, metrics.get(n)) for n, value in values.items()}
-        return {name: parts for name, parts in found.items() if parts is not None}
+        by_name = {n: self._recorder.contributions(n, value, metrics.get(n)) for n, value in values.items()}
+        return {name: parts for name, parts in by_name.items() if parts is not None}
 
 
 def _logged_in(trainer: Trainer) -> dict[str, Any]:
     """Return name to Lightning's record of what was logged for the whole of a validation epoch."""
-    results, found = trainer._results, {}
+    results, logged = trainer._results, {}
     for item in () if results is None else results.values():
         if item.has_reset or not item.meta.on_epoch:
             continue
         suffix = item.meta.dataloader_idx if item.meta.add_dataloader_idx else None
-        found[item.meta.forked_name(False) + (f"/dataloader_idx_{suffix}" if suffix is not None else "")] = item
-    return found
+        logged[item.meta.forked_name(False) + (f"/dataloader_idx_{suffix}" if suffix is not None else "")] = item
+    return logged
 
 
 def _random_states() -> tuple[Any, ...]:

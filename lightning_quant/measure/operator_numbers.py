@@ -85,9 +85,9 @@ def operator_numbers(prepared: Prepared, call: Call) -> tuple[OperatorNumbers, .
     """
     with evaluation_mode(prepared.root):
         exact, rounded = _in_float(prepared, call), _simulated(prepared, call)
-        found = {identity: _numbers(prepared, identity, exact, rounded) for identity in prepared.operators}
-        worst = sorted(found, key=lambda identity: found[identity].own_db)[:NUM_WORST]
-        return tuple(_drawn(prepared, i, n, exact) if i in worst else n for i, n in found.items())
+        numbers = {identity: _numbers(prepared, identity, exact, rounded) for identity in prepared.operators}
+        worst = sorted(numbers, key=lambda identity: numbers[identity].own_db)[:NUM_WORST]
+        return tuple(_drawn(prepared, i, n, exact) if i in worst else n for i, n in numbers.items())
 
 
 def _in_float(prepared: Prepared, call: Call) -> _Seen:

@@ -90,18 +90,18 @@ class Noise:
     @property
     def warnings(self) -> list[str]:
         """Which outputs are mostly noise, in plain words."""
-        found = []
+        lines = []
         for output in self.outputs:
             if output.db is not None and not output.db >= FLOOR_DB:
-                found.append(f"output `{output.name}` is {output.db:.1f} dB from float, mostly noise")
+                lines.append(f"output `{output.name}` is {output.db:.1f} dB from float, mostly noise")
             elif output.channel_db is not None and not output.channel_db >= FLOOR_DB:
-                found.append(
+                lines.append(
                     f"channel {output.channel} of output `{output.name}` (dimension {output.axis}) is "
                     f"{output.channel_db:.1f} dB from float, mostly noise, in an output of {output.db:.1f} dB"
                 )
             if output.equal is not None and output.equal < MINIMUM_EQUAL:
-                found.append(f"only {output.equal:.1%} of the predictions of output `{output.name}` are those of float")
-        return found
+                lines.append(f"only {output.equal:.1%} of the predictions of output `{output.name}` are those of float")
+        return lines
 
     def scalars(self) -> dict[str, float]:
         """Return quantity to number: the worst output's, and each one's where there are several."""

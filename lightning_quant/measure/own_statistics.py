@@ -31,7 +31,7 @@ def own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str,
     grid = prepared.ranges.grid
     for identity, operator in prepared.operators.items():
         edge = operator.writes if operator.quantized_output else operator.reads[0]
-        found, ratio = seen.get(edge), weight_noise.get(identity, 0.0)
+        of_edge, ratio = seen.get(edge), weight_noise.get(identity, 0.0)
         if operator.quantized_output:
             ratio = _output_noise(prepared, calls, identity, edge)
         low = high = 0.0
@@ -48,9 +48,9 @@ def own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str,
             "own_db": -10 * math.log10(ratio) if ratio else math.inf,
             "low": low,
             "high": high,
-            "clipped": 0.0 if found is None else found.outside / found.number,
+            "clipped": 0.0 if of_edge is None else of_edge.outside / of_edge.number,
             "widest": widest,
-            "spread": 1.0 if found is None else found.spread,
+            "spread": 1.0 if of_edge is None else of_edge.spread,
             "float_bytes": extra,
         }
     return statistics

@@ -197,10 +197,10 @@ def sensitivity(prepared: Prepared, calls: list[Call], *, score: Score | None = 
 
 def _sign(name: str, known: Mapping[str, bool | None]) -> int:
     """Return 1 for metrics that are better when higher, -1 for others, 0 where that is not known."""
-    found = known.get(name)
-    if found is None:
-        found = next((known[part] for part in ("loss", "acc") if part in name.lower()), None)
-    return 0 if found is None else 1 if found else -1
+    sign = known.get(name)
+    if sign is None:
+        sign = next((known[part] for part in ("loss", "acc") if part in name.lower()), None)
+    return 0 if sign is None else 1 if sign else -1
 
 
 def check_rankable(recipe: AnyRecipe, *, sensitivity: bool) -> None:

@@ -17,12 +17,12 @@ def tokenizer_of(*owners: Any) -> Any:
     """Return what makes text of tokens, of the first of these objects that has a `tokenizer`; None without one."""
     for owner in owners:
         try:
-            found = getattr(owner, "tokenizer", None)
+            tokenizer = getattr(owner, "tokenizer", None)
         # The user's own property, for a caption: one that is not there any more, say.
         except Exception:
             continue
-        if found is not None:
-            return found
+        if tokenizer is not None:
+            return tokenizer
     return None
 
 

@@ -61,21 +61,21 @@ class Verification:
     @property
     def failures(self) -> list[str]:
         """What is wrong, in plain words; empty when the artifact does here what it did there."""
-        found = []
+        lines = []
         needed = min(self.quantization_db + _MARGIN_DB, _ENOUGH_DB)
         if not self.agreement_db >= needed:
-            found.append(
+            lines.append(
                 f"outputs are {self.agreement_db:.1f} dB from those recorded on {self.written_on}, where at least "
                 f"{needed:.1f} dB are expected: kernels of this processor ({self.cpu}) compute something else. If it "
                 'has no VNNI, quantize with recipe "int8_reduce_range"'
             )
         if self.equal_integers < 1:
-            found.append(f"only {self.equal_integers:.1%} of the integer outputs are those recorded")
+            lines.append(f"only {self.equal_integers:.1%} of the integer outputs are those recorded")
         if self.new_nan_share:
-            found.append(f"{self.new_nan_share:.2%} of the outputs are NaN where the float model has a number")
+            lines.append(f"{self.new_nan_share:.2%} of the outputs are NaN where the float model has a number")
         elif self.nan_share == 1:
-            found.append("every output is NaN, as the float model's was: weights or recorded inputs are to blame")
-        return found
+            lines.append("every output is NaN, as the float model's was: weights or recorded inputs are to blame")
+        return lines
 
     def __str__(self) -> str:
         if self.failures:

@@ -66,10 +66,10 @@ def find_batch(run: Run, names: tuple[str, ...], tensors: list[Tensor]) -> Batch
     """
     fallback = None
     for inputs in itertools.islice(_candidates(names, tensors), _TRIES):
-        found = _tried(run, names, tensors, inputs)
-        if found is not None and found.independent:
-            return _with_smallest(run, names, tensors, found)
-        fallback = fallback or (found if set(inputs.values()) == {0} else None)
+        batch = _tried(run, names, tensors, inputs)
+        if batch is not None and batch.independent:
+            return _with_smallest(run, names, tensors, batch)
+        fallback = fallback or (batch if set(inputs.values()) == {0} else None)
     return fallback and _with_smallest(run, names, tensors, fallback)
 
 

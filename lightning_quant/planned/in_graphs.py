@@ -46,16 +46,16 @@ def store_layers(
         )
     for pattern, name in stored.items():
         chosen = Selection(include=(pattern,))
-        found = quantize_layers(model.root, args, kwargs, recipe=name, runtime=plan.runtime, selection=chosen)
-        named = {row.name: row for row in found.plan.rows if matches(pattern, row.name, row.kind)}
+        layerwise = quantize_layers(model.root, args, kwargs, recipe=name, runtime=plan.runtime, selection=chosen)
+        named = {row.name: row for row in layerwise.plan.rows if matches(pattern, row.name, row.kind)}
         plan = with_stored(model.root, plan, {label: row for label, row in named.items() if label not in layers})
-        layers = {**found.layers, **layers}
+        layers = {**layerwise.layers, **layers}
     if left and in_graphs:
         try:
-            found = quantize_layers(model.root, args, kwargs, recipe=_BY_ITSELF, runtime=plan.runtime, only=left)
+            layerwise = quantize_layers(model.root, args, kwargs, recipe=_BY_ITSELF, runtime=plan.runtime, only=left)
         except PlanError:
             # Rows that say why the graph has no form of a layer stay as they are.
             return layers, plan
-        plan = with_stored(model.root, plan, {row.name: row for row in found.plan.rows if row.name in left})
-        layers = {**found.layers, **layers}
+        plan = with_stored(model.root, plan, {row.name: row for row in layerwise.plan.rows if row.name in left})
+        layers = {**layerwise.layers, **layers}
     return layers, plan

@@ -54,12 +54,12 @@ def _following(module: nn.Module, captured: PlannedModel) -> dict[tuple[str, str
 
     few, more = after(_FEW), after(_MORE)
     values = {place: _without_size(value, more.get(place)) for place, value in few.items()}
-    found = {place: value for place, value in values.items() if value is not None}
-    if not found:
+    sizes = {place: value for place, value in values.items() if value is not None}
+    if not sizes:
         return {}
     # What counts calls, say, is another number by now.
     again = after(_FEW)
-    return {place: value for place, value in found.items() if _is_alike(few[place], again.get(place))}
+    return {place: value for place, value in sizes.items() if _is_alike(few[place], again.get(place))}
 
 
 def _plain(module: nn.Module) -> dict[tuple[str, str], Any]:

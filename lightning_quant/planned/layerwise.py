@@ -243,17 +243,17 @@ def quantize_layers(
         join_parts(model)
     captured, opaque = _captured(model, call, runtime)
     half = check_runs(runtime, chosen)
-    found = try_layers(model, call, chosen, selection, half_arithmetic=half, parts=parts, only=only)
-    rows = rows_of(model, list(found.values()), *call)
+    tried = try_layers(model, call, chosen, selection, half_arithmetic=half, parts=parts, only=only)
+    rows = rows_of(model, list(tried.values()), *call)
     check_patterns(selection, list(rows))
-    layers = {name: trial.layer for trial in found.values() if trial.layer is not None for name in trial.places}
+    layers = {name: trial.layer for trial in tried.values() if trial.layer is not None for name in trial.places}
     plan = Plan(chosen.name, runtime, module, (), rows)
     if not layers:
         raise PlanError(_nothing(model, chosen.name, rows))
     if chosen.gptq:
         refine(source, layers, more)
     if chosen.bias_correction:
-        correct_biases(model, found, *call)
+        correct_biases(model, tried, *call)
     quantized = Layerwise(model, captured, chosen, plan, layers, selection)
     quantized.parts = parts
     _give_up_program(quantized, call, opaque)

@@ -32,7 +32,7 @@ def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis
     elsewhere = {FLOAT, *stored_by(recipe).values()}
     grids = {p: _grid(recipe, p, target) for p, target in recipe.overrides.items() if target not in elsewhere}
     kinds = {row.name: row.kind for row in analysis.plan.rows}
-    found: dict[str, int] = {}
+    chosen: dict[str, int] = {}
     used: set[str] = set()
     for graph in analysis.plan.graphs:
         for operator in graph.operators:
@@ -40,14 +40,14 @@ def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis
             fitting = [pattern for pattern in grids if operator.weight and matches(pattern, name, kinds.get(name, ""))]
             used.update(fitting)
             if fitting:
-                found[operator.identity] = grids[fitting[0]]
+                chosen[operator.identity] = grids[fitting[0]]
     unused = sorted(set(grids) - used)
     if unused:
         raise PlanError(
             f"Expected `overrides` to hold patterns on names or types of quantized layers, but got {unused[0]!r}, "
             f"which matches none of {', '.join(sorted(o.key for o in operators.values() if o.weight)[:8])}."
         )
-    return found
+    return chosen
 
 
 def stored_by(recipe: Recipe) -> dict[str, str]:
@@ -56,8 +56,8 @@ def stored_by(recipe: Recipe) -> dict[str, str]:
     Not those with ranges that arrive with each row: their sums are not those of the simulation, to the bit.
     """
     named = {pattern: target for pattern, target in recipe.overrides.items() if isinstance(target, str)}
-    found = {pattern: recipes.RECIPES.get(target) for pattern, target in named.items()}
-    return {p: r.name for p, r in found.items() if r and not r.needs_calibration and "dynamic" not in r.schemes}
+    recipe_of = {pattern: recipes.RECIPES.get(target) for pattern, target in named.items()}
+    return {p: r.name for p, r in recipe_of.items() if r and not r.needs_calibration and "dynamic" not in r.schemes}
 
 
 def check_targets(recipe: Recipe) -> None:

@@ -85,9 +85,7 @@ def check_takes(captured: PlannedModel, args: tuple[Any, ...], kwargs: dict[str,
         with evaluation_mode(captured.root):
             decided = decisions(captured.root, args, kwargs)
         if decided != captured.decided:
-            other = next(
-                (found for found, known in zip(decided, captured.decided, strict=False) if found != known), None
-            )
+            other = next((now for now, known in zip(decided, captured.decided, strict=False) if now != known), None)
             what = "it reads other values" if other is None else f"a batch has {in_words((other,))[0]}"
             raise FixedSizesError(
                 f"Expected validation to call so that {' and '.join(in_words(captured.decided))}, as in the call that "

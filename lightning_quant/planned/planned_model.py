@@ -161,9 +161,9 @@ class PlannedModel:
         """Return what was found out of the sizes, plain data."""
         return self._batch, self.exported, self.refused, self.decided, self.into_only
 
-    def take_sizes(self, found: tuple[Any, ...]) -> None:
+    def take_sizes(self, sizes: tuple[Any, ...]) -> None:
         """Take over what another binding, or process, found out."""
-        self._batch, self.exported, self.refused, self.decided, self.into_only = found
+        self._batch, self.exported, self.refused, self.decided, self.into_only = sizes
 
     def call(self, tensors: list[Tensor] | None = None) -> Call:
         """Return the captured call, with these tensors in place of its own if there are any."""

@@ -39,30 +39,30 @@ def try_layers(
     Raises:
         CalibrationError: a weight of a layer is not finite.
     """
-    found = trials(model, recipe, selection, call, half_arithmetic=half_arithmetic)
-    for trial in found.values():
+    tried = trials(model, recipe, selection, call, half_arithmetic=half_arithmetic)
+    for trial in tried.values():
         if parts and not any(f"{trial.place}.".startswith(f"{name}.") for name in parts):
             trial.stay_float("the training step does not call it, or it does not learn")
     if only is not None:
-        found = {label: trial for label, trial in found.items() if label in only}
-    check_weights(found)
-    _run(model, list(found.values()), *call)
-    for trial in found.values():
+        tried = {label: trial for label, trial in tried.items() if label in only}
+    check_weights(tried)
+    _run(model, list(tried.values()), *call)
+    for trial in tried.values():
         trial.finish()
-    keep_ties(found)
-    for name in read_beside(model, found, *call):
-        found[name].stay_float("code outside it reads its weight")
-    keep_ties(found)
-    return found
+    keep_ties(tried)
+    for name in read_beside(model, tried, *call):
+        tried[name].stay_float("code outside it reads its weight")
+    keep_ties(tried)
+    return tried
 
 
 @torch.no_grad()
-def _run(model: nn.Module, found: list[Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+def _run(model: nn.Module, tried: list[Trial], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Call the float model once; every layer's trial sees what the layer reads and answers."""
     # Before the user's hooks, which may change what the layer answers.
     handles = [
         trial.float_layer.register_forward_hook(trial.see, with_kwargs=True, prepend=True)
-        for trial in found
+        for trial in tried
         if not isinstance(trial.float_layer, torch.jit.ScriptModule)
     ]
     call_watched(model, args, kwargs, handles)

@@ -46,9 +46,9 @@ def merged(observer: Observer, states: list[dict[str, Any]]) -> dict[str, Any]:
         QuantizationError: a state that should be the same in all is not, or nobody said how one becomes one.
     """
     # One that only some values bring about was not there when the observer was checked.
-    found = {name for state in states for name in state}
-    _check_declared("an observer", observer, found)
-    declared = [(name, how) for name, how in _declared(observer).items() if name in found]
+    names = {name for state in states for name in state}
+    _check_declared("an observer", observer, names)
+    declared = [(name, how) for name, how in _declared(observer).items() if name in names]
     return {name: _one(name, how, [state for state in states if name in state]) for name, how in declared}
 
 

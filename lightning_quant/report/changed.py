@@ -21,16 +21,16 @@ class Changed(Section):
 
     def text(self) -> str:
         """Return how many changed, and what brings them back."""
-        found = self.changed
-        if found is None or not found.num_changed:
+        changed = self.changed
+        if changed is None or not changed.num_changed:
             return ""
-        line = f"{found.num_changed:,} of {found.num_samples:,} predictions changed, on {found.base}"
-        number = len(found.samples)
-        if found.operators:
-            named = [f"{name} {back}" for name, back in list(found.operators.items())[:_NUM_NAMED]]
+        line = f"{changed.num_changed:,} of {changed.num_samples:,} predictions changed, on {changed.base}"
+        number = len(changed.samples)
+        if changed.operators:
+            named = [f"{name} {back}" for name, back in list(changed.operators.items())[:_NUM_NAMED]]
             line += f"; of {number} that were looked at, kept float alone brings back: {', '.join(named)}"
-        elif found.num_tried and number:
-            line += f"; none of {found.num_tried} operators, kept float alone, brings one of {number} back"
+        elif changed.num_tried and number:
+            line += f"; none of {changed.num_tried} operators, kept float alone, brings one of {number} back"
         return one_line(f"{line}.")
 
     def scalars(self) -> dict[str, float | None]:

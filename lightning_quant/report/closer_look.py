@@ -63,11 +63,11 @@ def closer_look(
         base = "validation"
         if (predictions is None or not predictions.num_samples) and held is not None:
             predictions, base = _predictions(model, *compared, held), held.base
-        found = None
+        changed = None
         if predictions is not None:
             called = compared[1] if model.into_only else in_parts(compared[1], model)
-            found = changed_predictions(model, called, predictions, base, worst=worst)
-        return CloserLook(Numbers(numbers, _operator_ms(model, path, threads)), Changed(found))
+            changed = changed_predictions(model, called, predictions, base, worst=worst)
+        return CloserLook(Numbers(numbers, _operator_ms(model, path, threads)), Changed(changed))
     # What was trained and measured is not lost for the sake of a figure.
     except Exception as error:
         warnings.warn(f"The report lacks a closer look: {error!r}. Please report this.", NoEffectWarning, stacklevel=2)
@@ -97,15 +97,15 @@ def _few(model: PlannedModel, call: Call, number: int) -> Call | None:
 
 
 def _predictions(model: PlannedModel, root: nn.Module, artifact: Callable[..., Any], held: HeldOut) -> Predictions:
-    found = Predictions(functools.partial(alone, model), tokenizer_of(model.root))
+    predictions = Predictions(functools.partial(alone, model), tokenizer_of(model.root))
     # Calls that are none of the artifact tell nothing; the comparison of outputs says so.
     with contextlib.suppress(QuantizationError):
         for call in held.calls:
             call = moved_call(*call)
             with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(root), without_fast_path():
-                found.note_float(call, root(*call.args, **call.kwargs))
-                found.note_artifact(call, artifact(*call.args, **call.kwargs))
-    return found
+                predictions.note_float(call, root(*call.args, **call.kwargs))
+                predictions.note_artifact(call, artifact(*call.args, **call.kwargs))
+    return predictions
 
 
 def _operator_ms(model: PlannedModel, path: Path, threads: int) -> dict[str, float]:

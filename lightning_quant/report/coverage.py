@@ -113,16 +113,16 @@ def low_coverage(plan: dict[str, Any]) -> list[str]:
     # Of a static recipe, layers that are stored compute in float.
     as_asked = ("int8", "fused") if plan["graphs"] else {row["action"] for row in asked} - {"float"}
     most = max((row for row in asked if row["action"] not in as_asked), key=lambda row: row["macs"], default=None)
-    found = []
+    lines = []
     total, weights = (sum(row[what] for row in asked) for what in ("macs", "weights"))
     if most is not None and plan["coverage"] * sum(row["macs"] for row in plan["rows"]) < _LOW * total:
-        found.append(
+        lines.append(
             f"only {plan['coverage']:.1%} of the multiply-adds run as {plan['recipe']!r} asks, most of the rest is in "
             f"{most['name']} ({most['kind']}: {most['reason'] or most['action']}); {helps}"
         )
     if plan["graphs"] and sum(row["weights"] for row in left) > (1 - _LOW) * weights:
-        found.append(
+        lines.append(
             f"only {plan['weight_coverage']:.1%} of the weights' bytes are stored with fewer bits, so that the file is "
             f"not much smaller; {helps}"
         )
-    return found
+    return lines

@@ -37,22 +37,22 @@ def as_fields(given: Mapping[str, Any], known: Collection[str]) -> dict[str, Any
     Raises:
         QuantizationError: a name or a value is none, or a field is misspelt.
     """
-    found = {name: value for name, value in given.items() if name in known}
-    found["max_drop"] = dict(found.get("max_drop", {}))
+    fields = {name: value for name, value in given.items() if name in known}
+    fields["max_drop"] = dict(fields.get("max_drop", {}))
     said: dict[bool, list[str]] = {True: [], False: []}
     for name, value in given.items():
         if name in known:
             continue
         _check(name, value, known)
         if name in BOUNDS:
-            found[BOUNDS[name]] = _positive(name, value)
+            fields[BOUNDS[name]] = _positive(name, value)
             continue
-        found["max_drop"][name] = abs(float(value))
+        fields["max_drop"][name] = abs(float(value))
         if value:
             said[value < 0].append(name)
     for higher, name in ((True, "higher_is_better"), (False, "lower_is_better")):
-        found[name] = [*found.get(name, []), *said[higher]]
-    return found
+        fields[name] = [*fields.get(name, []), *said[higher]]
+    return fields
 
 
 def _check(name: Any, value: Any, known: Collection[str]) -> None:

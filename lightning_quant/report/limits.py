@@ -141,25 +141,25 @@ def missed(report: Mapping[str, Any], limits: Limits) -> list[str]:
         report: with the "metrics", "size_ratio" and "scalars" of `Report.to_dict`.
         limits: what it is held against.
     """
-    found = list(_metrics_missed(report, limits))
+    lines = list(_metrics_missed(report, limits))
     if limits.max_size_ratio is not None:
         ratio = report.get("size_ratio")
         if ratio is None:
-            found.append("no size ratio was measured")
+            lines.append("no size ratio was measured")
         elif not float(ratio) <= limits.max_size_ratio:
-            found.append(f"its size ratio is {cell(ratio)}, more than {limits.max_size_ratio}")
-    found += _bytes_missed(report, limits)
-    found += _latency_missed(report, limits)
+            lines.append(f"its size ratio is {cell(ratio)}, more than {limits.max_size_ratio}")
+    lines += _bytes_missed(report, limits)
+    lines += _latency_missed(report, limits)
     if limits.min_speedup is not None:
         speedups = _speedups(report)
         for batch, value in speedups.items():
             if not value >= limits.min_speedup:
-                found.append(
+                lines.append(
                     f"at batch {batch} it is {value:.2f} times as fast as float, less than {limits.min_speedup}"
                 )
         if not speedups:
-            found.append("no speed-up was measured")
-    return found
+            lines.append("no speed-up was measured")
+    return lines
 
 
 def _bytes_missed(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
@@ -185,10 +185,10 @@ def _latency_missed(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
 
 def failures_in(report: dict[str, Any]) -> list[str]:
     """Return what a report says FAILED: its parity, or its recipe."""
-    found = [text for text in report.get("warnings", []) if " FAILED" in text]
-    if report.get("scalars", {}).get("quant/parity_failed") and not any("parity" in text for text in found):
-        found.append("parity FAILED")
-    return found
+    lines = [text for text in report.get("warnings", []) if " FAILED" in text]
+    if report.get("scalars", {}).get("quant/parity_failed") and not any("parity" in text for text in lines):
+        lines.append("parity FAILED")
+    return lines
 
 
 def summary(artifact: Artifact) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     shown = []
     for row in _parts_behind(rows):
         name, action = row["name"], row["action"]
-        found = layers.get(name, {})
+        row_layer = layers.get(name, {})
         shown.append(
             {
                 **row,
@@ -150,9 +150,9 @@ def _rows(report: dict[str, Any]) -> list[dict[str, Any]]:
                 "macs_share": row["macs"] / totals["macs"],
                 "weights_share": row["weights"] / totals["weights"],
                 "weight_bytes": _weight_bytes(row),
-                "own_db": found.get("own_db", numbers.get(name, {}).get("own_db")),
+                "own_db": row_layer.get("own_db", numbers.get(name, {}).get("own_db")),
                 "db": numbers.get(name, {}).get("db"),
-                "clipped": found.get("clipped"),
+                "clipped": row_layer.get("clipped"),
                 "ms": times.get(name) if action != "fused" else None,
             }
         )

@@ -105,11 +105,11 @@ def _stored(float_layer: nn.Module, name: str, scheme: str, tensors: dict[str, T
         if key not in tensors:
             raise ArtifactError(f"Expected the artifact to hold {key!r} for `into`, but it does not.")
         stored[weight] = (tensors[key], tensors.get(f"{key}_scale"))
-        expected, found = stored_class.rows(layer, weight).shape, _shape(*stored[weight])
-        if expected != found:
+        expected, shape = stored_class.rows(layer, weight).shape, _shape(*stored[weight])
+        if expected != shape:
             raise ArtifactError(
                 f"Expected {key!r} of the artifact to have the shape that `into` has, {tuple(expected)}, but got "
-                f"{tuple(found)}."
+                f"{tuple(shape)}."
             )
     made = stored_class(layer, SCHEMES[scheme], stored)
     added = tensors.get(f"{name}.{ADDED}")
@@ -131,10 +131,10 @@ def _set_tensors(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     for name, tensor in named.items():
         if name not in tensors or tensors[name].shape != tensor.shape:
-            found = f"shape {tuple(tensors[name].shape)}" if name in tensors else "nothing of that name"
+            there = f"shape {tuple(tensors[name].shape)}" if name in tensors else "nothing of that name"
             raise ArtifactError(
                 f"Expected the artifact to hold {name!r} of shape {tuple(tensor.shape)} for `into`, but it holds "
-                f"{found}."
+                f"{there}."
             )
     unused = sorted(name for name in set(tensors) - set(named) if not name.startswith(CONSTANT))
     if unused:

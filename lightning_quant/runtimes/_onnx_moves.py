@@ -62,22 +62,22 @@ def _chain(last: Any, quantize: Any) -> list[Any]:
 
     All of them move values, and none has a reader outside.
     """
-    found, left = [], [last]
+    chain, left = [], [last]
     while left:
         node = left.pop()
         if node.op_type not in _MOVING or not _pads_zero(node):
             return []
-        found.append(node)
+        chain.append(node)
         for producer in (node.inputs[index].producer() for index in _moved(node)):
             if producer is None or (producer.op_type == "DequantizeLinear" and not _same_grid(producer, quantize)):
                 return []
-            if producer.op_type != "DequantizeLinear" and producer not in found + left:
+            if producer.op_type != "DequantizeLinear" and producer not in chain + left:
                 left.append(producer)
-    inside = {*found, quantize}
-    outputs = [value for node in found for value in node.outputs]
+    inside = {*chain, quantize}
+    outputs = [value for node in chain for value in node.outputs]
     if any(value.is_graph_output() or {use.node for use in value.uses()} - inside for value in outputs):
         return []
-    return found if len(quantize.inputs[0].uses()) == 1 else []
+    return chain if len(quantize.inputs[0].uses()) == 1 else []
 
 
 def _is_left_in_float(node: Any) -> bool:

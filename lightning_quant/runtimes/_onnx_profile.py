@@ -47,11 +47,11 @@ def operator_ms(
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
             spent[event["name"].removesuffix(_KERNEL)].append(event["dur"] / 1000)
-    found: dict[str, float] = collections.defaultdict(float)
+    by_owner: dict[str, float] = collections.defaultdict(float)
     for node, durations in spent.items():
         # The first call is slower than all others.
-        found[_owner(node, owners)] += statistics.median(durations[1:] or durations)
-    return dict(found)
+        by_owner[_owner(node, owners)] += statistics.median(durations[1:] or durations)
+    return dict(by_owner)
 
 
 def _owner(node: str, owners: dict[str, str]) -> str:

@@ -37,7 +37,7 @@ def reason(error: BaseException, names: tuple[str, ...], fixed: list[str]) -> st
     hints = re.search(r"Suggested fixes:\n((?:[ \t]+\S[^\n]*\n?)+)", text)
     if hints:
         said += f" (PyTorch suggests {', '.join(line.strip() for line in hints[1].splitlines() if line.strip())})"
-    said = _INPUT.sub(lambda found: _named(found, names), said).rstrip(".")
+    said = _INPUT.sub(lambda match: _named(match, names), said).rstrip(".")
     called = _CALL.search(text)
     places = [f"{called[1]}:{called[2]} `{called[3].strip()}`"] if called else _raised_at(error) or fixed
     return f"{said}, at {places[-1]}" if places else said
@@ -75,10 +75,10 @@ def _origin(error: BaseException) -> BaseException:
     return error
 
 
-def _named(found: re.Match[str], names: tuple[str, ...]) -> str:
-    index = int(found[1])
+def _named(match: re.Match[str], names: tuple[str, ...]) -> str:
+    index = int(match[1])
     name = f"`{names[index]}`" if index < len(names) else f"input {index}"
-    return f"dimension {found[2]} of {name}" if found[2] else name
+    return f"dimension {match[2]} of {name}" if match[2] else name
 
 
 def _is_users(file: str) -> bool:

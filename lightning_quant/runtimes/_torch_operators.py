@@ -159,10 +159,11 @@ def operator_of(call: str) -> Callable[..., Any]:
         raise ValueError(f"{call!r:.80} is no operator of a program")
     namespace, name, overload = call.split(".")
     packet = getattr(getattr(torch.ops, namespace), name, None)
-    found = getattr(packet, overload, None) if overload in (packet.overloads() if packet is not None else ()) else None
-    if found is None or found._schema.is_mutable:
+    overloads = packet.overloads() if packet is not None else ()
+    operator = getattr(packet, overload, None) if overload in overloads else None
+    if operator is None or operator._schema.is_mutable:
         raise ValueError(f"{call!r:.80} is no operator of PyTorch {torch.__version__}")
-    return found
+    return operator
 
 
 def _is_listed(call: str) -> bool:

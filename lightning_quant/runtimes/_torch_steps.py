@@ -59,12 +59,12 @@ def simplify(graph: fx.Graph) -> None:
 
 def tensors_of(graph_module: fx.GraphModule, prefix: str = "") -> dict[str, Tensor]:
     """Return the tensors that a graph reads, by name with a prefix; steps have `TENSOR` before that."""
-    found = {
+    attributes = {
         prefix + str(node.target): operator.attrgetter(str(node.target))(graph_module)
         for node in graph_module.graph.nodes
         if node.op == "get_attr"
     }
-    return {name: value for name, value in found.items() if isinstance(value, Tensor)}
+    return {name: value for name, value in attributes.items() if isinstance(value, Tensor)}
 
 
 def write_steps(

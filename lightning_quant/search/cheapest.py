@@ -74,10 +74,10 @@ def cheapest(
     constraints = LinearConstraint(matrix, np.array([row[1] for row in rows]), np.array([row[2] for row in rows]))
     whole_numbers = np.array([1] * 2 * number + [0] * len(spared))
     options = {"time_limit": _SECONDS}
-    found = milp(cost, integrality=whole_numbers, bounds=Bounds(0, 1), constraints=constraints, options=options)
-    if found.x is None:
+    solution = milp(cost, integrality=whole_numbers, bounds=Bounds(0, 1), constraints=constraints, options=options)
+    if solution.x is None:
         return None
-    chosen = found.x > 0.5
+    chosen = solution.x > 0.5
     out = {name: place for name, place in places.items() if chosen[place]}
     return {name: FLOAT if chosen[number + at] or name not in stored else STORED for name, at in out.items()}
 

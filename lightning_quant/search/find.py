@@ -64,7 +64,7 @@ class Budget:
 
 
 @dataclass
-class Found:
+class SearchRecord:
     """What a search has found out by now.
 
     Attributes:
@@ -99,9 +99,9 @@ def find(
     objective: str = SIZE,
     budget: Budget | None = None,
     *,
-    found: Found | None = None,
-    note: Callable[[Found], None] | None = None,
-) -> Found:
+    record: SearchRecord | None = None,
+    note: Callable[[SearchRecord], None] | None = None,
+) -> SearchRecord:
     """Search a space; end with what was found when the budget is spent, the user interrupts, or something fails.
 
     Args:
@@ -109,20 +109,20 @@ def find(
         judge: gives a verdict for each limit.
         objective: "size", "latency", or a metric.
         budget: what may be spent; by default as many validations as a bisection takes.
-        found: gets the trials; those in it are known and not run again.
+        record: gets the trials; those in it are known and not run again.
         note: called after every trial.
     """
-    search = _Search(space, judge, budget or Budget(), found if found is not None else Found(), note)
+    search = _Search(space, judge, budget or Budget(), record if record is not None else SearchRecord(), note)
     try:
-        search.found.ended = search.cheapest() if objective in COSTS else search.dearest()
+        search.record.ended = search.cheapest() if objective in COSTS else search.dearest()
     except SpentError as spent:
-        search.found.ended = str(spent)
+        search.record.ended = str(spent)
     except KeyboardInterrupt:
-        search.found.ended = "an interruption"
+        search.record.ended = "an interruption"
     # Libraries and the user's own code run in every trial: what was found before must not be lost for one of them.
     except Exception as error:
-        search.found.ended, search.found.failed = f"an error: {error!r}", True
-    return search.found
+        search.record.ended, search.record.failed = f"an error: {error!r}", True
+    return search.record
 
 
 class _Search:
@@ -131,13 +131,13 @@ class _Search:
         space: Space,
         judge: Callable[[Measured], tuple[Verdict, ...]],
         budget: Budget,
-        found: Found,
-        note: Callable[[Found], None] | None,
+        record: SearchRecord,
+        note: Callable[[SearchRecord], None] | None,
     ) -> None:
-        self.space, self.judge, self.budget, self.found, self.note = space, judge, budget, found, note
+        self.space, self.judge, self.budget, self.record, self.note = space, judge, budget, record, note
         # What an interrupted search has tried is not tried again, but counts.
-        self._known = {trial.choice: trial for trial in found.trials}
-        found.trials = []
+        self._known = {trial.choice: trial for trial in record.trials}
+        record.trials = []
 
     def cheapest(self) -> str:
         """Find the first step at which the metrics keep their limits."""
@@ -169,7 +169,7 @@ class _Search:
 
     def _steps(self) -> Sequence[Choice]:
         steps = self.space.steps()
-        self.found.num_steps = len(steps)
+        self.record.num_steps = len(steps)
         if self.budget.max_validations is None:
             self.budget.max_validations = math.ceil(math.log2(max(len(steps), 1))) + _BESIDE
         return steps
@@ -186,15 +186,15 @@ class _Search:
         return high
 
     def _has_left(self) -> bool:
-        return self.budget.max_validations is None or len(self.found.trials) < self.budget.max_validations
+        return self.budget.max_validations is None or len(self.record.trials) < self.budget.max_validations
 
     def _try(self, choice: Choice) -> Trial:
-        self.budget.check(len(self.found.trials))
+        self.budget.check(len(self.record.trials))
         trial = self._known.get(choice) or self._measure(choice)
-        if all(trial.choice != other.choice for other in self.found.trials):
-            self.found.trials.append(trial)
+        if all(trial.choice != other.choice for other in self.record.trials):
+            self.record.trials.append(trial)
         if self.note is not None:
-            self.note(self.found)
+            self.note(self.record)
         return trial
 
     def _measure(self, choice: Choice) -> Trial:

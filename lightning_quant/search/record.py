@@ -18,7 +18,7 @@ from lightning_quant.artifact.folder import SEARCH
 from lightning_quant.errors import ArtifactError
 from lightning_quant.measure.contributions import Difference
 from lightning_quant.search.choice import Choice, Measured, Trial, Verdict
-from lightning_quant.search.find import Budget, Found, Space, find
+from lightning_quant.search.find import Budget, SearchRecord, Space, find
 
 SCHEMA_VERSION = 1
 _MAX_BYTES = 64 * 2**20
@@ -26,24 +26,24 @@ _MAX_BYTES = 64 * 2**20
 
 def fingerprint(module: nn.Module, *said: Any) -> str:
     """Return what two searches have in common that try the same: weights, and all that they were told."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
     for name, tensor in module.state_dict().items():
-        found.update(name.encode())
+        digest.update(name.encode())
         if hasattr(tensor, "detach"):
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-    found.update(repr(said).encode())
-    return found.hexdigest()
+            digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    digest.update(repr(said).encode())
+    return digest.hexdigest()
 
 
-def save(folder: Path, found: Found, objective: str, mark: str) -> None:
+def save(folder: Path, record: SearchRecord, objective: str, mark: str) -> None:
     """Write what a search has found by now, whole or not at all; a folder that takes no file costs the record alone."""
     content = {
         "schema_version": SCHEMA_VERSION,
         "fingerprint": mark,
         "objective": objective,
-        "num_steps": found.num_steps,
-        "ended": found.ended,
-        "trials": [as_dict(trial) for trial in found.trials],
+        "num_steps": record.num_steps,
+        "ended": record.ended,
+        "trials": [as_dict(trial) for trial in record.trials],
     }
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
@@ -59,8 +59,8 @@ def find_on_record(
     budget: Budget,
     folder: Path,
     mark: str,
-    tell: Callable[[Found], None] = lambda _: None,
-) -> Found:
+    tell: Callable[[SearchRecord], None] = lambda _: None,
+) -> SearchRecord:
     """Search a space, go on from what an interrupted search of the same has recorded, and record every trial.
 
     Args:
@@ -73,13 +73,13 @@ def find_on_record(
         tell: called after every trial, and in the end.
     """
 
-    def note(found: Found) -> None:
-        save(folder, found, objective, mark)
-        tell(found)
+    def note(record: SearchRecord) -> None:
+        save(folder, record, objective, mark)
+        tell(record)
 
-    found = find(space, judge, objective, budget, found=load(folder, mark), note=note)
-    note(found)
-    return found
+    record = find(space, judge, objective, budget, record=load(folder, mark), note=note)
+    note(record)
+    return record
 
 
 def as_dict(trial: Trial) -> dict[str, Any]:
@@ -94,15 +94,15 @@ def as_dict(trial: Trial) -> dict[str, Any]:
     }
 
 
-def load(folder: Path, mark: str) -> Found:
+def load(folder: Path, mark: str) -> SearchRecord:
     """Return what an interrupted search of the same has found; nothing where there is none."""
     try:
         content = parse_json(read_bytes(folder / SEARCH, _MAX_BYTES), _MAX_BYTES)
         if content["schema_version"] != SCHEMA_VERSION or content["fingerprint"] != mark:
-            return Found()
-        return Found([_trial(values) for values in content["trials"]])
+            return SearchRecord()
+        return SearchRecord([_trial(values) for values in content["trials"]])
     except (ArtifactError, OSError, ValueError, KeyError, TypeError, AttributeError):
-        return Found()
+        return SearchRecord()
 
 
 def _plain(value: Any) -> Any:

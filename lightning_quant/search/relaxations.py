@@ -57,11 +57,11 @@ class Relaxations:
         """Return growing choices, what gains most by its price first; at least one operator stays in integers."""
         kept: dict[str, str] = {}
         whole = sum(self.prices[name, FLOAT] for name in self.operators) or 1.0
-        found = []
+        choices = []
         while (best := self._next(kept, whole)) is not None:
             kept = best
-            found.append(Choice(tuple(kept.items())))
-        return found
+            choices.append(Choice(tuple(kept.items())))
+        return choices
 
     def at_most(self, error: float) -> Choice | None:
         """Return the cheapest choice that leaves no more than some noise; None where that is not found."""
@@ -158,17 +158,17 @@ def relaxations(prepared: Prepared, calls: list[Call], *, by_time: bool = False)
 
 def _rounded(prepared: Prepared) -> list[tuple[frozenset[str], frozenset[str], bool]]:
     """Return for each part what of it is rounded, the names of its users, and whether it is a weight."""
-    found = []
+    candidates = []
     users: dict[str, set[str]] = {}
     for identity, operator in prepared.operators.items():
         if operator.weight:
-            found.append((frozenset({identity}), frozenset({name_of(prepared, identity)}), True))
+            candidates.append((frozenset({identity}), frozenset({name_of(prepared, identity)}), True))
         for edge in touched_edges(prepared, identity):
             users.setdefault(prepared.ranges.source(edge), set()).add(name_of(prepared, identity))
     for source, names in users.items():
         edges = frozenset(edge for edge in prepared.ranges.edges if prepared.ranges.source(edge) == source)
-        found.append((edges, frozenset(names), False))
-    return found
+        candidates.append((edges, frozenset(names), False))
+    return candidates
 
 
 def _stored(prepared: Prepared) -> frozenset[str]:

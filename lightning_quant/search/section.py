@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_quant.report.section import Section
 from lightning_quant.search.choice import Measured, Trial, Verdict
-from lightning_quant.search.find import Found
+from lightning_quant.search.find import SearchRecord
 from lightning_quant.search.record import as_dict
 from lightning_quant.terminal.tables import text_table
 
@@ -16,21 +16,21 @@ class SearchSection(Section):
 
     Attributes:
         objective: what was made best.
-        found: all that was tried.
+        record: all that was tried.
         chosen: what the artifact is.
     """
 
     objective: str
-    found: Found
+    record: SearchRecord
     chosen: Trial
 
     def text(self) -> str:
         """Return what ended the search, and tables of limits, of trials, and of what relaxations would buy."""
-        steps = f", over a ranking of {self.found.num_steps} steps" if self.found.num_steps else ""
-        number = len(self.found.trials)
+        steps = f", over a ranking of {self.record.num_steps} steps" if self.record.num_steps else ""
+        number = len(self.record.trials)
         head = (
             f"Searched for the best {self.objective} that keeps the limits, in {number} "
-            f"validation{'s' * (number != 1)} of exported files{steps}. It ended with {self.found.ended}. "
+            f"validation{'s' * (number != 1)} of exported files{steps}. It ended with {self.record.ended}. "
             f"The artifact is {self.chosen.choice}."
         )
         parts = [head]
@@ -39,7 +39,7 @@ class SearchSection(Section):
             parts.append(text_table(header, [_limit_row(verdict) for verdict in self.chosen.verdicts]))
         if number > 1:
             parts.append(self._trials())
-        if rows := relaxed(self.found, self.chosen):
+        if rows := relaxed(self.record, self.chosen):
             header = ("missed limit", "allowed", "reached", "next option", "reaches", "its price")
             parts.append(text_table(header, rows))
         return "\n\n".join(parts)
@@ -58,12 +58,12 @@ class SearchSection(Section):
 
     def warnings(self) -> list[str]:
         """Say what cut a search short."""
-        return [f"the search ended before it was through, with {self.found.ended}"] if self.found.failed else []
+        return [f"the search ended before it was through, with {self.record.ended}"] if self.record.failed else []
 
     def scalars(self) -> dict[str, float | None]:
         """Return how often a file was validated, and how many operators are kept out of the recipe."""
         return {
-            "search_validations": float(len(self.found.trials)),
+            "search_validations": float(len(self.record.trials)),
             "search_kept": float(len(self.chosen.choice.kept)),
         }
 
@@ -72,19 +72,19 @@ class SearchSection(Section):
         return {
             "search": {
                 "objective": self.objective,
-                "ended": self.found.ended,
-                "num_steps": self.found.num_steps,
+                "ended": self.record.ended,
+                "num_steps": self.record.num_steps,
                 "chosen": self.chosen.choice.to_dict(),
                 "verdicts": as_dict(self.chosen)["verdicts"],
-                "relaxations": [list(row) for row in relaxed(self.found, self.chosen)],
-                "trials": [as_dict(trial) for trial in self.found.trials],
+                "relaxations": [list(row) for row in relaxed(self.record, self.chosen)],
+                "trials": [as_dict(trial) for trial in self.record.trials],
             }
         }
 
     def _trials(self) -> str:
         limits = [verdict.limit for verdict in self.chosen.verdicts]
         rows = []
-        for trial in self.found.trials:
+        for trial in self.record.trials:
             reached = {verdict.limit: verdict.reached for verdict in trial.verdicts}
             size = "-" if trial.measured is None else f"{trial.measured.size_bytes:,}"
             kept = "yes" if trial.keeps_all else f"not made: {trial.error[:60]}" if trial.error else "no"
@@ -94,7 +94,7 @@ class SearchSection(Section):
         return text_table(("tried", "keeps all", *limits, "bytes", "s"), rows)
 
 
-def relaxed(found: Found, chosen: Trial) -> list[tuple[str, ...]]:
+def relaxed(record: SearchRecord, chosen: Trial) -> list[tuple[str, ...]]:
     """Return a row for each missed limit: the cheapest trial that is nearer to it, and what that costs.
 
     A limit on a metric is paid for in size or time, one on those in metrics.
@@ -103,7 +103,7 @@ def relaxed(found: Found, chosen: Trial) -> list[tuple[str, ...]]:
     for verdict in chosen.verdicts:
         if verdict.kept or chosen.measured is None:
             continue
-        better = [(trial, other) for trial in found.trials if (other := _nearer(trial, verdict)) is not None]
+        better = [(trial, other) for trial in record.trials if (other := _nearer(trial, verdict)) is not None]
         head = (verdict.limit, f"{verdict.allowed:g}", _number(verdict.reached))
         if not better:
             rows.append((*head, "nothing that was tried comes nearer", "-", "-"))

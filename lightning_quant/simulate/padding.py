@@ -48,7 +48,7 @@ class _Masks:
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
         # Name of the input, and its value at hidden places.
-        self.found: tuple[str, int] | None = None
+        self.padding: tuple[str, int] | None = None
         self.tried: set[str] = set()
 
     @torch.no_grad()
@@ -56,16 +56,16 @@ class _Masks:
         """Return what the mask of a call hides, `(batch, time)`; None where that is nothing."""
         spec, tensors = flatten_call(self.prepared.signature, args, kwargs)
         named = dict(zip(spec.names, tensors, strict=True))
-        if self.found is None:
+        if self.padding is None:
             for name in [name for name, tensor in named.items() if name not in self.tried and _has_both(tensor)]:
                 self.tried.add(name)
                 values = [value for value in (0, 1) if self._hides(spec, tensors, named[name] == value, name)]
                 if len(values) == 1:
-                    self.found = name, values[0]
+                    self.padding = name, values[0]
                     break
-        if self.found is None or self.found[0] not in named:
+        if self.padding is None or self.padding[0] not in named:
             return None
-        hidden = named[self.found[0]] == self.found[1]
+        hidden = named[self.padding[0]] == self.padding[1]
         return hidden if hidden.dim() == 2 and bool(hidden.any()) else None
 
     def _hides(self, spec: CallSpec, tensors: list[Tensor], hidden: Tensor, mask: str) -> bool:

@@ -56,19 +56,19 @@ class Parity:
     @property
     def failures(self) -> list[str]:
         """What is wrong, in plain words; empty when the artifact is what was simulated."""
-        found = [self.misfit] if self.misfit else []
+        lines = [self.misfit] if self.misfit else []
         if self.worst_share is not None and not self.worst_share >= MINIMUM_SHARE:
-            found.append(
+            lines.append(
                 f"at {self.worst_operator} only {self.worst_share:.2%} of the values are within one step of the "
                 "simulation"
             )
         if not self.artifact_db >= self.needed_db:
             actual, needed = told_apart(self.artifact_db, self.needed_db)
-            found.append(
+            lines.append(
                 f"the artifact is {actual} dB from its simulation, which is {self.quantization_db:.1f} dB from float"
                 f"{self._ties()}: at least {needed} dB are needed"
             )
-        return found
+        return lines
 
     def _ties(self) -> str:
         if not self.ties_db:

@@ -10,7 +10,7 @@ _MARKUP = re.compile(r"<(?=[A-Za-z/!?])|(?<=\])(?=[(\[])|\\(?=[!-/:-@\[-`{-~])")
 def one_line(text: str) -> str:
     """Return a text that somebody else chose as one line of Markdown in which nothing is HTML or a link."""
     printable = "".join(c if c.isprintable() else " " for c in text)
-    return _MARKUP.sub(lambda found: "\\" + found[0], " ".join(printable.split()))
+    return _MARKUP.sub(lambda match: "\\" + match[0], " ".join(printable.split()))
 
 
 def text_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

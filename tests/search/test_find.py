@@ -10,7 +10,7 @@ from lightning_quant.measure.contributions import Difference
 from lightning_quant.report.limits import Limits
 from lightning_quant.search.cheapest import Part
 from lightning_quant.search.choice import FLOAT, Choice, Measured
-from lightning_quant.search.find import Budget, Found, Space, find
+from lightning_quant.search.find import Budget, SearchRecord, Space, find
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.relaxations import Refined, Relaxations
 from lightning_quant.search.section import SearchSection
@@ -127,7 +127,7 @@ def test_an_interrupted_search_goes_on_where_it_was() -> None:
     assert found.ended == "an interruption"
     assert len(found.trials) == 3
     again = simulated(40)
-    resumed = find(again, judge(acc=0.002), found=Found(list(found.trials)))
+    resumed = find(again, judge(acc=0.002), record=SearchRecord(list(found.trials)))
     whole = find(simulated(40), judge(acc=0.002))
     assert [t.choice for t in resumed.trials] == [t.choice for t in whole.trials]
     assert len(again.tried) == len(whole.trials) - 3

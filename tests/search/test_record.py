@@ -7,11 +7,11 @@ from torch import nn
 from lightning_quant.artifact.folder import SEARCH, check_folder
 from lightning_quant.measure.contributions import Difference
 from lightning_quant.search.choice import FLOAT, Choice, Measured, Trial, Verdict
-from lightning_quant.search.find import Found
+from lightning_quant.search.find import SearchRecord
 from lightning_quant.search.record import fingerprint, load, save
 
 
-def found() -> Found:
+def found() -> SearchRecord:
     measured = Measured(
         {"acc": 0.9, "odd": math.nan}, {"acc": Difference(-0.1, 0.01), "odd": Difference(math.nan)}, 10, 0.3
     )
@@ -21,7 +21,7 @@ def found() -> Found:
         Trial(Choice((("b", FLOAT), ("a", FLOAT))), None, (), 0.5, "no file"),
         Trial(Choice(accurate=True), measured, (verdict,), 2.0),
     ]
-    return Found(trials, 7, "an interruption")
+    return SearchRecord(trials, 7, "an interruption")
 
 
 def test_trials_are_read_back_as_they_were(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 from lightning_quant.measure.contributions import Difference
 from lightning_quant.report.limits import limits_from
 from lightning_quant.search.choice import FLOAT, Choice, Measured, Trial
-from lightning_quant.search.find import Found
+from lightning_quant.search.find import SearchRecord
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.section import SearchSection, relaxed
 
@@ -19,7 +19,7 @@ MORE = trial(Choice((("head", FLOAT), ("conv", FLOAT))), 0.001, 700)
 
 
 def test_each_missed_limit_says_what_the_cheapest_way_to_it_costs() -> None:
-    found = Found([WHOLE, MORE, FLOATING], 4, "the end")
+    found = SearchRecord([WHOLE, MORE, FLOATING], 4, "the end")
     assert relaxed(found, WHOLE) == [
         ("acc", "0.01", "0.05", "head kept float", "0.002", "+150 bytes, acc +0.048"),
     ]
@@ -33,7 +33,7 @@ def test_each_missed_limit_says_what_the_cheapest_way_to_it_costs() -> None:
 
 def test_a_limit_that_only_the_interval_misses_fails_in_its_words() -> None:
     unsure = trial(Choice(), 0.008, 250, margin=0.005)
-    (text,) = SearchSection("size", Found([unsure]), unsure).failures()
+    (text,) = SearchSection("size", SearchRecord([unsure]), unsure).failures()
     assert "limits FAILED: acc may get worse by 0.013, more than 0.01" in text
     assert "95%" in text
-    assert SearchSection("size", Found([FLOATING]), FLOATING).failures() == []
+    assert SearchSection("size", SearchRecord([FLOATING]), FLOATING).failures() == []
