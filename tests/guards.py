@@ -33,6 +33,20 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "what is planned and lost on the way to a file is told from what nothing reads",
+        "export/export.py",
+        "model.plan.with_edges(present, lost_edges(model, converted, present))",
+        "model.plan.with_edges(present)",
+        "export/test_lost_edges.py -k keeps_its_share",
+    ),
+    Guard(
+        "graphs in parts of a graph are modules of what is exported",
+        "export/convert.py",
+        "        converted.add_module(_GRAPHS, nn.ModuleList(graphs))\n",
+        "        pass\n",
+        "export/test_float_weights.py -k run_in_integers",
+    ),
+    Guard(
         "attention over three dimensions is exported as one head",
         "runtimes/_allowances.py",
         "args[0].dim() == 3",

@@ -11,6 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import fx, nn
 
 from lightning_quant.errors import ExportError
+from lightning_quant.export.float_weights import drop_unread
 from lightning_quant.export.shield import shield_float_layers
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
@@ -60,41 +61,27 @@ def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
 def _convert(prepared: Prepared, *, static_sizes: bool) -> nn.Module:
     root = clone(prepared.root, unrouted=True)
     root.eval()
+    converted: nn.Module = root
     graphs: list[BoundGraph] = []
     stored = dict(prepared.stored_layers())
+    # Inner parts first: the graph around a part that cannot be traced calls it with what is in it.
     for path in sorted(prepared.islands, key=lambda path: -path.count(".") - bool(path)):
         island = prepared.islands[path]
         module = resolve(root, path)
         inside = {name: stored.pop(name) for name in [name for name in stored if _is_inside(name, path)]}
         bound = _convert_island(prepared, island, module, inside, static_sizes=static_sizes)
-        if not path:
-            return bound.eval()
-        # Routed as in training: what the parent's own code asks of its child, class and attributes, stays true.
-        route(module, bound)
-        graphs.append(bound)
-    _drop_weights(root, [path for path in prepared.islands if path], graphs)
+        if path:
+            # Routed as in training: what the parent's own code asks of its child, class and attributes, stays true.
+            route(module, bound)
+            graphs.append(bound)
+        else:
+            converted = bound
+    drop_unread(converted, [resolve(root, path) for path in prepared.islands if path])
     if graphs:
         # Exporters take the tensors of registered modules only.
-        root.add_module(_GRAPHS, nn.ModuleList(graphs))
+        converted.add_module(_GRAPHS, nn.ModuleList(graphs))
     place(root, stored)
-    return root.eval()
-
-
-def _drop_weights(root: nn.Module, paths: list[str], graphs: list[BoundGraph]) -> None:
-    """Take the tensors that no graph reads any more from the islands, but for their shapes and types."""
-    used = {id(t) for graph in graphs for t in (*graph.parameters(), *graph.buffers())}
-    used |= {
-        id(tensor)
-        for name, child in root.named_modules(remove_duplicate=False)
-        if not any(name == path or _is_inside(name, path) for path in paths)
-        for tensor in (*child._parameters.values(), *child._buffers.values())
-    }
-    for child in {id(child): child for path in paths for child in resolve(root, path).modules()}.values():
-        for tensors in (child._parameters, child._buffers):
-            for name, tensor in list(tensors.items()):
-                if tensor is not None and id(tensor) not in used:
-                    del tensors[name]
-                    child.__dict__[name] = torch.empty_like(tensor, device="meta", requires_grad=False)
+    return converted.eval()
 
 
 def _is_inside(name: str, path: str) -> bool:
@@ -149,8 +136,8 @@ def _convert_island(
     renamed = clear_of_own_names(graph, module)
     graph_module = fx.GraphModule(module, with_any_names(graph))
     graph_module.graph.eliminate_dead_code()
-    graph_module.delete_all_unused_submodules()
-    graph_module.recompile()
+    # Made anew it has what its graph reads, and nothing else.
+    graph_module = fx.GraphModule(graph_module, graph_module.graph)
     for name in (*layers, *renamed):
         del module._modules[name]
     return BoundGraph(graph_module, island.signature, traced.output_spec)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant import __version__
 from lightning_quant.artifact import artifact as artifacts
@@ -14,6 +14,7 @@ from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.artifact.golden import GoldenBatch
 from lightning_quant.calls.signature import Signature
 from lightning_quant.export.engines import AUTO, FASTEST, choose_engine
+from lightning_quant.export.lost_edges import lost_edges
 from lightning_quant.export.model_file import Written, float_outputs, write_model
 from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.machine.timed import timed
@@ -58,8 +59,8 @@ def export(
     with timed(seconds, "export"), shown("Exporting"), artifacts.staging(output_dir) as folder:
         staged = folder / runtime.MODEL_FILE
         written = write_model(model, converted, output, staged, attempts(model, chosen))
+        _keep_to_file(model, converted, staged)
         del converted
-        _leave_out_unread(model, staged)
         if release:
             model.release()
         return _publish(model, written, staged, output_dir, classes, engine)
@@ -115,7 +116,7 @@ def trial_export(model: PlannedModel, *, dynamic_shapes: ChosenShapes = None, en
         place.mkdir()
         staged = place / trial.runtime.MODEL_FILE
         written = write_model(trial, converted, output, staged, attempts(trial, chosen))
-        _leave_out_unread(trial, staged)
+        _keep_to_file(trial, converted, staged)
         _rehearse(trial, written, staged)
         # Which engine is fastest is measured at the end; that one is correct can be known now.
         tried = AUTO if engine == FASTEST else engine
@@ -140,10 +141,11 @@ def _rehearse(model: PlannedModel, written: Written, staged: Path) -> None:
     runtime.still_float(operators, runtime.count_operators(staged))
 
 
-def _leave_out_unread(model: PlannedModel, staged: Path) -> None:
-    """Take out of the plan what the exporter found that nothing reads."""
+def _keep_to_file(model: PlannedModel, converted: nn.Module, staged: Path) -> None:
+    """Take out of the plan what a file has not: what nothing reads, and what was lost on the way, if anything was."""
     if model.plan.graphs and model.runtime.KEEPS_EDGES:
-        model.plan = model.plan.with_edges(model.runtime.quantized_edges(staged))
+        present = model.runtime.quantized_edges(staged)
+        model.plan = model.plan.with_edges(present, lost_edges(model, converted, present))
 
 
 def _golden_batch(model: PlannedModel, written: Written) -> GoldenBatch:

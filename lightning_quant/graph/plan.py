@@ -1,5 +1,6 @@
 """The plan: what happens to each operator of a module, or the reason it stays float. Data only, no tensors."""
 
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -8,6 +9,7 @@ from lightning_quant.numerics.folding import Norm
 
 COMPUTED_ONCE = "computed from parameters alone, so once and for all when the model is converted"
 UNREAD = "nothing reads its result in evaluation, so it is no part of what is exported"
+LOST = "planned in integers, but the exported file computes it in float"
 
 
 @dataclass(frozen=True)
@@ -193,26 +195,30 @@ class Plan:
         asked = [row for row in self.rows if not row.excluded]
         return _share(sum(row.weights for row in asked if row.is_quantized), sum(row.weights for row in asked))
 
-    def with_edges(self, present: set[str]) -> "Plan":
+    def with_edges(self, present: Collection[str], lost: Collection[str] = ()) -> "Plan":
         """Return the plan of a file that has these edges: operators around others are no part of it, which rows say.
 
         A part whose own code runs around graphs may compute what nothing reads; exporters leave that out.
+
+        Args:
+            present: identities of the edges that the file has.
+            lost: of those that it has not although something reads them.
         """
-        graphs, dropped = [], set[str]()
+        graphs, unread, in_float = [], set[str](), set[str]()
         for graph in self.graphs:
             edges = tuple(edge for edge in graph.edges if edge.passed or edge.identity in present)
             missing = {edge.key for edge in graph.edges} - {edge.key for edge in edges}
             kept = tuple(o for o in graph.operators if not missing & {o.output, *o.inputs})
-            gone = {o for o in graph.operators if o not in kept}
-            names = missing | {key for o in gone for key in (o.key, o.batch_norm, o.activation, o.pad) if key}
-            dropped |= {join(graph.path, key) for key in names}
+            gone = [o for o in graph.operators if o not in kept]
+            for key in missing:
+                (in_float if identify(graph.path, key) in lost else unread).add(join(graph.path, key))
+            for o in gone:
+                names = {join(graph.path, key) for key in (o.key, o.batch_norm, o.activation, o.pad) if key}
+                (unread if {*o.reads, o.writes}.isdisjoint(lost) else in_float).update(names)
             graphs.append(replace(graph, operators=kept, edges=edges))
-        unread = {"action": "float", "reason": UNREAD, "macs": 0, "weights": 0}
-        rows = (
-            replace(row, **unread) if row.action != "float" and row.name in dropped else row  # type: ignore[arg-type]
-            for row in self.rows
-        )
-        return replace(self, graphs=tuple(graphs), rows=tuple(rows))
+        gone_rows = {row for row in self.rows if row.action != "float" and row.name in unread | in_float}
+        rows = tuple(_left_out(row, row.name in in_float) if row in gone_rows else row for row in self.rows)
+        return replace(self, graphs=tuple(graphs), rows=rows)
 
     def to_dict(self) -> dict[str, Any]:
         """Return nested dicts and lists that JSON can hold."""
@@ -240,6 +246,14 @@ def identify(path: str, key: str) -> str:
 def join(*parts: str) -> str:
     """Join dotted paths, leaving out empty ones."""
     return ".".join(part for part in parts if part)
+
+
+def _left_out(row: Row, is_lost: bool) -> Row:
+    return (
+        replace(row, action="float", reason=LOST)
+        if is_lost
+        else replace(row, action="float", reason=UNREAD, macs=0, weights=0)
+    )
 
 
 def _without_path(item: Operator | Edge) -> dict[str, Any]:

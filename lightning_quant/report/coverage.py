@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_quant import runtimes
+from lightning_quant.graph.plan import LOST
 from lightning_quant.report.section import Section
 from lightning_quant.terminal.tables import one_line, text_table
 
@@ -45,7 +46,10 @@ class Coverage(Section):
     def warnings(self) -> list[str]:
         """Say where little is gained, and what the runtime did not run in integers."""
         low = [] if self.failures() else low_coverage(self.plan)
-        return low + [f"{count} planned int8 {kind} still run in float" for kind, count in self.still_float.items()]
+        low += [f"{count} planned int8 {kind} still run in float" for kind, count in self.still_float.items()]
+        lost = [row["name"] for row in self.plan["rows"] if row["reason"] == LOST]
+        some = f"{', '.join(lost[:5])}{', ...' if len(lost) > 5 else ''}"
+        return low + [f"{len(lost)} rows of the plan ({some}): {LOST}"] * bool(lost)
 
     def scalars(self) -> dict[str, float | None]:
         """Return shares of multiply-adds and of the weights' bytes."""
