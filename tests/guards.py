@@ -294,8 +294,8 @@ GUARDS = (
     Guard(
         "calls beside the forward are found",
         "callbacks/base.py",
-        "step.share, announce_beside(type(self).__name__, captured, step)\n",
-        "step.share, ()\n",
+        "seen.step.share, announce_beside(type(self).__name__, captured, seen.step)\n",
+        "seen.step.share, ()\n",
         "callbacks/test_observe_step.py -k beside",
     ),
     Guard(

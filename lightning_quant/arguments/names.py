@@ -4,7 +4,7 @@ Parsers of command lines and YAML see `| str` beside them and so leave a wrong n
 was meant. A new runtime, recipe or observer is one word here.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 RecipeName = Literal[
     "int8",
@@ -30,8 +30,11 @@ DataName = Literal["train", "validation"]
 # `RECIPES` and `OBSERVERS` may be added to, so that these are open to type checkers as well.
 Recipes = RecipeName | str
 Observers = ObserverName | str
+# Of these each makes an artifact.
+SeveralRecipes = list[RecipeName | str | dict[str, Any]]
 if TYPE_CHECKING:
     Runtime = RuntimeName
+    SeveralRuntimes = list[RuntimeName]
     Engine = EngineName
     Weights = WeightsName
     Example = ExampleName
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     Data = DataName
 else:
     Runtime = RuntimeName | str
+    SeveralRuntimes = list[RuntimeName | str]
     Engine = EngineName | str
     Weights = WeightsName | str
     Example = ExampleName | str

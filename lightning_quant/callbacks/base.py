@@ -16,14 +16,15 @@ from lightning_quant.artifact.folder import fleeting_folder, output_folder
 from lightning_quant.calibrate.distributed import Group
 from lightning_quant.callbacks import refusals
 from lightning_quant.callbacks.announce import announce, announce_beside, warn
-from lightning_quant.callbacks.exported_call import ExportedCall, exported_call
-from lightning_quant.callbacks.observe_step import observe_step
+from lightning_quant.callbacks.captured import look_at_module
+from lightning_quant.callbacks.exported_call import ExportedCall
 from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.refusals import refused_in_callback
 from lightning_quant.callbacks.runtime_choice import choose_at_start
 from lightning_quant.callbacks.search_checks import check_searchable
+from lightning_quant.callbacks.shared import Alone, Shared
 from lightning_quant.callbacks.states import identity_of
-from lightning_quant.callbacks.training_data import borrowed_loaders, capture_call
+from lightning_quant.callbacks.training_data import borrowed_loaders
 from lightning_quant.callbacks.validation_batches import check_batches, note_sizes
 from lightning_quant.capture.capture import Capture
 from lightning_quant.capture.checkpoint import check_model_and_data, read_checkpoint
@@ -33,8 +34,6 @@ from lightning_quant.doors.settings import CallbackSettings
 from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import trial_export
 from lightning_quant.export.prepare import prepare
-from lightning_quant.graph.analyze import has_weights
-from lightning_quant.layers import may_have_layers
 from lightning_quant.machine.timed import timed
 from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.planned.parts import check_takes
@@ -82,6 +81,8 @@ class QuantizationCallback(Callback):
         self._validated = False
         # The checkpoint that `quantize_checkpoint` is at work on.
         self._checkpoint: dict[str, Any] | None = None
+        # What was seen and measured for other artifacts of the same training.
+        self.shared: Shared = Alone()
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles, which projects make of their Trainer's callbacks, hold no model: fit finds its own."""
@@ -92,6 +93,7 @@ class QuantizationCallback(Callback):
             "_begun": False,
             "exported": None,
             "_checkpoint": None,
+            "shared": Alone(),
         }
 
     @property
@@ -243,15 +245,13 @@ class QuantizationCallback(Callback):
         settings = self.settings
         self.artifact, self._begun, self.step_share = None, False, 1.0
         refusals.check_initialized(pl_module)
-        is_wanted = has_weights if settings.recipe.needs_calibration else may_have_layers(pl_module)
         together = fills_modules(settings.recipe, self.chosen_runtime)
-        captured = capture_call(trainer, pl_module, settings.module, settings.example, is_wanted, together=together)
-        self.path = captured.path
-        self.findings = ()
-        if settings.example != "example_input_array" and self.path:
-            step = observe_step(trainer, pl_module, self.path)
-            self.step_share, self.findings = step.share, announce_beside(type(self).__name__, captured, step)
-        exported = exported_call(trainer, pl_module, settings, captured, fills=together)
+        look = functools.partial(look_at_module, trainer, pl_module, settings, together=together)
+        seen = self.shared.once(("captured", settings.recipe.needs_calibration, together), look)
+        captured, exported = seen.captured, seen.exported
+        self.path, self.findings = captured.path, ()
+        if seen.step is not None:
+            self.step_share, self.findings = seen.step.share, announce_beside(type(self).__name__, captured, seen.step)
         for finding in exported.findings:
             rank_zero_info(f"{type(self).__name__}: {finding}.")
         self.findings += exported.findings

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.states import state_of
 from lightning_quant.calls.calls import Call
+from lightning_quant.measure.changed_predictions import Predictions
 from lightning_quant.measure.contributions import Metrics
 from lightning_quant.measure.output_noise import HeldOut
 from lightning_quant.measure.sensitivity import Sensitivity
@@ -28,11 +29,13 @@ class Known:
         floating: metrics of the float weights.
         calls: the first call that their validation made of the module.
         files: metrics by `digest` of an artifact, with the number of samples where that is known.
+        predictions: what the float weights predicted meanwhile, where that was noted.
     """
 
     floating: Metrics
     calls: list[Call] = field(default_factory=list)
     files: dict[str, tuple[Metrics, int | None]] = field(default_factory=dict)
+    predictions: Predictions | None = None
 
 
 @dataclass(frozen=True)

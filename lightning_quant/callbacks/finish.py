@@ -164,6 +164,7 @@ def _metrics(
         float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group, recorded=calls, watch=watch)
     else:
         float_values, calls[:] = known.floating, known.calls
+        predictions.take_float(known.predictions)
     if not float_values:
         return (), ()
     with model.attached("frozen"):
@@ -171,9 +172,9 @@ def _metrics(
     exported, number = Metrics(), None
     try:
         files = {} if known is None else known.files
-        exported, number = files.get(digest(own)) or evaluate_artifact(
-            callback, trainer, deployment, own, predictions=predictions
-        )
+        how: dict[str, Any] = {"predictions": predictions, "contributions": known is not None}
+        measured = files.get(digest(own)) or evaluate_artifact(callback, trainer, deployment, own, **how)
+        exported, number = files[digest(own)] = measured
     except FixedSizesError as error:
         warn(f"The artifact has no metrics: {error}")
     before = callback.metrics_before

@@ -1,7 +1,7 @@
 """What each logger holds beside numbers: hyperparameters, the report as text, pictures, and the artifact itself."""
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -53,6 +53,32 @@ def write_down(logger: Any, entry: Entry) -> None:
         logger.log_hyperparams(entry.params)
     else:
         write(logger, entry)
+
+
+def write_table(logger: Any, key: str, text: str, figures: Mapping[str, Callable[[], Any]], step: int) -> None:
+    """Write a table over several artifacts, and its figures, where a logger takes texts and pictures.
+
+    Args:
+        logger: one of Lightning's, or any other, which gets nothing.
+        key: what the table is found by.
+        text: the table as Markdown.
+        figures: name to what draws a picture with matplotlib.
+        step: the Trainer's global step.
+    """
+    kind = next((base.__name__ for base in type(logger).__mro__ if base.__name__ in _WAYS), "")
+    drawn = {} if importlib.util.find_spec("matplotlib") is None else {f"{key}/{n}": d() for n, d in figures.items()}
+    if kind == "TensorBoardLogger":
+        logger.experiment.add_text(key, text, step)
+        for name, figure in drawn.items():
+            logger.experiment.add_figure(name, figure, step)
+    elif kind == "WandbLogger":
+        logger.log_text(key, ["sweep.md"], [[text]], step=step)
+        for name, figure in drawn.items():
+            logger.log_image(name, [figure], step=step)
+    elif kind == "MLFlowLogger":
+        logger.experiment.log_text(logger.run_id, text, f"{key}.md")
+        for name, figure in drawn.items():
+            logger.experiment.log_figure(logger.run_id, figure, f"{name}.png")
 
 
 def _tensorboard(logger: Any, entry: Entry) -> None:

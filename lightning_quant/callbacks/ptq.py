@@ -4,26 +4,41 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 from lightning.pytorch import LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_quant.arguments.arguments import check_positive, from_fields
 from lightning_quant.arguments.choice import check_choice
-from lightning_quant.arguments.names import Data, DataName, Engine, Example, Recipes, Runtime, Weights
+from lightning_quant.arguments.names import (
+    Data,
+    DataName,
+    Engine,
+    Example,
+    Recipes,
+    Runtime,
+    SeveralRecipes,
+    SeveralRuntimes,
+    Weights,
+)
 from lightning_quant.calibrate.calibrate import calibrate
 from lightning_quant.calibrate.distributed import calibrate_together
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.deployment import choose_weights
-from lightning_quant.callbacks.finish import finish
+from lightning_quant.callbacks.finish import digest, finish
+from lightning_quant.callbacks.float_metrics import float_metrics
 from lightning_quant.callbacks.refusals import refused_in_callback
+from lightning_quant.callbacks.replay import recorded_steps, replayed
 from lightning_quant.callbacks.searching import Recorded, calibrated_and_recorded, searched
+from lightning_quant.callbacks.shared import Alone
 from lightning_quant.callbacks.training_data import calibration_steps, check_data, working_copy
 from lightning_quant.calls.recorded_calls import recorded_calls
 from lightning_quant.doors.settings import CallbackSettings, documented
+from lightning_quant.doors.several import is_several
 from lightning_quant.errors import QuantizationError
 from lightning_quant.machine.timed import timed
+from lightning_quant.measure.contributions import Metrics
 from lightning_quant.measure.sensitivity import NUM_CALLS, Sensitivity, rank_operators
 from lightning_quant.numerics.adjustments import outcomes
 from lightning_quant.planned.sizes import ChosenShapes
@@ -85,8 +100,8 @@ class PostTrainingQuantization(QuantizationCallback):
 
     def __init__(
         self,
-        recipe: Recipes | dict[str, Any] | AnyRecipe = "int8",
-        runtime: Runtime = "onnxruntime",
+        recipe: SeveralRecipes | Recipes | dict[str, Any] | AnyRecipe = "int8",
+        runtime: SeveralRuntimes | Runtime = "onnxruntime",
         *,
         module: str | None = None,
         output_dir: str | os.PathLike[str] | None = None,
@@ -107,12 +122,29 @@ class PostTrainingQuantization(QuantizationCallback):
         max_validations: int | None = None,
         time_budget_s: float | None = None,
     ) -> None:
+        # Metrics of the artifact, with what each batch adds to them where several artifacts are compared.
+        self.measured: Metrics | None = None
+        if type(self) is PostTrainingQuantization and is_several(recipe, runtime):
+            from lightning_quant.callbacks.sweeping import SweepingQuantization
+
+            # Not in `__new__`, whose signature would stand for this one wherever arguments are read from it.
+            self.__class__ = SweepingQuantization
+            cast(SweepingQuantization, self).begin(locals())
+            return
         super().__init__(refused_in_callback(CalibrationSettings.of, locals()))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "measured": None}
 
     @property
     @override
     def settings(self) -> CalibrationSettings:
         return CalibrationSettings.of(vars(self))
+
+    @property
+    def is_member(self) -> bool:
+        """Whether other recipes or runtimes make artifacts of the same training."""
+        return not isinstance(self.shared, Alone)
 
     @override
     def observer(self) -> str:
@@ -128,8 +160,12 @@ class PostTrainingQuantization(QuantizationCallback):
             deployment = replace(deployment, sensitivity=sensitivity)
         if self.settings.searches:
             deployment = searched(self, trainer, deployment, recorded)
+        elif self.is_member:
+            deployment = replace(deployment, known=float_metrics(self, trainer, deployment))
         steps = outcomes(deployment.model.accuracy_steps)
         self.artifact = finish(self, trainer, replace(deployment, notes=(*deployment.notes, *steps)))
+        files = {} if deployment.known is None else deployment.known.files
+        self.measured = files.get(digest(self.artifact), (None, None))[0]
 
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -157,13 +193,21 @@ class PostTrainingQuantization(QuantizationCallback):
         chosen, group = settings.calibration, self.group
         number = math.ceil(chosen.num_batches / group.size)
 
-        def steps(more: int = 0) -> Iterator[Callable[[], Any]]:
+        more = NUM_CALLS if settings.searches else 0
+
+        def read() -> Iterator[Callable[[], Any]]:
             return calibration_steps(trainer, duplicate, number + more, chosen.seed, chosen.data)
+
+        def steps() -> Iterator[Callable[[], Any]]:
+            if not self.is_member or group.size > 1:
+                return read()
+            again = self.shared.once(("calls", self.path), lambda: recorded_steps(prepared.root, read(), number + more))
+            return read() if again is None else replayed(duplicate, prepared.root, again, chosen.seed)
 
         few = NUM_CALLS if settings.sensitivity else 0
         with recorded_calls(prepared.root, few) as calls, timed(self.seconds, "calibrate"):
             if settings.searches:
-                recorded = calibrated_and_recorded(prepared, steps(NUM_CALLS), number)
+                recorded = calibrated_and_recorded(prepared, steps(), number)
             elif group.size == 1:
                 calibrate(prepared, steps())
             else:

@@ -42,6 +42,8 @@ class TrainingSettings(CallbackSettings):
     Attributes:
         recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe`, or a dict of its fields; no recipe
             of layers.
+        runtime: where the artifact will run; "auto" tries every installed one when fit begins and takes the fastest
+            whose parity holds, with what was measured in the report.
         schedule: when the phases of training begin, as a `Schedule` or a dict of its fields.
     """
 

@@ -17,10 +17,10 @@ from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.deployment import Deployment, Known
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.finish import digest, evaluate_artifact
+from lightning_quant.callbacks.float_metrics import float_metrics
 from lightning_quant.calls.calls import Call
 from lightning_quant.calls.recorded_calls import recorded_calls
 from lightning_quant.measure.contributions import Metrics
-from lightning_quant.measure.evaluate import evaluate
 from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe import recipe as recipes
@@ -81,7 +81,7 @@ def searched(
         recorded: None where the recipe has no graph, so that the whole is tried alone.
     """
     started, settings = time.perf_counter(), callback.settings
-    known = _float_metrics(callback, trainer, deployment)
+    known = float_metrics(callback, trainer, deployment)
     directions = watched(trainer, callback._checkpoint) | known.floating.higher_is_better
     judge = Judge(settings.limits, directions)
     objective = settings.objective or ""
@@ -96,15 +96,6 @@ def searched(
         return dataclasses.replace(deployment, known=known, notes=(*deployment.notes, record.nothing))
     section = SearchSection(objective, record, best)
     return dataclasses.replace(deployment, model=files.model(best.choice), known=known, search=section)
-
-
-def _float_metrics(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment) -> Known:
-    calls: list[Call] = []
-    if not callback.settings.evaluate:
-        return Known(Metrics())
-    how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "group": callback.group}
-    pl_module = deployment.pl_module
-    return Known(evaluate(trainer, pl_module, callback.path, recorded=calls, contributions=True, **how), calls)
 
 
 def _files(

@@ -1,4 +1,4 @@
-"""The command `lightning-quant`: quantize, inspect, verify, sign, bench, report and compare.
+"""The command `lightning-quant`: quantize, sweep, inspect, verify, sign, bench, report and compare.
 
 Exit codes: 0 success, 1 an artifact's report says FAILED, or it missed a limit or computes something else here, 2
 nothing could be done.
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lightning_quant.graph.plan import Plan
     from lightning_quant.measure.bench import BenchRow
 
-_WITH_CLASSES = ("quantize", "inspect")
+_WITH_CLASSES = ("quantize", "sweep", "inspect")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -45,14 +45,26 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _quantize(options: argparse.Namespace, rest: list[str]) -> int:
+    return _made("quantize", options, rest)
+
+
+def _sweep(options: argparse.Namespace, rest: list[str]) -> int:
+    return _made("sweep", options, rest)
+
+
+def _made(name: str, options: argparse.Namespace, rest: list[str]) -> int:
+    """Run a subcommand, and say what it made: one artifact, or the recommended of several with the table of all."""
     limits = limits_of(options)
-    run = _with_lightning("quantize", options, rest)
+    run = _with_lightning(name, options, rest)
+    from lightning_quant.search.sweep import Sweep
+
     artifact: Artifact = run.result
     failures = list(dict.fromkeys([*run.missed, *missed_limits(artifact, limits)]))
+    several = artifact.to_dict() if isinstance(artifact, Sweep) else {}
     if options.json:
-        _print_json({**summary(artifact), "missed": failures})
+        _print_json({**summary(artifact), "missed": failures, **({"sweep": several} if several else {})})
     else:
-        print(f"Artifact: {artifact.path}")
+        print(f"{artifact}\nArtifact: {artifact.path}" if several else f"Artifact: {artifact.path}")
     return _fail(failures)
 
 
@@ -221,6 +233,7 @@ def _Misconfiguration() -> type[Exception]:  # noqa: N802
 
 _COMMANDS = {
     "quantize": _quantize,
+    "sweep": _sweep,
     "inspect": _inspect,
     "verify": _verify,
     "sign": _sign,

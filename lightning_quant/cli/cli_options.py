@@ -49,6 +49,7 @@ def _commands_on_models(subparsers: Any) -> dict[str, Parser]:
     commands: dict[str, Parser] = {}
     for name, usage, text in (
         ("quantize", "", "quantize a checkpoint with the model, data and Trainer of a LightningCLI configuration"),
+        ("sweep", "", "the same with several recipes or for several runtimes, and one table, the recommended first"),
         ("inspect", " [CKPT_OR_CONFIG]", "say what would be quantized and why the rest would not, before any training"),
     ):
         # No abbreviations, since `--model` is an option of LightningCLI and no short form of `--model-class`.

@@ -1,4 +1,4 @@
-"""LightningCLI with the subcommands `quantize` and `inspect`: a user's own model and data classes, after training."""
+"""LightningCLI with `quantize`, `sweep` and `inspect`: a user's own model and data classes, after training."""
 
 import contextlib
 import importlib
@@ -16,7 +16,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
 from lightning_quant.arguments.choice import did_you_mean
-from lightning_quant.arguments.names import Engine, Recipes, Runtime
+from lightning_quant.arguments.names import Engine, Recipes, Runtime, SeveralRecipes, SeveralRuntimes
 from lightning_quant.callbacks import PostTrainingQuantization
 from lightning_quant.capture.checkpoint import load_weights, read_checkpoint
 from lightning_quant.doors.settings import CallbackSettings, documented
@@ -24,8 +24,10 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.report.limits import NO_LIMITS, Limits, missed_limits
 
-OWN_SUBCOMMANDS = ("quantize", "inspect")
+OWN_SUBCOMMANDS = ("quantize", "sweep", "inspect")
 """What `QuantizationCLI` adds to LightningCLI."""
+SWEPT = ("int8", "int8_accurate", "int8_dynamic", "int8_weight_only", "int4_weights")
+"""What `sweep` compares where nothing is said."""
 
 
 class Quantizing:
@@ -37,8 +39,8 @@ class Quantizing:
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
-        recipe: Recipes | dict[str, Any] = "int8",
-        runtime: Runtime = "onnxruntime",
+        recipe: SeveralRecipes | Recipes | dict[str, Any] = "int8",
+        runtime: SeveralRuntimes | Runtime = "onnxruntime",
         output: str | os.PathLike[str] | None = None,
         module: str | None = None,
         include: str | list[str] | tuple[str, ...] = ("*",),
@@ -71,6 +73,43 @@ class Quantizing:
         callback = PostTrainingQuantization(**shared, output_dir=output, calibration={"num_batches": num_batches})
         options = {"trust_checkpoint": trust or weights_only is False, **_options(self)}
         return callback.quantize_checkpoint(ckpt_path, model, datamodule, **options)
+
+    @documented(CallbackSettings, output="output_dir")
+    def sweep(  # noqa: D417  `documented` adds the shared ones
+        self,
+        model: LightningModule,
+        datamodule: LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        recipe: SeveralRecipes | None = None,
+        runtime: SeveralRuntimes | None = None,
+        output: str | os.PathLike[str] | None = None,
+        module: str | None = None,
+        include: str | list[str] | tuple[str, ...] = ("*",),
+        exclude: str | list[str] | tuple[str, ...] = (),
+        num_batches: int = 32,
+        evaluate: bool = True,
+        threads: int | None = None,
+        trust: bool = False,
+        weights_only: bool | None = None,
+        limits: Limits | dict[str, Any] | None = None,
+        objective: str | None = None,
+    ) -> Any:
+        """Quantize a trained checkpoint with several recipes or for several runtimes, and compare what comes of it.
+
+        Args:
+            model: the LightningModule.
+            datamodule: its data.
+            ckpt_path: any checkpoint of the model.
+            recipe: names or dicts of fields; int8, int8_accurate, int8_dynamic, int8_weight_only and int4_weights by
+                default.
+            runtime: names; onnxruntime by default.
+            num_batches: training batches to calibrate with.
+            trust: load more of the checkpoint than tensors and plain values, which runs code of whoever wrote it.
+            weights_only: false is `trust`, as in `fit`.
+        """
+        given = {name: value for name, value in locals().items() if name != "self"}
+        given |= {"recipe": recipe or list(SWEPT), "runtime": runtime or ["onnxruntime"]}
+        return self.quantize(**given)
 
     @documented(CallbackSettings)
     def inspect(  # noqa: D417  `documented` adds the shared ones
@@ -129,8 +168,8 @@ class QuantizationCLI(LightningCLI):
     @staticmethod
     @override
     def subcommands() -> dict[str, set[str]]:
-        """Return LightningCLI's subcommands, `quantize` and `inspect`, with the arguments that are not options."""
-        return {**LightningCLI.subcommands(), "quantize": {"model", "datamodule"}, "inspect": {"model", "datamodule"}}
+        """Return LightningCLI's subcommands and ours, with the arguments that are not options."""
+        return {**LightningCLI.subcommands(), **{name: {"model", "datamodule"} for name in OWN_SUBCOMMANDS}}
 
     @override
     def _parse_ckpt_path(self) -> None:
@@ -171,6 +210,11 @@ class QuantizationCLI(LightningCLI):
     def quantize(self, **arguments: Any) -> None:
         """Run the subcommand, and keep its artifact and the limits that this misses."""
         self.result = self.trainer.quantize(**arguments)  # type: ignore[attr-defined]
+        self.missed = tuple(missed_limits(self.result, NO_LIMITS))
+
+    def sweep(self, **arguments: Any) -> None:
+        """Run the subcommand, and keep the recommended artifact, the table of all, and the limits that it misses."""
+        self.result = self.trainer.sweep(**arguments)  # type: ignore[attr-defined]
         self.missed = tuple(missed_limits(self.result, NO_LIMITS))
 
     def inspect(self, **arguments: Any) -> None:

@@ -1,4 +1,4 @@
-"""`lightning-quant quantize` and `inspect`: which configuration and classes a command line means, and running it."""
+"""`lightning-quant quantize`, `sweep` and `inspect`: what a command line means, and running it."""
 
 import inspect
 import re
@@ -108,7 +108,7 @@ def _options(name: str, classes: dict[str, Any]) -> list[str]:
     known = [*inspect.signature(getattr(Quantizing, name)).parameters, "model_class", "data_class", "config", "json"]
     known += [f"trainer.{option}" for option in inspect.signature(Trainer).parameters]
     known += [f"{kind}.{option}" for kind, made in classes.items() for option in inspect.signature(made).parameters]
-    return [*known, *(field.name for field in fields(Limits))] if name == "quantize" else known
+    return [*known, *(field.name for field in fields(Limits))] if name in ("quantize", "sweep") else known
 
 
 def _config_beside(ckpt_path: str, *, trust: bool) -> str | None:

@@ -69,18 +69,18 @@ class Evaluated:
         except Exception as error:
             raise EvaluationError(f"Expected `evaluate` to take the exported module, but {error!r}.") from error
 
-    def rows(self, model: PlannedModel, artifact: Artifact) -> tuple[tuple[MetricRow, ...], tuple[str, ...]]:
-        """Return rows of a report, and why there are none where the function fails."""
+    def rows(self, model: PlannedModel, artifact: Artifact) -> tuple[tuple[MetricRow, ...], tuple[str, ...], Metrics]:
+        """Return rows of a report, why there are none where the function fails, and the metrics of the file."""
         judge = Judge(self.settings.limits, {})
         try:
             values = self.of_file(model, artifact)
         except QuantizationError as error:
-            return (), (f"no metrics of the file: {error}",)
-        floating = self.floating.items()
-        return tuple(
+            return (), (f"no metrics of the file: {error}",), Metrics()
+        rows = tuple(
             MetricRow(name, value, None, values.get(name), higher_is_better=judge.direction(name))
-            for name, value in floating
-        ), ()
+            for name, value in self.floating.items()
+        )
+        return rows, (), values
 
 
 def evaluated(function: Function | None, module: nn.Module, settings: Settings) -> Evaluated:

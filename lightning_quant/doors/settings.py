@@ -25,6 +25,7 @@ from lightning_quant.arguments.arguments import (
 )
 from lightning_quant.arguments.choice import check_choice
 from lightning_quant.arguments.names import Engine, Example, ExampleName, Runtime, Weights, WeightsName
+from lightning_quant.errors import QuantizationError
 from lightning_quant.export.engines import check_engine
 from lightning_quant.graph.table import Selection
 from lightning_quant.measure.sensitivity import check_rankable
@@ -43,9 +44,10 @@ class Settings:
 
     Attributes:
         recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe` or `LayerRecipe`, or a dict of
-            fields. Recipes of layers (dynamic, weight-only, half precision) are not calibrated.
+            fields. Recipes of layers (dynamic, weight-only, half precision) are not calibrated. A list makes an
+            artifact of each, in a folder of its own below `output_dir`, and one table, the recommended first.
         runtime: where the artifact will run; "auto" tries every installed one and takes the fastest whose parity holds,
-            with what was measured in the report. Callbacks do so when fit begins.
+            with what was measured in the report. Callbacks do so when fit begins. A list is as of recipes.
         output_dir: the artifact's folder; by default "quantized", beside the logs where there is a Trainer and else in
             the working directory. An artifact there is replaced.
         include: fnmatch patterns on qualified names and layer types of what may be quantized; one alone may be a text.
@@ -92,6 +94,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.objective is None and is_search(self.limits):
             self._hold("objective", SIZE)
+        _check_one(self.recipe, self.runtime)
         self._hold("recipe", recipes.get(self.recipe))
         self._hold("include", patterns("include", self.include))
         self._hold("exclude", patterns("exclude", self.exclude))
@@ -182,6 +185,17 @@ class CallbackSettings(Settings):
         check_limit("limit_eval_batches", self.limit_eval_batches)
         if not self.evaluate:
             check_measured(self.limits, "got `evaluate=False`")
+
+
+def _check_one(recipe: Any, runtime: Any) -> None:
+    """Refuse lists where there is one artifact."""
+    lists = [name for name, value in (("recipe", recipe), ("runtime", runtime)) if isinstance(value, list | tuple)]
+    if lists:
+        raise QuantizationError(
+            f"Expected one `{lists[0]}` here, but got a list. Several artifacts of one training are made by "
+            "PostTrainingQuantization, `quantize` and `lightning-quant sweep`; beside QuantizationAwareTraining, which "
+            "trains through the rounding of one, PostTrainingQuantization makes the others."
+        )
 
 
 def documented(settings: type[Settings], **renamed: str) -> Callable[[Door], Door]:

@@ -114,6 +114,11 @@ class Predictions:
         with _hooked(module, self.note_artifact):
             yield
 
+    def take_float(self, other: "Predictions | None") -> None:
+        """Take over what another has noted of the float module."""
+        if other is not None:
+            self._given, self._classes = other._given, other._classes
+
     def note_float(self, call: Call, output: Any) -> None:
         """Note a call of the float module."""
         scores = class_scores(output)

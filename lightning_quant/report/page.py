@@ -3,7 +3,8 @@
 import functools
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -11,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from lightning_quant.artifact.manifest import REPORTS
 from lightning_quant.report.limits import columns
 from lightning_quant.report.network import bars, drawn
+from lightning_quant.report.scatter import Chart, Dot, scatter
 from lightning_quant.report.verdict import delta, speedup, verdict
 
 _KB = 1000
@@ -53,9 +55,58 @@ def comparison(summaries: list[dict[str, Any]], missed: list[str]) -> str:
         summaries: of each artifact, see `limits.summary`.
         missed: limits that artifacts miss, in words.
     """
-    rows = [columns(summary) for summary in summaries]
-    headings = list(dict.fromkeys(heading for row in rows for heading in row))
-    return _template("compare.html").render(rows=rows, headings=headings, summaries=summaries, missed=missed)
+    cells = [columns(summary) for summary in summaries]
+    headings = list(dict.fromkeys(heading for row in cells for heading in row))
+    rows = [[row.get(heading, "-") for heading in headings] for row in cells]
+    warned = [(summary["artifact"], [f"{text}." for text in summary["warnings"]]) for summary in summaries]
+    chart = _kept_for_bytes(summaries)
+    return table_page(
+        f"{len(rows)} artifacts compared",
+        [name for _, name in headings],
+        rows,
+        charts=[] if chart is None else [chart],
+        lists=[("Missed", missed), *warned],
+    )
+
+
+def table_page(
+    title: str,
+    header: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    *,
+    said: str = "",
+    charts: Sequence[Chart] = (),
+    lists: Sequence[tuple[str, Sequence[str]]] = (),
+    texts: int = 3,
+) -> str:
+    """Return a page of one table over artifacts; every text is escaped.
+
+    Args:
+        title: of the page.
+        header: of the table.
+        rows: of the table.
+        said: what stands above it.
+        charts: stand below it.
+        lists: heading and lines of what comes last; without a line there is no heading.
+        texts: how many columns, from the left, are no numbers.
+    """
+    how = {"title": title, "said": said, "header": header, "rows": rows}
+    return _template("compare.html").render(**how, charts=charts, lists=lists, texts=texts)
+
+
+def _kept_for_bytes(summaries: list[dict[str, Any]]) -> Chart | None:
+    """Draw the first metric that artifacts have in common against their bytes."""
+    known = [{n: v["artifact"] for n, v in one["metrics"].items() if v["artifact"] is not None} for one in summaries]
+    shared = [name for name in (known[0] if known else {}) if all(name in one for one in known)]
+    if not shared:
+        return None
+    dots = [
+        Dot(PurePath(one["artifact"]).name, one["bytes"], values[shared[0]], "front")
+        for one, values in zip(summaries, known, strict=True)
+        # Whoever wrote a report may have written texts.
+        if isinstance(one["bytes"], int) and isinstance(values[shared[0]], float)
+    ]
+    return scatter("bytes", shared[0], dots)
 
 
 @functools.cache

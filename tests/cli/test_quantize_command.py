@@ -30,7 +30,7 @@ def test_users_own_cli_gains_the_subcommand(project: Path, monkeypatch: pytest.M
 
     assert made.result.path == output
     assert read(output).plan["coverage"] == 1.0
-    assert {"fit", "validate", "test", "predict", "quantize", "inspect"} == set(QuantizationCLI.subcommands())
+    assert {"fit", "validate", "test", "predict", "quantize", "sweep", "inspect"} == set(QuantizationCLI.subcommands())
 
 
 def test_mistakes_in_ones_own_cli_are_one_line_and_no_traceback(
@@ -88,3 +88,25 @@ def test_limits_by_name_are_searched_from_yaml_and_from_the_command_line(
     assert "times as fast as float, less than 1000000.0" in capsys.readouterr().err
     assert run_in(project, *arguments, "--limits", '{"val_acuracy": -0.5}') == 2
     assert "'val_accuracy' was probably meant" in capsys.readouterr().err
+
+
+def test_several_recipes_from_yaml_and_from_the_command_line(
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_quant.report.make_report.measure_latency", lambda *_: ((), ()))
+    content = yaml.safe_load((EXAMPLE / "quantize.yaml").read_text())
+    content |= {"threads": 1, "recipe": ["int8_weight_only", "float16"], "evaluate": False}
+    (project / "several.yaml").write_text(yaml.safe_dump(content))
+    assert run_in(project, "quantize", "--config", "several.yaml", "--output", "several", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {point["name"] for point in printed["sweep"]["points"]} == {
+        "int8_weight_only-onnxruntime",
+        "float16-onnxruntime",
+    }
+    assert Path(printed["artifact"]).name == printed["sweep"]["recommended"]
+    arguments = ["sweep", "--config", "quantize.yaml", "--output", "swept", "--recipe=[int8_weight_only]"]
+    assert run_in(project, *arguments, "--runtime=[onnxruntime, torch]", "--evaluate=false", "--threads=1") == 0
+    said = capsys.readouterr().out
+    assert "2 artifacts of one training" in said
+    assert "int8_weight_only-torch" in said
+    assert (project / "swept" / "sweep.html").is_file()

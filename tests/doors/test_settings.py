@@ -59,11 +59,13 @@ DOORS: dict[Callable[..., Any], type[Settings]] = {
     Quantizing.inspect: CallbackSettings,
 }
 RENAMED = {"output": "output_dir"}
-# Training takes no recipes of layers, and a command line no objects.
+# Training takes no recipes of layers and no lists, a command line no objects, and a plan is of one recipe.
 OWN = {
     ("QuantizationAwareTraining.__init__", "recipe"),
+    ("QuantizationAwareTraining.__init__", "runtime"),
     ("Quantizing.quantize", "recipe"),
     ("Quantizing.inspect", "recipe"),
+    ("Quantizing.inspect", "runtime"),
 }
 
 

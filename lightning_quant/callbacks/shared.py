@@ -1,0 +1,31 @@
+"""What several artifacts of one training have in common, made once."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, TypeVar
+
+Value = TypeVar("Value")
+
+
+class Shared:
+    """Keeps what was made for the first that asked, for the others."""
+
+    def __init__(self) -> None:
+        self._made: dict[Hashable, Any] = {}
+
+    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """Return what is made for a key, by the first call of it."""
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
+
+    def clear(self) -> None:
+        """Give it all up."""
+        self._made.clear()
+
+
+class Alone(Shared):
+    """Nothing is shared, and so nothing is kept."""
+
+    def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
+        """Make it."""
+        return make()

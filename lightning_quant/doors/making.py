@@ -1,0 +1,246 @@
+"""From a float module and calls of it to a measured artifact, or to one of each of several recipes and runtimes."""
+
+import dataclasses
+import functools
+import itertools
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from lightning_quant import runtimes
+from lightning_quant.artifact import artifact as artifacts
+from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.artifact.labels import class_labels
+from lightning_quant.calibrate.calibrate import calibrate
+from lightning_quant.calls.calls import Call
+from lightning_quant.capture.batch_readings import run_call
+from lightning_quant.capture.calibration_data import CalibrationCalls
+from lightning_quant.doors.evaluated import Evaluated, searched
+from lightning_quant.doors.settings import Settings
+from lightning_quant.errors import CalibrationError, NoEffectWarning
+from lightning_quant.export.auto import choose_runtime
+from lightning_quant.export.engines import AUTO
+from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
+from lightning_quant.graph.table import Selection
+from lightning_quant.machine.timed import timed
+from lightning_quant.measure.contributions import Metrics
+from lightning_quant.measure.output_noise import HeldOut, held_back
+from lightning_quant.measure.sensitivity import NUM_CALLS, Sensitivity, rank_operators
+from lightning_quant.numerics.adjustments import outcomes
+from lightning_quant.planned.layerwise import quantize_layers
+from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.planned.sizes import notes_of_sizes
+from lightning_quant.planned.way_inside import way_inside
+from lightning_quant.recipe.recipe import LayerRecipe, Recipe
+from lightning_quant.report.make_report import make_report, with_search
+from lightning_quant.report.page import to_html
+from lightning_quant.search.judge import Judge
+from lightning_quant.search.pareto import Point, point_of
+from lightning_quant.search.section import SearchSection
+from lightning_quant.search.sweep import Sweep, swept
+from lightning_quant.simulate.prepared import Prepared
+
+
+@dataclasses.dataclass(frozen=True)
+class Made:
+    """A model to export, and what is known of it by then.
+
+    Attributes:
+        model: calibrated, or its layers quantized.
+        held: calls that chose nothing.
+        notes: what the report should say.
+        sensitivity: which operator costs what, where that was asked for.
+        search: how it was found, where it was.
+    """
+
+    model: PlannedModel
+    held: list[Call]
+    notes: tuple[str, ...]
+    sensitivity: Sensitivity | None = None
+    search: SearchSection | None = None
+
+
+def check_runs(settings: Settings) -> None:
+    """Refuse a recipe that its runtime does not run.
+
+    Raises:
+        QuantizationError: it does not.
+    """
+    if settings.runtime != AUTO:
+        runtimes.check_recipe(settings.runtime, settings.recipe)
+
+
+def make_artifacts(
+    model: nn.Module, judged: Evaluated, data: CalibrationCalls, every: Mapping[str, Settings], folder: Path
+) -> Sweep:
+    """Make an artifact of each of several settings from the same calls, compare them, and return the recommended.
+
+    Args:
+        model: the float module.
+        judged: its metrics, and what gives them of files.
+        data: to calibrate with, read once.
+        every: settings, by the name of the folder below `folder`.
+        folder: gets the table.
+
+    Raises:
+        QuantizationError: none could be made; the message has every reason.
+    """
+    points: dict[str, Point] = {}
+    calls, stopped = list(data), False
+    for name, settings in every.items():
+        artifact, measured, reason = None, None, "interrupted" if stopped else ""
+        try:
+            if not stopped:
+                check_runs(settings)
+                place = artifacts.check_folder(folder / name)
+                own = dataclasses.replace(judged, settings=settings)
+                artifact, measured = make_artifact(model, own, data, settings, place, calls)
+        except KeyboardInterrupt:
+            stopped, reason = True, "interrupted"
+        # Whatever a library raises for one: the others must not be lost for it.
+        except Exception as error:
+            reason = str(error) or repr(error)
+        if artifact is None:
+            if not stopped:
+                warnings.warn(f"{name}: {reason}", NoEffectWarning, stacklevel=3)
+            points[name] = Point(name, settings.recipe.name, settings.runtime, reason=reason)
+        else:
+            points[name] = point_of(name, artifact, measured)
+    first = next(iter(every.values()))
+    judge = Judge(first.limits, {})
+    known = {metric: judge.direction(metric) for point in points.values() for metric in point.metrics}
+    return swept(folder, list(points.values()), known, first.objective)
+
+
+def make_artifact(
+    model: nn.Module,
+    judged: Evaluated,
+    data: CalibrationCalls,
+    settings: Settings,
+    folder: Path,
+    calls: Iterable[Call] | None = None,
+) -> tuple[Artifact, Metrics]:
+    """Calibrate, convert, export and measure; return the artifact and its metrics.
+
+    Args:
+        model: the float module.
+        judged: its metrics, and what gives them of files.
+        data: to calibrate with.
+        settings: recipe, runtime, and what is wanted of them.
+        folder: the artifact's, checked.
+        calls: those of the data where they were read before.
+    """
+    with way_inside(settings.recipe, settings.runtime):
+        return _made_and_measured(model, judged, data, settings, folder, data if calls is None else calls)
+
+
+def _made_and_measured(
+    model: nn.Module,
+    judged: Evaluated,
+    data: CalibrationCalls,
+    settings: Settings,
+    folder: Path,
+    calls: Iterable[Call],
+) -> tuple[Artifact, Metrics]:
+    seconds: dict[str, float] = {}
+    made = _quantized(model, judged, iter(calls), settings, folder, seconds)
+    how: dict[str, Any] = {"dynamic_shapes": settings.dynamic_shapes, "engine": settings.engine, "release": True}
+    artifact = export(made.model, folder, classes=class_labels(model), seconds=seconds, **how)
+    notes = (*made.notes, *outcomes(made.model.accuracy_steps), *data.notes, *notes_of_sizes(made.model))
+    # Measured on a copy: another run may replace the artifact meanwhile.
+    with artifacts.private_copy(artifact) as own:
+        metrics, failed, values = judged.rows(made.model, own)
+        report = make_report(
+            made.model,
+            own,
+            metrics=metrics,
+            seconds=seconds,
+            threads=settings.threads,
+            notes=(*notes, *failed),
+            sensitivity=made.sensitivity,
+            held=HeldOut(tuple(made.held), "the last call, which took no part in calibration"),
+            limits=settings.limits,
+        )
+        report = with_search(report, made.search)
+        artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
+    for text in report.warnings:
+        warnings.warn(f"{artifact.path}: {text}.", NoEffectWarning, stacklevel=4)
+    return artifact, values
+
+
+def _quantized(
+    model: nn.Module,
+    judged: Evaluated,
+    calls: Iterator[Call],
+    settings: Settings,
+    folder: Path,
+    seconds: dict[str, float],
+) -> Made:
+    recipe, selection, notes = settings.recipe, settings.selection, tuple[str, ...]()
+    first = next(calls, None)
+    if first is None:
+        raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
+    make: Callable[..., PlannedModel] = _calibrated if recipe.needs_calibration else _quantize_layers
+    calls, chosen = itertools.chain([first], calls), str(settings.runtime)
+    if chosen == AUTO:
+        data = list(calls)
+        plan = lambda name: make(model, recipe, name, selection, iter(data), {})  # noqa: E731
+        chosen, note = choose_runtime(plan, settings.threads, settings.dynamic_shapes)
+        notes, calls = (note,), iter(data)
+    # A recipe with accuracy steps holds one of its calls back for itself.
+    held: list[Call] = []
+    calls = held_back(calls, recipe.needed_calls, held)
+    few = list(itertools.islice(calls, NUM_CALLS)) if settings.sensitivity else []
+    calls = itertools.chain(few, calls)
+    seen = list(calls) if settings.searches else []
+    quantized = make(model, recipe, chosen, selection, iter(seen) if seen else calls, seconds)
+    for call in held:
+        quantized.note_sizes(*call)
+    found = rank_operators(Prepared.of(quantized), few) if settings.sensitivity else None
+    search = None
+    if settings.searches:
+        quantized, search = searched(judged, quantized, seen, held, folder, seconds)
+    return Made(quantized.on_host(), held, notes, found, search)
+
+
+def _calibrated(
+    model: nn.Module,
+    recipe: Recipe,
+    runtime: str,
+    selection: Selection,
+    calls: Iterator[Call],
+    seconds: dict[str, float],
+) -> Prepared:
+    with timed(seconds, "capture"):
+        first, observer = next(calls), recipe.calibration_observer
+        prepared = prepare(
+            model, *first, recipe=recipe, runtime=runtime, selection=selection, observer=observer, trains=False
+        )
+    with timed(seconds, "calibrate"):
+        calls = itertools.chain([first], calls)
+        calibrate(prepared, (functools.partial(run_call, model, call, number) for number, call in enumerate(calls)))
+    return prepared
+
+
+def _quantize_layers(
+    model: nn.Module,
+    recipe: LayerRecipe,
+    runtime: str,
+    selection: Selection,
+    calls: Iterator[Call],
+    seconds: dict[str, float],
+) -> PlannedModel:
+    """Quantize on the first call; the others tell which sizes vary."""
+    with timed(seconds, "quantize"):
+        args, kwargs = next(calls)
+        others = list(calls)
+        quantized = quantize_layers(
+            model, args, kwargs, recipe=recipe, runtime=runtime, selection=selection, calls=[(args, kwargs), *others]
+        )
+        for call in others:
+            quantized.note_sizes(*call)
+    return quantized
