@@ -61,15 +61,15 @@ class QuantizationCallback(Callback):
         self.prepared: PlannedModel | None = None
         self.artifact: Artifact | None = None
         self.loss_inputs: LossInputs | None = None
-        self.path = ""
         self.seconds: dict[str, float] = {}
-        # What the report should say: of the weights that were chosen, and of what was found at fit start.
+        # What the report should say: of the chosen weights, what was found at fit start, what could not be measured.
         self.notes: tuple[str, ...] = ()
         self.findings: tuple[str, ...] = ()
+        self.missing: list[str] = []
         # Share of the step's multiply-adds that the module makes.
         self.step_share = 1.0
         self.group = Group()
-        self.last_folder = Path()
+        self.path, self.last_folder = "", Path()
         # Whether the weights were trained through rounding, and the metrics of the last validation before that.
         self.trains_rounded = False
         self.metrics_before: dict[str, float] = {}
@@ -243,7 +243,7 @@ class QuantizationCallback(Callback):
         if self.prepared is not None:
             self.prepared.detach()
         settings = self.settings
-        self.artifact, self._begun, self.step_share = None, False, 1.0
+        self.artifact, self._begun, self.step_share, self.missing = None, False, 1.0, []
         refusals.check_initialized(pl_module)
         together = fills_modules(settings.recipe, self.chosen_runtime)
         look = functools.partial(look_at_module, trainer, pl_module, settings, together=together)

@@ -3,6 +3,7 @@
 import pickle
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -30,12 +31,14 @@ class Known:
         calls: the first call that their validation made of the module.
         files: metrics by `digest` of an artifact, with the number of samples where that is known.
         predictions: what the float weights predicted meanwhile, where that was noted.
+        missing: why there are no metrics of the float weights, where that failed.
     """
 
     floating: Metrics
     calls: list[Call] = field(default_factory=list)
     files: dict[str, tuple[Metrics, int | None]] = field(default_factory=dict)
     predictions: Predictions | None = None
+    missing: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,8 @@ def _load_best(
         saved = torch.load(path, map_location="cpu", weights_only=False)
     except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, ImportError, AttributeError) as error:
         return (f"weights are the last ones: the best checkpoint {path.name} cannot be read: {error}",)
+    if reason := _misfit(duplicate, saved):
+        return (f"weights are the last ones: the best checkpoint {path.name} {reason}",)
     state = state_of(callback, callback.settings, saved.get("callbacks", {})) or {}
     if with_ranges:
         if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm"):
@@ -103,8 +108,19 @@ def _load_best(
                 f"weights are the last ones: the best checkpoint {path.name} was saved before fake quantization began",
             )
         Prepared.of(model).load_state_dict(state)
-    duplicate.load_state_dict(saved["state_dict"], assign=True)
+    # What a module leaves out of its checkpoints, such as a backbone that stays as it is, has the last weights.
+    duplicate.load_state_dict(saved["state_dict"], assign=True, strict=duplicate.strict_loading)
     return (f"weights are the best ones, from {path.name}",)
+
+
+def _misfit(module: LightningModule, saved: Any) -> str:
+    """Return in words why a checkpoint's weights are not those of a module; empty where they are."""
+    weights, own = saved.get("state_dict") if isinstance(saved, dict) else None, module.state_dict()
+    if weights is None:
+        return "has no weights"
+    names = set(own) ^ set(weights) if module.strict_loading else set()
+    names |= {name for name in set(own) & set(weights) if own[name].shape != weights[name].shape}
+    return f"has other weights: {', '.join(sorted(names)[:3])}" if names else ""
 
 
 def _best_path(trainer: Trainer) -> str:

@@ -15,7 +15,6 @@ from torch import Tensor
 from lightning_quant.artifact import artifact as artifacts
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.artifact.labels import class_labels
-from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.by_chance import in_words
 from lightning_quant.callbacks.deployment import Deployment
@@ -23,9 +22,9 @@ from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.held_out import held_out
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.calls.calls import Call
-from lightning_quant.errors import FixedSizesError
 from lightning_quant.export.export import export
 from lightning_quant.machine.timed import timed
+from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.changed_predictions import Predictions, alone
 from lightning_quant.measure.contributions import Metrics
 from lightning_quant.measure.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
@@ -73,14 +72,16 @@ def _measure(
             metrics, by_chance = _metrics(callback, trainer, deployment, own, calls, predictions)
             notes += by_chance
             if metrics and deployment.sensitivity is not None:
-                gains = _gains(callback, trainer, deployment, deployment.sensitivity)
+                gains: dict[str, float] = {}
+                with noting(callback.missing, "what metrics gain by sensitivity's advice is"):
+                    gains = _gains(callback, trainer, deployment, deployment.sensitivity)
                 sensitivity = deployment.sensitivity.with_gains(
                     gains, {row.name: row.higher_is_better for row in metrics}
                 )
                 deployment = replace(deployment, sensitivity=sensitivity)
         if callback.loss_inputs is not None and callback.loss_inputs.formula is None:
             notes = (*notes, "metrics that use the model's own loss are missing: the artifact takes no labels")
-        if not metrics:
+        if not metrics and not any("metrics" in text for text in callback.missing):
             notes = (*notes, f"no validation metrics: {why_no_metrics(trainer)}")
     held = held_out(callback, trainer, deployment.pl_module, calls)
     deployment = replace(deployment, notes=notes, held=held)
@@ -126,6 +127,7 @@ def _report(
         checkpoint_bytes=_bytes_of(deployment.checkpoint),
         threads=callback.settings.threads,
         notes=deployment.notes,
+        missing=tuple(callback.missing),
         sensitivity=deployment.sensitivity,
         step_share=callback.step_share,
         trained=callback.trains_rounded,
@@ -135,6 +137,8 @@ def _report(
     )
     report = with_search(report, deployment.search)
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
+    # Known before it is told, since a warning may be an error to the user.
+    callback.artifact = artifact
     publish(callback, trainer, report, artifact)
     return artifact
 
@@ -158,25 +162,25 @@ def _metrics(
     """Return metrics and what to know of them; append a call of validation to `calls`, and note what is predicted."""
     pl_module, model, path = deployment.pl_module, deployment.model, callback.path
     limit = callback.settings.limit_eval_batches
-    group, known = callback.group, deployment.known
+    group, known, float_values, simulated = callback.group, deployment.known, Metrics(), Metrics()
+    attempt = functools.partial(noting, callback.missing, alone=group.size == 1)
     if known is None:
-        watch = predictions.of_float
-        float_values = evaluate(trainer, pl_module, path, limit_batches=limit, group=group, recorded=calls, watch=watch)
+        how: dict[str, Any] = {"limit_batches": limit, "group": group, "watch": predictions.of_float}
+        with attempt("the metrics of validation are"):
+            float_values = evaluate(trainer, pl_module, path, recorded=calls, **how)
     else:
         float_values, calls[:] = known.floating, known.calls
         predictions.take_float(known.predictions)
     if not float_values:
         return (), ()
-    with model.attached("frozen"):
+    with attempt("the metrics of the simulation are"), model.attached("frozen"):
         simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
     exported, number = Metrics(), None
-    try:
+    with attempt("the metrics of the artifact are"):
         files = {} if known is None else known.files
-        how: dict[str, Any] = {"predictions": predictions, "contributions": known is not None}
+        how = {"predictions": predictions, "contributions": known is not None}
         measured = files.get(digest(own)) or evaluate_artifact(callback, trainer, deployment, own, **how)
         exported, number = files[digest(own)] = measured
-    except FixedSizesError as error:
-        warn(f"The artifact has no metrics: {error}")
     before = callback.metrics_before
     directions = watched(trainer, callback._checkpoint) | float_values.higher_is_better
     rows = tuple(
@@ -185,8 +189,9 @@ def _metrics(
     )
     by_chance: tuple[str, ...] = ()
     if float_values.draws:
-        others = [evaluate(trainer, pl_module, path, limit_batches=limit, group=group, seed=seed) for seed in (1, 2)]
-        by_chance = (in_words([float_values, *others]),)
+        with attempt("how far metrics move by chance is"):
+            others = [evaluate(trainer, pl_module, path, limit_batches=limit, group=group, seed=s) for s in (1, 2)]
+            by_chance = (in_words([float_values, *others]),)
     return rows, by_chance
 
 

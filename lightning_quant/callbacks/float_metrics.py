@@ -8,6 +8,7 @@ from lightning.pytorch import Trainer
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.deployment import Deployment, Known
 from lightning_quant.calls.calls import Call
+from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.changed_predictions import Predictions, alone
 from lightning_quant.measure.contributions import Metrics
 from lightning_quant.measure.evaluate import evaluate
@@ -25,11 +26,14 @@ def float_metrics(callback: QuantizationCallback, trainer: Trainer, deployment: 
         return Known(Metrics())
 
     def measure() -> Known:
-        calls: list[Call] = []
+        calls, missing, floating = list[Call](), list[str](), Metrics()
         predictions = Predictions(functools.partial(alone, deployment.model))
         how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "group": callback.group}
         how |= {"recorded": calls, "contributions": True, "watch": predictions.of_float}
-        return Known(evaluate(trainer, deployment.pl_module, callback.path, **how), calls, predictions=predictions)
+        with noting(missing, "the metrics of validation are", alone=callback.group.size == 1):
+            floating = evaluate(trainer, deployment.pl_module, callback.path, **how)
+        return Known(floating, calls, predictions=predictions, missing=tuple(missing))
 
     once = callback.shared.once(("float metrics", callback.path), measure)
+    callback.missing += once.missing
     return Known(once.floating, once.calls, predictions=once.predictions)

@@ -38,6 +38,7 @@ from lightning_quant.doors.settings import CallbackSettings, documented
 from lightning_quant.doors.several import is_several
 from lightning_quant.errors import QuantizationError
 from lightning_quant.machine.timed import timed
+from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.contributions import Metrics
 from lightning_quant.measure.sensitivity import NUM_CALLS, Sensitivity, rank_operators
 from lightning_quant.numerics.adjustments import outcomes
@@ -213,7 +214,11 @@ class PostTrainingQuantization(QuantizationCallback):
             else:
                 calibrate_together(group, prepared, steps)
         deployed.take_over(prepared)
-        return rank_operators(prepared, calls) if settings.sensitivity else None, recorded
+        ranked = None
+        if settings.sensitivity:
+            with noting(self.missing, "sensitivities are"):
+                ranked = rank_operators(prepared, calls)
+        return ranked, recorded
 
 
 def _calibration(given: Any) -> Calibration:

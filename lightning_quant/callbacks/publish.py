@@ -15,8 +15,6 @@ from lightning_quant.report.report import Report
 
 def publish(callback: QuantizationCallback, trainer: Trainer, report: Report, artifact: Artifact) -> None:
     """Send a report to the terminal, to every logger what it holds, and numbers to `trainer.callback_metrics`."""
-    for warning in report.warnings:
-        warn(f"{artifact.path}: {warning}.")
     rank_zero_info(f"{report}\nArtifact: {artifact.path}")
     prefix = prefix_of(callback, trainer)
     scalars = report.scalars(prefix)
@@ -29,6 +27,9 @@ def publish(callback: QuantizationCallback, trainer: Trainer, report: Report, ar
             # A service that is away, a quota, a full disk: the artifact is safe with its report, and the fit is to end.
             warn(f"{type(logger).__name__} did not take all of the report of {artifact.path}: {error!r}.")
     trainer.callback_metrics.update({name: torch.tensor(value) for name, value in scalars.items()})
+    # Last, since a warning may be an error to the user.
+    for warning in report.warnings:
+        warn(f"{artifact.path}: {warning}.")
 
 
 def prefix_of(callback: QuantizationCallback, trainer: Trainer) -> str:

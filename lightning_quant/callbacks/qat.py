@@ -26,6 +26,7 @@ from lightning_quant.callbacks.states import state_of
 from lightning_quant.doors.settings import CallbackSettings, documented
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export.engines import AUTO
+from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.numerics.learned_steps import LearnedSteps
 from lightning_quant.planned.sizes import ChosenShapes
@@ -180,7 +181,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.settings.recipe.batch_norm_batches > 0 and self.require_prepared().quantizes:
             reestimate(trainer, deployment, self.path, self.settings.recipe.batch_norm_batches)
         if self.settings.sensitivity and self.require_prepared().quantizes:
-            deployment = replace(deployment, sensitivity=rank(trainer, deployment, self.path))
+            with noting(self.missing, "sensitivities are"):
+                deployment = replace(deployment, sensitivity=rank(trainer, deployment, self.path))
         if self.settings.searches:
             prepared, calls = training_calls(trainer, deployment, self.path, NUM_BATCHES)
             deployment = searched(self, trainer, deployment, Recorded(prepared, calls, calls[:NUM_CALLS]))

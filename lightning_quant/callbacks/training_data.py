@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
@@ -21,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_quant.capture.capture import Capture, StepStoppedError, capture, isolated_rng, unchanged
 from lightning_quant.errors import CalibrationError, CaptureError
 from lightning_quant.graph.analyze import has_weights
+from lightning_quant.measure.lent import lent_loggers, lr_schedulers
 from lightning_quant.surgery.host import HOST, copied_to, device_for_search
 from lightning_quant.surgery.routing import clone
 
@@ -131,14 +131,14 @@ def independent_copy(trainer: Trainer, pl_module: LightningModule) -> LightningM
     """Return a structural copy of a LightningModule that logs nowhere and steps no optimizer; weights are shared."""
     duplicate = clone(pl_module)
     quiet_trainer = copy.copy(trainer)
-    quiet_trainer.loggers = [DummyLogger()]
+    quiet_trainer.loggers = [*lent_loggers(trainer)]
     duplicate.trainer = quiet_trainer
     for name in ("log", "log_dict", "log_grad_norm"):
         duplicate.__dict__[name] = _do_nothing
     for name in ("manual_backward", "backward", "clip_gradients"):
         duplicate.__dict__[name] = _stop
     duplicate.__dict__["optimizers"] = lambda *_, **__: _inert_optimizers(trainer)
-    duplicate.__dict__["lr_schedulers"] = _do_nothing
+    duplicate.__dict__["lr_schedulers"] = functools.partial(lr_schedulers, trainer)
     return duplicate
 
 
@@ -182,6 +182,9 @@ def _combined_loader(trainer: Trainer, data: str) -> CombinedLoader:
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         combined = trainer.fit_loop.epoch_loop.val_loop._combined_loader
     if combined is None:
+        limit = f"limit_{'train' if data == 'train' else 'val'}_batches"
+        if getattr(trainer, limit) == 0:
+            raise CalibrationError(f"Expected the run to have {data} data, but it has `{limit}=0`: 1 is enough.")
         raise CalibrationError(f"Expected the trainer to have {data} data, but there is no {data} dataloader.")
     return combined
 

@@ -75,7 +75,7 @@ class Evaluated:
         try:
             values = self.of_file(model, artifact)
         except QuantizationError as error:
-            return (), (f"no metrics of the file: {error}",), Metrics()
+            return (), (f"the metrics of the file are missing: {error}".rstrip("."),), Metrics()
         rows = tuple(
             MetricRow(name, value, None, values.get(name), higher_is_better=judge.direction(name))
             for name, value in self.floating.items()

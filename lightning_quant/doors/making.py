@@ -27,6 +27,7 @@ from lightning_quant.export.export import export
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
 from lightning_quant.machine.timed import timed
+from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.contributions import Metrics
 from lightning_quant.measure.output_noise import HeldOut, held_back
 from lightning_quant.measure.sensitivity import NUM_CALLS, Sensitivity, rank_operators
@@ -55,6 +56,7 @@ class Made:
         notes: what the report should say.
         sensitivity: which operator costs what, where that was asked for.
         search: how it was found, where it was.
+        missing: what could not be measured, and why.
     """
 
     model: PlannedModel
@@ -62,6 +64,7 @@ class Made:
     notes: tuple[str, ...]
     sensitivity: Sensitivity | None = None
     search: SearchSection | None = None
+    missing: tuple[str, ...] = ()
 
 
 def check_runs(settings: Settings) -> None:
@@ -160,7 +163,8 @@ def _made_and_measured(
             metrics=metrics,
             seconds=seconds,
             threads=settings.threads,
-            notes=(*notes, *failed),
+            notes=notes,
+            missing=(*made.missing, *failed),
             sensitivity=made.sensitivity,
             held=HeldOut(tuple(made.held), "the last call, which took no part in calibration"),
             limits=settings.limits,
@@ -200,11 +204,13 @@ def _quantized(
     quantized = make(model, recipe, chosen, selection, iter(seen) if seen else calls, seconds)
     for call in held:
         quantized.note_sizes(*call)
-    found = rank_operators(Prepared.of(quantized), few) if settings.sensitivity else None
-    search = None
+    ranked, search, missing = None, None, list[str]()
+    if settings.sensitivity:
+        with noting(missing, "sensitivities are"):
+            ranked = rank_operators(Prepared.of(quantized), few)
     if settings.searches:
         quantized, search = searched(judged, quantized, seen, held, folder, seconds)
-    return Made(quantized.on_host(), held, notes, found, search)
+    return Made(quantized.on_host(), held, notes, ranked, search, tuple(missing))
 
 
 def _calibrated(

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from lightning_quant.artifact.labels import attribute_of
+
 # Pixels of a thumbnail's longer side, and letters of a text.
 _PIXELS, _LETTERS = 96, 400
 
@@ -16,12 +18,7 @@ _PIXELS, _LETTERS = 96, 400
 def tokenizer_of(*owners: Any) -> Any:
     """Return what makes text of tokens, of the first of these objects that has a `tokenizer`; None without one."""
     for owner in owners:
-        try:
-            tokenizer = getattr(owner, "tokenizer", None)
-        # The user's own property, for a caption: one that is not there any more, say.
-        except Exception:
-            continue
-        if tokenizer is not None:
+        if (tokenizer := attribute_of(owner, "tokenizer")) is not None:
             return tokenizer
     return None
 

@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch import Callback, Trainer
 
 from lightning_quant.calibrate.distributed import Group
 from lightning_quant.measure.evaluate_shares import lent_strategy
+from lightning_quant.measure.lent import Lender, lent_loggers
 from lightning_quant.surgery.host import HOST
 
 
@@ -21,7 +21,7 @@ def validation_trainer(
     """Return a Trainer that validates on a device as another one does, and says nothing of itself.
 
     Args:
-        trainer: whose data module, precision, limits and progress it has.
+        trainer: whose precision, limits and progress it has, and what it lends.
         device: where the LightningModule is.
         limit_batches: number or share of validation batches; the trainer's own limit by default.
         group: the processes that trained.
@@ -38,8 +38,12 @@ def validation_trainer(
         **where,
         **_precision(trainer, device),
         limit_val_batches=trainer.limit_val_batches if limit_batches is None else limit_batches,
-        logger=DummyLogger(),
-        callbacks=[_DataModuleLender(getattr(trainer, "datamodule", None)), watching],
+        logger=lent_loggers(trainer) or False,
+        callbacks=[Lender(trainer), watching],
+        default_root_dir=trainer.default_root_dir,
+        max_epochs=trainer.max_epochs,
+        max_steps=trainer.max_steps,
+        inference_mode=trainer.fit_loop.epoch_loop.val_loop.inference_mode,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -62,21 +66,6 @@ def quiet() -> Iterator[None]:
     finally:
         for logger, level in zip(loggers, levels, strict=True):
             logger.setLevel(level)
-
-
-class _DataModuleLender(Callback):
-    """Lets `validation_step` see the datamodule without another setup and teardown of it."""
-
-    def __init__(self, datamodule: Any) -> None:
-        self.datamodule = datamodule
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when validation begins: lend the datamodule."""
-        trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when validation ends: take it back before teardown."""
-        trainer.datamodule = None  # type: ignore[attr-defined]
 
 
 def _precision(trainer: Trainer, device: torch.device) -> dict[str, Any]:

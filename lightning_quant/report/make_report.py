@@ -20,6 +20,7 @@ from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.machine.latency import Timing, measure
 from lightning_quant.machine.machine import cpu_name
 from lightning_quant.machine.timed import timed
+from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.changed_predictions import Predictions
 from lightning_quant.measure.output_noise import HeldOut, Noise, measure_noise
 from lightning_quant.measure.sensitivity import Sensitivity
@@ -52,6 +53,7 @@ def make_report(
     checkpoint_bytes: int | None = None,
     threads: int | None = None,
     notes: tuple[str, ...] = (),
+    missing: tuple[str, ...] = (),
     sensitivity: Sensitivity | None = None,
     step_share: float = 1.0,
     trained: bool = False,
@@ -69,6 +71,7 @@ def make_report(
         checkpoint_bytes: size of the training checkpoint.
         threads: for all latencies; torch's number of threads by default.
         notes: what else the reader should know.
+        missing: what could not be measured so far, and why.
         sensitivity: which operator costs what, when that was asked for.
         step_share: share of the multiply-adds of the LightningModule's step that the module makes.
         trained: whether the weights were trained through rounding.
@@ -82,7 +85,8 @@ def make_report(
     with timed(seconds, "parity"):
         parity = model.parity(asked, artifact.model_path)
         noise, unfit = _noise(model, root, asked, held)
-    with timed(seconds, "latency"):
+    lacking, latency, remarks = list(missing), tuple[LatencyRow, ...](), tuple[str, ...]()
+    with timed(seconds, "latency"), noting(lacking, "latencies are"):
         latency, remarks = measure_latency(model, loaded, threads)
     with timed(seconds, "closer look"):
         look = closer_look(model, (root, asked), artifact.model_path, threads, held=held, predictions=predictions)
@@ -92,7 +96,7 @@ def make_report(
         Size(tensor_bytes(model.root), checkpoint_bytes, artifact.size_bytes),
         Speed(latency, model.plan.runtime, threads, cpu_name()),
         *(Agreement(parity), look.changed),
-        Notes((*notes, *_engine(artifact), *remarks, *unfit)),
+        Notes((*notes, *_engine(artifact), *remarks, *unfit), tuple(lacking)),
         Ranking(sensitivity),
         _coverage(model, artifact, step_share),
         *(look.numbers, Seconds(seconds)),

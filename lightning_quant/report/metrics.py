@@ -97,6 +97,8 @@ class Metrics(Section):
 def _is_off(row: MetricRow, *, trained: bool) -> bool:
     if row.artifact is None or row.simulated is None or math.isnan(row.simulated):
         return False
+    if row.artifact == row.simulated:  # Infinities, too.
+        return False
     floating = row.simulated if trained or row.float_value is None else row.float_value
     size = max(abs(row.simulated), abs(floating))
     # A share, such as accuracy, moves by one part in the number of samples whatever its own size.

@@ -12,9 +12,15 @@ class Notes(Section):
 
     Attributes:
         notes: sentences without a full stop.
+        missing: what could not be measured, and why, likewise.
     """
 
     notes: tuple[str, ...]
+    missing: tuple[str, ...] = ()
+
+    def warnings(self) -> list[str]:
+        """Say what could not be measured."""
+        return list(self.missing)
 
     def text(self) -> str:
         """Return a paragraph for each note."""

@@ -6,6 +6,7 @@ module assigned there would register as a child; a callable object leaves type, 
 
 import copy
 import itertools
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_quant.errors import QuantizationError
+from lightning_quant.errors import CaptureError, QuantizationError
 from lightning_quant.surgery.compilation import Uncompiled, is_compiled
 
 
@@ -81,17 +82,43 @@ def copied(value: Any, memo: dict[int, Any] | None = None, convert: Callable[[Te
     """Return a deep copy in which tensors with a history are detached, wherever they hang.
 
     PyTorch refuses to copy them: a loss, a metric's last value, attention maps that a module keeps in whatever object.
-    `convert` may return another tensor for each, on another device say: the copy then holds that one.
+    `convert` may return another tensor for each, on another device say: the copy then holds that one. What nobody can
+    copy, such as locks, open files, connections and generators, is shared.
+
+    Raises:
+        CaptureError: a module or tensor cannot be copied.
     """
-    with _Copying(convert or (lambda tensor: tensor)):
-        return copy.deepcopy(value, {} if memo is None else memo)
+    memo = {} if memo is None else memo
+    before = dict(memo)
+    while True:
+        try:
+            with _Copying(convert or (lambda tensor: tensor)):
+                return copy.deepcopy(value, memo)
+        # Whatever objects of a user's raise when they are asked for a copy.
+        except Exception as error:
+            culprit = _not_copied(error)
+            if culprit is None or isinstance(culprit, nn.Module | Tensor) or id(culprit) in before:
+                name = type(value if culprit is None else culprit).__name__
+                raise CaptureError(
+                    f"Expected {name} to be copied with `copy.deepcopy`, since all is tried on a copy, but {error!r}."
+                ) from error
+            before[id(culprit)] = culprit
+            # What was begun holds parts of objects.
+            memo.clear()
+            memo.update(before)
+
+
+def _not_copied(error: Exception) -> Any:
+    """Return the innermost object whose copy an error ended; None where no copy was under way."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code is copy.deepcopy.__code__]
+    return frames[-1].f_locals["x"] if frames else None
 
 
 def clone(module: nn.Module, *, unrouted: bool = False, convert: Callable[[Tensor], Tensor] | None = None) -> Any:
     """Return an independent structural copy that shares the parameters' memory and owns its buffers and attributes.
 
-    Data sets, loaders and arrays that hang on the module are shared. Tensors with a history are detached. What
-    `torch.compile` made is left out.
+    Data sets, loaders and arrays that hang on the module are shared, and what nobody can copy. Tensors with a history
+    are detached. What `torch.compile` made is left out.
 
     Args:
         module: left as it is.

@@ -36,6 +36,21 @@ def test_other_things_of_these_names_are_no_labels(value: Any) -> None:
     assert class_labels(SimpleNamespace(classes=value), SimpleNamespace(class_names=LABELS)) == tuple(LABELS)
 
 
+class Asked:
+    """Has labels no more."""
+
+    @property
+    def classes(self) -> list[str]:
+        raise RuntimeError("the data set was closed")
+
+
+def test_labels_are_had_in_one_line_of_printable_text_or_not_at_all() -> None:
+    odd = SimpleNamespace(classes=["great  white\n", "a\x00b", "\ud800"])
+
+    assert class_labels(Asked(), odd) == ("great white", "a\N{REPLACEMENT CHARACTER}b", "\N{REPLACEMENT CHARACTER}")
+    assert class_labels(Asked(), SimpleNamespace(config=SimpleNamespace(id2label={0: "a", "1": "b"}))) is None
+
+
 def test_model_that_knows_its_classes(tmp_path: Path) -> None:
     model = nn.Linear(6, 3)
     model.class_names = LABELS

@@ -54,3 +54,26 @@ def test_a_best_checkpoint_that_cannot_be_read_costs_no_artifact(tmp_path: Path)
     (note,) = [note for note in callback.artifact.report["notes"] if note.startswith("weights")]  # type: ignore[union-attr]
     assert note.startswith("weights are the last ones: the best checkpoint epoch=0-step=")
     assert "cannot be read" in note
+
+
+class Partial(Classifier):
+    """Keeps its first layer out of its checkpoints."""
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        del checkpoint["state_dict"]["net.conv1.weight"]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_best_checkpoint_without_all_weights_costs_no_artifact(strict: bool, tmp_path: Path) -> None:
+    saving = ModelCheckpoint(tmp_path / "saved", monitor="score", mode="max")
+    callback = PostTrainingQuantization("float16", "torch", output_dir=tmp_path / "q", weights="best", evaluate=False)
+    module = Partial(best_epoch=0)
+    module.strict_loading = strict
+    fit(module, saving, callback, max_epochs=2, enable_checkpointing=True)
+    (note,) = [note for note in callback.artifact.report["notes"] if note.startswith("weights")]  # type: ignore[union-attr]
+
+    if strict:
+        assert note.startswith("weights are the last ones")
+        assert "has other weights: net.conv1.weight" in note
+    else:
+        assert note.startswith("weights are the best ones")

@@ -83,7 +83,7 @@ def test_limits_on_other_metrics_are_refused_first(evaluate: Any, limits: Any, m
 def test_a_function_that_fails_on_the_file_costs_its_metrics_alone(tmp_path: Path) -> None:
     artifact = searched(tmp_path, lambda model: float(model.bad.bias.numel()), limits={"metric": -0.1})
     report = artifact.report
-    assert any("no metrics of the file" in note for note in report["notes"])
+    assert any("metrics of the file are missing" in text for text in report["warnings"])
     assert any("limits FAILED" in text for text in report["failures"])
 
 

@@ -25,6 +25,8 @@ METRICS, LATENCY = GOOD_VALUES["metrics"], GOOD_VALUES["latency"]
         (MetricRow("val_loss", 1.0, 1.1, math.nan), True),
         (MetricRow("val_loss", 1.0, math.nan, math.nan), False),
         (MetricRow("val_loss", 1.0, 1.1, None), False),
+        (MetricRow("val_loss", math.inf, math.inf, math.inf), False),
+        (MetricRow("val_loss", 1.0, 1.0, math.inf), True),
     ],
 )
 def test_metric_far_from_the_simulated_one_is_failed_parity(row: MetricRow, fails: bool) -> None:

@@ -13,3 +13,9 @@ def test_times_are_those_of_all_stages() -> None:
     seconds = Seconds({"export": 1.55, "parity": 0.2})
     assert seconds.text() == "Seconds: export 1.6, parity 0.2."
     assert seconds.scalars() == {"seconds/export": 1.55, "seconds/parity": 0.2}
+
+
+def test_what_is_missing_is_a_warning() -> None:
+    notes = Notes(("one",), ("latencies are missing: why",))
+    assert notes.warnings() == ["latencies are missing: why"]
+    assert "missing" not in notes.text()

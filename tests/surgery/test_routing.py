@@ -1,12 +1,15 @@
 """Something else runs in place of a forward, and modules are copied without their weights."""
 
 import copy
+import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.errors import QuantizationError
+from lightning_quant.errors import CaptureError, QuantizationError
 from lightning_quant.surgery.routing import (
     Route,
     clone,
@@ -114,3 +117,32 @@ def test_parts_are_found_that_have_no_length_or_no_children() -> None:
     root = nn.Sequential(Unmeasured(2, 2), nn.Sequential())
     assert resolve(root, "0") is root[0]
     assert resolve(root, "1") is root[1]
+
+
+def test_what_nobody_can_copy_is_shared_and_all_else_is_not(tmp_path: Path) -> None:
+    class Refuses:
+        def __deepcopy__(self, memo: Any) -> None:
+            raise RuntimeError("no copies")
+
+    layer = nn.Linear(2, 2)
+    with (tmp_path / "log.txt").open("w") as file:
+        held = [threading.Lock(), file, (x for x in "abc"), Refuses()]
+        layer.held, layer.state = {"several": held, "list": [1]}, {"file": file, "seen": [2]}  # type: ignore[assignment]
+        duplicate = clone(layer)
+
+    assert [a is b for a, b in zip(duplicate.held["several"], held, strict=True)] == [True] * 4
+    assert duplicate.state["file"] is file
+    assert duplicate.held["several"] is not held
+    assert duplicate.held["list"] is not layer.held["list"]
+    assert duplicate.state["seen"] == [2]
+    assert duplicate.state["seen"] is not layer.state["seen"]
+    assert duplicate.weight is layer.weight
+
+
+def test_a_module_that_cannot_be_copied_is_told_by_its_name() -> None:
+    class Unique(nn.Linear):
+        def __deepcopy__(self, memo: Any) -> None:
+            raise RuntimeError("there is one of me")
+
+    with pytest.raises(CaptureError, match=r"Expected Unique to be copied .*there is one of me"):
+        clone(nn.Sequential(Unique(2, 2)))
