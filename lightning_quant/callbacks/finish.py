@@ -187,12 +187,20 @@ def _metrics(
         MetricRow(name, value, simulated.get(name), exported.get(name), before.get(name), number, directions.get(name))
         for name, value in float_values.items()
     )
-    by_chance: tuple[str, ...] = ()
-    if float_values.draws:
-        with attempt("how far metrics move by chance is"):
-            others = [evaluate(trainer, pl_module, path, limit_batches=limit, group=group, seed=s) for s in (1, 2)]
-            by_chance = (in_words([float_values, *others]),)
-    return rows, by_chance
+    return rows, _by_chance(callback, trainer, deployment, float_values)
+
+
+def _by_chance(
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, once: Metrics
+) -> tuple[str, ...]:
+    """Say how far the metrics of float move by random numbers that validation draws, where it does."""
+    how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "group": callback.group}
+    alone = callback.group.size == 1
+    with noting(callback.missing, "how far metrics move by chance is", alone=alone):
+        seeds = (1, 2) if once.draws else ()
+        others = [evaluate(trainer, deployment.pl_module, callback.path, **how, seed=seed) for seed in seeds]
+        return (in_words([once, *others]),) if others else ()
+    return ()
 
 
 def _gains(

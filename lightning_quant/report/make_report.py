@@ -79,15 +79,14 @@ def make_report(
         limits: what the artifact is to keep to.
         predictions: noted while validation ran.
     """
-    seconds, threads = dict(seconds or {}), threads or torch.get_num_threads()
+    seconds, threads, lacking = dict(seconds or {}), threads or torch.get_num_threads(), list(missing)
     loaded = opened(model, artifact, threads)
     root, asked = (Answers(model.root), Answers(loaded)) if model.into_only else (model.root, loaded)
     with timed(seconds, "parity"):
         parity = model.parity(asked, artifact.model_path)
         noise, unfit = _noise(model, root, asked, held)
-    lacking, latency, remarks = list(missing), tuple[LatencyRow, ...](), tuple[str, ...]()
-    with timed(seconds, "latency"), noting(lacking, "latencies are"):
-        latency, remarks = measure_latency(model, loaded, threads)
+    with timed(seconds, "latency"):
+        latency, remarks = _latency(model, loaded, threads, lacking)
     with timed(seconds, "closer look"):
         look = closer_look(model, (root, asked), artifact.model_path, threads, held=held, predictions=predictions)
     sections: tuple[Section, ...] = (
@@ -163,6 +162,14 @@ def tensor_bytes(module: nn.Module) -> int:
     """Return the bytes of a module's parameters and buffers, shared ones counted once."""
     tensors = {id(tensor): tensor for tensor in (*module.parameters(), *module.buffers())}
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _latency(
+    model: PlannedModel, loaded: nn.Module, threads: int, lacking: list[str]
+) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
+    with noting(lacking, "latencies are"):
+        return measure_latency(model, loaded, threads)
+    return (), ()
 
 
 def measure_latency(
