@@ -11,14 +11,18 @@ _EMPTY = fx.GraphModule(nn.Module(), fx.Graph())
 
 
 class CodeOfAnyNames(CodeGen):
-    """Writes names of modules as they have to stand in code; PyTorch puts them between quotes as they are."""
+    """Writes names of modules as they have to stand in code; PyTorch puts them between quotes as they are.
 
-    def _gen_python_code(self, nodes: Any, *args: Any, **kwargs: Any) -> Any:
+    A node that is named after a child called `self`, of attention say, must not hide the module.
+    """
+
+    def _gen_python_code(self, nodes: Any, root_module: str, namespace: Any, **kwargs: Any) -> Any:
+        namespace.create_name(root_module, None)
         named = [(node, node.target) for node in nodes if node.op in ("call_module", "get_attr")]
         try:
             for node, target in named:
                 node.target = ".".join(map(_escaped, str(target).split(".")))
-            return super()._gen_python_code(nodes, *args, **kwargs)
+            return super()._gen_python_code(nodes, root_module, namespace, **kwargs)
         finally:
             for node, target in named:
                 node.target = target

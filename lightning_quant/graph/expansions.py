@@ -20,6 +20,11 @@ _TRACED_INTO = (
     nn.TransformerDecoder,
     nn.TransformerDecoderLayer,
 )
+# What graphs have no integer form of is called whole, also with a forward of its own: its weights are stored then.
+WHOLE = (
+    *(nn.Embedding, nn.EmbeddingBag, nn.RNNBase, nn.RNNCellBase, nn.Bilinear),
+    *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
+)
 
 
 def is_expanded(module: nn.Module) -> bool:

@@ -13,7 +13,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_quant.graph.proxy import ShapedProxy
 
-_CONSTRUCTORS = ("rand", "randn", "zeros", "ones", "full", "empty", "arange", "linspace", "eye")
+_CONSTRUCTORS = (
+    "arange", "as_tensor", "empty", "eye", "full", "linspace", "ones", "rand", "randint", "randn", "randperm",
+    "scalar_tensor", "tensor", "zeros",
+)  # fmt: skip
 # Their code asks for types of what it makes itself.
 _LIBRARIES = frozenset({"torch", "lightning", "pytorch_lightning"})
 _WRITES = (operator.iadd, operator.isub, operator.imul, operator.itruediv)
@@ -32,6 +35,7 @@ def functions_recorded(tracer: fx.Tracer) -> Iterator[None]:
         (builtins, "len"): _length_recorded(len),
         (builtins, "callable"): _callability_told(callable),
         (builtins, "isinstance"): _class_told(isinstance),
+        (torch.jit.ScriptFunction, "__call__"): _scripts_inlined(torch.jit.ScriptFunction.__call__),
         (nn.Module, "__setattr__"): _buffers_written(nn.Module.__setattr__),
     }
     originals = {(owner, name): getattr(owner, name) for owner, name in replaced}
@@ -68,6 +72,18 @@ def _extreme_recorded(
         for value in values[1:]:
             largest = tracer.create_proxy("call_function", target, (largest, value), {})
         return largest
+
+    return call
+
+
+def _scripts_inlined(run: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the call of scripted functions that runs the Python function that one was made of on proxies."""
+
+    def call(function: Any, *args: Any, **kwargs: Any) -> Any:
+        original = getattr(function, "_torchdynamo_inline", None)
+        if original is not None and any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            return original(*args, **kwargs)
+        return run(function, *args, **kwargs)
 
     return call
 

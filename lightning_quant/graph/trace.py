@@ -5,6 +5,7 @@ clone under fake tensors: nothing of the user's module changes and nothing is co
 """
 
 import inspect
+import itertools
 import operator
 import os
 import sys
@@ -24,7 +25,7 @@ from lightning_quant.calls.structures import register_structures
 from lightning_quant.errors import UntraceableError
 from lightning_quant.graph.constants import keep_constants
 from lightning_quant.graph.counting import counted_by, multiply_add_counter
-from lightning_quant.graph.expansions import expansion_of, is_expanded, layer_read_by, transformers_traceable
+from lightning_quant.graph.expansions import WHOLE, expansion_of, is_expanded, layer_read_by, transformers_traceable
 from lightning_quant.graph.normalize import functionalize
 from lightning_quant.graph.proxy import ShapedProxy, UnknownError, fake_of, settled
 from lightning_quant.graph.recorded import functions_recorded, types_told
@@ -86,7 +87,7 @@ class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         if module_qualified_name in self.opaque or has_hooks(m) or parametrize.is_parametrized(m):
             return True
-        return not is_expanded(m) and super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, WHOLE) or (not is_expanded(m) and super().is_leaf_module(m, module_qualified_name))
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
@@ -99,7 +100,8 @@ class _Tracer(fx.Tracer):
         return self.create_node("call_function", _rebuilding(type(a), treespec), (self.create_arg(leaves),), {})
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if self.propagating:
+        if self.propagating or (m not in (self.submodule_paths or {}) and not _has_tensors(m)):
+            # What forward itself makes, `nn.GELU()(x)` say, is no child to be called by path.
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
@@ -108,6 +110,7 @@ class _Tracer(fx.Tracer):
         number = self.calls[path]
         self.calls[path] += 1
         self.scopes.append(path if number == 0 else f"{path}({number})")
+        depth = len(self.module_stack)
         try:
             return super().call_module(m, forward, args, kwargs)
         except _StopError:
@@ -117,6 +120,9 @@ class _Tracer(fx.Tracer):
             self.failures[path] = _reason(error)
             self.opaque.add(path)
             failed = error
+            # fx takes off its stack what has returned alone, and the callers would be at fault.
+            while len(self.module_stack) > depth:
+                self.module_stack.popitem()
         finally:
             self.scopes.pop()
         # This graph is of no use, but what else cannot be traced is found on the same pass.
@@ -250,6 +256,10 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
         if not tracer.failures:
             keep_constants(graph, copy, root)
             return Traced(graph, tracer.result_spec(), reasons)
+
+
+def _has_tensors(module: nn.Module) -> bool:
+    return next(itertools.chain(module.parameters(), module.buffers()), None) is not None
 
 
 def _reason(error: Exception) -> str:

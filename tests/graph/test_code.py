@@ -19,13 +19,14 @@ class Named(nn.Module):
         return self._modules[self.name](x)
 
 
-@pytest.mark.parametrize("name", ["layer", "two words", 'a "quote"', "class", "back\\slash", "größe", "3"])
+@pytest.mark.parametrize("name", ["layer", "two words", 'a "quote"', "class", "back\\slash", "größe", "3", "self"])
 def test_layers_of_any_name_are_called(name: str) -> None:
     module, x = Named(name), torch.randn(3, 4)
     graph = fx.Graph()
-    graph.output(graph.call_module(name, (graph.placeholder("x"),)))
+    called = graph.call_module(name, (graph.placeholder("x"),))
+    graph.output(graph.call_function(torch.add, (called, graph.get_attr(f"{name}.bias"))))
 
-    assert torch.equal(fx.GraphModule(module, with_any_names(graph))(x), module(x))
+    assert torch.equal(fx.GraphModule(module, with_any_names(graph))(x), module(x) + module._modules[name].bias)
 
 
 def test_children_called_like_a_graphs_own_attributes_get_other_names() -> None:

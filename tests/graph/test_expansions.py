@@ -1,10 +1,13 @@
 """PyTorch's transformer layers are written out for graphs and compute what they did."""
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from prepared_graphs import ready
 from torch import Tensor, nn
 
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.export.convert import convert
+from lightning_quant.export.prepare import prepare
 from lightning_quant.numerics.noise import signal_to_noise
 
 
@@ -30,3 +33,32 @@ def test_a_transformer_layer_is_right_in_training_and_evaluation() -> None:
             assert signal_to_noise(expected, model(x)) > 25
         model.eval()
         assert signal_to_noise(expected, convert(prepared)(x)) > 25
+
+
+class Scaled(nn.Embedding):
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight) * 2
+
+
+class Placed(nn.Embedding):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(torch.arange(x.shape[1]))
+
+
+class Doubled(nn.ConvTranspose1d):
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x) * 2
+
+
+def test_layers_without_an_integer_form_are_stored_also_with_a_forward_of_their_own() -> None:
+    torch.manual_seed(0)
+    places = [nn.Linear(16, 16), Placed(8, 16), nn.Conv1d(6, 6, 3), nn.ReLU(), Doubled(6, 6, 2)]
+    model, ids = nn.Sequential(Scaled(50, 16), *places, nn.Linear(15, 3)).eval(), torch.randint(50, (4, 6))
+    prepared = prepare(model, (ids,), observer="min_max", trains=False)
+    calibrate(prepared, steps_of(prepared, [(ids,)]))
+
+    actions = {row.name: row.action for row in prepared.plan.rows}
+    assert [actions[name] for name in ("0", "2", "5")] == ["int8 weights"] * 3
+    assert [actions[name] for name in ("1", "3", "6")] == ["int8"] * 3
+    _, output = prepared.converted(static_sizes=True)
+    assert 20 < signal_to_noise(model(ids), output) < 80

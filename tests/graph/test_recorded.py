@@ -1,6 +1,7 @@
 """What no proxy overrides is recorded all the same, while a trace lasts."""
 
 import builtins
+import warnings
 
 import pytest
 import torch
@@ -10,8 +11,17 @@ from lightning_quant.calls.calls import flatten_call, forward_signature
 from lightning_quant.graph.trace import trace
 
 
+def scaled(x: Tensor, factor: float) -> Tensor:
+    return x / torch.sqrt(torch.tensor(x.size(-1), dtype=torch.float) * factor)
+
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    scripted = torch.jit.script(scaled)
+
+
 class Sized(nn.Module):
-    """Takes noise and a number out of sizes, and asks for lengths and types."""
+    """Takes noise and numbers out of sizes, also in a scripted function, and asks for lengths and types."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -22,7 +32,7 @@ class Sized(nn.Module):
         y = y + torch.zeros(x.shape[0], 1) + max(x.shape[0] - 5, 0)
         if isinstance(y, Tensor) and torch.is_tensor(y) and type(y) is Tensor and not callable(y):
             y = y * len(y)
-        return y
+        return scripted(y, 2.0) + torch.tensor(x.shape[0], dtype=torch.float)
 
 
 @pytest.mark.parametrize("number", [2, 7])

@@ -398,6 +398,39 @@ def test_a_shape_that_cannot_be_told_is_unknown() -> None:
     assert not any("fake" in node.meta for node in unknown)
 
 
+class Within(nn.Module):
+    """Calls another module between two layers, and activations that it makes itself."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.first, self.inner, self.last = nn.Linear(4, 4), inner, nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(nn.GELU()(self.inner(nn.ReLU()(self.first(x)))))
+
+
+def test_what_cannot_be_traced_leaves_its_callers_in_the_graph() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(x) if x.mean() > -1e9 else x
+
+    prepared = prepare(Within(Within(Within(Branching()))).eval(), (torch.randn(3, 4),))
+
+    assert sorted(prepared.islands) == ["", "inner.inner.inner.layer"]
+    assert sum(row.action == "int8" for row in prepared.plan.rows) == 7
+    assert [row.name for row in prepared.plan.rows if "fused" in row.action] == [
+        "relu",
+        "inner.relu",
+        "inner.inner.relu",
+    ]
+    (row,) = [row for row in prepared.plan.rows if row.name == "inner.inner.inner"]
+    assert "control flow" in row.reason
+
+
 def leaves(result: object) -> list[Tensor]:
     if isinstance(result, Tensor):
         return [result]
@@ -436,12 +469,21 @@ def test_what_a_size_cuts_out_is_known(cut: Any) -> None:
 
 
 def test_a_transformer_below_a_head_is_traced_with_its_mask() -> None:
-    mask = (torch.arange(12)[None] < torch.tensor([12, 5])[:, None]).long()
-    call = {"input_ids": torch.randint(20, (2, 12)), "attention_mask": mask}
-    prepared = prepare(bert(), (), call, trains=False)
+    class Pooled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = bert().bert, nn.Linear(bert().config.hidden_size, 3)
 
-    layers = {name for name, module in bert().named_modules() if isinstance(module, nn.Linear)}
-    in_integers = {row.name for row in prepared.plan.rows if row.action == "int8"}
-    # Of one layer, of the pooler, and the head.
-    assert len(layers) == 8
-    assert layers <= in_integers
+        def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+            h = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            weight = attention_mask[..., None].float()
+            return self.head((h * weight).sum(1) / weight.sum(1))
+
+    model, mask = Pooled().eval(), (torch.arange(12)[None] < torch.tensor([12, 5])[:, None]).long()
+    call = {"input_ids": torch.randint(20, (2, 12)), "attention_mask": mask}
+    prepared = prepare(model, (), call, trains=False)
+
+    # All but the pooler's, whose result nothing reads.
+    layers = {n for n, module in model.named_modules() if isinstance(module, nn.Linear) and "pooler" not in n}
+    assert len(layers) == 7
+    assert layers <= {row.name for row in prepared.plan.rows if row.action == "int8"}
