@@ -134,6 +134,7 @@ def _report(
         held=deployment.held,
         limits=callback.settings.limits,
         predictions=predictions,
+        peers=callback.shared.peers,
     )
     report = with_search(report, deployment.search)
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)

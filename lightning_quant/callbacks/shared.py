@@ -3,14 +3,21 @@
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+from lightning_quant.report.float_peers import TIMING_S, FloatPeers
+
 Value = TypeVar("Value")
 
 
 class Shared:
-    """Keeps what was made for the first that asked, for the others."""
+    """Keeps what was made for the first that asked, for the others.
+
+    Attributes:
+        peers: float models that artifacts are timed beside; None where there is one artifact.
+    """
 
     def __init__(self) -> None:
         self._made: dict[Hashable, Any] = {}
+        self.peers: FloatPeers | None = FloatPeers(TIMING_S)
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """Return what is made for a key, by the first call of it."""
@@ -21,10 +28,16 @@ class Shared:
     def clear(self) -> None:
         """Give it all up."""
         self._made.clear()
+        if self.peers is not None:
+            self.peers.close()
 
 
 class Alone(Shared):
     """Nothing is shared, and so nothing is kept."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peers = None
 
     def once(self, key: Hashable, make: Callable[[], Value]) -> Value:
         """Make it."""

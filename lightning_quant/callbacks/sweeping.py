@@ -129,6 +129,7 @@ class SweepingQuantization(PostTrainingQuantization):
         self._begun = False
         for member in self.members.values():
             member.teardown(trainer, pl_module, stage)
+        self.shared.clear()
 
     @override
     def way_back(self, trainer: Trainer) -> str:

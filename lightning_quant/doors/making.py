@@ -37,6 +37,7 @@ from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import notes_of_sizes
 from lightning_quant.planned.way_inside import way_inside
 from lightning_quant.recipe.recipe import LayerRecipe, Recipe
+from lightning_quant.report.float_peers import TIMING_S, FloatPeers
 from lightning_quant.report.make_report import make_report, with_search
 from lightning_quant.report.page import to_html
 from lightning_quant.search.judge import Judge
@@ -92,31 +93,40 @@ def make_artifacts(
     Raises:
         QuantizationError: none could be made; the message has every reason.
     """
-    points: dict[str, Point] = {}
+    points: list[Point] = []
     calls, stopped = list(data), False
-    for name, settings in every.items():
-        artifact, measured, reason = None, None, "interrupted" if stopped else ""
-        try:
-            if not stopped:
-                check_runs(settings)
-                place = artifacts.check_folder(folder / name)
-                own = dataclasses.replace(judged, settings=settings)
-                artifact, measured = make_artifact(model, own, data, settings, place, calls)
-        except KeyboardInterrupt:
-            stopped, reason = True, "interrupted"
-        # Whatever a library raises for one: the others must not be lost for it.
-        except Exception as error:
-            reason = str(error) or repr(error)
-        if artifact is None:
-            if not stopped:
+    with FloatPeers(TIMING_S) as peers:
+        for name, settings in every.items():
+            none = Point(name, settings.recipe.name, settings.runtime, reason="interrupted")
+            own = dataclasses.replace(judged, settings=settings)
+            try:
+                points.append(none if stopped else _point(model, own, data, name, folder, calls, peers))
+            except KeyboardInterrupt:
+                stopped = True
+                points.append(none)
+            # Whatever a library raises for one: the others must not be lost for it.
+            except Exception as error:
+                reason = str(error) or repr(error)
                 warnings.warn(f"{name}: {reason}", NoEffectWarning, stacklevel=3)
-            points[name] = Point(name, settings.recipe.name, settings.runtime, reason=reason)
-        else:
-            points[name] = point_of(name, artifact, measured)
-    first = next(iter(every.values()))
-    judge = Judge(first.limits, {})
-    known = {metric: judge.direction(metric) for point in points.values() for metric in point.metrics}
-    return swept(folder, list(points.values()), known, first.objective)
+                points.append(dataclasses.replace(none, reason=reason))
+    judge = Judge(judged.settings.limits, {})
+    known = {metric: judge.direction(metric) for point in points for metric in point.metrics}
+    return swept(folder, points, known, judged.settings.objective)
+
+
+def _point(
+    model: nn.Module,
+    judged: Evaluated,
+    data: CalibrationCalls,
+    name: str,
+    folder: Path,
+    calls: list[Call],
+    peers: FloatPeers,
+) -> Point:
+    check_runs(judged.settings)
+    place = artifacts.check_folder(folder / name)
+    artifact, measured = make_artifact(model, judged, data, judged.settings, place, calls, peers)
+    return point_of(name, artifact, measured)
 
 
 def make_artifact(
@@ -126,6 +136,7 @@ def make_artifact(
     settings: Settings,
     folder: Path,
     calls: Iterable[Call] | None = None,
+    peers: FloatPeers | None = None,
 ) -> tuple[Artifact, Metrics]:
     """Calibrate, convert, export and measure; return the artifact and its metrics.
 
@@ -136,9 +147,10 @@ def make_artifact(
         settings: recipe, runtime, and what is wanted of them.
         folder: the artifact's, checked.
         calls: those of the data where they were read before.
+        peers: float models that other artifacts of the same weights were timed beside.
     """
     with way_inside(settings.recipe, settings.runtime):
-        return _made_and_measured(model, judged, data, settings, folder, data if calls is None else calls)
+        return _made_and_measured(model, judged, data, settings, folder, data if calls is None else calls, peers)
 
 
 def _made_and_measured(
@@ -148,6 +160,7 @@ def _made_and_measured(
     settings: Settings,
     folder: Path,
     calls: Iterable[Call],
+    peers: FloatPeers | None,
 ) -> tuple[Artifact, Metrics]:
     seconds: dict[str, float] = {}
     made = _quantized(model, judged, iter(calls), settings, folder, seconds)
@@ -168,6 +181,7 @@ def _made_and_measured(
             sensitivity=made.sensitivity,
             held=HeldOut(tuple(made.held), "the last call, which took no part in calibration"),
             limits=settings.limits,
+            peers=peers,
         )
         report = with_search(report, made.search)
         artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)

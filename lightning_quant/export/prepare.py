@@ -29,6 +29,7 @@ def prepare(
     observer: str | None = None,
     module: str = "",
     trains: bool = True,
+    may_stay_float: bool = False,
 ) -> StaticModel:
     """Plan a module from one call and return it ready to be attached; the module is left as it was.
 
@@ -42,6 +43,7 @@ def prepare(
         observer: name of the observer; the recipe's training observer by default.
         module: the module's qualified name, for the plan.
         trains: whether it is to be trained through rounding, for which its forward must be traceable in training, too.
+        may_stay_float: whether nothing needs to be quantized, since that is what was measured to be best.
 
     Raises:
         PlanError: nothing can be quantized, for training also where weights are stored alone, or a part is scripted.
@@ -64,7 +66,7 @@ def prepare(
     prepared = StaticModel(model, analysis, chosen, observer or chosen.training_observer)
     # What can be refused is refused now; the layers themselves are made of the weights that will be exported.
     prepared.plan = prepared.bound_to(on_cpu).stored_plan()
-    if not prepared.plan.num_quantized:
+    if not prepared.plan.num_quantized and not may_stay_float:
         raise PlanError(f"{analysis.nothing}{_stored_alone(prepared.left)}")
     return prepared
 

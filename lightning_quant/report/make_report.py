@@ -3,8 +3,6 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,10 +11,7 @@ from torch import nn
 from lightning_quant.artifact import artifact as artifacts
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.calls.loaded import LoadedModule
-from lightning_quant.calls.signature import make_signature
 from lightning_quant.errors import QuantizationError
-from lightning_quant.export.model_file import export_float
-from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.machine.latency import Timing, measure
 from lightning_quant.machine.machine import cpu_name
 from lightning_quant.machine.timed import timed
@@ -29,6 +24,7 @@ from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.report.agreement import Agreement
 from lightning_quant.report.closer_look import closer_look
 from lightning_quant.report.coverage import Coverage
+from lightning_quant.report.float_peers import FloatPeers
 from lightning_quant.report.kept_limits import KeptLimits
 from lightning_quant.report.limits import NO_LIMITS, Limits, missed
 from lightning_quant.report.metrics import MetricRow, Metrics
@@ -60,6 +56,7 @@ def make_report(
     held: HeldOut | None = None,
     limits: Limits | None = None,
     predictions: Predictions | None = None,
+    peers: FloatPeers | None = None,
 ) -> Report:
     """Measure an artifact against the float module it came from.
 
@@ -78,6 +75,7 @@ def make_report(
         held: calls to compare float and artifact on; the captured one where there are none.
         limits: what the artifact is to keep to.
         predictions: noted while validation ran.
+        peers: float models that other artifacts of the same weights were timed beside.
     """
     seconds, threads, lacking = dict(seconds or {}), threads or torch.get_num_threads(), list(missing)
     loaded = opened(model, artifact, threads)
@@ -86,7 +84,7 @@ def make_report(
         parity = model.parity(asked, artifact.model_path)
         noise, unfit = _noise(model, root, asked, held)
     with timed(seconds, "latency"):
-        latency, remarks = _latency(model, loaded, threads, lacking)
+        latency, remarks = _latency(model, loaded, threads, peers, lacking)
     with timed(seconds, "closer look"):
         look = closer_look(model, (root, asked), artifact.model_path, threads, held=held, predictions=predictions)
     sections: tuple[Section, ...] = (
@@ -165,15 +163,15 @@ def tensor_bytes(module: nn.Module) -> int:
 
 
 def _latency(
-    model: PlannedModel, loaded: nn.Module, threads: int, lacking: list[str]
+    model: PlannedModel, loaded: nn.Module, threads: int, peers: FloatPeers | None, lacking: list[str]
 ) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
     with noting(lacking, "latencies are"):
-        return measure_latency(model, loaded, threads)
+        return measure_latency(model, loaded, threads, peers)
     return (), ()
 
 
 def measure_latency(
-    model: PlannedModel, loaded: nn.Module, threads: int
+    model: PlannedModel, loaded: nn.Module, threads: int, peers: FloatPeers | None = None
 ) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
     """Time an artifact and its float peers in turn, at the smallest and the captured batch; add what stood in the way.
 
@@ -181,12 +179,15 @@ def measure_latency(
         model: that was exported.
         loaded: the artifact.
         threads: of every contestant.
+        peers: those of other artifacts of the same weights.
     """
+    if peers is None:
+        with FloatPeers() as own:
+            return measure_latency(model, loaded, threads, own)
     remarks: tuple[str, ...] = ()
-    with scratch_folder() as folder, torch_threads(threads), evaluation_mode(model.root):
-        in_process = model.runtime.IN_PROCESS
+    with torch_threads(threads), evaluation_mode(model.root):
         try:
-            runtime_float = None if in_process else _load_float(model, folder, threads)
+            runtime_float = peers.of(model, threads)
         except QuantizationError as error:
             runtime_float, remarks = None, (f"the float model has no peer in {model.plan.runtime}: {error}",)
         rows = []
@@ -196,16 +197,6 @@ def measure_latency(
             if runtime_float is not None:
                 contestants["float"] = functools.partial(runtime_float, *args, **kwargs)
             contestants["artifact"] = functools.partial(loaded, *args, **kwargs)
-            timings: dict[str, Timing] = measure(contestants)
+            timings: dict[str, Timing] = measure(contestants, budget_s=peers.seconds)
             rows.append(LatencyRow(batch, timings["torch"], timings.get("float"), timings["artifact"]))
     return tuple(rows), remarks
-
-
-def _load_float(model: PlannedModel, folder: Path, threads: int) -> nn.Module:
-    path = export_float(model, folder)
-    args, kwargs = model.call()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        output = model.root(*args, **kwargs)
-    signature = make_signature(replace(model.captured, dynamic=model.exported or {}), output)
-    runtime = model.runtime
-    return runtime.load(folder, artifacts.model_files(path), signature, threads=threads)

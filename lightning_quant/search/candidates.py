@@ -7,7 +7,7 @@ from lightning_quant.calls.calls import Call
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
 from lightning_quant.recipe.recipe import RECIPES, Recipe
-from lightning_quant.search.choice import Choice
+from lightning_quant.search.choice import FLOAT, Choice
 from lightning_quant.simulate.prepared import Prepared
 
 _ACCURATE = "int8_accurate"
@@ -34,6 +34,10 @@ class Candidates:
         steps = self.whole.recipe.accuracy_steps
         return None if steps or self.trained or len(self.calls) < 2 else Choice(accurate=True)
 
+    def operators(self) -> tuple[str, ...]:
+        """Return the names of what the whole recipe computes in integers, in their order."""
+        return tuple(dict.fromkeys(operator.name for operator in self.whole.operators.values()))
+
     def make(self, choice: Choice) -> Prepared:
         """Return a model over the same module, calibrated.
 
@@ -55,6 +59,7 @@ class Candidates:
             observer=recipe.calibration_observer if choice.accurate else whole.observer,
             module=whole.plan.module,
             trains=False,
+            may_stay_float={name for name, scheme in choice.kept if scheme == FLOAT} >= set(self.operators()),
         )
         whole.share_sizes(made)
         made.learns_from_captured = whole.learns_from_captured

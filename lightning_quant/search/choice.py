@@ -43,6 +43,7 @@ class Measured:
         size_ratio: the same by float's bytes.
         latency_ms: by batch size; empty where nothing asked for it.
         speedup: against the faster float peer, by batch size.
+        transitions: tensors that are quantized for integers, or dequantized for float.
     """
 
     metrics: dict[str, float]
@@ -51,6 +52,13 @@ class Measured:
     size_ratio: float
     latency_ms: dict[str, float] = field(default_factory=dict)
     speedup: dict[str, float] = field(default_factory=dict)
+    transitions: int = 0
+
+    @property
+    def relative_time(self) -> float:
+        """Time by that of the faster float peer, both timed in turn, at the slowest batch; infinite where untimed."""
+        slowest = max(self.latency_ms, key=lambda batch: self.latency_ms[batch], default="")
+        return 1 / self.speedup[slowest] if self.speedup.get(slowest) else float("inf")
 
 
 @dataclass(frozen=True)

@@ -1,22 +1,29 @@
 """What can be tried: choices of a model, each exported to a folder of its own and validated there."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from lightning_quant.artifact import artifact as artifacts
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
 from lightning_quant.machine.disk import scratch_folder
+from lightning_quant.machine.latency import measure
 from lightning_quant.measure.contributions import Metrics, difference
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import ChosenShapes
 from lightning_quant.report.make_report import measure_latency, tensor_bytes
 from lightning_quant.search.candidates import Candidates
 from lightning_quant.search.choice import Choice, Measured
+from lightning_quant.search.quicker import floating, quicker, transitions
 from lightning_quant.search.relaxations import Refined, Relaxations
 from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.process import torch_threads
 
+# Seconds that two files are timed for.
+_TIMING_S = 0.5
 Validate = Callable[[PlannedModel, Artifact], Metrics]
 
 
@@ -77,7 +84,8 @@ class Files:
             for name, value in metrics.items()
             if name in self.floating
         }
-        return Measured(dict(metrics), differences, size, size / tensor_bytes(model.root), latency, speedup)
+        ratio = size / tensor_bytes(model.root)
+        return Measured(dict(metrics), differences, size, ratio, latency, speedup, transitions(model.plan))
 
     def accurate(self) -> Choice | None:
         """Return the whole recipe with more done for accuracy; None where there is no more."""
@@ -90,6 +98,28 @@ class Files:
     def cheaper(self, fails: Choice, keeps: Choice) -> Choice | None:
         """Return a choice that costs less by the ranking, and leaves hardly more noise."""
         return None if self.rank is None else self._ranked(self.rank).cheaper(fails, keeps)
+
+    def quicker(self, base: Choice) -> Choice | None:
+        """Return a choice whose file takes less time, with what is slower in integers than in float kept in float."""
+        return None if self.candidates is None else quicker(self.candidates.operators(), base, self._time_ratio)
+
+    def all_float(self) -> Choice | None:
+        """Return what keeps everything in float; None where that is none of the choices."""
+        return None if self.candidates is None else floating(Choice(), self.candidates.operators())
+
+    def _time_ratio(self, one: Choice, other: Choice) -> float:
+        """Return the time of one file by that of another, of the captured call, both timed in turn."""
+        calls: dict[str, Callable[[], Any]] = {}
+        threads = self.threads or 1
+        with scratch_folder() as folder, torch_threads(threads):
+            for name, choice in (("one", one), ("other", other)):
+                model = self.model(choice)
+                model.observe_unreached()
+                artifact = export(model, folder / name, dynamic_shapes=self.dynamic_shapes, engine=self.engine)
+                args, kwargs = model.call(model.samples(model.num_samples))
+                calls[name] = functools.partial(artifacts.open_model(artifact, threads=threads), *args, **kwargs)
+            timings = measure(calls, budget_s=_TIMING_S)
+        return timings["one"].median_ms / timings["other"].median_ms
 
     def _ranked(self, rank: Callable[[], Relaxations]) -> Relaxations:
         if self._relaxations is None:

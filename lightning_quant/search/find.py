@@ -14,6 +14,8 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.search.choice import Choice, Measured, Trial, Verdict
 from lightning_quant.search.objective import COSTS, LATENCY, SIZE
 
+# Time by float's above which integers do not pay.
+_WORTH = 1.0
 # Validations beside those of the bisection: the whole recipe, a safer calibration of it, a cheaper set.
 _BESIDE = 3
 
@@ -32,6 +34,12 @@ class Space(Protocol):
 
     def cheaper(self, fails: Choice, keeps: Choice) -> Choice | None:
         """Return a choice cheaper than one that keeps the limits, and likely to keep them, too."""
+
+    def quicker(self, base: Choice) -> Choice | None:
+        """Return a choice whose file takes less time on this machine, with more in float; the base where none does."""
+
+    def all_float(self) -> Choice | None:
+        """Return what keeps everything in float; None where that is none of the choices."""
 
 
 class SpentError(Exception):
@@ -115,6 +123,8 @@ def find(
     search = _Search(space, judge, budget or Budget(), record if record is not None else SearchRecord(), note)
     try:
         search.record.ended = search.cheapest() if objective in COSTS else search.dearest()
+        if objective == LATENCY:
+            search.record.ended += search.quickest()
     except SpentError as spent:
         search.record.ended = str(spent)
     except KeyboardInterrupt:
@@ -167,6 +177,23 @@ class _Search:
         self._bisect(steps, lambda trial: not trial.keeps(on_metrics=False))
         return "the most in float that keeps the limits on size and speed"
 
+    def quickest(self) -> str:
+        """Keep in float what is slower in integers here, and everything where that is quicker than any mix."""
+        kept = self._quickest_kept()
+        choice = None if kept is None else self.space.quicker(kept.choice)
+        if kept is not None and choice not in (None, kept.choice):
+            self._try(choice)
+            kept = self._quickest_kept()
+        everything = self.space.all_float()
+        if everything is not None and (kept is None or kept.measured.relative_time > _WORTH):  # type: ignore[union-attr]
+            self._try(everything)
+            return ", and nothing in integers that is measurably quicker than float" if kept else ""
+        return ", without what is slower in integers here" if choice not in (None, Choice()) and kept else ""
+
+    def _quickest_kept(self) -> Trial | None:
+        keeping = [trial for trial in self.record.trials if trial.keeps(on_metrics=True)]
+        return min(keeping, key=lambda trial: _cost(trial, LATENCY, lambda _: None), default=None)
+
     def _steps(self) -> Sequence[Choice]:
         steps = self.space.steps()
         self.record.num_steps = len(steps)
@@ -211,7 +238,8 @@ def _cost(trial: Trial, objective: str, better: Callable[[str], bool | None]) ->
     if measured is None:
         return math.inf
     if objective == LATENCY:
-        return max(measured.latency_ms.values(), default=math.inf)
+        # Timed at other times, trials are comparable by what float took meanwhile.
+        return measured.relative_time
     if objective == SIZE:
         return measured.size_bytes
     value = measured.metrics.get(objective, math.nan)

@@ -31,7 +31,7 @@ class SearchSection(Section):
         head = (
             f"Searched for the best {self.objective} that keeps the limits, in {number} "
             f"validation{'s' * (number != 1)} of exported files{steps}. It ended with {self.record.ended}. "
-            f"The artifact is {self.chosen.choice}."
+            f"The artifact is {self.chosen.choice}{self._transitions()}."
         )
         parts = [head]
         if self.chosen.verdicts:
@@ -80,6 +80,13 @@ class SearchSection(Section):
                 "trials": [as_dict(trial) for trial in self.record.trials],
             }
         }
+
+    def _transitions(self) -> str:
+        measured = self.chosen.measured
+        if measured is None or not measured.latency_ms:
+            return ""
+        number = measured.transitions
+        return f", with {number} transition{'s' * (number != 1)} between integers and float in its time"
 
     def _trials(self) -> str:
         limits = [verdict.limit for verdict in self.chosen.verdicts]

@@ -1,5 +1,6 @@
 """Does the artifact compute what was simulated? Operator by operator on equal inputs, and from end to end."""
 
+import math
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +22,8 @@ MINIMUM_SHARE = 0.999
 PARITY_SAMPLES = 16
 # Decibels by which simulation and artifact must be closer to each other than simulation and float.
 MARGIN_DB = 10.0
+# What two engines' float kernels reach where nothing is rounded: sums in other orders leave 100 to 140.
+FLOAT_DB = 90.0
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,8 @@ class Parity:
     @property
     def needed_db(self) -> float:
         """Decibels that are needed between simulation and artifact: fewer where ties alone account for fewer."""
-        return min(self.quantization_db + MARGIN_DB, farthest(self.ties_db))
+        needed = min(self.quantization_db + MARGIN_DB, farthest(self.ties_db))
+        return FLOAT_DB if needed == math.inf and not self.worst_operator else needed
 
     @property
     def failures(self) -> list[str]:

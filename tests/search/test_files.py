@@ -11,6 +11,7 @@ from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
 from lightning_quant.measure.contributions import Metrics
 from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.report.make_report import make_report
 from lightning_quant.search.candidates import Candidates
 from lightning_quant.search.choice import FLOAT, Choice
 from lightning_quant.search.files import Files
@@ -50,3 +51,26 @@ def test_a_recipe_without_a_graph_has_the_whole_alone() -> None:
     assert files.accurate() is None
     assert list(files.steps()) == []
     assert files.cheaper(Choice(), Choice()) is None
+    assert files.quicker(Choice()) is None
+    assert files.all_float() is None
+
+
+def test_everything_in_float_is_a_file_that_computes_what_the_module_does(unmeasured: Any) -> None:
+    calls = [Call((torch.randn(8, 1, 8, 8),)) for _ in range(2)]
+    whole = prepare(ConvNet().eval(), calls[0].args, trains=False)
+    calibrate(whole, steps_of(whole, calls))
+    candidates, made = Candidates(whole, calls, Selection()), []
+
+    def validate(model: PlannedModel, artifact: Artifact) -> Metrics:
+        report = make_report(model, artifact)
+        made.append(report.failures)
+        return Metrics()
+
+    files = Files(Metrics(), validate, lambda one: one.on_host(), whole, candidates, None)
+    choice = files.all_float()
+    assert choice is not None
+    assert files.measure(choice).transitions == 0
+    assert made == [[]]
+    assert files.measure(Choice()).transitions == 2
+    # Two files are timed in turn.
+    assert 0 < files._time_ratio(choice, Choice()) < 100
