@@ -95,7 +95,8 @@ def check_limit(argument: str, value: Any) -> None:
     whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
     share = isinstance(value, float) and 0 < value <= 1
     if value is not None and not whole and not share:
-        way_out = " To leave evaluation out: `evaluate=False`." if value == 0 else ""
+        is_evaluation = argument == "limit_eval_batches"
+        way_out = " To leave evaluation out: `evaluate=False`." if value == 0 and is_evaluation else ""
         raise QuantizationError(
             f"Expected `{argument}` to be a number of batches from 1, or a share of them in (0.0, 1.0], but got "
             f"{value!r:.60}.{way_out}"

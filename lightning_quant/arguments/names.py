@@ -26,6 +26,7 @@ WeightsName = Literal["last", "best"]
 ExampleName = Literal["train_batch", "predict_batch", "example_input_array"]
 UnitName = Literal["fraction", "epochs", "steps"]
 DataName = Literal["train", "validation"]
+ScoreWithName = Literal["simulation", "runtime"]
 
 # `RECIPES` and `OBSERVERS` may be added to, so that these are open to type checkers as well.
 Recipes = RecipeName | str
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     Example = ExampleName
     Unit = UnitName
     Data = DataName
+    ScoreWith = ScoreWithName
 else:
     Runtime = RuntimeName | str
     SeveralRuntimes = list[RuntimeName | str]
@@ -48,3 +50,4 @@ else:
     Example = ExampleName | str
     Unit = UnitName | str
     Data = DataName | str
+    ScoreWith = ScoreWithName | str

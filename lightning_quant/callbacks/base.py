@@ -4,7 +4,7 @@ import functools
 from pathlib import Path
 from typing import Any, ClassVar
 
-from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -15,12 +15,13 @@ from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.artifact.folder import fleeting_folder, output_folder
 from lightning_quant.calibrate.distributed import Group
 from lightning_quant.callbacks import refusals
-from lightning_quant.callbacks.announce import announce, announce_beside, warn
+from lightning_quant.callbacks.announce import announce, announce_beside
 from lightning_quant.callbacks.captured import look_at_module
 from lightning_quant.callbacks.exported_call import ExportedCall
 from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.refusals import refused_in_callback
 from lightning_quant.callbacks.runtime_choice import choose_at_start
+from lightning_quant.callbacks.scored_validation import ScoredValidation
 from lightning_quant.callbacks.search_checks import check_searchable
 from lightning_quant.callbacks.shared import Alone, Shared
 from lightning_quant.callbacks.states import identity_of
@@ -40,12 +41,11 @@ from lightning_quant.planned.parts import check_takes
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import notes_of_sizes
 from lightning_quant.planned.way_inside import fills_modules, way_inside
-from lightning_quant.report.limits import unlogged
 from lightning_quant.search.checks import check_size
 from lightning_quant.surgery.routing import resolve
 
 
-class QuantizationCallback(Callback):
+class QuantizationCallback(ScoredValidation):
     """Base of the callbacks; see `QuantizationAwareTraining` and `PostTrainingQuantization`."""
 
     # Whether the module is prepared for being trained through rounding.
@@ -77,8 +77,6 @@ class QuantizationCallback(Callback):
         self._begun = False
         # The call that is exported, known from fit start on.
         self.exported: ExportedCall | None = None
-        # Whether a validation was looked at.
-        self._validated = False
         # The checkpoint that `quantize_checkpoint` is at work on.
         self._checkpoint: dict[str, Any] | None = None
         # What was seen and measured for other artifacts of the same training.
@@ -87,7 +85,7 @@ class QuantizationCallback(Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles, which projects make of their Trainer's callbacks, hold no model: fit finds its own."""
         return {
-            **self.__dict__,
+            **super().__getstate__(),
             "prepared": None,
             "loss_inputs": None,
             "_begun": False,
@@ -95,11 +93,6 @@ class QuantizationCallback(Callback):
             "_checkpoint": None,
             "shared": Alone(),
         }
-
-    @property
-    def settings(self) -> CallbackSettings:
-        """What the callback was given."""
-        raise NotImplementedError
 
     @override
     def __repr__(self) -> str:
@@ -114,6 +107,7 @@ class QuantizationCallback(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when fit begins: refuse what names alone can tell."""
         if stage == "fit":
+            self._num_validations = 0
             refused_in_callback(refusals.check_strategy, trainer)
             self.group = Group(trainer.world_size, trainer.strategy.root_device)
             refused_in_callback(self.group.together, self._check_names, trainer, pl_module)
@@ -137,14 +131,6 @@ class QuantizationCallback(Callback):
         self._begun = True
 
     @override
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Called when validation ends: warn, the first time, of limits on what it does not log."""
-        unknown = "" if self._validated else unlogged(self.settings.limits, trainer.callback_metrics)
-        self._validated = True
-        if unknown:
-            warn(f"{type(self).__name__}: {unknown}.")
-
-    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called when fit is interrupted: give the module its own forward back, and say how to go on from here."""
         begun = self._begun
@@ -157,6 +143,7 @@ class QuantizationCallback(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when fit ends, however it ends: give the module its own forward back."""
         self._begun = False
+        self.drop_score()
         if self.prepared is not None:
             self.prepared.detach()
 
@@ -235,6 +222,8 @@ class QuantizationCallback(Callback):
         with way_inside(self.settings.recipe, self.settings.runtime):
             with borrowed_loaders(trainer):
                 self.group.together(self._prepare, trainer, pl_module)
+                if self._checkpoint is None:
+                    self.group.together(self.begin_scores, trainer, pl_module)
             model = self.require_prepared()
             sizes = self.group.on_first(self._try_export, model)
             self.group.together(self._take_sizes, trainer, pl_module, model, sizes)

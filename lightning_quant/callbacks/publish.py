@@ -1,7 +1,5 @@
 """Send a report to the terminal, to every logger and to the Trainer's metrics, under keys that tell callbacks apart."""
 
-import collections
-
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -10,6 +8,7 @@ from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.loggers import Entry, write_down
+from lightning_quant.callbacks.scored_validation import prefix_of
 from lightning_quant.report.report import Report
 
 
@@ -30,23 +29,3 @@ def publish(callback: QuantizationCallback, trainer: Trainer, report: Report, ar
     # Last, since a warning may be an error to the user.
     for warning in report.warnings:
         warn(f"{artifact.path}: {warning}.")
-
-
-def prefix_of(callback: QuantizationCallback, trainer: Trainer) -> str:
-    """Return what a callback's keys begin with: "quant", and its name where it has one or is not the only one.
-
-    Where nobody named them, several are told apart by recipe and runtime, with the module where those are the same, and
-    a number where that is, too.
-    """
-    if callback.settings.name is not None:
-        return f"quant/{callback.settings.name}"
-    every = [c for c in trainer.callbacks if isinstance(c, QuantizationCallback)]  # type: ignore[attr-defined]
-    if len(every) < 2:
-        return "quant"
-    unnamed = [c for c in every if c.settings.name is None]
-    names = [f"{c.settings.recipe.name}-{c.settings.runtime}" for c in unnamed]
-    counts = collections.Counter(names)
-    names = [f"{n}-{c.path}" if counts[n] > 1 and c.path else n for n, c in zip(names, unnamed, strict=True)]
-    position = next(i for i, c in enumerate(unnamed) if c is callback)
-    before = names[:position].count(names[position])
-    return f"quant/{names[position]}" + (f"-{before + 1}" if before else "")

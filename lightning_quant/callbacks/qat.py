@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
 from typing_extensions import override
 
-from lightning_quant.arguments.names import Engine, Example, Recipes, Runtime, Weights
+from lightning_quant.arguments.names import Engine, Example, Recipes, Runtime, ScoreWith, Weights
 from lightning_quant.calibrate.distributed import merge_batch
 from lightning_quant.callbacks.after_training import rank, reestimate, training_calls
 from lightning_quant.callbacks.announce import warn
@@ -93,6 +93,9 @@ class QuantizationAwareTraining(QuantizationCallback):
         weights: Weights = "last",
         evaluate: bool = True,
         limit_eval_batches: int | float | None = None,
+        score_every: int | None = None,
+        score_batches: int | float | None = None,
+        score_with: ScoreWith = "simulation",
         threads: int | None = None,
         engine: Engine = "auto",
         dynamic_shapes: ChosenShapes = None,
@@ -277,6 +280,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if not state_dict:
             return
+        super().load_state_dict(state_dict)
         self._restored = state_dict
         self._take_runtime(state_dict)
         if self.prepared is not None:

@@ -135,6 +135,7 @@ def _mark(callback: QuantizationCallback, deployment: Deployment, known: Known) 
         name: value
         for name, value in vars(settings).items()
         if name not in ("recipe", "output_dir", "name", "max_validations", "time_budget_s", "threads")
+        and not name.startswith("score_")
     }
     recipe, runtime = recipes.spelled(settings.recipe), callback.chosen_runtime
     return fingerprint(

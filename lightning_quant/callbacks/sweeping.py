@@ -102,6 +102,31 @@ class SweepingQuantization(PostTrainingQuantization):
         self._begun = True
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when validation begins: see whether it is to be scored."""
+        self._each(lambda member: member.on_validation_start(trainer, pl_module))
+        self._num_validations = max(member._num_validations for member in self.members.values())
+
+    @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        """Called before a batch of validation: run every member's twin on a copy of it."""
+        given = (trainer, pl_module, batch, batch_idx, dataloader_idx)
+        self._each(lambda member: member.on_validation_batch_start(*given))
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when all batches are through: log the scores behind what the module itself logs now."""
+        self._each(lambda member: member.on_validation_epoch_end(trainer, pl_module))
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        for member in self.members.values():
+            member.load_state_dict(state_dict)
+
+    @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation ends: warn, the first time, of limits on what it does not log."""
         next(member for name, member in self.members.items() if name not in self.reasons).on_validation_end(

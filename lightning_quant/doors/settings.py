@@ -20,11 +20,21 @@ from lightning_quant.arguments.arguments import (
     check_limit,
     check_name,
     check_path,
+    check_positive,
     check_threads,
     patterns,
 )
 from lightning_quant.arguments.choice import check_choice
-from lightning_quant.arguments.names import Engine, Example, ExampleName, Runtime, Weights, WeightsName
+from lightning_quant.arguments.names import (
+    Engine,
+    Example,
+    ExampleName,
+    Runtime,
+    ScoreWith,
+    ScoreWithName,
+    Weights,
+    WeightsName,
+)
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export.engines import check_engine
 from lightning_quant.graph.table import Selection
@@ -164,6 +174,16 @@ class CallbackSettings(Settings):
             same file.
         evaluate: whether to run the validation loop on the float, the simulated and the exported model.
         limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
+        score_every: score every n-th validation in training, the first one among them, and each where a callback
+            watches a score: the same batches, with the same random numbers, also go through the integers that the
+            present weights would be exported as. ModelCheckpoint, EarlyStopping, loggers and the progress bar get
+            "quant/twin/<metric>" and "quant/twin_delta/<metric>", the difference to float weights. Ranges are those of
+            training; where it has none, of one to four training batches, an eighth of those of validation, without
+            steps for accuracy.
+        score_batches: number or share of the validation batches, the first of each loader, that scores are of; float
+            weights are run on these as well. All of them by default.
+        score_with: "simulation", the exact arithmetic of integer kernels, or "runtime": a file is exported for each
+            score, and run.
         name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
             of these callbacks "quant/<recipe>-<runtime>/".
     """
@@ -173,6 +193,9 @@ class CallbackSettings(Settings):
     weights: Weights = "last"
     evaluate: bool = True
     limit_eval_batches: int | float | None = None
+    score_every: int | None = None
+    score_batches: int | float | None = None
+    score_with: ScoreWith = "simulation"
     name: str | None = None
 
     def __post_init__(self) -> None:
@@ -183,8 +206,15 @@ class CallbackSettings(Settings):
         check_choice("weights", self.weights, get_args(WeightsName))
         check_flag("evaluate", self.evaluate)
         check_limit("limit_eval_batches", self.limit_eval_batches)
+        self._check_scores()
         if not self.evaluate:
             check_measured(self.limits, "got `evaluate=False`")
+
+    def _check_scores(self) -> None:
+        check_choice("score_with", self.score_with, get_args(ScoreWithName))
+        check_limit("score_batches", self.score_batches)
+        if self.score_every is not None:
+            check_positive("score_every", self.score_every, " or None")
 
 
 def _check_one(recipe: Any, runtime: Any) -> None:

@@ -34,21 +34,17 @@ class LoggedValues(Callback):
         self.draws = self.draws or self._before != _random_states()
         if self._recorder is not None:
             modules = pl_module.named_modules()
-            self._recorder.note(_logged_in(trainer), {n: m for n, m in modules if isinstance(m, Metric)})
+            self._recorder.note(logged_in(trainer), {n: m for n, m in modules if isinstance(m, Metric)})
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation ends: read the results before they are reset."""
-        self._logged = _logged_in(trainer)
+        self._logged = logged_in(trainer)
         for name, item in self._logged.items():
             higher_is_better = None if item.is_tensor else getattr(item.value, "higher_is_better", None)
             if higher_is_better is not None:
                 self.higher_is_better[name] = bool(higher_is_better)
-            value, number, how = item.compute(), 1.0, "same"
-            if item.is_tensor:
-                how = next(h for h in ("mean", "max", "min", "sum") if getattr(item.meta, f"is_{h}_reduction"))
-                number = float(item.cumulated_batch_size) if how == "mean" else 1.0
-            if isinstance(value, Tensor) and value.numel() == 1:
-                self.values[name] = Share(float(value), number, how)
+            if (share := share_of(item)) is not None:
+                self.values[name] = share
 
     def contributions(self, values: Mapping[str, float]) -> dict[str, Contributions]:
         """Return the parts of what was logged, where they make up its value."""
@@ -59,7 +55,16 @@ class LoggedValues(Callback):
         return {name: parts for name, parts in by_name.items() if parts is not None}
 
 
-def _logged_in(trainer: Trainer) -> dict[str, Any]:
+def share_of(item: Any) -> Share | None:
+    """Return what one of Lightning's records has of this process's data; None where that is no single number."""
+    value, number, how = item.compute(), 1.0, "same"
+    if item.is_tensor and not item.meta.sync.should:
+        how = next(h for h in ("mean", "max", "min", "sum") if getattr(item.meta, f"is_{h}_reduction"))
+        number = float(item.cumulated_batch_size) if how == "mean" else 1.0
+    return Share(float(value), number, how) if isinstance(value, Tensor) and value.numel() == 1 else None
+
+
+def logged_in(trainer: Trainer) -> dict[str, Any]:
     """Return name to Lightning's record of what was logged for the whole of a validation epoch."""
     results, logged = trainer._results, {}
     for item in () if results is None else results.values():

@@ -18,7 +18,7 @@ def requantize(sums: Tensor, step: Tensor, scale: Tensor, rounding: Callable[[Te
         sums: whole numbers below 2**24 in magnitude, which float32 holds exactly.
         step: value of one of them, broadcast along channels.
         scale: 0-dim, of the output.
-        rounding: what takes the place of rounding to even.
+        rounding: what takes the place of rounding to even; it may do so in place.
     """
     return rounding(sums * (step / scale))
 
@@ -45,12 +45,12 @@ def add(
     scale, zero = output
     first_ratio, second_ratio = first_scale / scale, second_scale / scale
     fixed = zero - (first_ratio * first_zero + second_ratio * second_zero)
-    first_integers = torch.round(first.float() / first_scale) + first_zero
-    second_integers = torch.round(second.float() / second_scale) + second_zero
+    first_integers = (first.float() / first_scale).round_().add_(first_zero)
+    second_integers = (second.float() / second_scale).round_().add_(second_zero)
     inner = _fused_multiply_add(second_integers, second_ratio, fixed)
     return rounding(_fused_multiply_add(first_integers, first_ratio, inner)) - zero
 
 
 def _fused_multiply_add(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
     # A float32 product is exact in float64, so there is one rounding, as in hardware.
-    return (x.double() * factor.double() + summand.double()).float()
+    return x.double().mul_(factor.double()).add_(summand.double()).float()

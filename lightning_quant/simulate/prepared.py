@@ -23,6 +23,7 @@ from lightning_quant.layers.leftovers import left_in_float
 from lightning_quant.layers.placement import placed
 from lightning_quant.planned.in_graphs import store_layers
 from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.ranges.ranges import Ranges
 from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.simulate.quantizers import Control, Quantizers
 from lightning_quant.simulate.running import Runner
@@ -155,6 +156,24 @@ class Prepared(Quantizers, PlannedModel):
         other.simulation, other._stored, other.displaced = Simulation(other), None, {}
         other._runner = other._new_runner()
         return other
+
+    def anew(self, root: nn.Module) -> Self:
+        """Return the same plan over another module, with nothing learned as yet."""
+        other = self.bound_to(root)
+        other.ranges, other.varying = Ranges(self.ranges.edges, self.recipe, self.observer), set(self.varying)
+        other.bias_corrections, other.layers, other.channels = {}, {}, {}
+        return other
+
+    def apart(self, root: nn.Module) -> Self:
+        """Return the same over another module, with copies of the ranges, which are free to be moved and added to."""
+        other = self.bound_to(root)
+        other.ranges, other.varying = copied(self.ranges), set(self.varying)
+        other.ranges.waits = False
+        return other
+
+    def know_graphs(self, other: "Prepared") -> None:
+        """Trace nothing anew that another binding of the same plan has traced."""
+        self._runner.know(other._runner)
 
     def stored_layers(self) -> dict[str, nn.Module]:
         """Return the layers whose weights are left to recipes of layers, made of those that the module has."""

@@ -45,6 +45,8 @@ class Runner:
         self._model, self._simulation, self._displaced = model, simulation, displaced
         self._quantizers = simulation.quantizers
         self._graphs: dict[Any, Entry] = {}
+        # Graphs of another binding of the same plan, which has run such calls before.
+        self._known: dict[Any, Instrumented] = {}
         # Calls whose forward branches on sizes have a graph for each.
         self._of_sizes: set[Any] = set()
         # By what can be told of a call without binding it to the signature: a graph, and where its inputs stand among
@@ -78,6 +80,11 @@ class Runner:
         entry, _ = self._calls[key]
         return is_traceable(self._simulation, entry.graph, entry.weights, module)
 
+    def know(self, other: "Runner") -> None:
+        """Run the graphs that another binding of the same plan has traced: they call whatever module they are given."""
+        self._of_sizes |= other._of_sizes
+        self._known = {**other._known, **{key: entry.graph for key, entry in other._graphs.items()}}
+
     def graph(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
         """Return the graph that runs an island on calls of this structure under the module's present flags."""
         return self._entry(path, spec, tensors).graph
@@ -88,8 +95,10 @@ class Runner:
         sizes = tuple(tensor.shape for tensor in tensors)
         key = (key, sizes) if key in self._of_sizes else key
         if key not in self._graphs:
-            with placed(quantizers.root, self._displaced()):
-                graph = instrument(module, quantizers.islands[path], spec, tensors)
+            graph = self._known.get(key)
+            if graph is None:
+                with placed(quantizers.root, self._displaced()):
+                    graph = instrument(module, quantizers.islands[path], spec, tensors)
             if decides(graph.graph) and key[-1] is not sizes:
                 self._of_sizes.add(key)
                 key = (key, sizes)

@@ -1,7 +1,7 @@
 """What prepared graphs call while they run: observing, rounding, and the arithmetic of integer kernels."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class Simulation:
         recorded: when a list, every tensor that is rounded is appended to it as `(edge, integers)`.
         hidden: when set, `(batch, time)`, true at places that do not count for ranges.
         jitter: when set, draws by how much of itself a value is moved before it is rounded.
+        kept: when a dict, weights do not change, and what was computed of them stays in it, by operator.
     """
 
     def __init__(self, quantizers: Quantizers) -> None:
@@ -46,19 +47,15 @@ class Simulation:
         self.recorded: list[tuple[str, Tensor]] | None = None
         self.hidden: Tensor | None = None
         self.jitter: torch.Generator | None = None
+        self.kept: dict[str, tuple[Folded, Tensor]] | None = None
         # Which way all values of a tensor move, 0 for either; None where each moves on its own.
         self._together: int | None = None
         # Operators that have computed their BatchNorm already, until it is its turn.
         self._normalized: set[str] = set()
 
-    @contextmanager
-    def recording(self) -> Iterator[list[tuple[str, Tensor]]]:
+    def recording(self) -> AbstractContextManager[list[tuple[str, Tensor]]]:
         """Record the integers of every quantized tensor, in the order of execution."""
-        self.recorded = []
-        try:
-            yield self.recorded
-        finally:
-            self.recorded = None
+        return self._with("recorded", [])
 
     @contextmanager
     def jittering(self, draw: int = 0) -> Iterator[None]:
@@ -74,23 +71,25 @@ class Simulation:
         finally:
             self.jitter = None
 
-    @contextmanager
-    def measuring(self, means: InputMeans | None) -> Iterator[None]:
+    def measuring(self, means: InputMeans | None) -> AbstractContextManager[Any]:
         """Let observed calls also count for the means of what weighted operators read."""
-        self.input_means = means
-        try:
-            yield
-        finally:
-            self.input_means = None
+        return self._with("input_means", means)
+
+    def watching(self, watcher: Callable[[str, Tensor], None]) -> AbstractContextManager[Any]:
+        """Show the float values of every edge to a function."""
+        return self._with("watcher", watcher)
+
+    def keeping_weights(self) -> AbstractContextManager[Any]:
+        """Round weights once, which do not change while a block runs."""
+        return self._with("kept", dict[str, tuple[Folded, Tensor]]())
 
     @contextmanager
-    def watching(self, watcher: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Show the float values of every edge to a function."""
-        self.watcher = watcher
+    def _with(self, name: str, value: Any) -> Iterator[Any]:
+        setattr(self, name, value)
         try:
-            yield
+            yield value
         finally:
-            self.watcher = None
+            setattr(self, name, None)
 
     @contextmanager
     def quantizing_only(self, identities: frozenset[str]) -> Iterator[None]:
@@ -133,7 +132,8 @@ class Simulation:
         if integers is None:
             rounded = fake_quantize(self._moved(self.quantizers.on_grid(identity, x)), scale, zero_point, grid)
         else:
-            rounded = (integers.clamp(grid.low - zero_point.item(), grid.high - zero_point.item()) * scale).to(x.dtype)
+            integers.clamp_(grid.low - zero_point.item(), grid.high - zero_point.item())
+            rounded = (integers * scale).to(x.dtype)
         if self.recorded is not None:
             integers = torch.round(rounded.detach().float() / scale + zero_point)
             self.recorded.append((identity, integers.to(grid.dtype)))
@@ -223,7 +223,8 @@ class Simulation:
         return True
 
     def _round(self, x: Tensor) -> Tensor:
-        return torch.round(self._moved(x))
+        """Round in place what was computed for it: memory costs more than arithmetic."""
+        return self._moved(x).round_()
 
     def _moved(self, x: Tensor) -> Tensor:
         if self.jitter is None:
@@ -237,7 +238,8 @@ class Simulation:
         self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor]
     ) -> Tensor:
         computed = self.quantizers.computes_weight(identity)
-        folded = self.quantizers.folded(identity, weight=weight.detach() if computed else None)
+        kept = self.kept.get(identity) if self.kept is not None and not computed else None
+        folded = self.quantizers.folded(identity, weight=weight.detach() if computed else None) if not kept else kept[0]
         if self.only is not None:
             return self._run_alone(identity, folded, x, call)
         if not self.computes_integers:
@@ -245,17 +247,19 @@ class Simulation:
         operator = self.quantizers.operators[identity]
         edge = operator.reads[0]
         input_scale, _ = self.quantizers.ranges.parameters(edge)
-        integers = self.quantizers.weight_integers(identity, folded)
         on_grid = self.quantizers.on_grid(edge, x.float())
+        integers = kept[1] if kept else self.quantizers.weight_integers(identity, folded)
+        if self.kept is not None:
+            self.kept[identity] = folded, integers
         with torch.autocast(x.device.type, enabled=False):
-            sums = call(torch.round(on_grid / input_scale), integers, None)
+            sums = call((on_grid / input_scale).round_(), integers, None)
         axis = -1 if operator.kind == "linear" else 1
-        sums, step = sums + along(folded.bias_integers, sums, axis), along(folded.bias_step, sums, axis)
+        sums, step = sums.add_(along(folded.bias_integers, sums, axis)), along(folded.bias_step, sums, axis)
         if operator.quantized_output and not operator.moved:
             output = operator.writes
             scale, _ = self.quantizers.ranges.parameters(output)
             self.integers[output] = integer.requantize(sums, step, scale, self._round)
-        return (sums * step).to(x.dtype)
+        return sums.mul_(step).to(x.dtype)
 
     def _rounded_weight(self, identity: str, weight: Tensor, folded: Folded) -> Tensor:
         if self.quantizers.learned_steps is None:

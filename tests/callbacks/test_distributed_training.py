@@ -16,7 +16,7 @@ from lightning.pytorch import strategies
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_models import Classifier, ConvNet, decibels, fit, images, make_trainer, seeded, validate_by_hand
 from torch import nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 
 from lightning_quant import QuantizationAwareTraining, Recipe, load
 from lightning_quant.calibrate.distributed import Group, merge_batch
@@ -201,6 +201,23 @@ def test_metrics_are_those_of_all_validation_data_seen_once(name: str, callback:
     float_net.load_state_dict(first["tensors"])
     float_values = validate_by_hand(float_net.net.eval(), loader)
     assert first["metrics"]["val_loss"]["float_value"] == pytest.approx(float_values["val_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize("name", ["qat", "ptq"])
+def test_scores_are_of_all_validation_data(name: str, ddp: Runs) -> None:
+    first, second = ddp.both(name)
+    assert first["scores"] == second["scores"]
+    # While training, a DistributedSampler shows one of 21 images twice, here the first.
+    seen = Subset(images(NUM_VALIDATION, seed=2), [*range(NUM_VALIDATION), 0])
+    float_net = seeded(Uneven)
+    float_net.load_state_dict(first["tensors"])
+    for kind, module in (("float", float_net.net.eval()), ("twin", load(ddp.folder / name))):
+        for metric, value in validate_by_hand(module, DataLoader(seen, NUM_VALIDATION + 1)).items():
+            twin = first["scores"][f"quant/twin/{metric}"]
+            scored = twin if kind == "twin" else twin - first["scores"][f"quant/twin_delta/{metric}"]
+            # A score of post-training quantization learns its ranges from fewer batches than the artifact.
+            apart = 0.1 if (name, kind) == ("ptq", "twin") else 1e-5
+            assert scored == pytest.approx(value, abs=apart), (kind, metric)
 
 
 def test_artifact_is_that_of_the_first_process(ddp: Runs) -> None:

@@ -81,6 +81,7 @@ class Saving(Callback):
             self.name,
             trainer.global_rank,
             ranges=ranges,
+            scores={n: float(v) for n, v in trainer.callback_metrics.items() if "/twin" in n},
             metrics={row["name"]: row for row in report["metrics"]},
             seen=self.extremes.seen,
             tensors=tensors_of(pl_module),
@@ -108,11 +109,11 @@ def main(scenario: str, strategy: str, folder: Path) -> None:
         synchronized = QuantizationAwareTraining(output_dir=folder / "sync")
         run(folder, "sync", synchronized, seeded(Uneven), strategy=strategy, accelerator="gpu", sync_batchnorm=True)
         return
-    qat = QuantizationAwareTraining(output_dir=folder / "qat", schedule=SCHEDULE)
+    qat = QuantizationAwareTraining(output_dir=folder / "qat", schedule=SCHEDULE, score_every=1)
     run(folder, "qat", qat, seeded(Uneven), strategy=strategy, enable_checkpointing=True)
     if scenario == "short":
         return
-    ptq = PostTrainingQuantization(output_dir=folder / "ptq", calibration={"num_batches": 4})
+    ptq = PostTrainingQuantization(output_dir=folder / "ptq", calibration={"num_batches": 4}, score_every=1)
     run(folder, "ptq", ptq, seeded(Uneven), strategy=strategy)
     smallest = PostTrainingQuantization(MIN_MAX, output_dir=folder / "min_max", calibration={"num_batches": 4})
     run(folder, "min_max", smallest, seeded(Uneven), strategy=strategy)

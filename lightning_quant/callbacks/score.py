@@ -1,0 +1,177 @@
+"""One validation in training, scored: what the integer twin of the present weights gets on the same batches."""
+
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import LightningModule, Trainer
+
+from lightning_quant.callbacks.kept_batches import KeptBatches
+from lightning_quant.callbacks.twin import place_twin, runs_on
+from lightning_quant.errors import EvaluationError, QuantizationError
+from lightning_quant.measure.beside import Beside
+from lightning_quant.measure.evaluate_shares import Share, merged
+from lightning_quant.measure.logged_values import logged_in, share_of
+from lightning_quant.simulate.prepared import Prepared
+
+if TYPE_CHECKING:
+    from lightning_quant.callbacks.base import QuantizationCallback
+
+FLOAT, TWIN = "float", "twin"
+
+
+class Score:
+    """What float weights and their integer twin get in one validation; what it computes itself is not run again.
+
+    Args:
+        callback: whose module, plan and settings are meant.
+        trainer: at the first batch of a validation.
+        pl_module: that is trained.
+        sample: batches to learn ranges from, where training has not learned them.
+    """
+
+    def __init__(
+        self, callback: "QuantizationCallback", trainer: Trainer, pl_module: LightningModule, sample: KeptBatches
+    ) -> None:
+        self._group, self._path, self._limit = callback.group, callback.path, callback.settings.score_batches
+        self._without_loss = callback.loss_inputs is not None and callback.loss_inputs.formula is None
+        self._stack = ExitStack()
+        self._error: QuantizationError | None = None
+        self._runs: dict[str, Beside] = {}
+        try:
+            callback.group.together(self._begin, callback, trainer, pl_module, sample)
+        except QuantizationError:
+            self.close()
+            raise
+
+    def run(self, trainer: Trainer, batch: Any, index: int, loader: int) -> None:
+        """Run what is to be run on a batch of validation, before validation itself does."""
+        if self._error is not None or index >= self._number(trainer, loader):
+            return
+        try:
+            for beside in self._runs.values():
+                beside.run(batch, index, loader)
+        except QuantizationError as error:
+            # Told at the end, where all processes meet.
+            self._error = error
+
+    def end(self, trainer: Trainer) -> dict[str, dict[str, float]]:
+        """Return the metrics of float weights and of the twin, of all processes.
+
+        Raises:
+            EvaluationError: validation never called the module.
+            QuantizationError: the twin does not take what validation calls it with.
+        """
+        self._group.together(self._check)
+        logged = {n: share_of(item) for n, item in logged_in(trainer).items() if not n.startswith("quant/")}
+        own = {name: share for name, share in logged.items() if share is not None}
+        found: dict[str, dict[str, Share]] = {FLOAT: own, TWIN: own}
+        found |= {which: beside.end() for which, beside in self._runs.items()}
+        values = {which: merged(self._group.gather(shares)) for which, shares in found.items()}
+        if self._without_loss:
+            values[TWIN] = {name: value for name, value in values[TWIN].items() if not math.isnan(value)}
+        return values
+
+    def close(self) -> None:
+        """Take the twin away."""
+        self._stack.close()
+
+    def _begin(
+        self, callback: "QuantizationCallback", trainer: Trainer, pl_module: LightningModule, sample: KeptBatches
+    ) -> None:
+        covered = _covered(callback)
+        for which in (FLOAT, TWIN):
+            if which != covered:
+                device = runs_on(callback, trainer) if which == TWIN else trainer.strategy.root_device
+                beside = self._runs[which] = Beside(trainer, pl_module, callback.path, device)
+                # As the run's own validation has them, where several processes see data of their own.
+                callback.group.share_tensors(beside.pl_module)
+        if TWIN in self._runs:
+            place_twin(callback, trainer, pl_module, self._runs[TWIN], sample, self._stack)
+
+    def _check(self) -> None:
+        if self._error is not None:
+            raise self._error
+        if any(beside.num_calls == 0 for beside in self._runs.values()):
+            name = repr(self._path) if self._path else "its own forward"
+            raise EvaluationError(f"Expected `validation_step` to call {name}, but it never did.")
+
+    def _number(self, trainer: Trainer, loader: int) -> float:
+        if not isinstance(self._limit, float):
+            return math.inf if self._limit is None else self._limit
+        return max(1, self._limit * trainer.num_val_batches[loader])
+
+
+def _covered(callback: "QuantizationCallback") -> str:
+    """Return which of both validation itself computes on all batches that are scored; empty where it is neither."""
+    model, settings = callback.require_prepared(), callback.settings
+    if settings.score_batches is not None:
+        return ""
+    if not isinstance(model, Prepared) or not (model.is_attached and model.quantizes):
+        return FLOAT
+    # Layers that are stored small beside the graph stand in the artifact alone.
+    return TWIN if settings.score_with == "simulation" and not model.left else ""
+
+
+def log_score(trainer: Trainer, pl_module: LightningModule, prefix: str, values: dict[str, dict[str, float]]) -> None:
+    """Log what a twin gets, and how far that is from float, beside what validation logged and where that is shown.
+
+    Args:
+        trainer: at the end of a validation's epoch, when Lightning takes what is logged.
+        pl_module: that logs it.
+        prefix: what keys begin with.
+        values: of float weights and of their twin.
+    """
+    records = logged_in(trainer)
+    for name, value in values[TWIN].items():
+        meta = records[name].meta if name in records else None
+        shown = bool(trainer.loggers) and (meta is None or meta.logger)
+        on_bar = meta is not None and meta.prog_bar
+        delta = value - values[FLOAT][name] if name in values[FLOAT] else math.nan
+        _log(pl_module, f"{prefix}/twin/{name}", value, prog_bar=on_bar, logger=shown)
+        _log(pl_module, f"{prefix}/twin_delta/{name}", delta, logger=shown)
+        if meta is not None and meta.forked:
+            # What is logged for steps as well has two names.
+            plain = name.replace(meta.forked_name(False), meta.name, 1)
+            _log(pl_module, f"{prefix}/twin/{plain}", value)
+            _log(pl_module, f"{prefix}/twin_delta/{plain}", delta)
+
+
+def _log(pl_module: LightningModule, key: str, value: float, *, prog_bar: bool = False, logger: bool = False) -> None:
+    # Every process has the same value; the greatest of them is that one to the bit.
+    how: dict[str, Any] = {"sync_dist": True, "reduce_fx": "max", "add_dataloader_idx": False, "batch_size": 1}
+    pl_module.log(key, value, prog_bar=prog_bar, logger=logger, on_step=False, on_epoch=True, **how)
+
+
+def _nothing() -> None: ...
+
+
+class AfterHook:
+    """Runs something right behind a hook of a LightningModule, once, and stands in its way no longer.
+
+    Callbacks' hooks run before the module's own of the same name, which may log what is to be compared.
+    """
+
+    def __init__(self, pl_module: LightningModule, hook: str, then: Callable[[], None]) -> None:
+        self._pl_module, self._hook, self._then = pl_module, hook, then
+        self._before = pl_module.__dict__.get(hook)
+        pl_module.__dict__[hook] = self
+
+    def __call__(self, *args: Any) -> Any:
+        """Run the hook, and then what is to be run behind it."""
+        self.remove()
+        result = getattr(self._pl_module, self._hook)(*args)
+        self._then()
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of the module, an average's say, run their hook alone.
+        return {**self.__dict__, "_then": _nothing}
+
+    def remove(self) -> None:
+        """Give the module its own hook back; safe to call twice."""
+        if self._pl_module.__dict__.get(self._hook) is self:
+            del self._pl_module.__dict__[self._hook]
+            if self._before is not None:
+                self._pl_module.__dict__[self._hook] = self._before

@@ -1,0 +1,34 @@
+"""What stands in a module's place while its validation is scored."""
+
+from pathlib import Path
+
+import pytest
+from lightning_models import seeded
+from scored_runs import BOTH, DELTA, TWIN, make, trained
+
+from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
+from lightning_quant.callbacks.base import QuantizationCallback
+
+pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+
+
+def test_before_training_learns_ranges_they_come_from_a_sample(tmp_path: Path) -> None:
+    late = {"observe": 1, "fake_quantize": 2, "freeze_observers": 2, "unit": "epochs"}
+    found = trained(seeded(), make(QuantizationAwareTraining, tmp_path, schedule=late), max_epochs=3)
+    assert all(one[DELTA] != 0 and abs(one[DELTA]) < 0.05 for one in found)
+
+
+@pytest.mark.parametrize("recipe", ["int8_dynamic", pytest.param("int4_weight_only", marks=pytest.mark.slow)])
+def test_layers_are_stored_anew_for_each_score(recipe: str, tmp_path: Path) -> None:
+    callback = PostTrainingQuantization(recipe, "torch", output_dir=tmp_path, score_every=1)
+    found = trained(seeded(), callback, max_epochs=2)
+    assert found[0][TWIN] != found[1][TWIN]
+    assert all(0 < abs(one[DELTA]) < 0.2 for one in found)
+
+
+@pytest.mark.slow
+@BOTH
+def test_files_are_scored_by_their_own_kernels(kind: type[QuantizationCallback], tmp_path: Path) -> None:
+    one = trained(seeded(), make(kind, tmp_path, score_with="runtime"))[0]
+    assert one[TWIN] == pytest.approx(trained(seeded(), make(kind, tmp_path))[0][TWIN], abs=1e-6)
+    assert list(tmp_path.iterdir()) == []
