@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import quick_exports
 import quick_trials
 import torch
 from exported import Artifacts
@@ -34,7 +35,7 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _tried_for_real(request: pytest.FixtureRequest) -> None:
     """Let tests that patch something try each export for real."""
-    quick_trials.for_real = "monkeypatch" in inspect.signature(request.function).parameters
+    quick_exports.for_real = quick_trials.for_real = "monkeypatch" in inspect.signature(request.function).parameters
 
 
 @pytest.fixture(params=[QuantizationAwareTraining, PostTrainingQuantization])

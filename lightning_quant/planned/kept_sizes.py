@@ -30,11 +30,13 @@ def sizes_forgotten(module: nn.Module, captured: PlannedModel) -> Iterator[None]
     """
     before = _plain(module)
     forgotten = _following(module, captured)
-    handle = module.register_forward_pre_hook(lambda *_: _set(module, forgotten), prepend=True)
+    # A hook that does nothing would be one that exporters cannot look into.
+    hook = module.register_forward_pre_hook(lambda *_: _set(module, forgotten), prepend=True) if forgotten else None
     try:
         yield
     finally:
-        handle.remove()
+        if hook is not None:
+            hook.remove()
         for path, name in _plain(module).keys() - before.keys():
             module.get_submodule(path).__dict__.pop(name)
         _set(module, before)

@@ -13,7 +13,7 @@ from exported import Artifacts, Made, results_of_a_fresh_process
 from lightning.pytorch import Callback
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from models import CASES
-from quick_exports import translate_anew
+from quick_exports import export_anew
 from torch import Tensor, nn
 
 from lightning_quant import PostTrainingQuantization, load, runtimes, verify
@@ -155,7 +155,7 @@ def test_file_names_no_path_of_this_machine(item: Made) -> None:
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_same_model_again_is_the_same_file(runtime: str, made: Artifacts, tmp_path: Path) -> None:
     item = made[runtime, "residual"]
-    translate_anew()
+    export_anew()
     hashes = [artifact.manifest["sha256"] for artifact in (item.artifact, export(item.prepared, tmp_path))]
     names = item.artifact.model_files.values()
 

@@ -7,7 +7,7 @@ import pytest
 import quick_exports
 import torch
 from models import CASES, calibrated
-from quick_exports import translate_anew
+from quick_exports import export_anew
 from torch import Tensor, nn
 
 import lightning_quant as lq
@@ -61,7 +61,7 @@ def test_rules_of_the_rewriter_are_tried_on_their_own_operators_alone() -> None:
 
 
 @pytest.mark.parametrize("net", ["residual", "multi_modal", "pooling", "tied"])
-def test_programs_that_differ_in_weights_are_translated_once_to_what_they_would_be_anew(
+def test_modules_that_differ_in_weights_and_scales_are_exported_once_to_what_they_would_be_anew(
     net: str, tmp_path: Path
 ) -> None:
     model, prepared = calibrated(next(case for case in CASES if case.name == net))
@@ -69,10 +69,12 @@ def test_programs_that_differ_in_weights_are_translated_once_to_what_they_would_
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.neg_()
-    known = len(quick_exports._translated)
+    for observer in prepared.ranges.observers.values():
+        observer.high *= 1.25
+    known = len(quick_exports._written)
     written.append(export(prepared, tmp_path / "again").model_path.read_bytes())
 
-    assert len(quick_exports._translated) == known
-    translate_anew()
+    assert len(quick_exports._written) == known
+    export_anew()
     written.append(export(prepared, tmp_path / "anew").model_path.read_bytes())
     assert written[0] != written[1] == written[2]

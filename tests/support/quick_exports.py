@@ -2,20 +2,25 @@
 
 import copy
 import functools
-import itertools
+import inspect
 import sys
 import types
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from typing import Any
 
 import onnx_ir
 import torch
 import torch.export
-from torch import Tensor
+from torch import Tensor, fx, nn
 from torch._export import utils as export_utils
+from torch._ops import OperatorBase
 from torch.onnx._internal.exporter import _core, _registration
 
+from lightning_quant.calls.calls import ResultSpec
+from lightning_quant.graph.named_edges import EdgeQuantizer
+from lightning_quant.layers.storage import Scheme
 from lightning_quant.numerics.decomposed import define_operators
+from lightning_quant.runtimes._flat import Flat
 
 
 class _Unread:
@@ -25,26 +30,31 @@ class _Unread:
         return None
 
 
-# What the latest programs became, by all but the values of their weights.
-_LARGEST = 200
-_translated: dict[Hashable, Any] = {}
+# Scale and zero point of every node that quantizes or dequantizes a tensor, in a fixed order.
+_Steps = list[tuple[float, int]]
+_QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
+# What the latest modules became, by all but the values of their weights and of their steps.
+_LARGEST, _MOST_CONSTANTS = 300, 4096
+_written: dict[Hashable, tuple[Any, _Steps]] = {}
+# Whether a test changes something that the exporter may meet: then each export is a real one.
+for_real = False
 
 
-def translate_anew() -> None:
-    """Let the exporter translate again what it has translated: for tests of the exporter itself."""
-    _translated.clear()
+def export_anew() -> None:
+    """Let the exporter export again what it has exported: for tests of the exporter itself."""
+    _written.clear()
 
 
 @functools.cache
 def make_exports_quick() -> None:
-    """Let the exporter list operators once in a process, and translate programs that only differ in weights once."""
+    """Let the exporter list operators once in a process, and export modules that differ in weights alone once."""
     # Registers operators that would be missing from the list if a test of other recipes came first.
     define_operators()
     _registration.ONNXRegistry.from_torchlib = staticmethod(functools.cache(_registration.ONNXRegistry.from_torchlib))
     _list_operators_once()
     _register_quickly()
     if hasattr(onnx_ir.Model, "clone"):
-        _translate_once()
+        torch.onnx.export = _exported_once(torch.onnx.export)
 
 
 def _list_operators_once() -> None:
@@ -67,32 +77,38 @@ def _register_quickly() -> None:
     torch._ops.OperatorBase.py_impl = types.FunctionType(registering.__code__, names, registering.__name__)
 
 
-def _translate_once() -> None:
-    prepare, translate = _core._prepare_exported_program_for_export, _core._exported_program_to_onnx_program
+def _exported_once(export: Callable[..., Any]) -> Callable[..., Any]:
+    def once(flat: nn.Module, args: tuple[Tensor, ...], **options: Any) -> Any:
+        steps: _Steps = []
+        key = None if for_real else _key(flat, args, options, steps)
+        if key in _written:
+            model = _copy(_written[key][0])
+            if _take_steps(model, _written[key][1], steps):
+                _fill(model, dict(_tensors(flat)))
+                return _core._onnx_program.ONNXProgram(model, None)
+        program = export(flat, args, **options)
+        if key is not None and key not in _written and _is_of(program.model, flat, steps):
+            if len(_written) == _LARGEST:
+                del _written[next(iter(_written))]
+            kept = _copy(program.model)
+            _fill(kept, dict.fromkeys(dict(_tensors(flat))))
+            _written[key] = kept, steps
+        return program
 
-    def prepare_once(program: Any, *, registry: Any) -> Any:
-        key, given = _key(program, registry), dict(_tensors(program))
-        prepared = program if key in _translated else prepare(program, registry=registry)
-        kept = dict(_tensors(prepared))
-        known = key is not None and all(kept.get(name) is tensor for name, tensor in given.items())
-        prepared.translation = (key, given) if known else None
-        return prepared
+    return once
 
-    def translate_once(program: Any, *, registry: Any, **options: Any) -> Any:
-        key, given = getattr(program, "translation", None) or (None, {})
-        if key in _translated:
-            model = _copy(_translated[key])
-            _fill(model, given)
-            return _core._onnx_program.ONNXProgram(model, program)
-        made = translate(program, registry=registry, **options)
-        if key is not None:
-            if len(_translated) == _LARGEST:
-                del _translated[next(iter(_translated))]
-            _translated[key] = _copy(made.model)
-            _fill(_translated[key], dict.fromkeys(given))
-        return made
 
-    _core._prepare_exported_program_for_export, _core._exported_program_to_onnx_program = prepare_once, translate_once
+def _is_of(model: Any, flat: Any, steps: _Steps) -> bool:
+    """Tell whether a model has the weights and steps of a module, and varies where it should."""
+    tensors = dict(_tensors(flat))
+    weights = {name: value.const_value for name, value in model.graph.initializers.items() if name in tensors}
+    own = all(getattr(weight, "raw", None) is tensors[name] for name, weight in weights.items())
+    fixed = any(
+        isinstance(value.shape[dimension], int)
+        for value in model.graph.inputs
+        for dimension in flat.call.dynamic.get(value.name, {})
+    )
+    return own and not fixed and _take_steps(_copy(model), steps, steps)
 
 
 def _copy(model: Any) -> Any:
@@ -102,8 +118,9 @@ def _copy(model: Any) -> Any:
     return copied
 
 
-def _tensors(program: Any) -> Iterator[tuple[str, Tensor]]:
-    return itertools.chain(program.named_parameters(), program.named_buffers(), program.constants.items())
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
 
 
 def _fill(model: Any, tensors: Mapping[str, Tensor | None]) -> None:
@@ -113,36 +130,110 @@ def _fill(model: Any, tensors: Mapping[str, Tensor | None]) -> None:
             model.graph.initializers[name].const_value = stored
 
 
-def _key(program: Any, registry: Any) -> Hashable | None:
-    """Return all that the translation depends on; None where that is not known."""
-    tensors = list(_tensors(program))
-    if not all(isinstance(tensor, Tensor) and not tensor.dtype.is_complex for _, tensor in tensors):
-        return None
-    signature = str(program.graph_signature), str(program.range_constraints)
-    parts: list[Hashable] = [signature, tuple((name, *_form(tensor)) for name, tensor in tensors)]
-    # What a graph makes of constants may depend on their values.
-    parts += [tuple(tensor.flatten().tolist()) for tensor in program.constants.values()]
-    for name, module in program.graph_module.named_modules(remove_duplicate=False):
-        if not isinstance(module, torch.fx.GraphModule):
+def _take_steps(model: Any, old: _Steps, new: _Steps) -> bool:
+    """Put new steps in the place of a model's own; return whether it is clear which is which."""
+    pairs = dict(zip(old, new, strict=True))
+    scales = {(before, after) for (before, _), (after, _) in zip(old, new, strict=True)}
+    # Equal scales are one constant of the model.
+    if len(pairs) < len(set(zip(old, new, strict=True))) or len(scales) != len(dict(scales)):
+        return False
+    if len(scales) != len({after for _, after in scales}):
+        return False
+    values: dict[Any, float] = {}
+    for node in model.graph.all_nodes():
+        made = [value.producer() for value in node.inputs[1:3] if value is not None]
+        if node.op_type not in _QUANTIZING or not all(n is not None and n.op_type == "Constant" for n in made):
+            continue
+        step = pairs.get(tuple(n.attributes["value"].value.numpy().item() for n in made))
+        uses = [use for n in made for use in n.outputs[0].uses()]
+        if step is None or not all(use.node.op_type in _QUANTIZING for use in uses):
+            return False
+        if any(values.setdefault(constant, value) != value for constant, value in zip(made, step, strict=True)):
+            return False
+    for constant, value in values.items():
+        dtype = constant.attributes["value"].value.numpy().dtype
+        constant.attributes["value"] = onnx_ir.AttrTensor("value", onnx_ir.tensor(dtype.type(value)))
+    return True
+
+
+def _key(flat: Any, args: tuple[Tensor, ...], options: Mapping[str, Any], steps: _Steps) -> Hashable | None:
+    """Return all that an export depends on, but for steps, which are collected; None where that is not known."""
+    table = options["custom_translation_table"]
+    parts: list[Hashable] = [
+        *(str(flat.call.signature), flat.call.spec.key(), flat.call.names, str(flat.call.dynamic)),
+        *(str(options["input_names"]), str(options["output_names"]), options["opset_version"], _form(list(args))),
+        *(tuple(table.items()), torch.get_default_dtype(), torch.is_autocast_enabled("cpu")),
+    ]
+    numbers: dict[int, int] = {}
+    for name, module in flat.named_modules(remove_duplicate=False):
+        described = _module(module, steps)
+        if described is None:
             return None
-        parts.append(name)
-        parts += [_node_key(node, registry) for node in module.graph.nodes]
+        parts += [name, numbers.setdefault(id(module), len(numbers)), described]
+    shared: dict[int, int] = {}
+    parts += [(name, shared.setdefault(id(t), len(shared)), *_form(t)) for name, t in _tensors(flat)]
     return tuple(parts)
 
 
-def _node_key(node: Any, registry: Any) -> Hashable:
-    translations = registry.functions.get(node.target, ()) if node.op == "call_function" else ()
-    written = tuple(id(translation.onnx_function) for translation in translations)
-    scopes = str(list(node.meta.get("nn_module_stack", {}).values()))
-    described = node.op, node.name, str(node.target), str(node.args), str(node.kwargs)
-    return *described, written, scopes, _form(node.meta.get("val"))
+_OF_MODULES = frozenset(vars(nn.Module()))
+_HOOKS = [name for name in _OF_MODULES if name.endswith("_hooks")]
 
 
-def _form(value: Any) -> tuple[Hashable, ...]:
+def _module(module: nn.Module, steps: _Steps) -> Hashable | None:
+    """Return what a module is beside its children and tensors; None where that is not known."""
+    if any(vars(module).get(name) for name in _HOOKS):
+        return None
+    if isinstance(module, fx.GraphModule):
+        return module.training, *(_node_key(node, steps) for node in module.graph.nodes)
+    left_out = {*_OF_MODULES, "_flat_weight_refs"} | ({"call"} if isinstance(module, Flat) else set())
+    attributes = {name: value for name, value in vars(module).items() if name not in left_out}
+    if isinstance(module, EdgeQuantizer):
+        scale, zero_point, *rest = attributes.pop("grid")
+        steps.append(_step(scale, zero_point))
+        attributes["grid"] = tuple(rest)
+    described = {name: _described(value) for name, value in attributes.items()}
+    return None if None in described.values() else (type(module), module.training, *sorted(described.items()))
+
+
+def _step(scale: float, zero_point: int) -> tuple[float, int]:
+    return float(torch.tensor(scale, dtype=torch.float32)), zero_point
+
+
+_PLAIN = (bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.Size, type)
+
+
+def _described(value: Any) -> Hashable | None:
+    """Return what an attribute of a module is to an export; None where that is not known."""
+    if isinstance(value, _PLAIN):
+        return type(value).__name__, repr(value), value if isinstance(value, type) else None
+    if isinstance(value, types.FunctionType | types.BuiltinFunctionType):
+        return None if getattr(value, "__closure__", None) else value
     if isinstance(value, Tensor):
-        sizes = tuple(_form(size) for size in (*value.shape, *value.stride()))
-        return *sizes, str(value.dtype), str(value.device), value.requires_grad
-    if isinstance(value, tuple | list):
-        return tuple(_form(item) for item in value)
-    hint = value.node.hint if isinstance(value, torch.SymInt) and value.node.has_hint() else None
-    return str(value), hint
+        known = value.is_meta or value.numel() <= _MOST_CONSTANTS
+        return (_form(value), "" if value.is_meta else str(value.tolist())) if known else None
+    if isinstance(value, inspect.Signature | ResultSpec | OperatorBase | Scheme):
+        return str(value)
+    if isinstance(value, nn.Module):
+        forms = tuple((name, _form(tensor)) for name, tensor in _tensors(value))
+        parts = [_module(module, []) for module in value.modules()]
+        return None if None in parts else (forms, *parts)
+    if isinstance(value, Mapping):
+        value = [item for pair in value.items() for item in pair]
+    if isinstance(value, list | tuple | set | frozenset):
+        items = tuple(_described(item) for item in value)
+        return None if None in items else (type(value).__name__, items)
+    return None
+
+
+def _node_key(node: fx.Node, steps: _Steps) -> Hashable:
+    args = node.args
+    if node.target is torch.ops.quantized_decomposed.dequantize_per_tensor.default:
+        steps.append(_step(*args[1:3]))
+        args = (args[0], *args[3:])
+    return node.op, node.name, node.target, str(args), str(node.kwargs)
+
+
+def _form(value: Any) -> Hashable:
+    if isinstance(value, Tensor):
+        return tuple(value.shape), value.stride(), value.dtype, str(value.device), value.requires_grad, type(value)
+    return tuple(_form(item) for item in value)
