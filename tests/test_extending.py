@@ -3,7 +3,7 @@
 import json
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +116,39 @@ def test_a_spelling_of_an_operator_is_one_line(tmp_path: Path, monkeypatch: pyte
     assert artifact.report is not None
     assert artifact.report["operators"]["QLinearSigmoid"] == 1
     assert artifact.report["still_float"] == {}
+    assert decibels(model, artifact) > 30
+
+
+class Choosing(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(6, 8), nn.Linear(6, 8), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.where(x[:, :1] > 0, self.first(x), self.second(x)))
+
+
+def test_a_kind_of_operator_is_its_spelling_and_a_row_of_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model, runtime = Choosing().eval(), runtimes.get("onnxruntime")
+    assert all(row.kind != "where" for row in prepare(model, (X,)).plan.rows)
+    monkeypatch.setitem(operations._FUNCTIONS, torch.where, "where")
+    # Made of the spellings when the module is read.
+    monkeypatch.setattr(operations, "LISTED", operations.LISTED | {"where"})
+    assert {row.action for row in prepare(model, (X,)).plan.rows if row.kind == "where"} == {"float"}
+
+    table = replace(runtime.TABLE, own_scale=runtime.TABLE.own_scale | {"where"})
+    monkeypatch.setattr(type(runtime), "TABLE", table)
+    monkeypatch.setitem(runtime.INTEGER_OPERATORS, "where", ("QLinearWhere",))
+    artifact = made(tmp_path, model)
+    rows = {row["kind"]: row["action"] for row in artifact.plan["rows"]}
+    assert rows["where"] == "int8"
+    assert artifact.report is not None
+    assert artifact.report["operators"]["QLinearWhere"] == 1
+    assert artifact.report["still_float"] == {}
+    assert not any("FAILED" in text for text in artifact.report["warnings"])
     assert decibels(model, artifact) > 30
 
 
