@@ -210,8 +210,11 @@ def changed_predictions(
         return None
     compared = [(one, _changed(model, artifact, one)) for one in predictions.kept]
     known = [(one, changed) for one, changed in compared if changed is not None]
-    tried = _tried(model, worst) if known else ()
-    causes = _causes(model, known, tried)
+    tried: tuple[str, ...] = ()
+    causes: list[tuple[str, ...]] = [() for _ in known]
+    if known and isinstance(model, Prepared):
+        tried = _tried(model, worst)
+        causes = _causes(model, known, tried)
     samples = tuple(
         ChangedSample(*changed, image_of(one), text_of(one, predictions.tokenizer), names)
         for (one, changed), names in zip(known, causes, strict=True)
@@ -250,21 +253,19 @@ def _changed(model: PlannedModel, artifact: Callable[..., Any], one: list[Tensor
     return before, after, float(floating[before] - floating[after]), float(here[after] - here[before])
 
 
-def _tried(model: PlannedModel, worst: tuple[str, ...]) -> tuple[str, ...]:
+def _tried(model: Prepared, worst: tuple[str, ...]) -> tuple[str, ...]:
     """Return the operators that are patched: no more than the arithmetic allows."""
-    if not isinstance(model, Prepared):
-        return ()
     macs = sum(row.macs for row in model.plan.rows) / max(1, model.num_samples)
     return worst[: min(_NUM_PATCHED, int(_MULTIPLY_ADDS / max(1.0, macs * NUM_KEPT)))]
 
 
 def _causes(
-    model: PlannedModel, known: list[tuple[list[Tensor], Changed]], tried: tuple[str, ...]
+    model: Prepared, known: list[tuple[list[Tensor], Changed]], tried: tuple[str, ...]
 ) -> list[tuple[str, ...]]:
     """Return of each sample the operators that bring its prediction back; samples of one size run together."""
     causes: list[tuple[str, ...]] = [() for _ in known]
     batch = model.batch
-    if not isinstance(model, Prepared) or batch is None:
+    if batch is None:
         return causes
     sizes: dict[Any, list[int]] = {}
     for index, (one, _) in enumerate(known):

@@ -188,12 +188,13 @@ class LayerRecipe:
 
 
 AnyRecipe = Recipe | LayerRecipe
+# A minute where `int8` takes seconds; the cheapest steps first.
+INT8_ACCURATE = Recipe(name="int8_accurate", accuracy_steps=("correct_outputs", "migrate", "scale_channels", "gptq"))
 RECIPES: dict[str, AnyRecipe] = {
     recipe.name: recipe
     for recipe in (
         Recipe(),
-        # A minute where `int8` takes seconds; the cheapest steps first.
-        Recipe(name="int8_accurate", accuracy_steps=("correct_outputs", "migrate", "scale_channels", "gptq")),
+        INT8_ACCURATE,
         # Four-bit weights in int8 kernels: no smaller file in every runtime, but what four-bit hardware computes.
         Recipe(
             name="int4_weights",

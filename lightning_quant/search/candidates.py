@@ -6,11 +6,9 @@ from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calls.calls import Call
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
-from lightning_quant.recipe.recipe import RECIPES, Recipe
+from lightning_quant.recipe.recipe import INT8_ACCURATE, Recipe
 from lightning_quant.search.choice import FLOAT, Choice
 from lightning_quant.simulate.prepared import Prepared
-
-_ACCURATE = "int8_accurate"
 
 
 @dataclass
@@ -71,8 +69,7 @@ class Candidates:
 def recipe_of(recipe: Recipe, choice: Choice) -> Recipe:
     """Return a recipe that gives what a choice says; the user's own overrides count first."""
     overrides = {**recipe.overrides, **{n: s for n, s in choice.kept if n not in recipe.overrides}}
-    other = RECIPES[_ACCURATE]
-    steps = other.accuracy_steps if choice.accurate and isinstance(other, Recipe) else recipe.accuracy_steps
+    steps = INT8_ACCURATE.accuracy_steps if choice.accurate else recipe.accuracy_steps
     return replace(recipe, overrides=overrides, accuracy_steps=steps)
 
 
