@@ -9,7 +9,12 @@ from lightning_quant.cli.shorthand import know_callbacks
 if TYPE_CHECKING:
     from lightning_quant.artifact.artifact import Artifact, load
     from lightning_quant.artifact.signing import sign
-    from lightning_quant.callbacks import PostTrainingQuantization, QuantizationAwareTraining, Schedule
+    from lightning_quant.callbacks import (
+        PostTrainingQuantization,
+        QuantizationAwareTraining,
+        QuantizationMonitor,
+        Schedule,
+    )
     from lightning_quant.cli.quantize_command import QuantizationCLI
     from lightning_quant.doors.pipeline import quantize
     from lightning_quant.measure.verification import verify
@@ -21,6 +26,7 @@ __all__ = [
     "PostTrainingQuantization",
     "QuantizationAwareTraining",
     "QuantizationCLI",
+    "QuantizationMonitor",
     "Recipe",
     "Schedule",
     "load",
@@ -34,6 +40,7 @@ _HOMES = {
     "PostTrainingQuantization": "callbacks",
     "QuantizationAwareTraining": "callbacks",
     "QuantizationCLI": "cli.quantize_command",
+    "QuantizationMonitor": "callbacks",
     "Recipe": "recipe.recipe",
     "Schedule": "callbacks",
     "load": "artifact.artifact",

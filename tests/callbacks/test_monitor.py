@@ -1,0 +1,114 @@
+"""QuantizationMonitor names the layer that goes bad in the epoch in which it does, and leaves the run as it is."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_models import (
+    Classifier,
+    EnoughError,
+    StopAfterTraining,
+    equal_tensors,
+    fit,
+    make_trainer,
+    seeded,
+    tensors_of,
+)
+from torch import nn
+
+from lightning_quant import QuantizationAwareTraining, QuantizationMonitor
+from lightning_quant.errors import NoEffectWarning
+
+
+class Mlp(Classifier):
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4)), lr=1e-3)
+
+
+class Planting(Callback):
+    """Lets a unit outgrow the others in an epoch."""
+
+    def __init__(self, epoch: int, unit: int) -> None:
+        self.epoch, self.unit = epoch, unit
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.current_epoch == self.epoch:
+            with torch.no_grad():
+                pl_module.net[1].weight[self.unit].abs_().mul_(1e3)
+                pl_module.net[3].weight[:, self.unit] /= 1e3
+
+
+def test_planted_outlier_is_named_in_its_epoch_with_the_ways_out() -> None:
+    monitor = QuantizationMonitor()
+    with pytest.warns(NoEffectWarning) as warned:
+        fit(seeded(Mlp), Planting(2, 7), monitor, max_epochs=4)
+    texts = [str(one.message) for one in warned if "QuantizationMonitor" in str(one.message)]
+    assert all("went bad in epoch 2" in text for text in texts)
+    (text,) = (text for text in texts if "'net.3' went bad in epoch 2: channel 7 of what it reads" in text)
+    assert "regularize" in text
+    assert "exclude=['net.3']" in text
+
+
+@pytest.mark.filterwarnings("error::lightning_quant.errors.NoEffectWarning")
+@pytest.mark.parametrize("aware", [False, True])
+def test_run_is_the_same_with_it(aware: bool, tmp_path: Path) -> None:
+    ended = []
+    for watching in ([], [QuantizationMonitor(2)]):
+        module = seeded()
+        ours: list[Any] = [QuantizationAwareTraining(output_dir=tmp_path)] if aware else []
+        with pytest.raises(EnoughError):
+            make_trainer(*ours, *watching, StopAfterTraining(), max_epochs=2).fit(module)
+        ended.append((tensors_of(module), torch.get_rng_state()))
+    assert equal_tensors(ended[0][0], ended[1][0])
+    assert torch.equal(ended[0][1], ended[1][1])
+
+
+def test_scalars_are_logged_and_the_worst_are_metrics(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    trainer = fit(seeded(), QuantizationMonitor(2), logger=logger)
+    header = Path(logger.log_dir, "metrics.csv").read_text().splitlines()[0].split(",")
+    for key in ("input_db", "weight_db", "input_spread", "weight_spread", "kurtosis", "clipped", "drift", "flips"):
+        assert f"quant/monitor/net.conv2/{key}" in header
+    assert 20 < trainer.callback_metrics["quant/worst_db"] < 60
+    assert trainer.callback_metrics["quant/worst_spread"] >= 1
+    assert trainer.callback_metrics["quant/worst_flips"] > 0
+
+
+def test_looks_are_rare() -> None:
+    class Counting(QuantizationMonitor):
+        looks = 0
+
+        def _weight(self, layer: Any) -> Any:
+            self.looks += 1
+            return super()._weight(layer)
+
+    monitor = Counting(8)
+    fit(seeded(Mlp), monitor, max_epochs=4)
+    # Of 16 batches the first, the ninth, and the last of each other epoch; and once more at the end of every epoch.
+    assert monitor.looks == 2 * (2 + 2 + 4)
+
+
+def test_penalty_flattens_weights() -> None:
+    def ended(strength: float) -> float:
+        module = seeded(Mlp)
+        nn.init.normal_(module.net[1].weight, std=0.1)
+        monitor = QuantizationMonitor(regularize=strength)
+        fit(module, monitor, max_epochs=8)
+        return monitor._weight(module.net[1]).kurtosis
+
+    assert ended(1.0) < ended(0.0) - 0.1
+
+
+@pytest.mark.parametrize("argument", ["every_n_steps", "bits", "alarm_db", "alarm_spread", "regularize"])
+def test_wrong_arguments_are_refused(argument: str) -> None:
+    with pytest.raises(MisconfigurationException, match=f"Expected `{argument}` to be"):
+        QuantizationMonitor(**{argument: -1})
+
+
+def test_nothing_to_look_at_is_refused() -> None:
+    with pytest.raises(MisconfigurationException, match="Expected layers to look at"):
+        fit(seeded(), QuantizationMonitor(exclude=["Conv2d", "Linear"]))
