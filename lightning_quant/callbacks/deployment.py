@@ -67,14 +67,22 @@ class Deployment:
 
 
 def choose_weights(
-    callback: QuantizationCallback, trainer: Trainer, pl_module: LightningModule, *, with_ranges: bool
+    callback: QuantizationCallback,
+    trainer: Trainer,
+    pl_module: LightningModule,
+    *,
+    with_ranges: bool,
+    weights: str | None = None,
 ) -> Deployment:
-    """Copy the last or the best weights; with `with_ranges`, the ranges come from the same checkpoint file."""
+    """Copy the last or the best weights, as the callback's `weights` say unless told otherwise.
+
+    With `with_ranges`, the ranges come from the same checkpoint file.
+    """
     duplicate = clone(pl_module, unrouted=True)
     model = callback.require_prepared()
     checkpoint = _existing(_best_path(trainer) or _last_path(trainer))
     notes = callback.notes
-    if callback.settings.weights == "best" and not notes:
+    if (weights or callback.settings.weights) == "best" and not notes:
         notes = _load_best(callback, trainer, duplicate, model, with_ranges=with_ranges)
     callback.group.share_tensors(duplicate)
     duplicate = copied_to(duplicate, HOST)

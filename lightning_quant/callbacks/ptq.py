@@ -169,8 +169,8 @@ class PostTrainingQuantization(QuantizationCallback):
             deployment = replace(deployment, known=float_metrics(self, trainer, deployment))
         steps = outcomes(deployment.model.accuracy_steps)
         self.artifact = finish(self, trainer, replace(deployment, notes=(*deployment.notes, *steps)))
-        files = {} if deployment.known is None else deployment.known.files
-        self.measured = files.get(digest(self.artifact), (None, None))[0]
+        if self.is_member and deployment.known is not None:
+            self.measured = deployment.known.files.get(digest(self.artifact), (None, None))[0]
 
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:

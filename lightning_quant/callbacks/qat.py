@@ -4,7 +4,7 @@ import copy
 import dataclasses
 import math
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -19,11 +19,18 @@ from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.deployment import choose_weights
 from lightning_quant.callbacks.finish import finish
+from lightning_quant.callbacks.only_if_needed import Need, better_weights, need_of, without_rounding
 from lightning_quant.callbacks.refusals import check_trained_once, refused_in_callback
-from lightning_quant.callbacks.schedule import Schedule, Timeline, read_schedule, timeline_of
+from lightning_quant.callbacks.schedule import (
+    Schedule,
+    Timeline,
+    is_updating_batch_norm,
+    timeline_of,
+)
 from lightning_quant.callbacks.searching import NUM_BATCHES, Recorded, searched
 from lightning_quant.callbacks.states import state_of
-from lightning_quant.doors.settings import CallbackSettings, documented
+from lightning_quant.callbacks.training_settings import TrainingSettings
+from lightning_quant.doors.settings import documented
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export.engines import AUTO
 from lightning_quant.measure.attempts import noting
@@ -32,33 +39,8 @@ from lightning_quant.numerics.learned_steps import LearnedSteps
 from lightning_quant.planned.sizes import ChosenShapes
 from lightning_quant.ranges.observer_merge import check_mergeable
 from lightning_quant.recipe.recipe import Recipe
-from lightning_quant.report.limits import Limits
+from lightning_quant.report.limits import NO_LIMITS, Limits
 from lightning_quant.simulate.prepared import Prepared
-
-
-@dataclass(frozen=True)
-class TrainingSettings(CallbackSettings):
-    """What quantization-aware training takes.
-
-    Attributes:
-        recipe: numerics: a name out of `lightning_quant.recipe.RECIPES`, a `Recipe`, or a dict of its fields; no recipe
-            of layers.
-        runtime: where the artifact will run; "auto" tries every installed one when fit begins and takes the fastest
-            whose parity holds, with what was measured in the report.
-        schedule: when the phases of training begin, as a `Schedule` or a dict of its fields.
-    """
-
-    recipe: Recipe = field(default_factory=Recipe)
-    schedule: Schedule = field(default_factory=Schedule)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.recipe.needs_calibration:
-            raise QuantizationError(
-                f"Expected `recipe` to be one for training, such as 'int8', but got {self.recipe.name!r}, whose "
-                "layers are quantized after training. Use PostTrainingQuantization."
-            )
-        self._hold("schedule", read_schedule(self.schedule))
 
 
 @documented(TrainingSettings)
@@ -87,6 +69,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         module: str | None = None,
         output_dir: str | os.PathLike[str] | None = None,
         schedule: Schedule | dict[str, Any] | None = None,
+        only_if_needed: Limits | dict[str, Any] | None = None,
         include: str | list[str] | tuple[str, ...] = ("*",),
         exclude: str | list[str] | tuple[str, ...] = (),
         example: Example = "train_batch",
@@ -110,6 +93,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         self.timeline = Timeline({}, in_epochs=False)
         # A checkpoint's state arrives before fit start, when there is nothing yet to put it into.
         self._restored: dict[str, Any] | None = None
+        # Whether training through rounding is needed, where that is asked.
+        self.need: Need | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "need": None}
 
     @property
     @override
@@ -136,12 +124,16 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self._checkpoint is not None and self.settings.runtime == AUTO:
             self._take_runtime(refused_in_callback(self._state_in, self._checkpoint))
         super().on_fit_start(trainer, pl_module)
+        if self.settings.only_if_needed != NO_LIMITS:
+            self.need = refused_in_callback(need_of, self, trainer, pl_module, self.settings.only_if_needed)
         refused_in_callback(self._begin, trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before a training batch: set the phase and let ranges follow this batch."""
         phase = self.timeline.phase(trainer)
+        if self.need is not None:
+            phase = self.need.phase(self, trainer, pl_module, phase)
         if phase == "frozen_batch_norm" and is_updating_batch_norm(trainer):
             phase = "frozen"
         self._enter(phase, trainer)
@@ -172,9 +164,19 @@ class QuantizationAwareTraining(QuantizationCallback):
         prepared.ranges.settle()
 
     @override
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Called when validation ends: end training through rounding that has reached what it was needed for."""
+        super().on_validation_end(trainer, pl_module)
+        if self.need is not None:
+            self.need.validated(self, trainer, pl_module)
+
+    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit ends: convert, export, measure, log."""
         self.require_prepared().detach()
+        if self.need is not None and self.need.needed is False:
+            self.artifact = finish(self, trainer, without_rounding(self, trainer, pl_module, self.need))
+            return
         deployment = choose_weights(self, trainer, pl_module, with_ranges=True)
         self.trains_rounded = self.require_prepared().quantizes
         if not self.trains_rounded:
@@ -189,6 +191,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.settings.searches:
             prepared, calls = training_calls(trainer, deployment, self.path, NUM_BATCHES)
             deployment = searched(self, trainer, deployment, Recorded(prepared, calls, calls[:NUM_CALLS]))
+        if self.need is not None and self.need.needed:
+            deployment = better_weights(self, trainer, pl_module, deployment, self.need)
         self.artifact = finish(self, trainer, deployment)
 
     def _begin(self, trainer: Trainer) -> None:
@@ -197,7 +201,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             prepared.learned_steps = LearnedSteps(prepared.recipe.learned_step_rate)
         if self._checkpoint is not None:
             state = self._state_in(self._checkpoint)
-            self.metrics_before = state.get("metrics_before", {})
+            self._take_metrics(state)
             prepared.load_state_dict(state)
             return
         others = [c for c in trainer.callbacks if isinstance(c, QuantizationAwareTraining) and c is not self]  # type: ignore[attr-defined]
@@ -207,7 +211,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         # Another forward in the way is found here, not when the first phase begins.
         prepared.attach()
         prepared.detach()
-        self.metrics_before = (self._restored or {}).get("metrics_before", {})
+        self._take_metrics(self._restored or {})
         if self._restored is not None:
             prepared.load_state_dict(self._restored)
         elif trainer.ckpt_path:
@@ -216,6 +220,11 @@ class QuantizationAwareTraining(QuantizationCallback):
             )
         if prepared.phase != "off":
             prepared.attach()
+
+    def _take_metrics(self, state: dict[str, Any]) -> None:
+        self.metrics_before = state.get("metrics_before", {})
+        if self.need is not None and "need" in state:
+            self.need.load(state["need"])
 
     def _enter(self, phase: str, trainer: Trainer) -> None:
         """Change the phase; a module that is not even observed keeps its own forward."""
@@ -237,9 +246,11 @@ class QuantizationAwareTraining(QuantizationCallback):
         super()._check_names(trainer, pl_module)
         if self.group.size > 1:
             check_mergeable("training_observer", self.observer(), self.settings.recipe, in_training=True)
-        if self.group.size > 1 and self.settings.sensitivity:
+        alone = self.settings.sensitivity or self.settings.only_if_needed != NO_LIMITS
+        if self.group.size > 1 and alone:
+            name = "sensitivity" if self.settings.sensitivity else "only_if_needed"
             raise QuantizationError(
-                f"Expected one process for `sensitivity`, but got {self.group.size}. Train without it, and use "
+                f"Expected one process for `{name}`, but got {self.group.size}. Train without it, and use "
                 "`quantize_checkpoint` with it afterwards."
             )
 
@@ -273,7 +284,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     def state_dict(self) -> dict[str, Any]:
         if self.prepared is None:
             return self._restored or {}
-        state = {"runtime": self.chosen_runtime, "metrics_before": self.metrics_before}
+        state: dict[str, Any] = {"runtime": self.chosen_runtime, "metrics_before": self.metrics_before}
+        state |= {} if self.need is None else {"need": self.need.state()}
         return {**self.require_prepared().state_dict(), **state}
 
     @override
@@ -285,8 +297,3 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._take_runtime(state_dict)
         if self.prepared is not None:
             self.require_prepared().load_state_dict(state_dict)
-
-
-def is_updating_batch_norm(trainer: Trainer) -> bool:
-    """Tell whether StochasticWeightAveraging runs its last epoch, which is there to measure BatchNorm anew."""
-    return bool(getattr(trainer.fit_loop, "_skip_backward", False))

@@ -144,3 +144,8 @@ def _batches_of(steps: float, trainer: Any) -> float:
         return steps * accumulate
     epochs, rest = divmod(math.ceil(steps), math.ceil(batches / accumulate))
     return epochs * batches + rest * accumulate
+
+
+def is_updating_batch_norm(trainer: Any) -> bool:
+    """Tell whether StochasticWeightAveraging runs its last epoch, which is there to measure BatchNorm anew."""
+    return bool(getattr(trainer.fit_loop, "_skip_backward", False))

@@ -7,6 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.training_data import borrowed_loaders
 from lightning_quant.errors import QuantizationError
+from lightning_quant.measure.contributions import Metrics
 from lightning_quant.measure.evaluate import evaluate, why_no_metrics
 from lightning_quant.search.checks import check_metrics
 from lightning_quant.search.objective import COSTS
@@ -29,10 +30,22 @@ def check_searchable(callback: "QuantizationCallback", trainer: Trainer, pl_modu
     if not settings.searches or not on_metrics:
         return
     with borrowed_loaders(trainer):
-        logged = evaluate(trainer, pl_module, callback.path, limit_batches=_NUM_BATCHES, group=callback.group)
-    if not logged:
-        raise QuantizationError(
-            f"Expected `limits` on metrics only where validation logs them, but {why_no_metrics(trainer)}."
-        )
+        logged = first_metrics(callback, trainer, pl_module, "limits")
     directions = watched(trainer, callback._checkpoint) | logged.higher_is_better
     check_metrics(settings.limits, settings.objective, logged, directions)
+
+
+def first_metrics(
+    callback: "QuantizationCallback", trainer: Trainer, pl_module: LightningModule, argument: str
+) -> Metrics:
+    """Return what two batches of validation log.
+
+    Raises:
+        QuantizationError: they log nothing.
+    """
+    logged = evaluate(trainer, pl_module, callback.path, limit_batches=_NUM_BATCHES, group=callback.group)
+    if not logged:
+        raise QuantizationError(
+            f"Expected `{argument}` on metrics only where validation logs them, but {why_no_metrics(trainer)}."
+        )
+    return logged

@@ -94,8 +94,7 @@ def make_report(
         Speed(latency, model.plan.runtime, threads, cpu_name()),
         *(Agreement(parity), look.changed),
         Notes((*notes, *_engine(artifact), *remarks, *unfit), tuple(lacking)),
-        Ranking(sensitivity),
-        _coverage(model, artifact, step_share),
+        *(Ranking(sensitivity), _coverage(model, artifact, step_share)),
         *(look.numbers, Seconds(seconds)),
     )
     head = model.recipe.name, model.plan.runtime, artifact.manifest["versions"]

@@ -48,6 +48,7 @@ OTHERS: dict[str, Any] = {
     "score_with": "runtime",
     "name": "mine",
     "schedule": {"fake_quantize": 0.5, "freeze_batch_norm": math.inf},
+    "only_if_needed": {"val_acc": -0.005},
     "calibration": {"num_batches": 3, "data": "validation"},
 }
 KINDS: dict[Any, type[CallbackSettings]] = {

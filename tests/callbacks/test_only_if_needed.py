@@ -1,0 +1,164 @@
+"""Training through rounding only where quantization without it misses a limit."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from features import feature
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning_models import Classifier, Recorder, equal_tensors, fit, images, seeded, tensors_of
+from torch import nn
+from torch.utils.data import DataLoader
+
+from lightning_quant import QuantizationAwareTraining
+from lightning_quant.callbacks import only_if_needed, qat
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),
+    pytest.mark.usefixtures("unmeasured"),
+]
+
+
+class Linears(Classifier):
+    """Two linear layers, and validation in enough batches for intervals."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Linear(16, 4)))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(images(32, seed=1), 8, shuffle=True)
+
+    def val_dataloader(self) -> DataLoader:
+        return DataLoader(images(48, seed=2), 8)
+
+
+class Phases(Callback):
+    """Notes the phase of every batch."""
+
+    def __init__(self, callback: QuantizationAwareTraining) -> None:
+        self.callback, self.seen = callback, list[str]()
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.seen.append(self.callback.require_prepared().phase)
+
+
+def training(folder: Path, allowed: float, **arguments: Any) -> tuple[QuantizationAwareTraining, Phases]:
+    schedule = {"fake_quantize": 2, "freeze_observers": 9, "unit": "epochs"}
+    limits = {"val_loss": allowed}
+    callback = QuantizationAwareTraining(output_dir=folder, schedule=schedule, only_if_needed=limits, **arguments)
+    return callback, Phases(callback)
+
+
+@feature("Schedule", "`only_if_needed={...}`: rounding begins where quantization without it misses a limit", only="QAT")
+def test_where_it_is_not_needed_training_is_that_of_float(tmp_path: Path) -> None:
+    callback, phases = training(tmp_path, 10.0)
+    model, plain = seeded(Linears), seeded(Linears)
+    torch.manual_seed(1)
+    fit(model, callback, phases, max_epochs=4)
+    torch.manual_seed(1)
+    fit(plain, max_epochs=4)
+    assert equal_tensors(tensors_of(model), tensors_of(plain))
+    assert set(phases.seen) == {"observe"}
+    report = callback.artifact.report  # type: ignore[union-attr]
+    assert any("nothing was trained through rounding, since it is not needed" in note for note in report["notes"])
+    assert report["failures"] == []
+    # Of the last weights, with ranges of calibration.
+    row = next(row for row in report["metrics"] if row["name"] == "val_loss")
+    assert row["before"] is None
+    assert row["artifact"] == pytest.approx(row["simulated"], abs=1e-3)
+
+
+def test_weights_of_the_trial_are_exported_where_the_last_miss_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback, _ = training(tmp_path, 10.0)
+    measure, kept = only_if_needed._measure, []
+
+    def spoiled(*arguments: Any) -> Any:
+        tried = measure(*arguments)
+        kept.append({n: t.clone() for n, t in tried.deployment.model.root.state_dict().items()})
+        if len(kept) == 1:
+            return tried
+        verdict = only_if_needed.dataclasses.replace(tried.verdicts[0], kept=False)
+        return only_if_needed.dataclasses.replace(tried, verdicts=(verdict,))
+
+    monkeypatch.setattr(only_if_needed, "_measure", spoiled)
+    finished: list[Any] = []
+    end = qat.finish
+    monkeypatch.setattr(qat, "finish", lambda *a: finished.append(a[2]) or end(*a))
+    fit(seeded(Linears), callback, max_epochs=4)
+    assert equal_tensors(dict(finished[0].model.root.state_dict()), kept[0])
+    assert not equal_tensors(kept[0], kept[1])
+    assert any("weights are those of an earlier step" in note for note in finished[0].notes)
+
+
+def test_where_it_is_needed_rounding_begins_and_both_weights_are_scored(tmp_path: Path) -> None:
+    checkpoints = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss", mode="min", save_top_k=1)
+    callback, phases = training(tmp_path / "out", 1e-12)
+    fit(seeded(Linears), callback, phases, checkpoints, max_epochs=6, enable_checkpointing=True)
+    assert phases.seen == ["observe"] * 8 + ["fake_quantize"] * len(phases.seen[8:])
+    assert callback.need is not None
+    assert callback.need.needed
+    assert callback.need.gaps
+    notes = callback.artifact.report["notes"]  # type: ignore[union-attr]
+    (rows,) = [note for note in notes if note.startswith("of the files that were scored")]
+    assert "val_loss gets worse by" in rows
+
+
+def test_training_through_rounding_ends_once_the_file_keeps_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(only_if_needed.Need, "_try", lambda self, *_: vars(self).update(needed=True))
+    callback, phases = training(tmp_path, 10.0)
+    trainer = fit(seeded(Linears), callback, phases, max_epochs=20)
+    # Compared with metrics of the trial, of which there are none here, nothing is kept.
+    assert trainer.current_epoch == 20
+    monkeypatch.setattr(
+        only_if_needed.Need,
+        "_try",
+        lambda self, *_: vars(self).update(needed=True, before=only_if_needed.Metrics({"val_loss": 1.0})),
+    )
+    callback, phases = training(tmp_path, 10.0)
+    trainer = fit(seeded(Linears), callback, phases, max_epochs=20)
+    assert trainer.current_epoch == 3
+    assert phases.seen[-1] == "fake_quantize"
+
+
+def test_a_trial_that_fails_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> Any:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(only_if_needed, "calibrated", failing)
+    callback, phases = training(tmp_path, 10.0)
+    fit(seeded(Linears), callback, phases, max_epochs=3)
+    assert phases.seen[-1] == "fake_quantize"
+    assert callback.artifact is not None
+
+
+def test_a_resumed_run_knows_what_was_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    callback, _ = training(tmp_path / "1", 10.0)
+    trainer = fit(seeded(Linears), callback, max_epochs=3)
+    trainer.save_checkpoint(tmp_path / "three.ckpt")
+    tried: list[Any] = []
+    monkeypatch.setattr(only_if_needed, "tried_after_training", lambda *a: tried.append(a))
+    callback, phases = training(tmp_path / "2", 10.0)
+    again = Trainer(
+        max_epochs=4, accelerator="cpu", callbacks=[callback, phases], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    again.fit(seeded(Linears), ckpt_path=tmp_path / "three.ckpt")
+    assert not tried
+    assert set(phases.seen) == {"observe"}
+
+
+@pytest.mark.parametrize(
+    ("limits", "message"), [({"val_los": 0.1}, "'val_loss' was probably meant"), ({"val_accuracy": 0.1}, "allow")]
+)
+def test_limits_that_validation_does_not_tell_of_are_refused(limits: Any, message: str, tmp_path: Path) -> None:
+    recorder = Recorder()
+    with pytest.raises(MisconfigurationException, match=message):
+        fit(Linears(), recorder, QuantizationAwareTraining(output_dir=tmp_path, only_if_needed=limits))
+    assert recorder.num_batches == 0
