@@ -4,7 +4,7 @@ import collections
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,8 @@ def operator_ms(
     with scratch_folder() as folder:
         running = session(path, folder / "profile")
         values = {info.name: inputs[info.name].detach().cpu().numpy() for info in running.get_inputs()}
-        started, number = time.perf_counter(), 0
-        while number <= _CALLS and (number < 2 or time.perf_counter() - started < _SECONDS):
+        for _ in profiled_calls():
             running.run(None, values)
-            number += 1
         events = json.loads(Path(running.end_profiling()).read_text(encoding="utf-8"))
     for event in events:
         if event.get("cat") == "Node" and event["name"].endswith(_KERNEL):
@@ -52,6 +50,21 @@ def operator_ms(
         # The first call is slower than all others.
         by_owner[_owner(node, owners)] += statistics.median(durations[1:] or durations)
     return dict(by_owner)
+
+
+def profiled_calls() -> Iterator[int]:
+    """Count the calls of which the first does not count: two at least, and no more than take half a second."""
+    started = time.perf_counter()
+    for number in range(_CALLS + 1):
+        if number >= 2 and time.perf_counter() - started > _SECONDS:
+            return
+        yield number
+
+
+def owner_of(name: str, writers: dict[str, str]) -> str:
+    """Return the row of a node that quantizes an edge: whose result that is, of the plan's operators or of others."""
+    edge = edge_of(name)
+    return writers.get(edge) or join(*edge.split(":", 1))
 
 
 def _owner(node: str, owners: dict[str, str]) -> str:
@@ -68,10 +81,9 @@ def _owners(graph: Any, operators: tuple[Operator, ...]) -> dict[str, str]:
     owners: dict[str, str] = {node.name: "" for node in graph.node}
     for node in graph.node:
         if node.name.startswith(PREFIX):
-            edge = _edge(node)
             source = made.get(node.input[0])
             while source is not None and source.op_type not in ("QuantizeLinear", "DequantizeLinear"):
-                owners[source.name] = writers.get(edge) or join(*edge.split(":", 1))
+                owners[source.name] = owner_of(node.name, writers)
                 source = made.get(source.input[0]) if source.op_type in _FUSED else None
     # Operators that answer in float are known by what they read.
     readers = {operator.reads[0]: operator.name for operator in operators if not operator.quantized_output}
@@ -81,10 +93,10 @@ def _owners(graph: Any, operators: tuple[Operator, ...]) -> dict[str, str]:
             continue
         quantize = made.get(source.input[0])
         if quantize is not None and quantize.name.startswith(PREFIX) and node.op_type != "QuantizeLinear":
-            owners[node.name] = readers.get(_edge(quantize), "")
+            owners[node.name] = readers.get(edge_of(quantize.name), "")
     return owners
 
 
-def _edge(node: Any) -> str:
-    """Return the edge that a node quantizes; of a part that runs several times, in whichever run."""
-    return node.name.removeprefix(PREFIX).partition("@")[0]
+def edge_of(name: str) -> str:
+    """Return the edge that a node of this name quantizes; of a part that runs several times, in whichever run."""
+    return name.removeprefix(PREFIX).partition("@")[0]

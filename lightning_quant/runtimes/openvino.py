@@ -29,11 +29,13 @@ from lightning_quant.calls.signature import Signature, TensorInfo
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
 from lightning_quant.graph.named_edges import PREFIX
+from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.machine.disk import check_room, scratch_folder
 from lightning_quant.runtimes._onnx_export import export_onnx
 from lightning_quant.runtimes._openvino_forced import run_forced
 from lightning_quant.runtimes._openvino_graph import suit_openvino
+from lightning_quant.runtimes._openvino_profile import operator_ms
 from lightning_quant.runtimes._openvino_weights import compress_weights
 from lightning_quant.runtimes._runtime import Runtime
 from lightning_quant.runtimes._standalone import numpy_inputs
@@ -210,6 +212,12 @@ class OpenVino(Runtime):
         except RuntimeError as error:
             raise ExportError(f"Expected OpenVINO to run each operator alone, but it says: {_reason(error)}") from error
 
+    def operator_ms(
+        self, path: Path, inputs: dict[str, Tensor], operators: tuple[Operator, ...], threads: int
+    ) -> dict[str, float]:
+        """Return what OpenVINO's counters say of each operator."""
+        return operator_ms(path, inputs, operators, compiled(path, threads=threads, counts=True))
+
 
 RUNTIME = OpenVino()
 
@@ -227,8 +235,8 @@ outputs = dict(zip({names!r}, model(known).values()))
 """
 
 
-def compiled(path: Path, *, threads: int | None = None, device: str = "CPU") -> Any:
-    """Compile a model for lowest latency on `threads` threads (OpenVINO's default when None)."""
+def compiled(path: Path, *, threads: int | None = None, device: str = "CPU", counts: bool = False) -> Any:
+    """Compile a model for lowest latency on `threads` threads (OpenVINO's default when None), or to time operators."""
     import openvino
 
     config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **_AS_SIMULATED}
@@ -236,6 +244,8 @@ def compiled(path: Path, *, threads: int | None = None, device: str = "CPU") -> 
         config |= _CPU_ONLY
     if threads is not None:
         config["INFERENCE_NUM_THREADS"] = threads
+    if counts:
+        config["PERF_COUNT"] = True
     return openvino.Core().compile_model(path, device, config)
 
 
