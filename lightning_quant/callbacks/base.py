@@ -43,6 +43,7 @@ from lightning_quant.planned.sizes import notes_of_sizes
 from lightning_quant.planned.way_inside import fills_modules, way_inside
 from lightning_quant.search.checks import check_size
 from lightning_quant.surgery.routing import resolve
+from lightning_quant.terminal import progress
 
 
 class QuantizationCallback(ScoredValidation):
@@ -108,6 +109,7 @@ class QuantizationCallback(ScoredValidation):
         """Called when fit begins: refuse what names alone can tell."""
         if stage == "fit":
             self._num_validations = 0
+            progress.follow(trainer.progress_bar_callback)
             refused_in_callback(refusals.check_strategy, trainer)
             self.group = Group(trainer.world_size, trainer.strategy.root_device)
             refused_in_callback(self.group.together, self._check_names, trainer, pl_module)
@@ -143,6 +145,7 @@ class QuantizationCallback(ScoredValidation):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when fit ends, however it ends: give the module its own forward back."""
         self._begun = False
+        progress.follow(None)
         self.drop_score()
         if self.prepared is not None:
             self.prepared.detach()
