@@ -21,14 +21,10 @@ from lightning_quant.callbacks.deployment import choose_weights
 from lightning_quant.callbacks.finish import finish
 from lightning_quant.callbacks.only_if_needed import Need, better_weights, need_of, without_rounding
 from lightning_quant.callbacks.refusals import check_trained_once, refused_in_callback
-from lightning_quant.callbacks.schedule import (
-    Schedule,
-    Timeline,
-    is_updating_batch_norm,
-    timeline_of,
-)
+from lightning_quant.callbacks.schedule import Schedule, Timeline, is_updating_batch_norm, timeline_of
 from lightning_quant.callbacks.searching import NUM_BATCHES, Recorded, searched
 from lightning_quant.callbacks.states import state_of
+from lightning_quant.callbacks.teaching import teacher_of
 from lightning_quant.callbacks.training_settings import TrainingSettings
 from lightning_quant.doors.settings import documented
 from lightning_quant.errors import QuantizationError
@@ -40,6 +36,7 @@ from lightning_quant.planned.sizes import ChosenShapes
 from lightning_quant.ranges.observer_merge import check_mergeable
 from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.report.limits import NO_LIMITS, Limits
+from lightning_quant.simulate.distillation import Distill
 from lightning_quant.simulate.prepared import Prepared
 
 
@@ -69,6 +66,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         module: str | None = None,
         output_dir: str | os.PathLike[str] | None = None,
         schedule: Schedule | dict[str, Any] | None = None,
+        distill: Distill | dict[str, Any] | float | None = None,
         only_if_needed: Limits | dict[str, Any] | None = None,
         include: str | list[str] | tuple[str, ...] = ("*",),
         exclude: str | list[str] | tuple[str, ...] = (),
@@ -127,6 +125,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.settings.only_if_needed != NO_LIMITS:
             self.need = refused_in_callback(need_of, self, trainer, pl_module, self.settings.only_if_needed)
         refused_in_callback(self._begin, trainer)
+        if self.settings.distill is not None and self._checkpoint is None:
+            self.require_prepared().teacher = refused_in_callback(teacher_of, self.settings.distill, trainer)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:

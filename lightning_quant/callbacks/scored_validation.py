@@ -116,8 +116,8 @@ class ScoredValidation(Callback):
         if settings.recipe.needs_calibration:
             chosen = getattr(self, "calibration", None)
             allowed, data, seed = (_MOST_KEPT, "train", 0) if chosen is None else vars(chosen).values()
-            # An eighth of what validation reads costs as little beside it.
-            number = max(1, int(min(allowed, _MOST_KEPT, sum(trainer.num_val_batches) / 8)))
+            # A sixteenth of what validation reads costs as little beside it.
+            number = max(1, int(min(allowed, _MOST_KEPT, sum(trainer.num_val_batches) / 16)))
             self._sample = KeptBatches.of(trainer, pl_module, number, seed, data)
 
     def drop_score(self) -> None:

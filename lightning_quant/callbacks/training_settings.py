@@ -8,6 +8,7 @@ from lightning_quant.doors.settings import CallbackSettings
 from lightning_quant.errors import QuantizationError
 from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.report.limits import NO_LIMITS, Limits, limits_from
+from lightning_quant.simulate.distillation import Distill, read_distill
 
 _ON_METRICS = ("max_drop", "higher_is_better", "lower_is_better")
 
@@ -22,6 +23,9 @@ class TrainingSettings(CallbackSettings):
         runtime: where the artifact will run; "auto" tries every installed one when fit begins and takes the fastest
             whose parity holds, with what was measured in the report.
         schedule: when the phases of training begin, as a `Schedule` or a dict of its fields.
+        distill: how much the float forward of the present weights teaches the rounded one, beside the user's loss: a
+            weight such as 0.5, or a dict of `weight` and `temperature`, for logits. It costs a forward of each step,
+            and is for automatic optimization. Off by default.
         only_if_needed: limits by the names of metrics, such as `{"val_acc": -0.005}`. Where the schedule would begin
             rounding, the weights are quantized without training, and the exported file is validated. When it keeps the
             limits, the run goes on in float, and the artifact is made without training through rounding; else that
@@ -31,6 +35,7 @@ class TrainingSettings(CallbackSettings):
 
     recipe: Recipe = field(default_factory=Recipe)
     schedule: Schedule = field(default_factory=Schedule)
+    distill: Distill | None = None
     only_if_needed: Limits = NO_LIMITS
 
     def __post_init__(self) -> None:
@@ -42,6 +47,7 @@ class TrainingSettings(CallbackSettings):
                 "layers are quantized after training. Use PostTrainingQuantization."
             )
         self._hold("schedule", read_schedule(self.schedule))
+        self._hold("distill", read_distill(self.distill))
 
 
 def needed_limits(given: Any, evaluate: bool) -> Limits:

@@ -178,7 +178,7 @@ class CallbackSettings(Settings):
             watches a score: the same batches, with the same random numbers, also go through the integers that the
             present weights would be exported as. ModelCheckpoint, EarlyStopping, loggers and the progress bar get
             "quant/twin/<metric>" and "quant/twin_delta/<metric>", the difference to float weights. Ranges are those of
-            training; where it has none, of one to four training batches, an eighth of those of validation, without
+            training; where it has none, of one to four training batches, a sixteenth of those of validation, without
             steps for accuracy.
         score_batches: number or share of the validation batches, the first of each loader, that scores are of; float
             weights are run on these as well. All of them by default.

@@ -53,4 +53,4 @@ def add(
 
 def _fused_multiply_add(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
     # A float32 product is exact in float64, so there is one rounding, as in hardware.
-    return x.double().mul_(factor.double()).add_(summand.double()).float()
+    return x.double().mul_(factor.double()).add_(summand).float()

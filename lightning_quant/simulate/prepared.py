@@ -25,6 +25,7 @@ from lightning_quant.planned.in_graphs import store_layers
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.ranges.ranges import Ranges
 from lightning_quant.recipe.recipe import Recipe
+from lightning_quant.simulate.distillation import Teacher
 from lightning_quant.simulate.quantizers import Control, Quantizers
 from lightning_quant.simulate.running import Runner
 from lightning_quant.simulate.simulation import Simulation
@@ -63,6 +64,7 @@ class Prepared(Quantizers, PlannedModel):
         simulation: runs the graphs' operators as the phase says.
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
         left: labels of the layers that graphs have no integer form of.
+        teacher: teaches what the float module answers, while it trains through rounding; None without one.
         displaced: float layers whose places stored ones have taken while a block runs.
     """
 
@@ -75,6 +77,7 @@ class Prepared(Quantizers, PlannedModel):
         self._twins: weakref.WeakSet[Prepared] = weakref.WeakSet()
         self.varying: set[tuple[str, int]] = set()
         self._stored: tuple[dict[str, nn.Module], Plan] | None = None
+        self.teacher: Teacher | None = None
         self.left = left_in_float(root, analysis.plan)
         # Float layers whose places stored ones have taken; graphs are traced with them.
         self.displaced: dict[str, nn.Module] = {}
@@ -83,7 +86,8 @@ class Prepared(Quantizers, PlannedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         # What is made again when it is needed; weak references cannot be pickled.
-        return {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_twins", "_stored")}
+        kept = {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_twins", "_stored")}
+        return {**kept, "teacher": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _twins=weakref.WeakSet(), _stored=None)
@@ -152,7 +156,7 @@ class Prepared(Quantizers, PlannedModel):
         other = copy.copy(self)
         other.root = root
         other.captured = self.captured if tensors is None else replace(self.captured, tensors=tensors)
-        other.control, other._twins, other.is_twin = Control(), weakref.WeakSet(), False
+        other.control, other._twins, other.is_twin, other.teacher = Control(), weakref.WeakSet(), False, None
         other.simulation, other._stored, other.displaced = Simulation(other), None, {}
         other._runner = other._new_runner()
         return other
@@ -208,12 +212,15 @@ class Prepared(Quantizers, PlannedModel):
         return Runner(self, self.simulation, lambda: self.beside(self.displaced))
 
     def run(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Run an island's graph on a call."""
-        return self._runner.run(path, args, kwargs)
+        """Run an island's graph on a call, and have it taught where there is a teacher."""
+        result = self._runner.run(path, args, kwargs)
+        if self.teacher is None or not (self.quantizes and self.root.training and torch.is_grad_enabled()):
+            return result
+        return self.teacher.teach(resolve(self.root, path), result, args, kwargs)
 
     def is_traceable(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether compilers can look into the graph that runs on a call."""
-        return self._runner.is_traceable(path, args, kwargs)
+        return self.teacher is None and self._runner.is_traceable(path, args, kwargs)
 
     def graph(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
         """Return the graph that runs an island on calls of this structure under the module's present flags."""

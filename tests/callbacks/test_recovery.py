@@ -37,7 +37,10 @@ SHARED = {
     "time_budget_s": 60.0,
 }
 KINDS: dict[type[Any], dict[str, Any]] = {
-    lq.QuantizationAwareTraining: {"schedule": lq.Schedule(fake_quantize=2, freeze_observers=3, unit="epochs")},
+    lq.QuantizationAwareTraining: {
+        "schedule": lq.Schedule(fake_quantize=2, freeze_observers=3, unit="epochs"),
+        "distill": {"weight": 0.3},
+    },
     lq.PostTrainingQuantization: {"calibration": {"num_batches": 3, "data": "validation"}},
 }
 

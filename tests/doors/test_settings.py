@@ -49,6 +49,7 @@ OTHERS: dict[str, Any] = {
     "name": "mine",
     "schedule": {"fake_quantize": 0.5, "freeze_batch_norm": math.inf},
     "only_if_needed": {"val_acc": -0.005},
+    "distill": {"weight": 0.3, "temperature": 2.0},
     "calibration": {"num_batches": 3, "data": "validation"},
 }
 KINDS: dict[Any, type[CallbackSettings]] = {

@@ -1,0 +1,27 @@
+"""A teacher for a run: what it adds is scaled as the run scales its own loss."""
+
+import functools
+from typing import Any
+
+from lightning_quant.errors import QuantizationError
+from lightning_quant.simulate.distillation import Distill, Teacher
+
+
+def teacher_of(distill: Distill, trainer: Any) -> Teacher:
+    """Return what teaches the module of a run.
+
+    Raises:
+        QuantizationError: the run scales its loss itself, so that nobody knows how.
+    """
+    if not trainer.lightning_module.automatic_optimization:
+        raise QuantizationError(
+            "Expected automatic optimization with `distill`, but `training_step` calls `manual_backward` on losses of "
+            "its own scale. Train without it."
+        )
+    return Teacher(distill, functools.partial(_factor, trainer))
+
+
+def _factor(trainer: Any) -> float:
+    """Return by what a loss is multiplied: the scale of gradients in half precision, over the batches of a step."""
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return (1.0 if scaler is None else float(scaler.get_scale())) / trainer.accumulate_grad_batches

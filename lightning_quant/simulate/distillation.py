@@ -1,0 +1,131 @@
+"""The float module teaches the rounded one: gradients towards its outputs join those of the user's loss.
+
+Nothing of it is in `training_step`, optimizers or checkpoints: the teacher is the float forward of the present weights
+in eval mode, which shares all tensors with the module, and the loss enters as a gradient of the module's outputs.
+
+Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", arXiv:1503.02531, section 2 (temperature
+and its square); Polino et al. 2018, arXiv:1802.05668, section 3 (a float teacher for a quantized student).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_quant.arguments.arguments import check_number, from_fields
+from lightning_quant.calls.calls import map_tensors
+from lightning_quant.capture.capture import isolated_rng
+from lightning_quant.errors import QuantizationError
+from lightning_quant.surgery.routing import clone, evaluation_mode
+
+
+@dataclass(frozen=True)
+class Distill:
+    """What the float module teaches.
+
+    Attributes:
+        weight: of its loss beside the user's own.
+        temperature: that class probabilities are softened with, for outputs that are logits: the loss is then the
+            divergence of these over the last dimension. By default it is the mean squared difference in units of the
+            teacher's variance, for outputs of any kind.
+    """
+
+    weight: float = 0.5
+    temperature: float | None = None
+
+    def __post_init__(self) -> None:
+        check_number("distill.weight", self.weight)
+        if self.temperature is not None:
+            check_number("distill.temperature", self.temperature, 1e-3)
+
+
+def read_distill(given: Any) -> Distill | None:
+    """Return what `distill=` means: a weight, the fields of a `Distill`, or nothing.
+
+    Raises:
+        QuantizationError: it is something else.
+    """
+    if given is None or isinstance(given, Distill):
+        return given
+    if isinstance(given, dict):
+        return from_fields(Distill, "distill", given)
+    if isinstance(given, bool) or not isinstance(given, int | float):
+        raise QuantizationError(
+            f"Expected `distill` to be a weight such as 0.5, or a dict as {{'weight': 0.5, 'temperature': 2.0}}, but "
+            f"got {given!r:.60}."
+        )
+    return Distill(given)
+
+
+class Teacher:
+    """Teaches a module what its float forward answers, call by call.
+
+    Args:
+        distill: how much, and by which loss.
+        factor: by what the user's loss is multiplied before its gradients are taken.
+    """
+
+    def __init__(self, distill: Distill, factor: Callable[[], float]) -> None:
+        self._distill, self._factor = distill, factor
+        self._module: nn.Module | None = None
+        self._of: nn.Module | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_module": None, "_of": None}
+
+    def teach(self, student: nn.Module, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Return what the rounded module has answered to a call, with gradients towards what it would in float."""
+        targets: list[Tensor] = []
+        teacher = self._float(student)
+        with torch.no_grad(), isolated_rng(), evaluation_mode(teacher):
+            map_tensors(targets.append, teacher(*args, **kwargs))
+        answers: list[Tensor] = []
+        map_tensors(answers.append, result)
+        if [answer.shape for answer in answers] != [target.shape for target in targets]:
+            # In evaluation it answers otherwise, with fewer heads say: there is nothing to compare.
+            return result
+        left = iter(targets)
+        return map_tensors(lambda answer: self._pulled(answer, next(left)), result)
+
+    def _pulled(self, answer: Tensor, target: Tensor) -> Tensor:
+        if not answer.requires_grad or not answer.is_floating_point() or answer.numel() == 0:
+            return answer
+        pull = slope(answer.detach().float(), target.float(), self._distill.temperature)
+        return _Pulled.apply(answer, pull * (self._distill.weight * self._factor()))
+
+    def _float(self, student: nn.Module) -> nn.Module:
+        """Return a copy of a module with every forward its own, and the very parameters and buffers of the module."""
+        if self._module is None or self._of is not student:
+            self._module, self._of = clone(student, unrouted=True), student
+            for copied, own in zip(self._module.modules(), student.modules(), strict=True):
+                copied.__dict__.update(_parameters=own._parameters, _buffers=own._buffers)
+        return self._module
+
+
+def slope(answer: Tensor, target: Tensor, temperature: float | None = None) -> Tensor:
+    """Return the gradient of the teacher's loss with respect to an answer.
+
+    Args:
+        answer: of the rounded module, float32.
+        target: of the float module, of the same shape.
+        temperature: of class probabilities over the last dimension; None compares values.
+    """
+    if temperature is None:
+        variance = target.var(correction=0).clamp(min=1e-12)
+        return 2 * (answer - target) / (answer.numel() * variance)
+    apart = torch.softmax(answer / temperature, -1) - torch.softmax(target / temperature, -1)
+    return temperature * apart / (answer.numel() / answer.shape[-1])
+
+
+class _Pulled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, answer: Tensor, pull: Tensor) -> Tensor:
+        ctx.save_for_backward(pull)
+        return answer.view_as(answer)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (pull,) = ctx.saved_tensors
+        return grad + pull.to(grad), None
