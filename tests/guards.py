@@ -33,6 +33,27 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "hooks and layers that come after the plan are refused before the first batch",
+        "callbacks/ptq.py",
+        "refused_in_callback(self.planned.check_once, self.require_prepared(), resolve(pl_module, self.path))",
+        "pass",
+        "callbacks/test_unplanned.py -k first_batch",
+    ),
+    Guard(
+        "a number that training changed is said to be none of its graphs'",
+        "callbacks/qat.py",
+        "self.missing += [_STALE] * is_stale(self.require_prepared())",
+        "pass",
+        "callbacks/test_unplanned.py -k says_that_a_number",
+    ),
+    Guard(
+        "calibration has what was taken away when training ended",
+        "callbacks/training_data.py",
+        "        start_hooks(duplicate, batch)\n        run(duplicate, batch, index)\n",
+        "        raise\n",
+        "callbacks/test_training_data.py -k taken_away",
+    ),
+    Guard(
         "what is planned and lost on the way to a file is told from what nothing reads",
         "export/export.py",
         "model.plan.with_edges(present, lost_edges(model, converted, present))",

@@ -26,6 +26,7 @@ from lightning_quant.callbacks.search_checks import check_searchable
 from lightning_quant.callbacks.shared import Alone, Shared
 from lightning_quant.callbacks.states import identity_of
 from lightning_quant.callbacks.training_data import borrowed_loaders
+from lightning_quant.callbacks.unplanned import Planned
 from lightning_quant.callbacks.validation_batches import check_batches, note_sizes
 from lightning_quant.capture.capture import Capture
 from lightning_quant.capture.checkpoint import check_model_and_data, read_checkpoint
@@ -60,6 +61,7 @@ class QuantizationCallback(ScoredValidation):
         self.chosen_runtime: str = "" if settings.runtime == AUTO else settings.runtime
         # Known from fit start on, when the module exists on its device and its data can be read.
         self.prepared: PlannedModel | None = None
+        self.planned: Planned | None = None
         self.artifact: Artifact | None = None
         self.loss_inputs: LossInputs | None = None
         self.seconds: dict[str, float] = {}
@@ -85,15 +87,8 @@ class QuantizationCallback(ScoredValidation):
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles, which projects make of their Trainer's callbacks, hold no model: fit finds its own."""
-        return {
-            **super().__getstate__(),
-            "prepared": None,
-            "loss_inputs": None,
-            "_begun": False,
-            "exported": None,
-            "_checkpoint": None,
-            "shared": Alone(),
-        }
+        models = ("prepared", "planned", "loss_inputs", "exported", "_checkpoint")
+        return {**super().__getstate__(), **dict.fromkeys(models), "_begun": False, "shared": Alone()}
 
     @override
     def __repr__(self) -> str:
@@ -252,7 +247,8 @@ class QuantizationCallback(ScoredValidation):
             choose = functools.partial(choose_at_start, settings, trains=self.prepares_training)
             self.chosen_runtime, note = self.group.on_first(choose, resolve(pl_module, captured.path), captured)
             self.findings += (note,)
-        self.prepared = self._plan(resolve(pl_module, captured.path), captured)
+        self.prepared = self._plan(module := resolve(pl_module, captured.path), captured)
+        self.planned = Planned(module)
         self.prepared.learns_from_captured = exported.otherwise
         if exported.evaluated is not None:
             self.prepared.note_sizes(exported.evaluated.args, exported.evaluated.kwargs)

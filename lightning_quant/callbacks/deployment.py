@@ -11,6 +11,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.states import state_of
 from lightning_quant.calls.calls import Call
+from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.changed_predictions import Predictions
 from lightning_quant.measure.contributions import Metrics
 from lightning_quant.measure.output_noise import HeldOut
@@ -87,6 +88,9 @@ def choose_weights(
     callback.group.share_tensors(duplicate)
     duplicate = copied_to(duplicate, HOST)
     bound = model.bound_to(resolve(duplicate, callback.path)).on_host()
+    with noting(callback.missing, "a look at hooks and layers is"):
+        failure = callback.planned.failure(bound) if callback.planned is not None else ""
+        callback.missing += [failure] if failure else []
     bound.varying = set().union(*callback.group.gather(model.varying))
     return Deployment(duplicate, bound, checkpoint, notes)
 

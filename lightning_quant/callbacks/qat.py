@@ -26,6 +26,7 @@ from lightning_quant.callbacks.searching import NUM_BATCHES, Recorded, searched
 from lightning_quant.callbacks.states import state_of
 from lightning_quant.callbacks.teaching import teacher_of
 from lightning_quant.callbacks.training_settings import TrainingSettings
+from lightning_quant.callbacks.unplanned import is_stale
 from lightning_quant.doors.settings import documented
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export.engines import AUTO
@@ -38,6 +39,12 @@ from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.report.limits import NO_LIMITS, Limits
 from lightning_quant.simulate.distillation import Distill
 from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.routing import resolve
+
+_STALE = (
+    "parity FAILED: the module does something else by now than what was trained through rounding. What training "
+    "changes and its forward reads has to be a buffer, not a Python number"
+)
 
 
 @documented(TrainingSettings)
@@ -131,6 +138,8 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before a training batch: set the phase and let ranges follow this batch."""
+        if self.planned is not None:
+            refused_in_callback(self.planned.check_once, self.require_prepared(), resolve(pl_module, self.path))
         phase = self.timeline.phase(trainer)
         if self.need is not None:
             phase = self.need.phase(self, trainer, pl_module, phase)

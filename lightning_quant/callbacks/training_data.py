@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lightning_quant.capture.capture import Capture, StepStoppedError, capture, isolated_rng, unchanged
 from lightning_quant.errors import CalibrationError, CaptureError
 from lightning_quant.graph.analyze import has_weights
-from lightning_quant.measure.lent import lent_loggers, lr_schedulers
+from lightning_quant.measure.lent import inert_optimizers, lent_loggers, lr_schedulers
 from lightning_quant.surgery.host import HOST, copied_to, device_for_search
 from lightning_quant.surgery.routing import clone
 
@@ -99,7 +99,17 @@ def calibration_steps(
     with isolated_rng(seed), unchanged(duplicate):
         for index, batch in enumerate(batches(trainer, duplicate, num_batches, data)):
             run = run_training_step if data == "train" else _run_validation_step
-            yield functools.partial(run, duplicate, batch, index)
+            yield functools.partial(_run_after_training, run, duplicate, batch, index)
+
+
+def _run_after_training(run: Callable[..., Any], duplicate: LightningModule, batch: Any, index: int) -> None:
+    """Run a step of a copy; where it misses what was taken away when training ended, with that made once more."""
+    try:
+        run(duplicate, batch, index)
+    # Whatever the user's own step raises then.
+    except Exception:
+        start_hooks(duplicate, batch)
+        run(duplicate, batch, index)
 
 
 def check_data(trainer: Trainer, pl_module: LightningModule, data: str, needed: int = 1, allowed: int = 1) -> None:
@@ -137,7 +147,7 @@ def independent_copy(trainer: Trainer, pl_module: LightningModule) -> LightningM
         duplicate.__dict__[name] = _do_nothing
     for name in ("manual_backward", "backward", "clip_gradients"):
         duplicate.__dict__[name] = _stop
-    duplicate.__dict__["optimizers"] = lambda *_, **__: _inert_optimizers(trainer)
+    duplicate.__dict__["optimizers"] = lambda *_, **__: inert_optimizers(trainer)
     duplicate.__dict__["lr_schedulers"] = functools.partial(lr_schedulers, trainer)
     return duplicate
 
@@ -272,23 +282,6 @@ def _call_example(duplicate: LightningModule) -> None:
         duplicate(*example)
     else:
         duplicate(example)
-
-
-class _InertOptimizer:
-    """Stands in for the user's optimizers: the first thing that would change something ends the step."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.optimizer = optimizer
-
-    def __getattr__(self, name: str) -> Any:
-        if name == "step":
-            raise StepStoppedError
-        return _do_nothing if name in ("zero_grad", "toggle_model") else getattr(self.optimizer, name)
-
-
-def _inert_optimizers(trainer: Trainer) -> Any:
-    wrapped = [_InertOptimizer(optimizer) for optimizer in trainer.optimizers]
-    return wrapped[0] if len(wrapped) == 1 else wrapped
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:

@@ -90,11 +90,11 @@ def _unfaithful(
 
     def forward(seed: int = 0) -> Any:
         call = map_tensors(Tensor.clone, (args, kwargs))
-        return _seeded(module, lambda: clone(module, unrouted=True).forward(*call[0], **call[1]), seed)
+        return seeded(module, lambda: clone(module, unrouted=True).forward(*call[0], **call[1]), seed)
 
     failed = ""
     try:
-        leaves = _seeded(module, lambda: graph.run(*tensors))
+        leaves = seeded(module, lambda: graph.run(*tensors))
     except Exception as error:  # of whatever the operations of a user's forward raise
         failed = f"{type(error).__name__}: {error}".split("\n")[0]
     try:
@@ -105,12 +105,12 @@ def _unfaithful(
         site = graph.at.meta.get("site", ("",))
         return site[0].partition("(")[0], f"its graph fails where it does not ({failed})"
     # Where numbers are drawn, as by dropout, results tell nothing.
-    if _agree(expected, traced.output_spec.build(leaves)) or not _agree(expected, forward(1)):
+    if agree(expected, traced.output_spec.build(leaves)) or not agree(expected, forward(1)):
         return None
     return "", "its graph answers otherwise than it does"
 
 
-def _seeded(module: nn.Module, run: Callable[[], Any], seed: int = 0) -> Any:
+def seeded(module: nn.Module, run: Callable[[], Any], seed: int = 0) -> Any:
     """Run something with random numbers of its own, and with gradients where the module trains."""
     with (
         torch.random.fork_rng(devices=[]),
@@ -121,7 +121,8 @@ def _seeded(module: nn.Module, run: Callable[[], Any], seed: int = 0) -> Any:
         return run()
 
 
-def _agree(expected: Any, actual: Any) -> bool:
+def agree(expected: Any, actual: Any) -> bool:
+    """Tell whether two results are of one structure, and their numbers as close as equal computations leave them."""
     register_structures((expected, actual))
     (wanted, structure), (got, other) = pytree.tree_flatten(expected), pytree.tree_flatten(actual)
     if structure != other or any(type(a) is not type(b) for a, b in zip(wanted, got, strict=True)):

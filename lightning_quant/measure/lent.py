@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers.logger import DummyLogger
 
+from lightning_quant.capture.capture import StepStoppedError
 from lightning_quant.machine.disk import lasting_scratch_folder
 
 # What Lightning, or the user's own code, may ask of callbacks, optimizers and schedulers to do.
@@ -69,6 +70,24 @@ def lr_schedulers(trainer: Trainer) -> Any:
     """Return what `LightningModule.lr_schedulers` does, to be looked at."""
     schedulers = [config.scheduler for config in shown_schedulers(trainer)]
     return schedulers[0] if len(schedulers) == 1 else schedulers or None
+
+
+class _InertOptimizer:
+    """Stands in for the user's optimizers: the first thing that would change something ends the step."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "step":
+            raise StepStoppedError
+        return _do_nothing if name in ("zero_grad", "toggle_model") else getattr(self.optimizer, name)
+
+
+def inert_optimizers(trainer: Trainer) -> Any:
+    """Return what `LightningModule.optimizers` does; the first step of one ends the training step."""
+    wrapped = [_InertOptimizer(optimizer) for optimizer in trainer.optimizers]
+    return wrapped[0] if len(wrapped) == 1 else wrapped
 
 
 class Lender(Callback):

@@ -18,9 +18,13 @@ class Notes(Section):
     notes: tuple[str, ...]
     missing: tuple[str, ...] = ()
 
+    def failures(self) -> list[str]:
+        """Say what of that FAILED."""
+        return [text for text in self.missing if " FAILED" in text]
+
     def warnings(self) -> list[str]:
-        """Say what could not be measured."""
-        return list(self.missing)
+        """Say what else could not be measured."""
+        return [text for text in self.missing if " FAILED" not in text]
 
     def text(self) -> str:
         """Return a paragraph for each note."""

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 
+from lightning_quant.calibrate.distributed import Group
 from lightning_quant.callbacks import float_metrics as file
 from lightning_quant.callbacks.float_metrics import float_metrics
 from lightning_quant.callbacks.shared import Alone, Shared
@@ -11,7 +12,7 @@ from lightning_quant.measure.contributions import Metrics
 
 def callback(shared: Any, *, evaluate: bool = True) -> Any:
     settings = SimpleNamespace(evaluate=evaluate, limit_eval_batches=None)
-    return SimpleNamespace(settings=settings, group=None, path="net", shared=shared)
+    return SimpleNamespace(settings=settings, group=Group(), path="net", shared=shared, missing=[])
 
 
 @pytest.mark.parametrize(("shared", "number"), [(Shared(), 1), (Alone(), 2)])

@@ -27,7 +27,7 @@ from torchmetrics import MeanMetric
 
 from lightning_quant import PostTrainingQuantization
 from lightning_quant.callbacks import training_data
-from lightning_quant.callbacks.training_data import capture_call
+from lightning_quant.callbacks.training_data import calibration_steps, capture_call, independent_copy
 from lightning_quant.capture.capture import Capture
 from lightning_quant.errors import CalibrationError, CaptureError
 
@@ -568,6 +568,24 @@ class Preparing(Classifier):
 @pytest.mark.parametrize("hook", ["on_fit_start", "on_train_start", "on_train_epoch_start"])
 def test_state_that_is_born_in_the_modules_own_start_hooks(hook: str) -> None:
     assert captured(Preparing(hook)).path == "net"
+
+
+class TidyingUp(Preparing):
+    """Takes it away when training ends."""
+
+    def on_train_end(self) -> None:
+        del self.losses
+
+
+def test_calibration_misses_nothing_that_was_taken_away_when_training_ended() -> None:
+    module = TidyingUp("on_train_start")
+    trainer = fit(module, max_steps=1)
+    duplicate = independent_copy(trainer, module)
+    for step in calibration_steps(trainer, duplicate, 2, 0, "train"):
+        step()
+
+    assert len(duplicate.losses) == 2
+    assert not hasattr(module, "losses")
 
 
 class Logging(Classifier):
