@@ -26,7 +26,7 @@ from lightning_quant.callbacks.searching import NUM_BATCHES, Recorded, searched
 from lightning_quant.callbacks.states import state_of
 from lightning_quant.callbacks.teaching import teacher_of
 from lightning_quant.callbacks.training_settings import TrainingSettings
-from lightning_quant.callbacks.unplanned import is_stale
+from lightning_quant.callbacks.unplanned import stale
 from lightning_quant.doors.settings import documented
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export.engines import AUTO
@@ -40,11 +40,6 @@ from lightning_quant.report.limits import NO_LIMITS, Limits
 from lightning_quant.simulate.distillation import Distill
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import resolve
-
-_STALE = (
-    "parity FAILED: the module does something else by now than what was trained through rounding. What training "
-    "changes and its forward reads has to be a buffer, not a Python number"
-)
 
 
 @documented(TrainingSettings)
@@ -186,6 +181,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.need is not None and self.need.needed is False:
             self.artifact = finish(self, trainer, without_rounding(self, trainer, pl_module, self.need))
             return
+        with noting(self.missing, "a look at what was trained is"):
+            self.missing += stale(self.require_prepared())
         deployment = choose_weights(self, trainer, pl_module, with_ranges=True)
         self.trains_rounded = self.require_prepared().quantizes
         if not self.trains_rounded:

@@ -16,6 +16,11 @@ Structure = dict[str, tuple[type, int, int]]
 _SINCE = "got other hooks or layers since fit began"
 _WAY_OUT = "Make them in `__init__`, `configure_model` or `setup`"
 
+_STALE = (
+    "parity FAILED: the module does something else by now than what was trained through rounding. What training "
+    "changes and its forward reads has to be a buffer, not a Python number"
+)
+
 
 class Planned:
     """What a module was when it was planned."""
@@ -85,8 +90,8 @@ def _depends(model: PlannedModel, module: nn.Module, planned: Structure) -> bool
         return not agree(present, seeded(root, lambda: root(*args, **kwargs)))
 
 
-def is_stale(model: Prepared) -> bool:
-    """Tell whether the graphs that a module was trained through do something else than it does by now.
+def stale(model: Prepared) -> list[str]:
+    """Say that the graphs that a module was trained through do something else than it does by now; empty where not.
 
     Python values that a forward reads are those of the first call through a graph.
     """
@@ -95,4 +100,5 @@ def is_stale(model: Prepared) -> bool:
     with evaluation_mode(root):
         expected = seeded(root, lambda: root(*args, **kwargs))
         with model.attached("off"):
-            return not agree(expected, seeded(root, lambda: root(*args, **kwargs)))
+            actual = seeded(root, lambda: root(*args, **kwargs))
+    return [] if agree(expected, actual) else [_STALE]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
-from lightning_quant.callbacks.unplanned import Planned, is_stale
+from lightning_quant.callbacks.unplanned import Planned, stale
 from lightning_quant.errors import CaptureError
 from lightning_quant.export.prepare import prepare
 from lightning_quant.simulate.prepared import Prepared
@@ -81,9 +81,9 @@ def test_what_changes_none_is_taken(change: Any, model: Prepared) -> None:
 
 
 def test_a_number_that_training_changed_is_not_that_of_its_graphs(model: Prepared) -> None:
-    assert not is_stale(model)
+    assert not stale(model)
     model.root.scale = 2.0
-    assert is_stale(model)
+    assert stale(model)
 
 
 class Hooked(Classifier):
