@@ -83,6 +83,7 @@ class Need:
         tried: what came of that, where its file keeps the limits.
         before: metrics in float at that point.
         directions: metric to whether it is better when higher, where that is known.
+        looks: files that were judged on the validation data.
         gaps: by how much each validation under rounding misses the limits on its simulated metrics.
     """
 
@@ -91,6 +92,7 @@ class Need:
     tried: Tried | None = None
     before: Metrics = field(default_factory=Metrics)
     directions: dict[str, bool] = field(default_factory=dict)
+    looks: int = 0
     gaps: list[float] = field(default_factory=list)
 
     def phase(
@@ -121,11 +123,12 @@ class Need:
 
     def state(self) -> dict[str, Any]:
         """Return what a checkpoint holds."""
-        return {"needed": self.needed, "before": dict(self.before), "gaps": self.gaps}
+        return {"needed": self.needed, "before": dict(self.before), "looks": self.looks, "gaps": self.gaps}
 
     def load(self, state: dict[str, Any]) -> None:
         """Take over what a checkpoint held."""
-        self.needed, self.before, self.gaps = state["needed"], Metrics(state["before"]), list(state["gaps"])
+        self.needed, self.before = state["needed"], Metrics(state["before"])
+        self.looks, self.gaps = state["looks"], list(state["gaps"])
 
     def _try(self, callback: "QuantizationAwareTraining", trainer: Trainer, pl_module: LightningModule) -> None:
         try:
@@ -247,7 +250,9 @@ def _measure(callback: "QuantizationAwareTraining", trainer: Trainer, deployment
         known = Known(floating, calls, {digest(artifact): file})
     # Weights that were trained through rounding are held against those before it.
     directions = need.directions | watched(trainer, callback._checkpoint) | floating.higher_is_better
-    verdicts = Judge(need.limits, directions)(_measured(file[0], need.before if need.needed else floating))
+    need.looks += 1
+    judged = _measured(file[0], need.before if need.needed else floating)
+    verdicts = Judge(need.limits, directions)(judged, need.looks)
     return Tried(dataclasses.replace(deployment, known=known), verdicts, floating)
 
 

@@ -5,10 +5,13 @@ estimated by leaving one block of batches out after the other, which holds for m
 means, F1 or an area under a curve say.
 
 Source: B. Efron and C. Stein, "The jackknife estimate of variance", Annals of Statistics 9 (1981), equation 1.1, on
-differences of the same statistic.
+differences of the same statistic. Where few samples differ that spread says too little, and the interval is at least as
+wide as that of the share of samples that do: C. J. Clopper and E. S. Pearson, "The use of confidence or fiducial limits
+illustrated in the case of the binomial", Biometrika 26 (1934). Where none does, that is about 3 by their number.
 """
 
 import copy
+import dataclasses
 import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 CONFIDENCE = 0.95
@@ -37,11 +41,13 @@ class Contributions:
         number: of parts: batches, or samples.
         of: from indices of parts to the metric of these alone.
         sizes: what tells parts of two models apart that are not of the same data; samples of each, where known.
+        samples: in all parts; their number where nobody knows.
     """
 
     number: int
     of: Callable[[Sequence[int]], float]
     sizes: tuple[float, ...] = ()
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -53,15 +59,37 @@ class Difference:
         margin: half the width of its two-sided interval of 90 %: with `CONFIDENCE`, it is at most `value + margin`, and
             at least `value - margin`. None where the metric has no parts, or too few.
         why: no interval, in words.
+        degrees: of freedom that the margin has; 0 where they are not known.
+        samples: of which few differ; 0 where many do.
+        differing: how many of these, at least.
+        span: by how much one of them may differ.
     """
 
     value: float
     margin: float | None = None
     why: str = ""
+    degrees: int = 0
+    samples: int = 0
+    differing: int = 0
+    span: float = 1.0
 
-    def worst(self, *, higher_is_better: bool) -> float:
+    def worst(self, *, higher_is_better: bool, confidence: float = CONFIDENCE) -> float:
         """Return by how much the metric gets worse at most, with confidence where there is an interval."""
-        return (-self.value if higher_is_better else self.value) + (self.margin or 0.0)
+        return (-self.value if higher_is_better else self.value) + self._margin(confidence)
+
+    def _margin(self, confidence: float) -> float:
+        degrees = self.degrees or 10**6
+        wider = student_quantile(confidence, degrees) / student_quantile(CONFIDENCE, degrees)
+        return max((self.margin or 0.0) * wider, unseen(self.differing, self.samples, confidence) * self.span)
+
+
+def unseen(differing: int, samples: int, confidence: float = CONFIDENCE) -> float:
+    """Return by how much the share of all data that differs may be above the one of these samples; 0 for none."""
+    from scipy.special import betaincinv
+
+    if differing >= samples:
+        return 0.0
+    return float(betaincinv(differing + 1, samples - differing, confidence)) - differing / samples
 
 
 class Metrics(dict[str, float]):
@@ -98,7 +126,7 @@ def of_means(values: list[float], weights: list[float]) -> Contributions:
         total = math.fsum(weights[i] for i in parts)
         return math.fsum(values[i] * weights[i] for i in parts) / total if total else math.nan
 
-    return Contributions(len(values), of, tuple(weights))
+    return Contributions(len(values), of, tuple(weights), round(math.fsum(weights)))
 
 
 def difference(
@@ -113,15 +141,24 @@ def difference(
     number = min(parts.number, MAX_BLOCKS)
     if number < MIN_BLOCKS:
         return Difference(value, why=f"{parts.number} batches are too few for an interval")
-    left_out = []
+    left_out, blocks = [], list[list[int]]()
     for block in range(number):
+        blocks.append([i for i in range(parts.number) if i * number // parts.number == block])
         rest = [i for i in range(parts.number) if i * number // parts.number != block]
         left_out.append(parts.of(rest) - float_parts.of(rest))
     if not all(map(math.isfinite, left_out)):
         return Difference(value, why="the metric is not defined without some of the batches")
     mean = fmean(left_out)
     variance = (number - 1) / number * math.fsum((x - mean) ** 2 for x in left_out)
-    return Difference(value, student_quantile(CONFIDENCE, number - 1) * math.sqrt(variance))
+    margin = student_quantile(CONFIDENCE, number - 1) * math.sqrt(variance)
+    differing = sum(parts.of(block) != float_parts.of(block) for block in blocks)
+    if 2 * differing > number:
+        return Difference(value, margin, degrees=number - 1)
+    samples, span = parts.samples or parts.number, max(1.0, abs(quantized), abs(floating))
+    # Several of a block may differ.
+    differing = max(differing, math.ceil(abs(value) / span * samples - _TOLERANCE))
+    margin = max(margin, unseen(differing, samples) * span)
+    return Difference(value, margin, "", number - 1, samples, differing, span)
 
 
 def student_quantile(share: float, degrees: int) -> float:
@@ -147,14 +184,18 @@ class Recorder:
     def __init__(self) -> None:
         self._means: dict[str, list[tuple[float, float]]] = {}
         self._metrics: dict[str, _States] = {}
+        self._samples = 0
 
-    def note(self, logged: Mapping[str, Any], metrics: Mapping[str, Metric]) -> None:
+    def note(self, logged: Mapping[str, Any], metrics: Mapping[str, Metric], batch: Any = None) -> None:
         """Read the running sums after a batch.
 
         Args:
             logged: name to Lightning's own record of what was logged.
             metrics: name to metric, of all that the module holds.
+            batch: whose samples are counted, along the first size of its first tensor.
         """
+        tensors = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
+        self._samples += next(map(len, tensors), 0)
         for name, item in logged.items():
             if item.is_tensor and item.meta.is_mean_reduction:
                 reached = (float(item.value), float(item.cumulated_batch_size))
@@ -174,7 +215,7 @@ class Recorder:
             return _checked(_of_running(self._means[name]), value)
         states = [s for s in self._metrics.values() if s.metric is metric] if metric is not None else None
         fitting = [parts for s in (states or self._metrics.values()) if (parts := _checked(s.contributions(), value))]
-        return fitting[0] if fitting else None
+        return dataclasses.replace(fitting[0], samples=self._samples) if fitting else None
 
 
 def _of_running(reached: list[tuple[float, float]]) -> Contributions:

@@ -29,12 +29,14 @@ class LoggedValues(Callback):
         """Called when a validation step begins: see where the random numbers are."""
         self._before = _random_states()
 
-    def on_validation_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, *_: Any
+    ) -> None:
         """Called when a validation step ends: see whether it drew some, and what it added to the metrics."""
         self.draws = self.draws or self._before != _random_states()
         if self._recorder is not None:
             modules = pl_module.named_modules()
-            self._recorder.note(logged_in(trainer), {n: m for n, m in modules if isinstance(m, Metric)})
+            self._recorder.note(logged_in(trainer), {n: m for n, m in modules if isinstance(m, Metric)}, batch)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation ends: read the results before they are reset."""

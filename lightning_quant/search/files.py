@@ -11,7 +11,7 @@ from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
 from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.machine.latency import measure
-from lightning_quant.measure.contributions import Metrics, difference
+from lightning_quant.measure.contributions import Difference, Metrics, difference
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import ChosenShapes
 from lightning_quant.report.make_report import measure_latency, tensor_bytes
@@ -79,8 +79,12 @@ class Files:
             latency, speedup = self._latency(model, artifact) if self.timed else ({}, {})
             size = artifact.size_bytes
         parts, known = metrics.contributions, self.floating.contributions
+        # What rounds nothing differs by nothing that more data could show.
+        is_float = self.candidates is not None and not model.plan.num_quantized
         differences = {
-            name: difference(value, self.floating[name], parts.get(name), known.get(name))
+            name: Difference(value - self.floating[name], 0.0)
+            if is_float
+            else difference(value, self.floating[name], parts.get(name), known.get(name))
             for name, value in metrics.items()
             if name in self.floating
         }

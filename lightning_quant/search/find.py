@@ -103,7 +103,7 @@ class SearchRecord:
 
 def find(
     space: Space,
-    judge: Callable[[Measured], tuple[Verdict, ...]],
+    judge: Callable[[Measured, int], tuple[Verdict, ...]],
     objective: str = SIZE,
     budget: Budget | None = None,
     *,
@@ -114,7 +114,7 @@ def find(
 
     Args:
         space: what can be tried.
-        judge: gives a verdict for each limit.
+        judge: gives a verdict for each limit, of what was measured as the so manieth on the same data.
         objective: "size", "latency", or a metric.
         budget: what may be spent; by default as many validations as a bisection takes.
         record: gets the trials; those in it are known and not run again.
@@ -139,7 +139,7 @@ class _Search:
     def __init__(
         self,
         space: Space,
-        judge: Callable[[Measured], tuple[Verdict, ...]],
+        judge: Callable[[Measured, int], tuple[Verdict, ...]],
         budget: Budget,
         record: SearchRecord,
         note: Callable[[SearchRecord], None] | None,
@@ -230,7 +230,7 @@ class _Search:
             measured = self.space.measure(choice)
         except QuantizationError as error:
             return Trial(choice, None, (), time.monotonic() - started, str(error))
-        return Trial(choice, measured, self.judge(measured), time.monotonic() - started)
+        return Trial(choice, measured, self.judge(measured, len(self.record.trials) + 1), time.monotonic() - started)
 
 
 def _cost(trial: Trial, objective: str, better: Callable[[str], bool | None]) -> float:

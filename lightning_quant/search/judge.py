@@ -8,8 +8,6 @@ from lightning_quant.measure.contributions import CONFIDENCE, Difference
 from lightning_quant.report.limits import Limits
 from lightning_quant.search.choice import Measured, Verdict
 
-_INTERVAL = f"one-sided {CONFIDENCE:.0%} interval, paired with float"
-
 
 @dataclass(frozen=True)
 class Judge:
@@ -23,9 +21,14 @@ class Judge:
     limits: Limits
     higher_is_better: Mapping[str, bool | None]
 
-    def __call__(self, measured: Measured) -> tuple[Verdict, ...]:
-        """Return a verdict for each limit."""
-        return (*self._on_metrics(measured), *self._on_costs(measured))
+    def __call__(self, measured: Measured, look: int = 1) -> tuple[Verdict, ...]:
+        """Return a verdict for each limit.
+
+        Args:
+            measured: of a file.
+            look: number of the file among those of one search that are judged on the same data, from 1.
+        """
+        return (*self._on_metrics(measured, confidence_of(look)), *self._on_costs(measured))
 
     def direction(self, name: str) -> bool | None:
         """Return whether a metric is better when it is higher; None where nobody says so."""
@@ -38,7 +41,7 @@ class Judge:
         """Whether a limit is on speed."""
         return self.limits.min_speedup is not None or self.limits.max_latency_ms is not None
 
-    def _on_metrics(self, measured: Measured) -> Iterator[Verdict]:
+    def _on_metrics(self, measured: Measured, confidence: float) -> Iterator[Verdict]:
         drops = dict(self.limits.max_drop)
         if self.limits.max_accuracy_drop is not None:
             accuracies = [name for name in measured.differences if "acc" in name.lower()]
@@ -53,7 +56,7 @@ class Judge:
             elif higher is None:
                 yield _unknown(name, allowed, "nobody says whether it is better when higher")
             else:
-                yield _of_metric(name, allowed, difference, higher_is_better=higher)
+                yield _of_metric(name, allowed, difference, confidence, higher_is_better=higher)
 
     def _on_costs(self, measured: Measured) -> Iterator[Verdict]:
         limits = self.limits
@@ -69,10 +72,24 @@ class Judge:
             yield Verdict("speedup", limits.min_speedup, least, least, kept, "the slowest of the measured batch sizes")
 
 
-def _of_metric(name: str, allowed: float, difference: Difference, *, higher_is_better: bool) -> Verdict:
+def confidence_of(look: int) -> float:
+    """Return the confidence of one look among several at the same data, so that all of them together are wrong in 5 %.
+
+    The k-th look spends 1 / (k (k + 1)) of that, half of it the first one, and any number of looks no more than all.
+
+    Source: K. K. G. Lan and D. L. DeMets, "Discrete sequential boundaries for clinical trials", Biometrika 70 (1983):
+    error is spent look by look; that the sum bounds the whole is Bonferroni's inequality.
+    """
+    return 1 - (1 - CONFIDENCE) / (look * (look + 1))
+
+
+def _of_metric(
+    name: str, allowed: float, difference: Difference, confidence: float, *, higher_is_better: bool
+) -> Verdict:
     estimate = -difference.value if higher_is_better else difference.value
-    reached = difference.worst(higher_is_better=higher_is_better)
-    basis = _INTERVAL if difference.margin is not None else f"point estimate: {difference.why}"
+    reached = difference.worst(higher_is_better=higher_is_better, confidence=confidence)
+    interval = f"one-sided {100 * confidence:.4g}% interval, paired with float"
+    basis = interval if difference.margin is not None else f"point estimate: {difference.why}"
     # What is equal in decimals is allowed: 0.90 - 0.85 is a little more than 0.05.
     kept = reached <= allowed or math.isclose(reached, allowed, rel_tol=1e-6)
     return Verdict(name, allowed, reached, estimate, kept, basis, on_metric=True)

@@ -20,7 +20,7 @@ from lightning_quant.measure.contributions import Difference
 from lightning_quant.search.choice import Choice, Measured, Trial, Verdict
 from lightning_quant.search.find import Budget, SearchRecord, Space, find
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 _MAX_BYTES = 64 * 2**20
 
 
@@ -54,7 +54,7 @@ def save(folder: Path, record: SearchRecord, objective: str, mark: str) -> None:
 
 def find_on_record(
     space: Space,
-    judge: Callable[[Measured], tuple[Verdict, ...]],
+    judge: Callable[[Measured, int], tuple[Verdict, ...]],
     objective: str,
     budget: Budget,
     folder: Path,

@@ -47,7 +47,37 @@ def test_no_interval_is_told_with_its_reason() -> None:
     assert "no contribution" in difference(1.0, 1.0, None, many).why
     assert "too few" in difference(1.0, 1.0, few, few).why
     assert "not the same" in difference(1.0, 1.0, many, others).why
-    assert difference(1.0, 1.0, many, many).margin == 0.0
+
+
+def test_where_no_sample_differs_the_interval_is_that_of_what_was_not_seen() -> None:
+    found = difference(0.9, 0.9, *[of_samples([1.0] * 90 + [0.0] * 10)] * 2)
+    # Clopper and Pearson's for no event in a hundred, by tables.
+    assert found.margin == pytest.approx(0.0295, abs=1e-4)
+    assert found.worst(higher_is_better=True, confidence=0.99) == pytest.approx(1 - 0.01 ** (1 / 100))
+    # Batches count by their samples, and percent by their span.
+    batches = of_means([90.0] * 8, [50.0] * 8)
+    assert difference(90.0, 90.0, batches, batches).margin == pytest.approx(90 * (1 - 0.05 ** (1 / 400)))
+    one = of_samples([1.0] * 89 + [0.0] * 11)
+    few = difference(0.89, 0.9, one, of_samples([1.0] * 90 + [0.0] * 10))
+    # Of one in a hundred 0.0466.
+    assert few.margin == pytest.approx(0.0366, abs=1e-4)
+    # Of what differs everywhere the spread tells.
+    all_differ = difference(0.5, 0.4, of_samples([0.5 + 1e-3 * (i % 2) for i in range(100)]), of_samples([0.4] * 100))
+    assert all_differ.margin is not None
+    assert all_differ.margin < 1e-3
+
+
+def test_files_that_would_be_worse_are_seldom_taken_for_good_when_few_samples_differ() -> None:
+    generator, wrong = torch.Generator().manual_seed(0), 0
+    allowed, number = 0.02, 200
+    for _ in range(400):
+        # Truly worse by a little more than is allowed.
+        worse = (torch.rand(number, generator=generator) < 1.02 * allowed).tolist()
+        found = difference(
+            1 - sum(worse) / number, 1.0, of_samples([1.0 - w for w in worse]), of_samples([1.0] * number)
+        )
+        wrong += found.worst(higher_is_better=True) <= allowed
+    assert wrong / 400 <= 0.05
 
 
 class Measuring(Classifier):

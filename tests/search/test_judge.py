@@ -3,7 +3,7 @@ import pytest
 from lightning_quant.measure.contributions import Difference
 from lightning_quant.report.limits import Limits, limits_from
 from lightning_quant.search.choice import Measured
-from lightning_quant.search.judge import Judge
+from lightning_quant.search.judge import Judge, confidence_of
 
 
 def verdict(limits: Limits, difference: Difference, **known: bool | None) -> tuple[bool, float | None, str]:
@@ -44,3 +44,11 @@ def test_a_metric_without_a_direction_keeps_no_limit() -> None:
 def test_bounds_of_size_and_speed(name: str, kept: float, missed: float) -> None:
     assert verdict(limits_from({name: kept}), Difference(0.0))[0]
     assert not verdict(limits_from({name: missed}), Difference(0.0))[0]
+
+
+def test_several_looks_at_the_same_data_are_wrong_no_more_often_than_one() -> None:
+    assert 1 - confidence_of(1) == pytest.approx(0.025)
+    assert sum(1 - confidence_of(look) for look in range(1, 10_000)) == pytest.approx(0.05, abs=1e-5)
+    measured = Measured({"m": 0.0}, {"m": Difference(-0.008, 0.0015, degrees=63)}, 300, 0.3)
+    judge = Judge(limits_from({"m": -0.01}), {})
+    assert [judge(measured, look)[0].kept for look in (1, 2, 10)] == [True, False, False]

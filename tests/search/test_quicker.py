@@ -98,7 +98,7 @@ def space(times: Times, keeps: Callable[[Choice], bool] = lambda _: True) -> Any
     )
 
 
-def judge(measured: Any) -> Any:
+def judge(measured: Any, look: int) -> Any:
     return (SimpleNamespace(kept=measured.kept, on_metric=True, miss=float(not measured.kept)),)
 
 
