@@ -34,16 +34,16 @@ class Guard:
 GUARDS = (
     Guard(
         "hooks and layers that come after the plan are refused before the first batch",
-        "callbacks/ptq.py",
+        "callbacks/base.py",
         "refused_in_callback(self.planned.check_once, self.require_prepared(), resolve(pl_module, self.path))",
         "pass",
         "callbacks/test_unplanned.py -k first_batch",
     ),
     Guard(
         "a number that training changed is said to be none of its graphs'",
-        "callbacks/qat.py",
-        "self.missing += stale(self.require_prepared())",
-        "pass",
+        "callbacks/deployment.py",
+        "else stale(Prepared.of(model)) if with_ranges else []",
+        "else []",
         "callbacks/test_unplanned.py -k says_that_a_number",
     ),
     Guard(

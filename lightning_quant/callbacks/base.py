@@ -128,6 +128,12 @@ class QuantizationCallback(ScoredValidation):
         self._begun = True
 
     @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Called before a training batch: refuse, before the first, a module that is not as it was planned."""
+        if self.planned is not None:
+            refused_in_callback(self.planned.check_once, self.require_prepared(), resolve(pl_module, self.path))
+
+    @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Called when fit is interrupted: give the module its own forward back, and say how to go on from here."""
         begun = self._begun

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.states import state_of
+from lightning_quant.callbacks.unplanned import stale
 from lightning_quant.calls.calls import Call
 from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.changed_predictions import Predictions
@@ -90,7 +91,7 @@ def choose_weights(
     bound = model.bound_to(resolve(duplicate, callback.path)).on_host()
     with noting(callback.missing, "a look at hooks and layers is"):
         failure = callback.planned.failure(bound) if callback.planned is not None else ""
-        callback.missing += [failure] if failure else []
+        callback.missing += [failure] if failure else stale(Prepared.of(model)) if with_ranges else []
     bound.varying = set().union(*callback.group.gather(model.varying))
     return Deployment(duplicate, bound, checkpoint, notes)
 

@@ -157,12 +157,6 @@ class PostTrainingQuantization(QuantizationCallback):
         return recipe.calibration_observer if recipe.needs_calibration else ""
 
     @override
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        """Called before a training batch: refuse, before the first, a module that is not as it was planned."""
-        if self.planned is not None:
-            refused_in_callback(self.planned.check_once, self.require_prepared(), resolve(pl_module, self.path))
-
-    @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit ends: calibrate on the weights to export, then convert, export, measure, log."""
         deployment, recorded = choose_weights(self, trainer, pl_module, with_ranges=False), None

@@ -26,7 +26,6 @@ from lightning_quant.callbacks.searching import NUM_BATCHES, Recorded, searched
 from lightning_quant.callbacks.states import state_of
 from lightning_quant.callbacks.teaching import teacher_of
 from lightning_quant.callbacks.training_settings import TrainingSettings
-from lightning_quant.callbacks.unplanned import stale
 from lightning_quant.doors.settings import documented
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export.engines import AUTO
@@ -39,7 +38,6 @@ from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.report.limits import NO_LIMITS, Limits
 from lightning_quant.simulate.distillation import Distill
 from lightning_quant.simulate.prepared import Prepared
-from lightning_quant.surgery.routing import resolve
 
 
 @documented(TrainingSettings)
@@ -133,8 +131,7 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before a training batch: set the phase and let ranges follow this batch."""
-        if self.planned is not None:
-            refused_in_callback(self.planned.check_once, self.require_prepared(), resolve(pl_module, self.path))
+        super().on_train_batch_start(trainer, pl_module, batch, batch_idx)
         phase = self.timeline.phase(trainer)
         if self.need is not None:
             phase = self.need.phase(self, trainer, pl_module, phase)
@@ -181,8 +178,6 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.need is not None and self.need.needed is False:
             self.artifact = finish(self, trainer, without_rounding(self, trainer, pl_module, self.need))
             return
-        with noting(self.missing, "a look at what was trained is"):
-            self.missing += stale(self.require_prepared())
         deployment = choose_weights(self, trainer, pl_module, with_ranges=True)
         self.trains_rounded = self.require_prepared().quantizes
         if not self.trains_rounded:
