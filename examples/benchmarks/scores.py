@@ -1,6 +1,7 @@
-"""What scoring a validation adds to it, in CPU time and in calls of the module: images of 64x64, 32 batches of 16.
+"""What a look at integers costs while training, in CPU time: images of 64x64, validations of 32 batches of 16.
 
-`python examples/benchmarks/scores.py` validates in fits with and without `score_every`, in turn.
+`python examples/benchmarks/scores.py` validates with and without `score_every`, and trains with and without
+`QuantizationMonitor`, each batch looked at.
 """
 
 import argparse
@@ -53,6 +54,20 @@ class Classifier(LightningModule):
     val_dataloader = train_dataloader
 
 
+class Steps(Callback):
+    """Takes the CPU time of each training batch with all that callbacks do in it, and ends the fit."""
+
+    def __init__(self, seconds: list[float]) -> None:
+        self.seconds, self._start = seconds, 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        """Count from one batch's start to the next one's."""
+        now = time.process_time()
+        if batch_idx > 1:
+            self.seconds.append(now - self._start)
+        self._start = now
+
+
 class Validations(Callback):
     """Takes the CPU time of each validation, first of all callbacks and last, and ends the fit before its artifact."""
 
@@ -72,24 +87,29 @@ class Validations(Callback):
         raise KeyboardInterrupt
 
 
-def validated(net: Callable[[], nn.Module], epochs: int, make: Callable[..., Any], **options: Any) -> list[float]:
-    """Return the CPU seconds of each validation of a fit with four training batches an epoch."""
-    seconds: list[float] = []
+def fit(net: Callable[[], nn.Module], *callbacks: Callback, **options: Any) -> None:
+    """Fit a network of fixed random weights."""
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(KeyboardInterrupt, SystemExit):
-        callbacks = [make(output_dir=folder, **options)] if make else []
-        Trainer(
-            max_epochs=epochs,
-            callbacks=[Validations(seconds), *callbacks],
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            num_sanity_val_steps=0,
-            limit_train_batches=4,
-        ).fit(Classifier(net()))
+    quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
+    settings = {"accelerator": "cpu", "num_sanity_val_steps": 0, **dict.fromkeys(quiet, False), **options}
+    with contextlib.suppress(KeyboardInterrupt, SystemExit):
+        Trainer(callbacks=list(callbacks), **settings).fit(Classifier(net()))
+
+
+def validated(net: Callable[[], nn.Module], epochs: int, make: Callable[..., Any], **options: Any) -> list[float]:
+    """Return the CPU seconds of each validation of a fit but the first, with four training batches an epoch."""
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory() as folder:
+        callback = make(output_dir=folder, **options)
+        fit(net, Validations(seconds), callback, max_epochs=epochs, limit_train_batches=4)
     return seconds[1:]
+
+
+def stepped(net: Callable[[], nn.Module], *callbacks: Callback) -> list[float]:
+    """Return the CPU seconds of each training batch."""
+    seconds: list[float] = []
+    fit(net, Steps(seconds), *callbacks, max_epochs=1, limit_val_batches=0, limit_train_batches=16)
+    return seconds
 
 
 def main() -> None:
@@ -100,8 +120,11 @@ def main() -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rows = []
+    rows, looks = [], []
     for name, net in (("ResNet18", resnet18), ("MobileNetV2", mobilenet_v2)):
+        step, look = stepped(net), stepped(net, lq.QuantizationMonitor(1))
+        share = (median_ms(look) / median_ms(step) - 1) / 100
+        looks.append((name, f"{median_ms(step):.0f}", f"{median_ms(look):.0f}", f"{share:.2%}"))
         plain = validated(net, arguments.epochs, lq.PostTrainingQuantization)
         rows.append((name, "not scored, float", f"{median_ms(plain):.0f}", ""))
         for how, make, options in (
@@ -111,8 +134,11 @@ def main() -> None:
             base = plain if make is lq.PostTrainingQuantization else validated(net, arguments.epochs, make)
             scored = validated(net, arguments.epochs, make, score_every=1, **options)
             rows.append((name, how, f"{median_ms(scored):.0f}", f"{bootstrap_ratio(scored, base):.2f}"))
-            print(rows[-1], median_ms(base))
-    publish("scores", table(rows, ("net", "validation", "median CPU ms", "this / not scored [95 %]")))
+    publish(
+        "scores",
+        table(rows, ("net", "validation", "median CPU ms", "this / not scored [95 %]")),
+        table(looks, ("net", "a step, median CPU ms", "one that is looked at", "more of all steps, every 100th")),
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from lightning_quant.measure.beside import Beside
 from lightning_quant.measure.evaluate_shares import Share, merged
 from lightning_quant.measure.logged_values import logged_in, share_of
 from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.routing import Route
 
 if TYPE_CHECKING:
     from lightning_quant.callbacks.base import QuantizationCallback
@@ -80,7 +81,7 @@ class Score:
     def _begin(
         self, callback: "QuantizationCallback", trainer: Trainer, pl_module: LightningModule, sample: KeptBatches
     ) -> None:
-        covered = _covered(callback)
+        covered = _covered(callback, pl_module)
         for which in (FLOAT, TWIN):
             if which != covered:
                 device = runs_on(callback, trainer) if which == TWIN else trainer.strategy.root_device
@@ -103,13 +104,14 @@ class Score:
         return max(1, self._limit * trainer.num_val_batches[loader])
 
 
-def _covered(callback: "QuantizationCallback") -> str:
+def _covered(callback: "QuantizationCallback", pl_module: LightningModule) -> str:
     """Return which of both validation itself computes on all batches that are scored; empty where it is neither."""
     model, settings = callback.require_prepared(), callback.settings
     if settings.score_batches is not None:
         return ""
     if not isinstance(model, Prepared) or not (model.is_attached and model.quantizes):
-        return FLOAT
+        # Another callback may train through rounding.
+        return "" if any(isinstance(c.__dict__.get("forward"), Route) for c in pl_module.modules()) else FLOAT
     # Layers that are stored small beside the graph stand in the artifact alone.
     return TWIN if settings.score_with == "simulation" and not model.left else ""
 

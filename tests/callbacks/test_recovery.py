@@ -40,6 +40,8 @@ KINDS: dict[type[Any], dict[str, Any]] = {
     lq.QuantizationAwareTraining: {
         "schedule": lq.Schedule(fake_quantize=2, freeze_observers=3, unit="epochs"),
         "distill": {"weight": 0.3},
+        "evaluate": True,
+        "only_if_needed": {"val_acc": -0.005},
     },
     lq.PostTrainingQuantization: {"calibration": {"num_batches": 3, "data": "validation"}},
 }

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from lightning_models import Classifier, seeded
 from scored_runs import BOTH, DELTA, TWIN, make, trained, without_scores
+from torch import Tensor
 
-from lightning_quant import PostTrainingQuantization
+from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks.base import QuantizationCallback
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
@@ -50,3 +51,37 @@ def test_validation_past_the_module_is_no_score(tmp_path: Path) -> None:
             seeded(PastTheModule), PostTrainingQuantization(output_dir=tmp_path, score_every=1), max_epochs=2
         )
     assert not any("twin" in name for name in found[-1])
+
+
+class Whole(Classifier):
+    """Is called itself."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.net(x)
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return F.cross_entropy(self(batch[0]), batch[1])
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", F.cross_entropy(self(batch[0]), batch[1]))
+
+
+@BOTH
+def test_module_may_be_the_whole(kind: type[QuantizationCallback], tmp_path: Path) -> None:
+    one = trained(seeded(Whole), make(kind, tmp_path), inference_mode=False)[0]
+    assert 0 < abs(one[DELTA]) < 0.05
+
+
+def test_float_is_float_where_another_callback_rounds(tmp_path: Path) -> None:
+    aware = QuantizationAwareTraining(output_dir=tmp_path / "aware", name="aware", schedule={"fake_quantize": 0.0})
+    after = PostTrainingQuantization(
+        "int8_dynamic", "torch", output_dir=tmp_path / "after", name="after", score_every=1
+    )
+    module = seeded()
+    one = trained(module, aware, after)[0]
+    loader = module.val_dataloader()
+    with torch.no_grad():
+        losses = [float(F.cross_entropy(module.eval().net(x), y)) for x, y in loader]
+    floating = one["quant/after/twin/val_loss"] - one["quant/after/twin_delta/val_loss"]
+    assert floating == pytest.approx(sum(losses) / len(losses), abs=1e-6)
+    assert one["val_loss"] != pytest.approx(floating, abs=1e-6)
