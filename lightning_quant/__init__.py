@@ -3,6 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from lightning_quant.arguments.choice import did_you_mean
 from lightning_quant.arguments.moved import find_moved
 from lightning_quant.cli.shorthand import know_callbacks
 
@@ -52,7 +53,9 @@ _HOMES = {
 
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        # Python asks for many a name of its own.
+        hint = "" if name.startswith("_") else did_you_mean(name, _HOMES)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}.{hint}".rstrip("."))
     return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
 
 

@@ -73,6 +73,8 @@ def test_public_names_are_documented() -> None:
 def test_unknown_name_is_an_ordinary_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'lightning_quant' has no attribute 'quantise'"):
         lightning_quant.quantise  # noqa: B018
+    with pytest.raises(AttributeError, match="Did you mean 'QuantizationAwareTraining'"):
+        lightning_quant.QAT  # noqa: B018
     assert not hasattr(lightning_quant, "nothing")
 
 

@@ -9,7 +9,11 @@ from lightning_quant.errors import QuantizationError
 # Share of equal letters from which on a name is taken for a slip of the pen.
 _CUTOFF = 0.6
 # What names are called elsewhere.
-_CALLED = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "ort": "onnxruntime", "ov": "openvino"}
+_CALLED = {
+    **{"fp16": "float16", "half": "float16", "bf16": "bfloat16", "ort": "onnxruntime", "ov": "openvino"},
+    **{"qint8": "int8", "quint8": "int8", "uint8": "int8", "w8a8": "int8", "w8a16": "int8_weight_only"},
+    **{"w4a16": "int4_weight_only", "qat": "quantizationawaretraining", "ptq": "posttrainingquantization"},
+}
 
 
 def check_choice(argument: str, value: Any, choices: Iterable[str], otherwise: str = "") -> None:
@@ -26,9 +30,13 @@ def check_choice(argument: str, value: Any, choices: Iterable[str], otherwise: s
     """
     names = list(choices)
     if not isinstance(value, str) or value not in names:
-        got = f"{value!r:.80}" if isinstance(value, str | int | float | None) else f"a {type(value).__name__}"
+        # A type of PyTorch's, such as torch.float16, is written as a text here.
+        is_dtype = type(value).__name__ == "dtype"
+        meant = str(value).removeprefix("torch.") if is_dtype else value
+        is_plain = is_dtype or isinstance(value, str | int | float | None)
+        got = f"{value!r:.80}" if is_plain else f"a {type(value).__name__}"
         raise QuantizationError(
-            f"Expected `{argument}` to be one of {names}{otherwise}, but got {got}.{did_you_mean(value, names)}"
+            f"Expected `{argument}` to be one of {names}{otherwise}, but got {got}.{did_you_mean(meant, names)}"
         )
 
 

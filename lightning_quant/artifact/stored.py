@@ -235,9 +235,12 @@ def _read_manifest(folder: Path, where: Path, key: Key | None) -> Artifact:
     try:
         text = read_bytes(where / MANIFEST, MAX_BYTES)
     except ArtifactError as error:
-        hint = f" Give the folder that it is in, {folder.parent}." if folder.is_file() else ""
+        if folder.is_file():
+            is_inside = (folder.parent / MANIFEST).is_file()
+            hint = f" Give the folder that it is in, {folder.parent}." if is_inside else ""
+            raise ArtifactError(f"Expected an artifact, which is a folder, but {folder} is a file.{hint}") from error
         raise ArtifactError(
-            f"Expected {folder} to hold an artifact, but its {MANIFEST} cannot be read: {error}{hint}"
+            f"Expected {folder} to hold an artifact, but its {MANIFEST} cannot be read: {error}"
         ) from error
     if key is not None:
         check_signature(where, text, key)

@@ -106,7 +106,8 @@ def find_module(root: nn.Module, path: str) -> nn.Module:
     names = [name for name, _ in root.named_modules(remove_duplicate=False)]
     if path in names:
         return root.get_submodule(path)
-    hint = did_you_mean(path, names) or f" Children are {[n for n, _ in root.named_children()]}."
+    # As the user's own code has it.
+    hint = did_you_mean(path.removeprefix("self."), names) or f" Children are {[n for n, _ in root.named_children()]}."
     raise CaptureError(f"Expected `module` to name a module of {type(root).__name__}, but got {path!r}.{hint}")
 
 

@@ -168,3 +168,12 @@ def test_runtime_that_is_not_installed_here(folder: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *_: None)
     with pytest.raises(MissingRuntimeError, match=r"pip install onnxruntime"):
         load(folder)
+
+
+def test_a_file_is_told_from_the_folder_that_it_is_in(tmp_path: Path) -> None:
+    (tmp_path / "last.ckpt").write_bytes(b"weights")
+    with pytest.raises(ArtifactError, match=r"which is a folder, but .*last\.ckpt is a file\.$"):
+        read(tmp_path / "last.ckpt")
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"is a file\. Give the folder that it is in"):
+        read(tmp_path / "last.ckpt")

@@ -177,6 +177,8 @@ def test_user_code_that_catches_every_exception_does_not_hide_the_stop(task: Tas
 def test_unknown_name_offers_the_closest_one(task: Task, x: Tensor) -> None:
     with pytest.raises(CaptureError, match=r"`module` .* of Task, but got 'nett'\. Did you mean 'net'"):
         capture(task, lambda: task.through_child(x), "nett")
+    with pytest.raises(CaptureError, match=r"but got 'self\.net'\. Did you mean 'net'"):
+        find_module(task, "self.net")
     with pytest.raises(CaptureError, match=r"Children are \['net', 'metric', 'loss'\]"):
         find_module(task, "completely.different")
 
