@@ -1,5 +1,8 @@
 """Send a report to the terminal, to every logger and to the Trainer's metrics, under keys that tell callbacks apart."""
 
+import logging
+import sys
+
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_info
@@ -10,11 +13,21 @@ from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.loggers import Entry, write_down
 from lightning_quant.callbacks.scored_validation import prefix_of
 from lightning_quant.report.report import Report
+from lightning_quant.terminal.shown_report import in_color, print_markdown
+
+
+def tell(markdown: str, line: str) -> None:
+    """Write Markdown, and a line behind it, where Lightning writes what it has to say; in Rich's look in a terminal."""
+    if in_color(sys.stderr) and logging.getLogger("lightning.pytorch").isEnabledFor(logging.INFO):
+        print_markdown(markdown, sys.stderr)
+        rank_zero_info(line)
+    else:
+        rank_zero_info(f"{markdown}\n{line}")
 
 
 def publish(callback: QuantizationCallback, trainer: Trainer, report: Report, artifact: Artifact) -> None:
     """Send a report to the terminal, to every logger what it holds, and numbers to `trainer.callback_metrics`."""
-    rank_zero_info(f"{report}\nArtifact: {artifact.path}")
+    tell(str(report), f"Artifact: {artifact.path}")
     prefix = prefix_of(callback, trainer)
     scalars = report.scalars(prefix)
     entry = Entry(prefix, trainer.global_step, callback.hyperparameters(), report, artifact)

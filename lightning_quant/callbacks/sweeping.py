@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from typing_extensions import override
 
@@ -18,6 +17,7 @@ from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.loggers import write_table
 from lightning_quant.callbacks.ptq import CalibrationSettings, PostTrainingQuantization
+from lightning_quant.callbacks.publish import tell
 from lightning_quant.callbacks.recovery import recovery
 from lightning_quant.callbacks.refusals import refused_in_callback
 from lightning_quant.callbacks.shared import Shared
@@ -223,7 +223,7 @@ class SweepingQuantization(PostTrainingQuantization):
         return known
 
     def _publish(self, trainer: Trainer, made: Sweep) -> None:
-        rank_zero_info(f"{made.text()}\nArtifacts: {made.folder}")
+        tell(made.text(), f"Artifacts: {made.folder}")
         prefix = f"quant/{self._key(trainer).rstrip('-') or 'sweep'}"
         scalars = {f"{prefix}/{name}": value for name, value in made.scalars().items()}
         for logger in trainer.loggers:

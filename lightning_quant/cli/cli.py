@@ -64,7 +64,9 @@ def _made(name: str, options: argparse.Namespace, rest: list[str]) -> int:
     if options.json:
         _print_json({**summary(artifact), "missed": failures, **({"sweep": several} if several else {})})
     else:
-        print(f"{artifact}\nArtifact: {artifact.path}" if several else f"Artifact: {artifact.path}")
+        if several:
+            print_markdown(str(artifact))
+        print(f"Artifact: {artifact.path}")
     return _fail(failures)
 
 
@@ -75,7 +77,7 @@ def _inspect(options: argparse.Namespace, rest: list[str]) -> int:
         _print_json({**plan.to_dict(), "captured": run.captured})
     else:
         shapes = ", ".join(f"{name} {tuple(shape)}" for name, shape in run.captured.items())
-        print(f"{plan}\n\nMultiply-adds are those of the captured batch: {shapes}.")
+        print_markdown(f"{plan}\n\nMultiply-adds are those of the captured batch: {shapes}.")
     return 0
 
 
@@ -107,7 +109,7 @@ def _bench(options: argparse.Namespace, rest: list[str]) -> int:
     if options.json:
         print(json.dumps([{"schema_version": SCHEMA_VERSION, **as_dict(row)} for row in rows]))
     else:
-        print(_bench_table(rows, against_float=options.against == "float"))
+        print_markdown(_bench_table(rows, against_float=options.against == "float"))
     limits = dataclasses.replace(limits_of(options), min_speedup=None)
     failures = [failure for path in options.paths for failure in missed_limits(read(path), limits)]
     return _fail([*failures, *_too_slow(rows, options.min_speedup)])
@@ -146,9 +148,7 @@ def _report(options: argparse.Namespace, rest: list[str]) -> int:
     if options.json:
         _print_json(artifact.report)
     else:
-        text = artifact.report_path.read_text(encoding="utf-8")
-        # Whoever wrote the artifact wrote this: what moves the cursor or the colours of a terminal is left out.
-        print_markdown("".join(character for character in text if character.isprintable() or character == "\n"))
+        print_markdown(artifact.report_path.read_text(encoding="utf-8"))
     if options.html or options.open:
         # Made anew: the page in the folder is a file like others, which may come from anywhere.
         _show(page_of(artifact, to_html), options)
@@ -166,7 +166,7 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
         rows = [columns(summary) for summary in summaries]
         headings = list(dict.fromkeys(heading for row in rows for heading in row))
         names = [name for _, name in headings]
-        print(text_table(names, [[row.get(heading, "-") for heading in headings] for row in rows]))
+        print_markdown(text_table(names, [[row.get(heading, "-") for heading in headings] for row in rows]))
     if options.html or options.open:
         _show(comparison(summaries, missed), options)
     return _fail(missed)

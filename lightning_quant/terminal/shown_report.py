@@ -14,10 +14,11 @@ def print_markdown(text: str, stream: TextIO | None = None) -> None:
     """Print Markdown, its tables drawn by Rich where the stream is a terminal.
 
     Args:
-        text: Markdown.
+        text: Markdown, of whoever wrote an artifact: what moves the cursor or the colours of a terminal is left out.
         stream: stdout by default.
     """
     stream = sys.stdout if stream is None else stream
+    text = "".join(character for character in text if character.isprintable() or character == "\n")
     if not in_color(stream):
         print(text, file=stream)
         return

@@ -1,3 +1,6 @@
+import io
+import logging
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +11,7 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_models import Classifier, WithoutValidation, decibels, fit, seeded, validate_by_hand
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining, load
+from lightning_quant.callbacks.publish import tell
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
@@ -92,3 +96,34 @@ def test_report_has_the_metrics_from_before_rounding_began(tmp_path: Path) -> No
     text = callback.artifact.report_path.read_text()
     assert "| float, before rounding began | trained weights without rounding |" in text
     assert callback.state_dict()["metrics_before"] == pytest.approx({**callback.metrics_before})
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_the_report_is_drawn_by_rich_where_lightning_writes_to_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("rich")
+    report, line = "# int8\n\n| a | b |\n|---|--:|\n| x | 1 |", "Artifact: /a_b_c"
+    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+    logger = logging.getLogger("lightning.pytorch")
+    monkeypatch.setattr(logger, "propagate", True)
+    with caplog.at_level(logging.INFO, logger.name):
+        tell(report, line)
+    assert "|--" not in terminal.getvalue()
+    assert "──" in terminal.getvalue()
+    assert set(caplog.messages) == {line}
+
+    with caplog.at_level(logging.WARNING, logger.name):
+        monkeypatch.setattr(sys, "stderr", terminal := Terminal())
+        tell(report, line)
+    assert terminal.getvalue() == ""
+
+    caplog.clear()
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with caplog.at_level(logging.INFO, logger.name):
+        tell(report, line)
+    assert set(caplog.messages) == {f"{report}\n{line}"}

@@ -26,3 +26,8 @@ def test_a_terminal_has_tables_and_a_file_has_markdown(monkeypatch: pytest.Monke
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     print_markdown(TABLE, bare := Terminal())
     assert bare.getvalue() == TABLE + "\n"
+
+
+def test_nothing_moves_the_cursor_or_changes_colours() -> None:
+    print_markdown("a\x1b[2Jb\n\x07c", plain := io.StringIO())
+    assert plain.getvalue() == "a[2Jb\nc\n"
