@@ -157,6 +157,8 @@ def _layers_put_in(
             if (border := border_of(layer)) is not None:
                 _pad_before(graph, node, border, _quantizer(prepared, operator.reads[0]).grid)
             _replace_layer(graph, operator, nodes, name)
+        for affine in operator.affine:
+            _drop(nodes[affine.key], affine.position)
         if operator.activation and operator.quantized_output:
             _drop(nodes[operator.activation])
     return layers
@@ -216,9 +218,9 @@ def _replace_layer(graph: fx.Graph, operator: Operator, nodes: dict[str, fx.Node
             nodes[operator.output] = node
 
 
-def _drop(node: fx.Node) -> None:
+def _drop(node: fx.Node, position: int = 0) -> None:
     """Let readers of a node read its input: a clipping activation, say, that the range of its output takes over."""
-    source = ops.argument(node, 0, "input")
+    source = ops.argument(node, position, "input")
     node.replace_all_uses_with(source)
     node.meta["dropped"] = source
 

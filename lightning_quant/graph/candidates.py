@@ -1,16 +1,17 @@
 """Which operators of a graph could run in integers, and what is fused around each; data for `patterns.py`."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from lightning_quant.graph import operations as ops
+from lightning_quant.graph.affine import affine_parts, is_of_channels
 from lightning_quant.graph.constants import constant
 from lightning_quant.graph.norms import norm_of, normalizes_channels
 from lightning_quant.graph.table import OperatorTable, Selection
-from lightning_quant.numerics.folding import Norm
+from lightning_quant.numerics.folding import Affine, Norm
 from lightning_quant.surgery.routing import has_hooks
 
 
@@ -25,6 +26,7 @@ class Unit:
     pad: fx.Node | None = None
     batch_norm: fx.Node | None = None
     norm: Norm | None = None
+    affine: dict[fx.Node, Affine] = field(default_factory=dict)
     moved: bool = False
     activation: fx.Node | None = None
 
@@ -70,6 +72,7 @@ class Candidates:
             unit = Unit(node, operation, [ops.argument(node, 0, "input")], node)
             self._fuse_pad(unit)
             self._fuse_batch_norm(unit)
+            self._fuse_affine(unit)
             self._fuse_activation(unit)
             self._accept(unit)
 
@@ -131,6 +134,20 @@ class Candidates:
         else:
             unit.batch_norm = unit.tail = user
             unit.norm, unit.moved = norm, moved
+
+    def _fuse_affine(self, unit: Unit) -> None:
+        """Take up factors and shifts of channels, which fold as those of a BatchNorm do."""
+        axis = -1 if unit.operation.kind == "linear" else 1
+        while not unit.moved and (user := self._reader_of(unit.tail)) is not None:
+            parts = affine_parts(user, self._is_constant)
+            if parts is None or self.selection.refusal(self.name(user), self.operations[user].layer):
+                return
+            kind, position, value = parts
+            if not is_of_channels(value, ops.shape_of(unit.main), axis):
+                return
+            number, constant = (None, value.meta["key"]) if isinstance(value, fx.Node) else (float(value), "")
+            unit.affine[user] = Affine(user.meta["key"], kind, position, number, constant)
+            unit.tail = user
 
     def _fuse_activation(self, unit: Unit) -> None:
         user = self._next(unit)
@@ -217,7 +234,7 @@ class Candidates:
 
     def _accept(self, unit: Unit) -> None:
         self.units[unit.main] = unit
-        for node in (unit.pad, unit.batch_norm, unit.activation):
+        for node in (unit.pad, unit.batch_norm, *unit.affine, unit.activation):
             if node is not None:
                 self.fused[node] = unit
 

@@ -55,6 +55,10 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
             _call(graph, simulation, node, "run_add", (operator.identity, *node.args[:2]))
         if operator.batch_norm in keys:
             _run_batch_norm(graph, simulation, keys[operator.batch_norm], operator.identity)
+        for index, affine in enumerate(operator.affine):
+            if (step := keys.get(affine.key)) is not None:
+                x, value = step.args[affine.position], step.args[1 - affine.position]
+                _call(graph, simulation, step, "run_affine", (operator.identity, index, x, value))
     places = {node: place for place, node in enumerate(nodes)}
     edges = [edge for edge in island.plan.edges if edge.key in keys and not edge.passed]
     edges.sort(key=lambda edge: places[keys[edge.key]])

@@ -78,7 +78,8 @@ class Matcher(Candidates):
     @functools.cached_property
     def _computed_once(self) -> set[fx.Node]:
         """What weights and biases of integer operators are computed with."""
-        read = [node for unit in self.units.values() for node in unit.main.all_input_nodes if node not in unit.source]
+        reads = {node: unit for unit in self.units.values() for node in (unit.main, *unit.affine)}
+        read = [node for reader, unit in reads.items() for node in reader.all_input_nodes if node not in unit.source]
         return {node for constant in read if constant.meta["key"] in self.constants for node in ancestors(constant)}
 
     def _is_listed(self, node: fx.Node) -> bool:
@@ -208,6 +209,7 @@ class Matcher(Candidates):
             pad=key(unit.pad),
             batch_norm=key(unit.batch_norm),
             norm=unit.norm,
+            affine=tuple(unit.affine.values()),
             moved=unit.moved,
             activation=key(unit.activation),
             path=self.path,

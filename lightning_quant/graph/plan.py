@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
-from lightning_quant.numerics.folding import Norm
+from lightning_quant.numerics.folding import Affine, Norm
 
 COMPUTED_ONCE = "computed from parameters alone, so once and for all when the model is converted"
 UNREAD = "nothing reads its result in evaluation, so it is no part of what is exported"
@@ -58,6 +58,7 @@ class Operator:
         pad: key of a fused zero padding.
         batch_norm: key of a fused batch normalization.
         norm: names of the statistics of that.
+        affine: factors and shifts of channels behind that, which are folded like it.
         moved: whether values are moved between the layer and that, so that the output has another shape.
         activation: key of a fused activation.
         path: of the graph that it is in; known by its `identity` among the operators of all graphs.
@@ -73,6 +74,7 @@ class Operator:
     pad: str = ""
     batch_norm: str = ""
     norm: Norm | None = None
+    affine: tuple[Affine, ...] = ()
     moved: bool = False
     activation: str = ""
     path: str = ""
@@ -213,7 +215,11 @@ class Plan:
             for key in missing:
                 (in_float if identify(graph.path, key) in lost else unread).add(join(graph.path, key))
             for o in gone:
-                names = {join(graph.path, key) for key in (o.key, o.batch_norm, o.activation, o.pad) if key}
+                names = {
+                    join(graph.path, key)
+                    for key in (o.key, o.batch_norm, o.activation, o.pad, *(a.key for a in o.affine))
+                    if key
+                }
                 (unread if {*o.reads, o.writes}.isdisjoint(lost) else in_float).update(names)
             graphs.append(replace(graph, operators=kept, edges=edges))
         gone_rows = {row for row in self.rows if row.action != "float" and row.name in unread | in_float}

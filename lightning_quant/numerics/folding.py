@@ -4,7 +4,10 @@ Weights are rounded per output channel, and so is what folding multiplies: round
 training the unfolded weight is rounded and no gamma is divided by.
 """
 
-from dataclasses import dataclass
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +36,55 @@ class Norm:
     weight: str
     bias: str
     eps: float
+
+
+@dataclass(frozen=True)
+class Affine:
+    """A factor or shift behind a layer that is folded into it, of all channels or of each.
+
+    Attributes:
+        key: key of the node that carries it out.
+        kind: "mul", "add", "sub" or "div".
+        position: of the layer's result among the node's arguments.
+        value: the number; None where it is computed from parameters.
+        constant: key of the node that computes it from parameters; empty for a number.
+    """
+
+    key: str
+    kind: str
+    position: int
+    value: float | None
+    constant: str = ""
+
+    def of(self, x: Tensor, value: Tensor | float) -> Tensor:
+        """Return a tensor with a factor or shift put on it."""
+        return _STEPS[self.kind](x, value)
+
+
+_STEPS: dict[str, Any] = {"mul": operator.mul, "add": operator.add, "sub": operator.sub, "div": operator.truediv}
+
+
+def with_affine(
+    norm: "Statistics | None", steps: Sequence[tuple[Affine, Any]], channels: Tensor
+) -> "Statistics | None":
+    """Return the statistics of a BatchNorm that puts factors and shifts on its result, too.
+
+    Args:
+        norm: of the BatchNorm before them; None where they stand alone.
+        steps: in order, each with its value: a number, or a tensor of one or one for each channel.
+        channels: `(channels,)`, for their number, type and device.
+    """
+    if not steps:
+        return norm
+    gain, shift = torch.ones_like(channels), torch.zeros_like(channels)
+    for step, given in steps:
+        value = given.detach().to(channels).flatten() if isinstance(given, Tensor) else given
+        shift = step.of(shift, value)
+        gain = step.of(gain, value) if step.kind in ("mul", "div") else gain
+    if norm is None:
+        return Statistics(torch.zeros_like(gain), torch.ones_like(gain), gain, shift, 0.0)
+    weight = gain if norm.weight is None else norm.weight * gain
+    return replace(norm, weight=weight, bias=shift if norm.bias is None else norm.bias * gain + shift)
 
 
 @dataclass(frozen=True)

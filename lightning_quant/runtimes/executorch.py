@@ -128,6 +128,8 @@ class ExecuTorch(Runtime):
         shapes = dynamic_shapes(call, limits)
         flat = Flat(module, call).eval()
         with exporting("ExecuTorch", call.names), BilinearAsProducts():
+            # What XNNPACK leaves of the QDQ form has operators of its own, which this registers.
+            import executorch.kernels.quantized  # noqa: F401
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
             from executorch.exir import to_edge_transform_and_lower
 

@@ -14,7 +14,7 @@ from lightning_quant.graph.analyze import Analysis, Island
 from lightning_quant.graph.plan import Edge, Operator
 from lightning_quant.numerics.adjustments import AccuracyStep, ChannelScale, FoldedLayer
 from lightning_quant.numerics.bias_correction import InputMeans, bias_correction
-from lightning_quant.numerics.folding import Folded, fold, fold_adjusted, statistics
+from lightning_quant.numerics.folding import Folded, fold, fold_adjusted, statistics, with_affine
 from lightning_quant.numerics.learned_steps import LearnedSteps
 from lightning_quant.planned.overrides import override_weights
 from lightning_quant.ranges.ranges import Ranges
@@ -134,6 +134,8 @@ class Quantizers:
                 step = self.learned_steps.step_of(identity, weight, quant_max).detach()
             bias = self._tensor(operator.path, operator.bias) if operator.bias else None
             norm = statistics(resolve(self.root, operator.path), operator.norm)
+            steps = [(a, self._tensor(operator.path, a.constant) if a.constant else a.value) for a in operator.affine]
+            norm = with_affine(norm, steps, weight.detach().flatten(1)[:, 0])
             folded = fold(weight, bias, norm, input_scale, quant_max, step)
         correction = self.bias_corrections.get(identity) if corrected else None
         return folded if correction is None else replace(folded, bias=folded.bias + correction.to(folded.bias))

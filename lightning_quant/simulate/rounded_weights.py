@@ -61,7 +61,7 @@ class RoundedWeights:
             weight, bias = (tuple(name.split(".")) if name else () for name in (operator.weight, operator.bias))
             row = quantizers.ranges.rows.get(operator.reads[0])
             constants = quantizers.islands[operator.path].constants
-            if row is not None and not {operator.weight, operator.bias} & constants.keys():
+            if row is not None and not operator.affine and not {operator.weight, operator.bias} & constants.keys():
                 quant_max = quantizers.weight_quant_max(identity)
                 self.places.append(Place(identity, weight, bias, operator.norm, quant_max, row))
         self._constants: dict[object, Tensor] = {}

@@ -117,6 +117,10 @@ class Rounding:
         """Call a BatchNorm that is fused into an operator before it."""
         return self._simulation.run_batch_norm(identity, norm, x)
 
+    def run_affine(self, identity: str, index: int, x: Tensor, value: Tensor | float) -> Tensor:
+        """Put a factor or shift on what an operator computed that it is fused into."""
+        return self._simulation.run_affine(identity, index, x, value)
+
     def run_functional_batch_norm(self, identity: str, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Call a BatchNorm that is no layer of PyTorch's and is fused into an operator before it."""
         return self._simulation.run_functional_batch_norm(identity, x, *args, **kwargs)

@@ -191,7 +191,7 @@ class Simulation:
 
     def run_batch_norm(self, identity: str, norm: nn.Module, x: Tensor) -> Tensor:
         """Call a BatchNorm that is fused into an operator, unless that one computed it in integers already."""
-        if self._is_normalized(identity):
+        if self._is_normalized(identity, 0):
             return x
         if self.quantizers.phase != "frozen_batch_norm":
             return norm(x)
@@ -211,15 +211,23 @@ class Simulation:
         eps: float = 1e-5,
     ) -> Tensor:
         """The same for a BatchNorm that is no layer of PyTorch's, with the arguments of `F.batch_norm`."""
-        if self._is_normalized(identity):
+        if self._is_normalized(identity, 0):
             return x
         training = training and self.quantizers.phase != "frozen_batch_norm"
         return F.batch_norm(x, running_mean, running_var, weight, bias, training, momentum, eps)
 
-    def _is_normalized(self, identity: str) -> bool:
+    def run_affine(self, identity: str, index: int, x: Tensor, value: Tensor | float) -> Tensor:
+        """Put a factor or shift that is fused into an operator on its result, unless that has it already."""
+        if self._is_normalized(identity, index + 1):
+            return x
+        return self.quantizers.operators[identity].affine[index].of(x, value)
+
+    def _is_normalized(self, identity: str, step: int) -> bool:
+        """Tell whether an operator has its BatchNorm, and steps behind that, computed already."""
         if identity not in self._normalized:
             return self.computes_integers
-        self._normalized.remove(identity)
+        if step == len(self.quantizers.operators[identity].affine):
+            self._normalized.remove(identity)
         return True
 
     def _round(self, x: Tensor) -> Tensor:
@@ -280,7 +288,7 @@ class Simulation:
         y = y + along(folded.bias, y, -1 if operator.kind == "linear" else 1)
         channels = self.quantizers.channels.get(operator.writes)
         y = (y if channels is None else channels.from_grid(y)).to(x.dtype)
-        if operator.batch_norm:
+        if operator.batch_norm or operator.affine:
             self._normalized.add(identity)
         return y
 
