@@ -181,7 +181,8 @@ class CallbackSettings(Settings):
             training; where it has none, of one to four training batches, a sixteenth of those of validation, without
             steps for accuracy.
         score_batches: number or share of the validation batches, the first of each loader, that scores are of; float
-            weights are run on these as well. All of them by default.
+            weights are run on these as well. All of them by default: a score then costs about half a validation while
+            training rounds, and up to two before and without that.
         score_with: "simulation", the exact arithmetic of integer kernels, or "runtime": a file is exported for each
             score, and run.
         name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
