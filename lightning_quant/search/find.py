@@ -160,6 +160,9 @@ class _Search:
         steps = self._steps()
         at = self._bisect(steps, lambda trial: trial.keeps(on_metrics=True))
         if at == len(steps):
+            everything = self.space.all_float()
+            if everything is not None and self._has_left() and self._try(everything).keeps(on_metrics=True):
+                return "nothing in integers that keeps the limits on metrics"
             return "no number of steps keeps the limits on metrics"
         fails, keeps = (steps[at - 1] if at else Choice()), steps[at]
         while self._has_left() and (other := self.space.cheaper(fails, keeps)) is not None:

@@ -14,10 +14,13 @@ from typing import Any
 import torch
 
 from lightning_quant.calls.calls import Call
+from lightning_quant.errors import PlanError
+from lightning_quant.graph.table import Selection
 from lightning_quant.layers import class_for
 from lightning_quant.measure.own_statistics import error_of
 from lightning_quant.measure.rounded_parts import name_of, touched_edges
 from lightning_quant.numerics.exact import exact_arithmetic
+from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.search.cheapest import Part, cheapest
 from lightning_quant.search.choice import FLOAT, STORED, Choice
 from lightning_quant.simulate.prepared import Prepared
@@ -172,13 +175,23 @@ def _rounded(prepared: Prepared) -> list[tuple[frozenset[str], frozenset[str], b
 
 
 def _stored(prepared: Prepared) -> frozenset[str]:
-    """Return the operators that are layers of their own which a recipe of layers can store."""
+    """Return the operators that are layers of their own which a recipe of layers stores, near enough to float."""
     if not prepared.runtime.LAYERS_IN_GRAPHS:
         return frozenset()
     modules = dict(prepared.root.named_modules())
     names = [operator.name for operator in prepared.operators.values() if operator.weight]
     once = {name for name in names if names.count(name) == 1 and name in modules}
-    return frozenset(name for name in once if class_for(modules[name]) is not None)
+    able = tuple(name for name in once if class_for(modules[name]) is not None)
+    if not able:
+        return frozenset()
+    here = prepared.on_host()
+    args, kwargs = here.call()
+    where: dict[str, Any] = {"runtime": prepared.plan.runtime, "selection": Selection(include=able)}
+    try:
+        layerwise = quantize_layers(here.root, args, kwargs, recipe=STORED, **where)
+    except PlanError:
+        return frozenset()
+    return frozenset(able) & set(layerwise.layers)
 
 
 def _prices(prepared: Prepared, operators: tuple[str, ...], *, by_time: bool) -> dict[tuple[str, str], float]:

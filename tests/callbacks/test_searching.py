@@ -134,7 +134,10 @@ def test_training_through_rounding_is_searched_with_its_own_ranges(tmp_path: Pat
     search = callback.artifact.report["search"]  # type: ignore[union-attr]
     assert len(search["trials"]) > 1
     assert not any(trial.get("error") for trial in search["trials"])
-    assert not search["verdicts"][0]["kept"]
+    assert not any(trial["keeps_all"] for trial in search["trials"][:-1])
+    # At last everything in float, which is what keeps it.
+    assert set(search["trials"][-1]["kept"].values()) == {"float"}
+    assert len(search["trials"][-1]["kept"]) > max(len(trial["kept"]) for trial in search["trials"][:-1])
 
 
 @pytest.mark.parametrize(

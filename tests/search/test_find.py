@@ -27,6 +27,7 @@ class Simulated:
     fails: Choice | None = None
     breaks_after: int = 10**9
     stops_after: int = 10**9
+    may_be_float: bool = False
 
     def __post_init__(self) -> None:
         parts = tuple(Part(frozenset({name}), is_weight=True, error=error) for name, error in self.errors.items())
@@ -53,6 +54,12 @@ class Simulated:
 
     def cheaper(self, fails: Choice, keeps: Choice) -> Choice | None:
         return self.ranked.cheaper(fails, keeps)
+
+    def quicker(self, base: Choice) -> Choice | None:
+        return None
+
+    def all_float(self) -> Choice | None:
+        return Choice(tuple((name, FLOAT) for name in self.errors)) if self.may_be_float else None
 
 
 def simulated(number: int, seed: int = 0) -> Simulated:
@@ -162,3 +169,15 @@ def test_whatever_fails_costs_nothing_that_was_found(number: int) -> None:
 def test_a_simulated_space_is_one() -> None:
     space: Space = simulated(2)
     assert space.accurate() is None
+
+
+def test_everything_in_float_is_what_keeps_a_limit_that_nothing_else_does() -> None:
+    space = simulated(9)
+    space.may_be_float = True
+    search = find(space, judge(acc=0.0))
+    assert search.ended == "nothing in integers that keeps the limits on metrics"
+    assert len(search.trials) <= math.ceil(math.log2(search.num_steps)) + 3
+    best = search.best("size", {"acc": True}.get)
+    assert best is not None
+    assert best.keeps_all
+    assert len(best.choice.kept) == 9

@@ -71,3 +71,16 @@ def test_no_noise_is_lost_or_counted_twice() -> None:
     everything = dict.fromkeys(found.operators, FLOAT)
     assert found.error(everything) == 0
     assert found.error({}) == pytest.approx(sum(part.error for part in found.parts))
+
+
+def test_a_layer_that_eight_bits_leave_nothing_of_is_never_stored() -> None:
+    model = Chain(4, 1)
+    with torch.no_grad():
+        # What reads a feature that is always zero takes all of the integers.
+        model.layers[0].weight[:, 0] = 1e5
+    x = torch.randn(3, 16, 16)
+    x[..., 0] = 0.0
+    calls = [Call((batch,)) for batch in x]
+    prepared = prepare(model, calls[0].args, trains=False)
+    calibrate(prepared, steps_of(prepared, calls[:2]))
+    assert relaxations(prepared, calls[2:]).stored == {"layers.1", "layers.2", "layers.3"}
