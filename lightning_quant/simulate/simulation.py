@@ -218,9 +218,8 @@ class Simulation:
 
     def run_affine(self, identity: str, index: int, x: Tensor, value: Tensor | float) -> Tensor:
         """Put a factor or shift that is fused into an operator on its result, unless that has it already."""
-        if self._is_normalized(identity, index + 1):
-            return x
-        return self.quantizers.operators[identity].affine[index].of(x, value)
+        is_there = self._is_normalized(identity, index + 1)
+        return x if is_there else self.quantizers.operators[identity].affine[index].of(x, value)
 
     def _is_normalized(self, identity: str, step: int) -> bool:
         """Tell whether an operator has its BatchNorm, and steps behind that, computed already."""
