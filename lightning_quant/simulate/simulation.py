@@ -50,8 +50,7 @@ class Simulation:
         self.kept: dict[str, tuple[Folded, Tensor]] | None = None
         # Which way all values of a tensor move, 0 for either; None where each moves on its own.
         self._together: int | None = None
-        # Operators that have computed their BatchNorm already, until it is its turn.
-        self._normalized: set[str] = set()
+        self._normalized: set[str] = set()  # operators that have computed their BatchNorm, until it is its turn
 
     def recording(self) -> AbstractContextManager[list[tuple[str, Tensor]]]:
         """Record the integers of every quantized tensor, in the order of execution."""
