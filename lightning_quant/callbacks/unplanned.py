@@ -14,7 +14,7 @@ from lightning_quant.surgery.routing import clone, device_of, evaluation_mode
 
 Structure = dict[str, tuple[type, int, int]]
 _SINCE = "got other hooks or layers since fit began"
-_WAY_OUT = "Make them in `__init__`, `configure_model` or `setup`"
+_WAY_OUT = "Make layers in `__init__`, `configure_model` or `setup`, and write what a hook changes into a `forward`"
 
 _STALE = (
     "parity FAILED: the module does something else by now than what was trained through rounding. What training "
