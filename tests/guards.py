@@ -63,9 +63,16 @@ GUARDS = (
     Guard(
         "graphs in parts of a graph are modules of what is exported",
         "export/convert.py",
-        "        converted.add_module(_GRAPHS, nn.ModuleList(graphs))\n",
-        "        pass\n",
+        "    return (InParts(converted, graphs) if graphs else converted).eval()\n",
+        "    return converted.eval()\n",
         "export/test_float_weights.py -k run_in_integers",
+    ),
+    Guard(
+        "a layer whose hook changes its answer stays float",
+        "graph/operations.py",
+        'if node.meta.get("as_it_is"):\n',
+        "if False:\n",
+        "graph/test_faithful.py -k hook",
     ),
     Guard(
         "what nobody can copy is shared by copies",

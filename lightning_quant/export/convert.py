@@ -20,7 +20,7 @@ from lightning_quant.graph.code import clear_of_own_names, with_any_names
 from lightning_quant.graph.moves import border_of
 from lightning_quant.graph.named_edges import EdgeQuantizer
 from lightning_quant.graph.plan import Operator
-from lightning_quant.graph.qdq import BoundGraph, QuantizedLayer, layer_options
+from lightning_quant.graph.qdq import BoundGraph, InParts, QuantizedLayer, layer_options
 from lightning_quant.graph.trace import trace
 from lightning_quant.layers.parameters import read_from_children
 from lightning_quant.layers.placement import place
@@ -32,8 +32,6 @@ from lightning_quant.surgery.routing import clone, evaluation_mode, resolve, rou
 
 _TOLERANCE_DB = 3.0
 _ENOUGH_DB = 40.0
-# Name of the child that holds the graphs of a module that is converted in parts.
-_GRAPHS = "quantized_graphs"
 
 
 def convert(prepared: Prepared, *, static_sizes: bool = True) -> nn.Module:
@@ -77,11 +75,8 @@ def _convert(prepared: Prepared, *, static_sizes: bool) -> nn.Module:
         else:
             converted = bound
     drop_unread(converted, [resolve(root, path) for path in prepared.islands if path])
-    if graphs:
-        # Exporters take the tensors of registered modules only.
-        converted.add_module(_GRAPHS, nn.ModuleList(graphs))
     place(root, stored)
-    return converted.eval()
+    return (InParts(converted, graphs) if graphs else converted).eval()
 
 
 def _is_inside(name: str, path: str) -> bool:

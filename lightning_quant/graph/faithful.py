@@ -18,10 +18,11 @@ from lightning_quant.calls.structures import register_structures
 from lightning_quant.errors import UntraceableError
 from lightning_quant.graph.trace import Traced, trace
 from lightning_quant.numerics.noise import signal_to_noise
-from lightning_quant.surgery.routing import clone, without_fast_path
+from lightning_quant.surgery.routing import clone, has_hooks, without_fast_path
 
 # Decibels: rounding in another order of sums leaves more than 60, another branch of a forward seldom 20.
 _ENOUGH_DB = 40.0
+_HOOKED = "a hook on it changes what it is given or what it answers"
 
 
 class _Located(fx.Interpreter):
@@ -52,19 +53,49 @@ def trace_faithfully(
         opaque: paths that are left out in any case.
 
     Raises:
-        UntraceableError: the module's own forward cannot be traced, or its graph does something else.
+        UntraceableError: the module's own forward cannot be traced, or its graph or a hook does something else.
     """
     reasons: dict[str, str] = {}
     while True:
         traced = trace(module, spec, tensors, {*(opaque or ()), *reasons})
         unfaithful = _unfaithful(traced, module, tensors, *calls[""])
         if unfaithful is None:
-            return replace(traced, opaque={**reasons, **traced.opaque})
+            hooked = {} if module.training else _changed_by_hooks(traced, module, calls)
+            for node in traced.graph.find_nodes(op="call_module"):
+                node.meta["as_it_is"] = node.target in hooked
+            return replace(traced, opaque={**reasons, **traced.opaque, **hooked})
         place, reason = unfaithful
         place = place or _place_of_fault(traced, module, calls)
         if not place or place in reasons:
             raise UntraceableError(f"{type(module).__name__}.forward cannot be traced: {reason}")
         reasons[place] = reason
+
+
+def _changed_by_hooks(traced: Traced, module: nn.Module, calls: Mapping[str, tuple[Any, Any]]) -> dict[str, str]:
+    """Return the modules that a graph calls and whose hooks change what they are given or answer, with that reason.
+
+    Others watch, or make the weights that the forward reads, as those of pruning and of weight norm do. Training runs
+    all of them, around layers that round.
+
+    Raises:
+        UntraceableError: the module itself has such a hook.
+    """
+    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    copy = clone(module, unrouted=True)
+    changed = {
+        path: _HOOKED
+        for path in sorted({"", *called} & set(calls))
+        if has_hooks(child := copy.get_submodule(path)) and not _agrees_without_hooks(child, *calls[path])
+    }
+    if "" in changed:
+        raise UntraceableError(_HOOKED)
+    return changed
+
+
+def _agrees_without_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    first, second = (map_tensors(lambda t: t.detach().clone(), (args, kwargs)) for _ in range(2))
+    expected = seeded(module, lambda: module(*first[0], **first[1]))
+    return agree(expected, seeded(module, lambda: module.forward(*second[0], **second[1])))
 
 
 def _place_of_fault(traced: Traced, module: nn.Module, calls: Mapping[str, tuple[Any, Any]]) -> str:

@@ -101,6 +101,8 @@ def describe(node: fx.Node, root: nn.Module) -> Operation:
     """Describe one node of a graph traced from `root`."""
     if node.op == "call_module":
         operation = _describe_module(str(node.target), root.get_submodule(str(node.target)))
+        if node.meta.get("as_it_is"):
+            return Operation("other", operation.layer)
         return replace(operation, kind=moves.moving_kind(operation.kind, node, root))
     if node.op == "call_function":
         kind = _FUNCTIONS.get(node.target, "other")

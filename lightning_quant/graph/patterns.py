@@ -84,7 +84,7 @@ class Matcher(Candidates):
 
     def _is_listed(self, node: fx.Node) -> bool:
         """Tell whether the plan has a row for a node: not for index arithmetic, nor for what constants give."""
-        if node.meta.get("multiply_adds") or self._holds_weights(node):
+        if node.meta.get("multiply_adds") or node.meta.get("as_it_is") or self._holds_weights(node):
             return True
         fake = node.meta.get("fake")
         is_index = isinstance(fake, Tensor) and not (fake.is_floating_point() or fake.is_complex())

@@ -29,6 +29,22 @@ class BoundGraph(nn.Module):
         return self.output_spec.build(self.graph_module(*tensors))
 
 
+class InParts(nn.Module):
+    """A module some of whose parts are routed to graphs.
+
+    Exporters take the tensors of registered modules only; among the module's own children its own code, that of an
+    `nn.Sequential` say, would come upon the graphs.
+    """
+
+    def __init__(self, module: nn.Module, graphs: list[BoundGraph]) -> None:
+        super().__init__()
+        self.module, self.graphs = module, nn.ModuleList(graphs)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the module."""
+        return self.module(*args, **kwargs)
+
+
 class QuantizedLayer(nn.Module):
     """A convolution or linear layer with an int8 weight and an int32 bias, in QDQ form.
 
