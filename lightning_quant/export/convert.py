@@ -88,13 +88,20 @@ def check_agreement(prepared: Prepared, converted: nn.Module, args: tuple[Any, .
 
     Raises:
         ExportError: they are farther apart than the fake-quantized model is from float. (Both compute the same integers
-            but for ties, which float32 sums in another order tip over.)
+            but for ties, which float32 sums in another order tip over.) Or the module does not run with integers in it.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(prepared.root):
         float_output = prepared.root(*args, **kwargs)
         with prepared.attached("frozen"):
             simulated = prepared.root(*args, **kwargs)
-        actual = converted(*args, **kwargs)
+        try:
+            actual = converted(*args, **kwargs)
+        except (RuntimeError, TypeError, NotImplementedError) as error:
+            raise ExportError(
+                f"Expected {type(prepared.root).__name__} to run with integer layers, which pass no gradient, "
+                f"but {str(error).splitlines()[0]}. Exclude the layers whose gradients its code takes, or quantize a "
+                'child without that code (`module="..."`).'
+            ) from error
     agreement = signal_to_noise(*alike(simulated, actual))
     needed = min(signal_to_noise(*alike(float_output, simulated)) - _TOLERANCE_DB, _ENOUGH_DB)
     if not agreement >= needed:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lightning_quant.calls.calls import CallSpec, CapturedCall, flatten_call, forward_signature
+from lightning_quant.calls.calls import CallSpec, CapturedCall, flatten_call, forward_signature, map_tensors
 from lightning_quant.errors import PlanError, UntraceableError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.claims import Claim, claim_of, settle, weigh
@@ -16,6 +16,7 @@ from lightning_quant.graph.expansions import is_expanded
 from lightning_quant.graph.faithful import trace_faithfully
 from lightning_quant.graph.patterns import Matcher
 from lightning_quant.graph.plan import COMPUTED_ONCE, UNREAD, GraphPlan, Plan, Row, join
+from lightning_quant.graph.state import check_state, state_of
 from lightning_quant.graph.table import OperatorTable, Selection, matches
 from lightning_quant.graph.trace import Traced
 from lightning_quant.graph.unread import remove_unread
@@ -153,13 +154,19 @@ def analyze(
     What cannot be traced in training mode is left out where the module is to be trained through rounding.
 
     Raises:
+        CaptureError: the module answers one call in several ways.
         PlanError: a pattern matches no operator.
     """
     signature = own_signature(root)
     spec, tensors = flatten_call(signature, args, kwargs)
     with evaluation_mode(root):
         with as_exported():
-            observed = observe_call(clone(root, unrouted=True), args, kwargs)
+            copy = clone(root, unrouted=True)
+            before = state_of(copy)
+            observed = observe_call(copy, args, kwargs)
+            check_state(
+                copy, before, lambda: copy(*map_tensors(Tensor.clone, args), **map_tensors(Tensor.clone, kwargs))
+            )
         splitter = _Splitter(root, observed, table, selection, trains=trains)
         splitter.split("")
     splitter.claims += _never_called(root, splitter.rows, splitter.observed)

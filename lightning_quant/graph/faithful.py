@@ -152,7 +152,7 @@ def seeded(module: nn.Module, run: Callable[[], Any], seed: int = 0) -> Any:
         return run()
 
 
-def agree(expected: Any, actual: Any) -> bool:
+def agree(expected: Any, actual: Any, enough_db: float = _ENOUGH_DB) -> bool:
     """Tell whether two results are of one structure, and their numbers as close as equal computations leave them."""
     register_structures((expected, actual))
     (wanted, structure), (got, other) = pytree.tree_flatten(expected), pytree.tree_flatten(actual)
@@ -161,6 +161,6 @@ def agree(expected: Any, actual: Any) -> bool:
     for a, b in zip(wanted, got, strict=True):
         if isinstance(a, Tensor) and (a.shape != b.shape or a.dtype != b.dtype):
             return False
-        if isinstance(a, Tensor) and a.is_floating_point() and signal_to_noise(a.detach(), b.detach()) < _ENOUGH_DB:
+        if isinstance(a, Tensor) and a.is_floating_point() and signal_to_noise(a.detach(), b.detach()) < enough_db:
             return False
     return True
