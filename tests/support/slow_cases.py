@@ -11,6 +11,9 @@ SLOW_CASES = (
     # Compilers: one net each stays.
     "test_contract.py::test_loaded_artifact_is_called_like_the_module[[]inductor-multi_modal]",
     "test_contract.py::test_loaded_artifact_is_called_like_the_module[[]executorch-[mp]*]",
+    "test_contract.py::test_signature_names_inputs_and_outputs[[]inductor-multi_modal]",
+    "test_contract.py::test_signature_names_inputs_and_outputs[[]executorch-[mp][uo]*]",
+    "test_loaded.py::test_a_parent_with_a_loaded_child_is_copied_and_pickled[[]inductor]",
     "test_contract.py::test_report_is_made_of_every_runtime[[]inductor]",
     "test_contract.py::test_same_model_again_is_the_same_file[[]executorch]",
     "test_loaded.py::test_copies_answer_alike_and_are_modules_of_their_own[[]inductor]",
