@@ -25,16 +25,16 @@ def recorded_steps(root: nn.Module, steps: Iterable[Callable[[], Any]], number: 
         steps: each calls it.
         number: how many steps there will be, at most.
     """
-    found: Steps = []
+    recorded: Steps = []
     with recorded_calls(root) as calls, evaluation_mode(root), torch.no_grad():
         for step in steps:
             before = len(calls)
             step()
-            found.append(calls[before:])
-            tensors = [leaf for leaf in pytree.tree_leaves(list(map(tuple, found[0]))) if isinstance(leaf, Tensor)]
+            recorded.append(calls[before:])
+            tensors = [leaf for leaf in pytree.tree_leaves(list(map(tuple, recorded[0]))) if isinstance(leaf, Tensor)]
             if number * sum(tensor.nbytes for tensor in tensors) > RECORDED_BYTES:
                 return None
-    return found
+    return recorded
 
 
 def replayed(duplicate: nn.Module, root: nn.Module, steps: Steps, seed: int) -> Iterator[Callable[[], Any]]:

@@ -67,9 +67,9 @@ class Score:
         self._group.together(self._check)
         logged = {n: share_of(item) for n, item in logged_in(trainer).items() if not n.startswith("quant/")}
         own = {name: share for name, share in logged.items() if share is not None}
-        found: dict[str, dict[str, Share]] = {FLOAT: own, TWIN: own}
-        found |= {which: beside.end() for which, beside in self._runs.items()}
-        values = {which: merged(self._group.gather(shares)) for which, shares in found.items()}
+        by_weights: dict[str, dict[str, Share]] = {FLOAT: own, TWIN: own}
+        by_weights |= {which: beside.end() for which, beside in self._runs.items()}
+        values = {which: merged(self._group.gather(shares)) for which, shares in by_weights.items()}
         if self._without_loss:
             values[TWIN] = {name: value for name, value in values[TWIN].items() if not math.isnan(value)}
         return values
@@ -109,11 +109,11 @@ def _covered(callback: "QuantizationCallback", pl_module: LightningModule) -> st
     model, settings = callback.require_prepared(), callback.settings
     if settings.score_batches is not None:
         return ""
-    if not isinstance(model, Prepared) or not (model.is_attached and model.quantizes):
+    if not model.rounds_now:
         # Another callback may train through rounding.
         return "" if any(isinstance(c.__dict__.get("forward"), Route) for c in pl_module.modules()) else FLOAT
     # Layers that are stored small beside the graph stand in the artifact alone.
-    return TWIN if settings.score_with == "simulation" and not model.left else ""
+    return TWIN if settings.score_with == "simulation" and not Prepared.of(model).left else ""
 
 
 def log_score(trainer: Trainer, pl_module: LightningModule, prefix: str, values: dict[str, dict[str, float]]) -> None:

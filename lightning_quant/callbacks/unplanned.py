@@ -56,7 +56,7 @@ class Planned:
         """Name the modules whose hooks or class are others than planned, where that changes what is computed."""
         present, planned = structure_of(module), self._structure
         names = [name for name, known in planned.items() if present.get(name, known) != known]
-        if not names or not isinstance(model, Prepared):
+        if not names or not model.has_graphs:
             return ""
         is_of_other_class = any(present[name][0] is not planned[name][0] for name in names)
         if not is_of_other_class and not _depends(model, module, {name: planned[name] for name in names}):

@@ -29,13 +29,13 @@ def several(kind: type[Kind], arguments: Mapping[str, Any]) -> dict[str, Kind]:
         QuantizationError: a list is empty, or an argument is wrong.
     """
     chosen = [_items(name, arguments[name]) for name in ("recipe", "runtime")]
-    found: dict[str, Kind] = {}
+    by_name: dict[str, Kind] = {}
     for recipe, runtime in itertools.product(*chosen):
         known = recipes.get(recipe)
-        name = _free(f"{_plain(known.name)}-{_plain(str(runtime))}", found)
+        name = _free(f"{_plain(known.name)}-{_plain(str(runtime))}", by_name)
         where = None if arguments["output_dir"] is None else output_folder(arguments["output_dir"]) / name
-        found[name] = kind.of({**arguments, "recipe": known, "runtime": runtime, "output_dir": where})
-    return found
+        by_name[name] = kind.of({**arguments, "recipe": known, "runtime": runtime, "output_dir": where})
+    return by_name
 
 
 def _items(name: str, given: Any) -> list[Any]:

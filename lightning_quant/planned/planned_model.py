@@ -180,6 +180,16 @@ class PlannedModel:
         raise NotImplementedError
 
     @property
+    def has_graphs(self) -> bool:
+        """Whether graphs take the place of the module's own code."""
+        return False
+
+    @property
+    def rounds_now(self) -> bool:
+        """Whether a call of the module is rounded as things stand."""
+        return False
+
+    @property
     def takes_any_call(self) -> bool:
         """Whether the user's own code runs around an artifact's layers, with whatever calls it makes."""
         return False

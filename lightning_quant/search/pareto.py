@@ -106,8 +106,8 @@ def directions_of(points: Sequence[Point], known: Mapping[str, bool | None]) -> 
         known: metric to whether it is better when higher.
     """
     names = dict.fromkeys(name for point in points for name in point.metrics)
-    found = {name: bool(known[name]) for name in names if known.get(name) is not None}
-    return found | ({SNR: True} if SNR in names else {})
+    directions = {name: bool(known[name]) for name in names if known.get(name) is not None}
+    return directions | ({SNR: True} if SNR in names else {})
 
 
 def is_worse(one: Point, other: Point, metric: str, *, higher_is_better: bool) -> bool:
@@ -117,9 +117,9 @@ def is_worse(one: Point, other: Point, metric: str, *, higher_is_better: bool) -
     values = one.metrics[metric], other.metrics[metric]
     if math.isnan(values[0]) or math.isnan(values[1]):
         return math.isnan(values[0]) and not math.isnan(values[1])
-    found = difference(*values, one.contributions.get(metric), other.contributions.get(metric))
-    worse = -found.value if higher_is_better else found.value
-    return worse > (found.margin or 0.0)
+    change = difference(*values, one.contributions.get(metric), other.contributions.get(metric))
+    worse = -change.value if higher_is_better else change.value
+    return worse > (change.margin or 0.0)
 
 
 def dominates(one: Point, other: Point, directions: Mapping[str, bool]) -> bool:

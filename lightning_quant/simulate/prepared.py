@@ -115,6 +115,16 @@ class Prepared(Quantizers, PlannedModel):
         return model
 
     @property
+    def has_graphs(self) -> bool:
+        """Whether graphs take the place of the module's own code: they do."""
+        return True
+
+    @property
+    def rounds_now(self) -> bool:
+        """Whether a call of the module is rounded as things stand."""
+        return self.is_attached and self.quantizes
+
+    @property
     def is_attached(self) -> bool:
         """Whether the module's forward, or those of its islands, are routed."""
         return all(self._is_routed(path) for path in self.islands)
