@@ -9,6 +9,8 @@ from lightning_quant.measure.contributions import Contributions, Metrics, differ
 from lightning_quant.search.objective import LATENCY, SIZE
 
 SNR = "snr_db"
+# Noise of a thousandth of the signal's power.
+_GOOD_DB = 30.0
 """What stands for metrics where none was measured: the artifact's distance from float."""
 
 
@@ -159,6 +161,7 @@ def front(points: Sequence[Point], directions: Mapping[str, bool]) -> dict[str, 
 def recommended(points: Sequence[Point], directions: Mapping[str, bool], objective: str | None = None) -> Point | None:
     """Return the point to take: of those that nothing is measurably better than by a metric, the cheapest.
 
+    Where nothing but noise was measured, the cheapest of those that are at least 30 dB from float.
     Points whose report says FAILED, a limit among them, count where there are no others; dominated ones never do.
 
     Args:
@@ -170,10 +173,15 @@ def recommended(points: Sequence[Point], directions: Mapping[str, bool], objecti
     sound = [p for p in made if not p.failures and not p.reason] or [p for p in made if not p.reason] or made
     left = [point for point in sound if not point.dominated_by] or sound
 
+    # Noise alone says that a model is good, not that one is better: more decibels than are needed buy nothing.
+    quiet = (
+        [point for point in left if point.metrics.get(SNR, math.inf) >= _GOOD_DB] if set(directions) == {SNR} else []
+    )
+
     def falls_behind(point: Point) -> bool:
         return any(is_worse(point, o, name, higher_is_better=h) for o in left for name, h in directions.items())
 
-    equal = [point for point in left if not falls_behind(point)] or left
+    equal = quiet or [point for point in left if not falls_behind(point)] or left
     if objective is not None and objective in directions:
         better = -1 if directions[objective] else 1
         return min(equal, key=lambda point: better * point.metrics.get(objective, math.nan), default=None)

@@ -135,10 +135,15 @@ class Sweep(Artifact):
     def _table(self) -> tuple[list[str], list[list[str]]]:
         names = list(dict.fromkeys([*self.directions, *(n for p in self.points for n in p.metrics)]))[:_METRICS]
         batches = sorted({b for p in self.points for b in p.latency_ms}, key=int)
-        header = ["artifact", "recipe", "runtime", "", "bytes", "of float"]
+        header = ["artifact", "recipe", "runtime", "bytes", "of float"]
         header += [cell for name in names for cell in (name, f"{name} - float")]
         header += [cell for b in batches for cell in (f"ms, batch {b}", f"times faster, batch {b}")]
-        return header, [self._row(point, names, batches) for point in self.points]
+        rows = [self._row(point, names, batches) for point in self.points]
+        # Noise is no change of anything.
+        told = [
+            i for i, name in enumerate(header) if not name.endswith(" - float") or {row[i] for row in rows} != {"-"}
+        ]
+        return [*(header[i] for i in told), ""], [[*(row[i] for i in told), row[-1]] for row in rows]
 
     def _row(self, point: Point, names: Sequence[str], batches: Sequence[str]) -> list[str]:
         said = "recommended" if point is self.points[0] else ""
@@ -147,14 +152,14 @@ class Sweep(Artifact):
         if point.reason:
             said = f"{'not measured' if point.artifact else 'not made'}: {point.reason[:_LETTERS]}"
         size = [f"{point.size_bytes:,}", _number(point.size_ratio)] if point.artifact else ["-", "-"]
-        cells = [point.name, point.recipe, point.runtime, said, *size]
+        cells = [point.name, point.recipe, point.runtime, *size]
         for name in names:
             change = point.changes.get(name)
             cells += [_number(point.metrics.get(name)), "-" if change is None else f"{change:+.4g}"]
         for batch in batches:
             time = point.latency_ms.get(batch)
             cells += [_number(None if time is None else time[1]), _number(point.speedup.get(batch))]
-        return cells
+        return [*cells, said]
 
 
 def swept(

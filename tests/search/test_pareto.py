@@ -84,3 +84,16 @@ def test_metrics_of_no_known_direction_decide_nothing() -> None:
     assert directions_of(points, {"accuracy": None}) == {}
     assert directions_of(points, {"accuracy": False, "other": True}) == {"accuracy": False}
     assert directions_of([Point("a", "", "", ARTIFACT, metrics={"snr_db": 20.0})], {}) == {"snr_db": True}
+
+
+def test_decibels_beyond_what_is_good_buy_nothing() -> None:
+    only = {"snr_db": True}
+    points = [
+        Point(name, "", "", artifact=object(), size_bytes=size, metrics={"snr_db": db})
+        for name, size, db in (("loud", 1, 12.0), ("small", 10, 31.0), ("quiet", 20, 80.0))
+    ]
+    assert [found.name for found in (recommended(points, only), recommended(points, only, "snr_db")) if found] == [
+        "small",
+        "quiet",
+    ]
+    assert recommended(points[:1], only) == points[0]
