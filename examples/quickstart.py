@@ -63,7 +63,8 @@ def main() -> None:
         print(f"  {name:38} {wrong_of(scalars['quant/artifact/accuracy'])}")
     model = lq.load(OUTPUT / "qat", threads=1)
     print(f"\nload({str(OUTPUT / 'qat')!r}) is an nn.Module that answers {tuple(model(_some_digits()).shape)}.")
-    print(f"All of it took {time.perf_counter() - started:.0f} s.")
+    print(f"All of it took {time.perf_counter() - started:.0f} s. The report as a page:")
+    print(f"lightning-quant report {OUTPUT / 'qat'} --open")
 
 
 def _some_digits() -> object:
