@@ -131,7 +131,11 @@ def _template(name: str) -> Any:
 
 def figures(value: float | str | None) -> str:
     """Return a number with three significant digits, or a dash for none; infinities are texts already."""
-    return "-" if value is None else value if isinstance(value, str) else f"{value:.3g}" if value else "0"
+    if value is None or isinstance(value, str):
+        return value or "-"
+    if 1000 <= abs(value) < 1e6:
+        return f"{float(f'{value:.3g}'):,.0f}"
+    return f"{value:.3g}" if value else "0"
 
 
 def size(value: int) -> str:

@@ -4,7 +4,7 @@ import collections
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,9 @@ _CALLS, _SECONDS = 8, 0.5
 # What runs in the kernel of the operator in front of it.
 _FUSED = ("Relu", "Clip")
 _KERNEL = "_kernel_time"
+_PRODUCTS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+# What stands between an edge and the product that reads it, and keeps its values.
+_MOVES = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze")
 
 
 def operator_ms(
@@ -85,16 +88,37 @@ def _owners(graph: Any, operators: tuple[Operator, ...]) -> dict[str, str]:
             while source is not None and source.op_type not in ("QuantizeLinear", "DequantizeLinear"):
                 owners[source.name] = owner_of(node.name, writers)
                 source = made.get(source.input[0]) if source.op_type in _FUSED else None
-    # Operators that answer in float are known by what they read.
-    readers = {operator.reads[0]: operator.name for operator in operators if not operator.quantized_output}
-    for node in graph.node:
-        source = made.get(node.input[0]) if node.input else None
-        if source is None or source.op_type != "DequantizeLinear" or owners[node.name]:
-            continue
-        quantize = made.get(source.input[0])
-        if quantize is not None and quantize.name.startswith(PREFIX) and node.op_type != "QuantizeLinear":
-            owners[node.name] = readers.get(edge_of(quantize.name), "")
+    owners.update(products_of(_products(graph, made), operators))
     return owners
+
+
+def _products(graph: Any, made: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the products of a graph in the order of execution, with the edge that each reads first."""
+    for node in graph.node:
+        source = made.get(node.input[0]) if node.op_type in _PRODUCTS else None
+        while source is not None and source.op_type in (*_MOVES, "DequantizeLinear"):
+            source = made.get(source.input[0])
+        if source is not None and source.name.startswith(PREFIX):
+            yield node.name, edge_of(source.name)
+
+
+def products_of(products: Iterable[tuple[str, str]], operators: tuple[Operator, ...]) -> dict[str, str]:
+    """Return name of a node to the row of the operator that it is, of those that answer in float: what reads an edge.
+
+    Args:
+        products: name of a node and the edge that it reads, in the order of execution.
+        operators: of the plan, in that order.
+    """
+    readers: dict[str, list[str]] = collections.defaultdict(list)
+    nodes: dict[str, list[str]] = collections.defaultdict(list)
+    for operator in operators:
+        if not operator.quantized_output:
+            readers[operator.reads[0]].append(operator.name)
+    for name, edge in products:
+        nodes[edge].append(name)
+    # Query, key and value read one tensor. Where a file has them in another number, nothing tells which is which.
+    alike = [edge for edge in readers if len(readers[edge]) == len(nodes[edge])]
+    return {node: name for edge in alike for node, name in zip(nodes[edge], readers[edge], strict=True)}
 
 
 def edge_of(name: str) -> str:

@@ -2,6 +2,7 @@
 
 import collections
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +10,12 @@ from torch import Tensor
 
 from lightning_quant.graph.named_edges import PREFIX
 from lightning_quant.graph.plan import Operator
-from lightning_quant.runtimes._onnx_profile import edge_of, owner_of, profiled_calls
+from lightning_quant.runtimes._onnx_profile import edge_of, owner_of, products_of, profiled_calls
 
-# What stands between an integer tensor and the operator that reads it, before OpenVINO fuses it away.
-_DEQUANTIZING = ("Convert", "Subtract", "Multiply", "Reshape")
+# What stands between an edge and the product that reads it, before OpenVINO fuses it away.
+_PASSED = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose", "Squeeze", "Unsqueeze")
 _SCALED = "/DequantizationMultiply"
-_PRODUCTS = ("Convolution", "Deconvolution", "FullyConnected", "MatMul")
+_PRODUCTS = ("Convolution", "ConvolutionBackpropData", "GroupConvolution", "GroupConvolutionBackpropData", "MatMul")
 
 
 def operator_ms(
@@ -30,7 +31,8 @@ def operator_ms(
     """
     import openvino
 
-    graph = {op.get_friendly_name(): op for op in openvino.Core().read_model(path).get_ordered_ops()}
+    products = products_of(_products(openvino.Core().read_model(path)), operators)
+    writers = {operator.writes: operator.name for operator in operators}
     fused = {
         node.get_friendly_name(): node.get_rt_info()["originalLayersNames"].astype(str).split(",")
         for node in compiled.get_runtime_model().get_ordered_ops()
@@ -45,32 +47,34 @@ def operator_ms(
     for (name, kind), durations in spent.items():
         # The first call is slower than all others.
         if (typical := statistics.median(durations[1:])) > 0:
-            by_owner[_owner(fused.get(name, []), kind, graph, operators)] += typical
+            by_owner[_owner(fused.get(name, []), kind, products, writers)] += typical
     return dict(by_owner)
 
 
-def _owner(names: list[str], kind: str, graph: dict[str, Any], operators: tuple[Operator, ...]) -> str:
-    """Return whose node this is, from the names of what was fused into it: an edge that it writes, or one it reads."""
+def _owner(names: list[str], kind: str, products: dict[str, str], writers: dict[str, str]) -> str:
+    """Return whose node this is, from the names of what was fused into it: an edge that it writes, or a product."""
     if kind == "FakeQuantize":
         return ""
-    readers = {operator.reads[0]: operator.name for operator in operators if not operator.quantized_output}
-    # OpenVINO names a product anew where it fuses a scale into it.
-    ops = [graph[own] for name in names if (own := name.removesuffix(_SCALED)) in graph]
-    read = next((readers[edge] for edge in map(_read, ops) if edge in readers), "")
+    # OpenVINO names a product anew where it fuses a scale into it. An activation that is fused into one is what writes
+    # the edge, and none of the plan's operators.
+    product = next((products[own] for name in names if (own := name.removesuffix(_SCALED)) in products), "")
     written = [name for name in names if name.startswith(PREFIX)]
-    # An activation that is fused into a product is what writes the edge, and none of the plan's operators.
-    if written and not (read and kind.startswith(_PRODUCTS)):
-        return owner_of(written[-1], {operator.writes: operator.name for operator in operators})
-    return read
+    return product or (owner_of(written[-1], writers) if written else "")
 
 
-def _read(op: Any) -> str:
-    """Return the edge that an operator reads first; an empty text where there is none."""
-    if not op.get_input_size():
-        return ""
-    source = op.input_value(0).get_node()
-    while not source.get_friendly_name().startswith(PREFIX):
-        if source.get_type_name() not in _DEQUANTIZING:
-            return ""
-        source = source.input_value(0).get_node()
-    return edge_of(source.get_friendly_name())
+def _products(model: Any) -> Iterator[tuple[str, str]]:
+    """Yield the products of a model in the order of execution, with the edge that each reads first."""
+    # OpenVINO has them in an order of its own; the exporter numbered them.
+    for op in sorted(model.get_ordered_ops(), key=lambda op: _number(op.get_friendly_name())):
+        source = op.input_value(0).get_node() if op.get_type_name() in _PRODUCTS else None
+        while source is not None and not source.get_friendly_name().startswith(PREFIX):
+            is_passed = source.get_type_name() in _PASSED
+            source = source.input_value(0).get_node() if is_passed else None
+        if source is not None:
+            yield op.get_friendly_name(), edge_of(source.get_friendly_name())
+
+
+def _number(name: str) -> int:
+    """Return the number that PyTorch's exporter gave a node: "node_linear", "node_linear_1", ..."""
+    number = name.partition("/")[0].rpartition("_")[2]
+    return int(number) if number.isdecimal() else 0

@@ -156,7 +156,7 @@ def test_metrics_of_training_stand_beside_what_they_were(artifact: Artifact) -> 
 
 def test_numbers() -> None:
     assert [figures(value) for value in (1234.5, 0.000123456, 0.0, None, "inf")] == [
-        "1.23e+03",
+        "1,230",
         "0.000123",
         "0",
         "-",

@@ -14,7 +14,8 @@ from lightning_quant import runtimes
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.export.export import export
 from lightning_quant.export.prepare import prepare
-from lightning_quant.runtimes._openvino_profile import operator_ms
+from lightning_quant.runtimes._onnx_profile import products_of
+from lightning_quant.runtimes._openvino_profile import _products, operator_ms
 
 pytest.importorskip("openvino")
 
@@ -78,3 +79,35 @@ def test_nodes_belong_to_the_rows_of_the_tensors_around_them(tmp_path: Path) -> 
     real = runtimes.get("openvino").operator_ms(path, {"x": x}, operators, threads=1)
     assert set(real) <= {"", "first", "second", "add", "head", "mean"}
     assert real
+
+
+class Projections(nn.Module):
+    """What reads one tensor several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 32)
+        self.query, self.key, self.value = nn.Linear(32, 8), nn.Linear(32, 16), nn.Linear(32, 24)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        h = self.first(x).relu()
+        return self.query(h), self.key(h), self.value(h)
+
+
+def test_several_readers_of_a_tensor_are_told_apart(tmp_path: Path) -> None:
+    import openvino
+
+    torch.manual_seed(0)
+    x, model = torch.randn(4, 6, 8), Projections().eval()
+    prepared = prepare(model, (x,), runtime="openvino")
+    calibrate(prepared, steps_of(prepared, [x]))
+    path = export(prepared, tmp_path / "artifact").model_path
+    operators = tuple(operator for graph in prepared.plan.graphs for operator in graph.operators)
+    read = openvino.Core().read_model(path)
+    known = products_of(_products(read), operators)
+    sizes = {
+        known[op.get_friendly_name()]: list(op.get_output_partial_shape(0))[-1].get_length()
+        for op in read.get_ordered_ops()
+        if op.get_friendly_name() in known
+    }
+    assert sizes == {name: model.get_submodule(name).out_features for name in ("query", "key", "value")}
