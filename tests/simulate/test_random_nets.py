@@ -53,7 +53,7 @@ def check(spec: Spec, runtime: str = "onnxruntime") -> None:
 
 
 ordinary = settings(
-    max_examples=30,
+    max_examples=20,
     derandomize=True,
     deadline=None,
     database=None,
