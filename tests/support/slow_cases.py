@@ -9,10 +9,9 @@ SLOW_CASES = (
     f"test_other_callbacks.py::test_*{_PTQ}*ours-first]",
     "test_other_callbacks.py::test_batch_size_finder*ours-last]",
     # Compilers: one net each stays.
-    "test_contract.py::test_loaded_artifact_is_called_like_the_module[[]inductor-multi_modal]",
-    "test_contract.py::test_loaded_artifact_is_called_like_the_module[[]executorch-[mp]*]",
-    "test_contract.py::test_signature_names_inputs_and_outputs[[]inductor-multi_modal]",
-    "test_contract.py::test_signature_names_inputs_and_outputs[[]executorch-[mp][uo]*]",
+    "test_contract.py::*[[]inductor-multi_modal]",
+    "test_contract.py::*[[]executorch-[mp][uo]*]",
+    "test_contract.py::test_loaded_artifact_is_called_like_the_module[[]executorch-mlp]",
     "test_loaded.py::test_a_parent_with_a_loaded_child_is_copied_and_pickled[[]inductor]",
     "test_contract.py::test_report_is_made_of_every_runtime[[]inductor]",
     "test_contract.py::test_same_model_again_is_the_same_file[[][ei]*]",
@@ -22,6 +21,11 @@ SLOW_CASES = (
     "test_forged_files.py::test_some_forged_*[[]*-layers]",
     "test_only_if_needed.py::test_a_resumed_run_knows_what_was_decided",
     "test_compilation.py::test_each_phase_is_one_graph_with_the_numbers_of_the_module_as_it_is[[]aot_eager]",
+    # Half precision: float16 stays; steps of an end that fail: one callback each.
+    "test_layer_recipes.py::test_contract[[]bfloat16-torch]",
+    "test_openvino_weights.py::test_artifact_computes_what_the_layers_in_memory_do*bfloat16*",
+    f"test_interruptions.py::test_failing_stage{_PTQ}*-new]",
+    "test_interruptions.py::test_failing_stage[[]Quant*-export-old]",
     # A deep network: the engine that most use stays.
     "test_parity.py::test_deep_network_is_as_far_from_its_artifact_as_tipped_ties_can_bring_it[[][ot][!n]*]",
     # Fresh processes: being killed, one process that fails in a group, one spelling of the import stay.
