@@ -27,6 +27,7 @@ from lightning_quant.layers.placement import place
 from lightning_quant.numerics.adjustments import ChannelScale
 from lightning_quant.numerics.decomposed import define_operators
 from lightning_quant.numerics.noise import alike, signal_to_noise
+from lightning_quant.runtimes._reasons import first_line
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import clone, evaluation_mode, resolve, route
 
@@ -96,11 +97,11 @@ def check_agreement(prepared: Prepared, converted: nn.Module, args: tuple[Any, .
             simulated = prepared.root(*args, **kwargs)
         try:
             actual = converted(*args, **kwargs)
-        except (RuntimeError, TypeError, NotImplementedError) as error:
+        except (RuntimeError, TypeError) as error:
             raise ExportError(
-                f"Expected {type(prepared.root).__name__} to run with integer layers, which pass no gradient, "
-                f"but {str(error).splitlines()[0]}. Exclude the layers whose gradients its code takes, or quantize a "
-                'child without that code (`module="..."`).'
+                f"Expected {type(prepared.root).__name__} to run with integer layers, but {first_line(error)}. Where "
+                "its code takes gradients, which they do not pass, exclude them, or quantize a child without that "
+                'code (`module="..."`).'
             ) from error
     agreement = signal_to_noise(*alike(simulated, actual))
     needed = min(signal_to_noise(*alike(float_output, simulated)) - _TOLERANCE_DB, _ENOUGH_DB)

@@ -80,13 +80,12 @@ def _changed_by_hooks(traced: Traced, module: nn.Module, calls: Mapping[str, tup
     Raises:
         UntraceableError: the module itself has such a hook.
     """
-    called = {str(node.target) for node in traced.graph.nodes if node.op == "call_module"}
+    called = {"", *(str(node.target) for node in traced.graph.nodes if node.op == "call_module")}
+    hooked = [path for path in sorted(called & set(calls)) if has_hooks(module.get_submodule(path))]
+    if not hooked:
+        return {}
     copy = clone(module, unrouted=True)
-    changed = {
-        path: _HOOKED
-        for path in sorted({"", *called} & set(calls))
-        if has_hooks(child := copy.get_submodule(path)) and not _agrees_without_hooks(child, *calls[path])
-    }
+    changed = {p: _HOOKED for p in hooked if not _agrees_without_hooks(copy.get_submodule(p), *calls[p])}
     if "" in changed:
         raise UntraceableError(_HOOKED)
     return changed
@@ -95,7 +94,10 @@ def _changed_by_hooks(traced: Traced, module: nn.Module, calls: Mapping[str, tup
 def _agrees_without_hooks(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     first, second = (map_tensors(lambda t: t.detach().clone(), (args, kwargs)) for _ in range(2))
     expected = seeded(module, lambda: module(*first[0], **first[1]))
-    return agree(expected, seeded(module, lambda: module.forward(*second[0], **second[1])))
+    try:
+        return agree(expected, seeded(module, lambda: module.forward(*second[0], **second[1])))
+    except Exception:  # whatever a forward raises that is not given what its hook gives it
+        return False
 
 
 def _place_of_fault(traced: Traced, module: nn.Module, calls: Mapping[str, tuple[Any, Any]]) -> str:

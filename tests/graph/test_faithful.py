@@ -84,6 +84,20 @@ def test_what_a_hook_changes_stays_as_it_is(place: str, hook: Callable[[nn.Modul
         assert signal_to_noise(model(x), convert(prepared)(x)) > 30
 
 
+class Shifted(nn.Linear):
+    def forward(self, x: Tensor, shift: Tensor) -> Tensor:
+        return super().forward(x) + shift
+
+
+def test_a_layer_that_gets_an_argument_from_its_hook_stays_as_it_is() -> None:
+    model, x = chain(), torch.randn(16, 8)
+    model[2] = Shifted(8, 8)
+    model[2].register_forward_pre_hook(lambda module, args: (args[0], torch.ones(8)))
+    rows = {row.name: row for row in prepare(model, (x,), trains=False).plan.rows}
+    assert "a hook on it changes" in rows["2"].reason
+    assert rows["0"].action == "int8"
+
+
 @pytest.mark.parametrize("watch", ["watcher", "prune", "weight_norm", "parametrization"])
 def test_hooks_that_watch_or_make_weights_leave_a_layer_in_integers(watch: str) -> None:
     model, x = chain(), torch.randn(64, 8)
