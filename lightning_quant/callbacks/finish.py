@@ -26,7 +26,7 @@ from lightning_quant.export.export import export
 from lightning_quant.machine.timed import timed
 from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.changed_predictions import Predictions, alone
-from lightning_quant.measure.contributions import Metrics
+from lightning_quant.measure.contributions import Metrics, differences
 from lightning_quant.measure.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
 from lightning_quant.measure.rounded_parts import all_but
 from lightning_quant.measure.sensitivity import Sensitivity
@@ -66,7 +66,8 @@ def _measure(
     notes = (*callback.findings, *deployment.notes, *notes_of_sizes(deployment.model))
     calls: list[Call] = []
     tokenizer = tokenizer_of(deployment.pl_module, getattr(trainer, "datamodule", None), deployment.model.root)
-    predictions = Predictions(functools.partial(_alone, callback, deployment.model), tokenizer)
+    one, shown = functools.partial(_alone, callback, deployment.model), callback.settings.show_samples
+    predictions = Predictions(one, tokenizer, shown=shown)
     if callback.settings.evaluate:
         with timed(callback.seconds, "evaluate"):
             metrics, by_chance = _metrics(callback, trainer, deployment, own, calls, predictions)
@@ -183,10 +184,14 @@ def _metrics(
         measured = files.get(digest(own)) or evaluate_artifact(callback, trainer, deployment, own, **how)
         exported, number = files[digest(own)] = measured
     before = callback.metrics_before
+    margins: dict[str, float | None] = {}
+    with attempt("the intervals of metrics are"):
+        margins = {name: one.margin for name, one in differences(exported, float_values).items()}
     directions = watched(trainer, callback._checkpoint) | float_values.higher_is_better
     rows = tuple(
-        MetricRow(name, value, simulated.get(name), exported.get(name), before.get(name), number, directions.get(name))
+        MetricRow(name, value, simulated.get(name), exported.get(name), before.get(name), number, *others)
         for name, value in float_values.items()
+        for others in [(directions.get(name), margins.get(name))]
     )
     return rows, _by_chance(callback, trainer, deployment, float_values)
 

@@ -23,7 +23,7 @@ from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.export.export import export
 from lightning_quant.export.prepare import prepare
 from lightning_quant.machine.disk import scratch_folder
-from lightning_quant.measure.contributions import Difference, Metrics, difference
+from lightning_quant.measure.contributions import Metrics, differences
 from lightning_quant.measure.evaluate import evaluate
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.report.limits import Limits
@@ -257,13 +257,7 @@ def _measure(callback: "QuantizationAwareTraining", trainer: Trainer, deployment
 
 
 def _measured(file: Metrics, floating: Metrics) -> Measured:
-    parts, known = file.contributions, floating.contributions
-    differences: dict[str, Difference] = {
-        name: difference(value, floating[name], parts.get(name), known.get(name))
-        for name, value in file.items()
-        if name in floating
-    }
-    return Measured(dict(file), differences, 0, math.nan)
+    return Measured(dict(file), differences(file, floating), 0, math.nan)
 
 
 def _copied(tensor: Tensor) -> Tensor:

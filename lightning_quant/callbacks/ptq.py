@@ -126,6 +126,7 @@ class PostTrainingQuantization(QuantizationCallback):
         objective: str | None = None,
         max_validations: int | None = None,
         time_budget_s: float | None = None,
+        show_samples: bool = True,
     ) -> None:
         # Metrics of the artifact, with what each batch adds to them where several artifacts are compared.
         self.measured: Metrics | None = None

@@ -86,6 +86,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         objective: str | None = None,
         max_validations: int | None = None,
         time_budget_s: float | None = None,
+        show_samples: bool = True,
     ) -> None:
         super().__init__(refused_in_callback(TrainingSettings.of, locals()))
         self.timeline = Timeline({}, in_epochs=False)
@@ -135,8 +136,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         phase = self.timeline.phase(trainer)
         if self.need is not None:
             phase = self.need.phase(self, trainer, pl_module, phase)
-        if phase == "frozen_batch_norm" and is_updating_batch_norm(trainer):
-            phase = "frozen"
+        phase = "frozen" if phase == "frozen_batch_norm" and is_updating_batch_norm(trainer) else phase
         self._enter(phase, trainer)
         prepared = self.require_prepared()
         prepared.observing = True

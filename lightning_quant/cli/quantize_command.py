@@ -56,6 +56,7 @@ class Quantizing:
         objective: str | None = None,
         max_validations: int | None = None,
         time_budget_s: float | None = None,
+        show_samples: bool = True,
     ) -> Any:
         """Quantize a trained checkpoint and write the artifact, evaluated with the model's own validation.
 

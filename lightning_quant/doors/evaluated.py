@@ -16,7 +16,7 @@ from lightning_quant.calls.calls import Call
 from lightning_quant.doors.settings import Settings
 from lightning_quant.errors import EvaluationError, NoEffectWarning, QuantizationError
 from lightning_quant.machine.timed import timed
-from lightning_quant.measure.contributions import Contributions, Metrics, of_samples
+from lightning_quant.measure.contributions import Contributions, Metrics, differences, of_samples
 from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe import recipe as recipes
@@ -76,8 +76,9 @@ class Evaluated:
             values = self.of_file(model, artifact)
         except QuantizationError as error:
             return (), (f"the metrics of the file are missing: {error}".rstrip("."),), Metrics()
+        margins = {name: one.margin for name, one in differences(values, self.floating).items()}
         rows = tuple(
-            MetricRow(name, value, None, values.get(name), higher_is_better=judge.direction(name))
+            MetricRow(name, value, None, values.get(name), None, None, judge.direction(name), margins.get(name))
             for name, value in self.floating.items()
         )
         return rows, (), values

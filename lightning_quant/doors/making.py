@@ -28,9 +28,11 @@ from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
 from lightning_quant.machine.timed import timed
 from lightning_quant.measure.attempts import noting
+from lightning_quant.measure.changed_predictions import Predictions, alone
 from lightning_quant.measure.contributions import Metrics
 from lightning_quant.measure.output_noise import HeldOut, held_back
 from lightning_quant.measure.sensitivity import NUM_CALLS, Sensitivity, rank_operators
+from lightning_quant.measure.thumbnails import tokenizer_of
 from lightning_quant.numerics.adjustments import outcomes
 from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.planned.planned_model import PlannedModel
@@ -167,6 +169,8 @@ def _made_and_measured(
     how: dict[str, Any] = {"dynamic_shapes": settings.dynamic_shapes, "engine": settings.engine, "release": True}
     artifact = export(made.model, folder, classes=class_labels(model), seconds=seconds, **how)
     notes = (*made.notes, *outcomes(made.model.accuracy_steps), *data.notes, *notes_of_sizes(made.model))
+    one, tokenizer = functools.partial(alone, made.model), tokenizer_of(made.model.root)
+    predictions = Predictions(one, tokenizer, shown=settings.show_samples)
     # Measured on a copy: another run may replace the artifact meanwhile.
     with artifacts.private_copy(artifact) as own:
         metrics, failed, values = judged.rows(made.model, own)
@@ -181,6 +185,7 @@ def _made_and_measured(
             sensitivity=made.sensitivity,
             held=HeldOut(tuple(made.held), "the last call, which took no part in calibration"),
             limits=settings.limits,
+            predictions=predictions,
             peers=peers,
         )
         report = with_search(report, made.search)

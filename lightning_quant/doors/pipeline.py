@@ -50,6 +50,7 @@ def quantize(  # noqa: D417  `documented` adds the shared ones
     objective: str | None = None,
     max_validations: int | None = None,
     time_budget_s: float | None = None,
+    show_samples: bool = True,
     evaluate: Callable[[nn.Module], Any] | None = None,
 ) -> Artifact:
     """Quantize a trained float module and write the artifact; the module itself stays as it is.

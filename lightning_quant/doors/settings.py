@@ -82,6 +82,8 @@ class Settings:
         max_validations: how often the search may validate an exported file; ceil(log2(n)) + 3 of n steps by default.
         time_budget_s: seconds after which the search tries nothing more; the best so far is written then, as it is when
             the run is interrupted.
+        show_samples: whether report.html shows samples whose prediction changed, an image small and tokens as text. The
+            artifact has the captured call in any case, which `verify` runs.
 
     Raises:
         QuantizationError: an argument is wrong; the message has the way out.
@@ -100,6 +102,7 @@ class Settings:
     objective: str | None = None
     max_validations: int | None = None
     time_budget_s: float | None = None
+    show_samples: bool = True
 
     def __post_init__(self) -> None:
         if self.objective is None and is_search(self.limits):
@@ -114,6 +117,7 @@ class Settings:
         check_path("output_dir", self.output_dir)
         check_threads(self.threads)
         check_flag("sensitivity", self.sensitivity)
+        check_flag("show_samples", self.show_samples)
         chosen_shapes(self.dynamic_shapes)
         check_rankable(self.recipe, sensitivity=self.sensitivity)
         check_search(self.objective, self.max_validations, self.time_budget_s)

@@ -84,16 +84,16 @@ class Predictions:
         num_changed: whose prediction is another one.
         kept: the tensors of some of these, each alone.
         tokenizer: has `decode`, from ids to text; None where there is none.
+        shown: whether a reader may see these, as images and texts.
     """
 
-    def __init__(self, alone: Alone, tokenizer: Any = None) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, alone: Alone, tokenizer: Any = None, *, shown: bool = True) -> None:
+        self.tokenizer, self.shown = tokenizer, shown
         self.num_samples = self.num_changed = 0
         self.kept: list[list[Tensor]] = []
         self._alone = alone
         # What float was given and predicts, call by call; None where a call has no class scores.
-        self._given: list[list[float]] = []
-        self._classes: list[Tensor | None] = []
+        self._given, self._classes = list[list[float]](), list[Tensor | None]()
         self._number = 0
 
     @property
@@ -216,8 +216,9 @@ def changed_predictions(
         tried = _tried(model, worst)
         causes = _causes(model, known, tried)
     samples = tuple(
-        ChangedSample(*changed, image_of(one), text_of(one, predictions.tokenizer), names)
+        ChangedSample(*changed, image_of(seen), text_of(seen, predictions.tokenizer), names)
         for (one, changed), names in zip(known, causes, strict=True)
+        for seen in [one * predictions.shown]
     )
     operators = collections.Counter(name for names in causes for name in names)
     return ChangedPredictions(

@@ -161,6 +161,16 @@ def difference(
     return Difference(value, margin, "", number - 1, samples, differing, span)
 
 
+def differences(quantized: Metrics, floating: Metrics) -> dict[str, Difference]:
+    """Return how far the metrics of two models are apart that both have, each with an interval where there is one."""
+    parts, known = quantized.contributions, floating.contributions
+    return {
+        name: difference(value, floating[name], parts.get(name), known.get(name))
+        for name, value in quantized.items()
+        if name in floating
+    }
+
+
 def student_quantile(share: float, degrees: int) -> float:
     """Return the quantile of Student's distribution.
 
@@ -179,9 +189,14 @@ def student_quantile(share: float, degrees: int) -> float:
 
 
 class Recorder:
-    """Notes what each batch adds to what a validation loop logs, and to the metrics that a module holds."""
+    """Notes what each batch adds to what a validation loop logs, and to the metrics that a module holds.
 
-    def __init__(self) -> None:
+    Args:
+        lists: whether metrics count that keep lists of all that they saw, and take long to compute again and again.
+    """
+
+    def __init__(self, *, lists: bool = True) -> None:
+        self._lists = lists
         self._means: dict[str, list[tuple[float, float]]] = {}
         self._metrics: dict[str, _States] = {}
         self._samples = 0
@@ -201,7 +216,8 @@ class Recorder:
                 reached = (float(item.value), float(item.cumulated_batch_size))
                 self._means.setdefault(name, []).append(reached)
         for name, metric in metrics.items():
-            self._metrics.setdefault(name, _States(metric)).note()
+            if self._lists or not any(isinstance(default, list) for default in metric._defaults.values()):
+                self._metrics.setdefault(name, _States(metric)).note()
 
     def contributions(self, name: str, value: float, metric: Metric | None = None) -> Contributions | None:
         """Return the parts of a logged metric; None where they do not make up its value.

@@ -74,7 +74,8 @@ def evaluate(
         on_cpu: whether the LightningModule has to run on the CPU, and not on the trainer's device.
         recorded: gets the arguments of the module's first call, where that is wanted.
         seed: of the random numbers that validation may draw.
-        contributions: whether to note what each batch adds to the metrics; in one process.
+        contributions: whether to note what each batch adds to metrics that keep all they saw, too; to the others it
+            is noted in any case, in one process.
         watch: is entered with the module of the copy while validation runs.
 
     Raises:
@@ -94,7 +95,7 @@ def evaluate(
         for name in quantized_layers:
             module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: beside.add(name))
     group = group or Group()
-    shares = LoggedValues(Recorder() if contributions and group.size == 1 else None)
+    shares = LoggedValues(Recorder(lists=contributions) if group.size == 1 else None)
     loaders = without_repetitions(loaders, group)
     # The same random numbers for every candidate: what differs then is the candidate.
     recording: AbstractContextManager[list[Call]] = nullcontext([]) if recorded is None else recorded_calls(module, 1)

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.contributions import Contributions, Recorder
 from lightning_quant.measure.evaluate_shares import Share
 
@@ -23,7 +24,7 @@ class LoggedValues(Callback):
         self.higher_is_better: dict[str, bool] = {}
         self.draws = False
         self._before: Any = None
-        self._recorder, self._logged = recorder, dict[str, Any]()
+        self._recorder, self._logged, self._unread = recorder, dict[str, Any](), list[str]()
 
     def on_validation_batch_start(self, *_: Any) -> None:
         """Called when a validation step begins: see where the random numbers are."""
@@ -36,7 +37,9 @@ class LoggedValues(Callback):
         self.draws = self.draws or self._before != _random_states()
         if self._recorder is not None:
             modules = pl_module.named_modules()
-            self._recorder.note(logged_in(trainer), {n: m for n, m in modules if isinstance(m, Metric)}, batch)
+            with noting(self._unread, "contributions of batches are"):
+                self._recorder.note(logged_in(trainer), {n: m for n, m in modules if isinstance(m, Metric)}, batch)
+            self._recorder = None if self._unread else self._recorder
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation ends: read the results before they are reset."""
@@ -50,10 +53,14 @@ class LoggedValues(Callback):
 
     def contributions(self, values: Mapping[str, float]) -> dict[str, Contributions]:
         """Return the parts of what was logged, where they make up its value."""
+        by_name: dict[str, Contributions | None] = {}
         if self._recorder is None:
             return {}
-        metrics = {name: None if item.is_tensor else item.value for name, item in self._logged.items()}
-        by_name = {n: self._recorder.contributions(n, value, metrics.get(n)) for n, value in values.items()}
+        for name, value in values.items():
+            item = self._logged.get(name)
+            metric = None if item is None or item.is_tensor else item.value
+            with noting(self._unread, "contributions of batches are"):
+                by_name[name] = self._recorder.contributions(name, value, metric)
         return {name: parts for name, parts in by_name.items() if parts is not None}
 
 

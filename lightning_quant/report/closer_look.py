@@ -1,7 +1,6 @@
 """What only the report's page shows: numbers of operators, their time, and samples that got another prediction."""
 
 import contextlib
-import functools
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,10 +11,9 @@ from torch import nn
 
 from lightning_quant.calls.calls import Call, flatten_call
 from lightning_quant.errors import NoEffectWarning, QuantizationError
-from lightning_quant.measure.changed_predictions import Predictions, alone, changed_predictions
+from lightning_quant.measure.changed_predictions import Predictions, changed_predictions
 from lightning_quant.measure.operator_numbers import OperatorNumbers, operator_numbers
 from lightning_quant.measure.output_noise import HeldOut
-from lightning_quant.measure.thumbnails import tokenizer_of
 from lightning_quant.planned.parts import in_parts
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.report.changed import Changed
@@ -54,15 +52,16 @@ def closer_look(
         path: of the model file.
         threads: of a call.
         held: calls that chose nothing.
-        predictions: noted while validation ran; those of the held calls where it did not.
+        predictions: noted while validation ran; where it did not, those of the held calls are.
     """
     numbers: tuple[OperatorNumbers, ...] = ()
     try:
         numbers = _numbers(model, held)
         worst = tuple(dict.fromkeys(one.name for one in sorted(numbers, key=lambda one: one.own_db)))
         base = "validation"
-        if (predictions is None or not predictions.num_samples) and held is not None:
-            predictions, base = _predictions(model, *compared, held), held.base
+        if predictions is not None and not predictions.num_samples and held is not None:
+            _note(predictions, *compared, held)
+            base = held.base
         changed = None
         if predictions is not None:
             called = compared[1] if model.into_only else in_parts(compared[1], model)
@@ -96,8 +95,7 @@ def _few(model: PlannedModel, call: Call, number: int) -> Call | None:
     return model.call(model.batch.cut(spec.names, tensors, 0, max(number, model.batch.smallest)))
 
 
-def _predictions(model: PlannedModel, root: nn.Module, artifact: Callable[..., Any], held: HeldOut) -> Predictions:
-    predictions = Predictions(functools.partial(alone, model), tokenizer_of(model.root))
+def _note(predictions: Predictions, root: nn.Module, artifact: Callable[..., Any], held: HeldOut) -> None:
     # Calls that are none of the artifact tell nothing; the comparison of outputs says so.
     with contextlib.suppress(QuantizationError):
         for call in held.calls:
@@ -105,7 +103,6 @@ def _predictions(model: PlannedModel, root: nn.Module, artifact: Callable[..., A
             with torch.no_grad(), torch.random.fork_rng(devices=[]), evaluation_mode(root), without_fast_path():
                 predictions.note_float(call, root(*call.args, **call.kwargs))
                 predictions.note_artifact(call, artifact(*call.args, **call.kwargs))
-    return predictions
 
 
 def _operator_ms(model: PlannedModel, path: Path, threads: int) -> dict[str, float]:

@@ -208,6 +208,7 @@ def summary(artifact: Artifact) -> dict[str, Any]:
                 "float": row.get("float_value"),
                 "artifact": row.get("artifact"),
                 "delta": _delta(row),
+                "margin": row.get("margin"),
                 "higher_is_better": row.get("higher_is_better"),
             }
             for row in report.get("metrics", [])

@@ -10,6 +10,8 @@ from lightning_quant.terminal.tables import text_table
 # predictions may tip.
 _TOLERANCE = 0.01
 _NUM_TIPPED = 2
+# What "±" means.
+MARGIN = "± is half of the interval of 90 % for the delta, paired over batches: other validation data of this kind."
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,8 @@ class MetricRow:
         before: of the last validation before training began to round, where it did.
         num_samples: that the file was measured on.
         higher_is_better: None where neither the metric nor a callback that watches it says so.
+        margin: half the width of the interval of `delta`, two-sided, 90 %, paired, see `measure.contributions`; None
+            where the metric has no parts, or too few.
     """
 
     name: str
@@ -33,6 +37,7 @@ class MetricRow:
     before: float | None = None
     num_samples: int | None = None
     higher_is_better: bool | None = None
+    margin: float | None = None
 
     @property
     def delta(self) -> float | None:
@@ -62,8 +67,13 @@ class Metrics(Section):
         rows = []
         for r in self.metrics:
             values = [*[r.before] * begun, r.float_value, r.simulated, r.artifact]
-            rows.append((r.name, *map(_number, values), _number(r.delta, sign=True)))
-        return text_table(header, rows) + self._about_trained(begun)
+            margin = "" if r.delta is None or r.margin is None else f" ±{_number(r.margin)}"
+            rows.append((r.name, *map(_number, values), _number(r.delta, sign=True) + margin))
+        return text_table(header, rows) + self._about_margins() + self._about_trained(begun)
+
+    def _about_margins(self) -> str:
+        known = any(row.delta is not None and row.margin is not None for row in self.metrics)
+        return f"\n\n{MARGIN}" if known else ""
 
     def _about_trained(self, begun: bool) -> str:
         if not self.trained:

@@ -11,9 +11,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from lightning_quant.artifact.manifest import REPORTS
 from lightning_quant.report.limits import columns
+from lightning_quant.report.metrics import MARGIN
 from lightning_quant.report.network import bars, drawn
 from lightning_quant.report.scatter import Chart, Dot, scatter
-from lightning_quant.report.verdict import delta, speedup, verdict
+from lightning_quant.report.verdict import delta, margin, speedup, verdict
 
 _KB = 1000
 
@@ -41,6 +42,7 @@ def to_html(manifest: dict[str, Any], standalone: str) -> str:
         unnamed_ms=sum(report["operator_ms"].values()) - sum(row["ms"] or 0 for row in rows),
         classes=manifest.get("classes") or [],
         verdict=verdict(report),
+        about_margin=MARGIN,
         tiles=_tiles(report),
         parity=_parity(report["parity"] or {}),
         standalone=standalone.strip(),
@@ -125,6 +127,7 @@ def _template(name: str) -> Any:
         "share": share,
         "speedup": speedup,
         "delta": delta,
+        "margin": margin,
     }
     return environment.get_template(name)
 
@@ -158,8 +161,9 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     sizes = f"{size(report['artifact_bytes'])}, of {size(report['float_bytes'])}"
     tiles = [("size", f"{report['size_ratio']:.2f} x", sizes)]
     for row in report["metrics"][:2]:
-        change = delta(row)
+        change, wide = delta(row), margin(row)
         detail = f"float {figures(row['float_value'])}" + ("" if change is None else f", change {change:+.4f}")
+        detail += "" if wide is None else f" ±{wide:.4f}"
         tiles.append((row["name"], figures(row["artifact"]), detail))
     for row in report["latency"][:1]:
         detail = f"faster than the best float peer, {figures(row['artifact']['median_ms'])} ms at batch {row['batch']}"

@@ -41,6 +41,11 @@ def delta(row: dict[str, Any]) -> float | None:
     return None if any(not isinstance(value, float) for value in values) else values[1] - values[0]
 
 
+def margin(row: dict[str, Any]) -> float | None:
+    """Return half the width of the interval of `delta`; None where it is not known."""
+    return row.get("margin") if delta(row) is not None and isinstance(row.get("margin"), float) else None
+
+
 def _sentence(text: str) -> str:
     """Return a text with what helps against it, where it does not say so itself."""
     text = text.rstrip(".")

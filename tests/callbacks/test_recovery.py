@@ -35,6 +35,7 @@ SHARED = {
     "objective": "latency",
     "max_validations": 5,
     "time_budget_s": 60.0,
+    "show_samples": False,
 }
 KINDS: dict[type[Any], dict[str, Any]] = {
     lq.QuantizationAwareTraining: {

@@ -38,6 +38,7 @@ OTHERS: dict[str, Any] = {
     "objective": "latency",
     "max_validations": 5,
     "time_budget_s": 60.0,
+    "show_samples": False,
     "module": "net",
     "example": "example_input_array",
     "weights": "best",

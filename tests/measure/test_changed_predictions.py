@@ -92,6 +92,26 @@ def test_the_operator_that_did_it_is_found_by_patching() -> None:
     assert found.operators.get("first", 0) < found.operators["second"]
 
 
+@pytest.mark.parametrize("shown", [True, False])
+def test_samples_are_shown_unless_a_reader_is_not_to_see_them(shown: bool) -> None:
+    class OfImages(Spoiled):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flatten(1)[:, :6])
+
+    torch.manual_seed(0)
+    model, x = OfImages().eval(), torch.randn(64, 1, 4, 4)
+    with torch.no_grad():
+        model.third.bias -= model(x).mean(0)
+    prepared = prepare(model, (x,), recipe=PLAIN, observer="min_max")
+    calibrate(prepared, steps_of(prepared, [(x,)]))
+    predictions = compared(prepared, x)
+    predictions.shown = shown
+    changed = changed_predictions(prepared, Simulated(prepared), predictions, "validation")
+    assert changed is not None
+    assert changed.samples
+    assert all(bool(sample.image) == shown for sample in changed.samples)
+
+
 def test_nothing_is_patched_where_nothing_changed_or_the_net_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
     prepared, x = spoiled()
     monkeypatch.setattr("lightning_quant.measure.changed_predictions._MULTIPLY_ADDS", 1)

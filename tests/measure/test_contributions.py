@@ -122,7 +122,8 @@ def test_parts_of_every_kind_of_metric_make_up_its_value() -> None:
     alone = evaluate(trainer, model, "net", limit_batches=3)
     for name, parts in values.contributions.items():
         assert parts.of(range(3)) == pytest.approx(alone[name], rel=1e-4), name
-    assert not evaluate(trainer, model, "net").contributions
+    # Metrics that keep all they saw take long to compute again and again: a search asks for them, a report does not.
+    assert set(values.contributions) - set(evaluate(trainer, model, "net").contributions) == {"area"}
 
 
 def test_a_metric_that_is_not_the_sum_of_its_parts_has_none() -> None:

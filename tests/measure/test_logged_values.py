@@ -29,3 +29,15 @@ def test_values_directions_and_draws_are_read_from_lightnings_records(model: Cla
     assert set(values.contributions(results[0])) == set(results[0])
     assert LoggedValues().contributions(results[0]) == {}
     assert evaluate(trainer, model, "net").draws == draws
+
+
+@pytest.mark.parametrize("method", ["note", "contributions"])
+def test_what_cannot_be_read_of_batches_costs_no_validation(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any) -> None:
+        raise TypeError("cannot copy a lock")
+
+    monkeypatch.setattr(Recorder, method, fail)
+    model = Classifier()
+    values = evaluate(fit(model, max_epochs=1), model, "net")
+    assert "val_accuracy" in values
+    assert values.contributions == {}

@@ -1,5 +1,6 @@
 """What is looked at for the page, and that it costs no report."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calls.calls import Call
 from lightning_quant.errors import NoEffectWarning
 from lightning_quant.export.prepare import prepare
+from lightning_quant.measure.changed_predictions import Predictions, alone
 from lightning_quant.measure.output_noise import HeldOut
 from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.report import closer_look as module
@@ -34,6 +36,7 @@ def looked(prepared: Prepared, held: HeldOut | None) -> tuple[dict, dict]:
         Path("model.onnx"),
         1,
         held=held,
+        predictions=Predictions(functools.partial(alone, prepared)),
     )
     return numbers.to_dict(), changed.to_dict()
 

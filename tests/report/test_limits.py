@@ -160,7 +160,13 @@ def test_users_metrics_cannot_hide_what_the_summary_says() -> None:
     found = summary(artifact(*metrics))
 
     assert (found["schema_version"], found["bytes"], found["runtime"]) == (1, 1234, "onnxruntime")
-    assert found["metrics"]["bytes"] == {"float": 1.0, "artifact": 2.0, "delta": 1.0, "higher_is_better": None}
+    assert found["metrics"]["bytes"] == {
+        "float": 1.0,
+        "artifact": 2.0,
+        "delta": 1.0,
+        "margin": None,
+        "higher_is_better": None,
+    }
     assert found["speedup"] == {"1": 1.5}
     cells = columns(found)
     assert cells["", "bytes"] == "1,234"

@@ -60,6 +60,15 @@ def test_float_is_named_for_what_it_is_after_training_through_rounding() -> None
     assert report.scalars()["quant/float_before/val_loss"] == 0.6977
 
 
+def test_delta_has_its_interval_where_one_is_known() -> None:
+    row = MetricRow("val_loss", 0.5, 0.49, 0.48, margin=0.013)
+    text = changed(metrics=(row, MetricRow("map", 0.5, 0.495, 0.49))).to_markdown()
+    assert "-0.0200 ±0.0130 |" in text
+    assert "-0.0100 |" in text
+    assert "interval of 90 %" in text
+    assert "±" not in changed(metrics=(MetricRow("map", 0.5, 0.495, 0.49),)).to_markdown()
+
+
 def test_delta_is_artifact_minus_float() -> None:
     assert METRICS[0].delta == pytest.approx(-0.01)
     assert MetricRow("x", 0.5, None, None).delta is None

@@ -104,7 +104,14 @@ def test_json_holds_everything_and_what_follows_from_it() -> None:
     assert values["size_ratio"] == 1.5
     assert values["warnings"] == ["the artifact is larger than the float model: 1.50 times its bytes"]
     assert values["scalars"]["quant/artifact_bytes"] == 6000
-    numbers = {"float_value": 0.9, "simulated": 0.895, "artifact": 0.89, "before": None, "num_samples": None}
+    numbers = {
+        "float_value": 0.9,
+        "simulated": 0.895,
+        "artifact": 0.89,
+        "before": None,
+        "num_samples": None,
+        "margin": None,
+    }
     assert values["metrics"][0] == {"name": "val_accuracy", "higher_is_better": None, **numbers}
     assert values["latency"][0]["runtime_float"]["median_ms"] == 4
     assert values["parity"]["worst_operator"] == "layer1.add"
