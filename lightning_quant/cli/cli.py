@@ -19,6 +19,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.machine.disk import lasting_scratch_folder
 from lightning_quant.report.limits import SCHEMA_VERSION, columns, failures_in, missed_limits, summary
 from lightning_quant.report.page import comparison, to_html
+from lightning_quant.terminal.figures import figures
 from lightning_quant.terminal.shown_report import print_markdown
 from lightning_quant.terminal.tables import text_table
 
@@ -134,7 +135,8 @@ def _bench_table(rows: "list[BenchRow]", *, against_float: bool) -> str:
     header = ["artifact", "runtime", "threads", "batch", "ms", "samples/s", "peak MB"]
     cells = []
     for r in rows:
-        time, memory = f"{r.median_ms:.3g} ({r.low_ms:.3g} to {r.high_ms:.3g})", f"{r.peak_bytes / 2**20:.1f}"
+        time = f"{figures(r.median_ms)} ({figures(r.low_ms)} to {figures(r.high_ms)})"
+        memory = f"{r.peak_bytes / 2**20:.1f}"
         cells.append([r.path, r.runtime, str(r.threads), str(r.batch), time, f"{r.samples_per_s:,.0f}", memory])
         if against_float:
             cells[-1].append("-" if r.speedup is None else f"{r.speedup:.2f}")

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from lightning_quant.terminal.figures import figures
+
 
 @dataclass(frozen=True)
 class Timing:
@@ -26,7 +28,7 @@ class Timing:
     num_rounds: int
 
     def __str__(self) -> str:
-        return f"{self.median_ms:.3g} ({self.low_ms:.3g} to {self.high_ms:.3g})"
+        return f"{figures(self.median_ms)} ({figures(self.low_ms)} to {figures(self.high_ms)})"
 
 
 def measure(

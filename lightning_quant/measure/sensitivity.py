@@ -17,6 +17,7 @@ from lightning_quant.recipe.recipe import AnyRecipe
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.host import moved_call
 from lightning_quant.surgery.routing import device_of, evaluation_mode
+from lightning_quant.terminal.figures import figures, fixed
 from lightning_quant.terminal.progress import tracked
 from lightning_quant.terminal.tables import one_line, text_table
 
@@ -112,14 +113,14 @@ class Sensitivity:
 
     def _way_out(self) -> str:
         if self.advice is None and self.gains:
-            moved = ", ".join(f"{name} {value:+.4f}" for name, value in self.gains.items())
+            moved = ", ".join(f"{name} {fixed(value, sign=True)}" for name, value in self.gains.items())
             return f"keeping it float makes no metric better ({moved})"
         if self.advice is None:
             return "no part of the net gains by being kept float for its sake"
         names = ", ".join(f'"{name}": "float"' for name in self.advice.names)
         which = "it" if len(self.advice.names) == 1 else "it and what shares its tensors"
         gains = [] if self.advice.score_gain is None else [f"{100 * self.advice.score_gain:+.1f} points"]
-        gains += [f"{name} {value:+.4f}" for name, value in self.gains.items()]
+        gains += [f"{name} {fixed(value, sign=True)}" for name, value in self.gains.items()]
         gains += [f"{10 * math.log10(self.error / self.advice.error):+.1f} dB"] if self.advice.error else []
         kilobytes = f"{self.advice.float_bytes / 1000:+.0f} KB"
         return f"keep {which} float with `overrides={{{names}}}`: {', '.join(gains)}, {kilobytes}"
@@ -138,7 +139,7 @@ class Sensitivity:
                 f"{layer.weight_error:.2e}",
                 f"{layer.activation_error:.2e}",
                 f"{layer.own_db:.1f}",
-                f"{layer.low:.3g} to {layer.high:.3g}",
+                f"{figures(layer.low)} to {figures(layer.high)}",
                 f"{layer.clipped:.3%}",
             )
             for layer in self.layers

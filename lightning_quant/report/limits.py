@@ -9,6 +9,7 @@ from lightning_quant.arguments.choice import closest
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.errors import QuantizationError
 from lightning_quant.report.limit_names import EXAMPLE, are_by_name, as_fields
+from lightning_quant.terminal.figures import fixed
 
 SCHEMA_VERSION = 1
 """Of the JSON that the command line prints; a key that goes or changes its meaning makes another."""
@@ -230,7 +231,7 @@ def columns(summary: Mapping[str, Any]) -> dict[tuple[str, str], str]:
 def cell(value: Any) -> str:
     """Return a value as it stands in a table."""
     if isinstance(value, float):
-        return f"{value:.4f}"
+        return fixed(value)
     return "-" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
 
 
@@ -260,7 +261,7 @@ def _worse(row: Mapping[str, Any], allowed: float, higher_is_better: bool | None
         delta = row["artifact"] - before
         if not (-delta if higher_is_better else delta) <= allowed:
             how = "fell" if higher_is_better else "rose"
-            yield f"{row['name']} {how} by {abs(delta):.4f} since rounding began, more than {allowed}"
+            yield f"{row['name']} {how} by {fixed(abs(delta), before)} since rounding began, more than {allowed}"
 
 
 def _worse_than_float(row: Mapping[str, Any], allowed: float, higher_is_better: bool | None) -> Iterator[str]:
@@ -273,7 +274,7 @@ def _worse_than_float(row: Mapping[str, Any], allowed: float, higher_is_better: 
             f"`lower_is_better` of the limits (`--higher-is-better {name}`)"
         )
     elif not (-delta if higher_is_better else delta) <= allowed:
-        how = f"fell by {-delta:.4f}" if higher_is_better else f"rose by {delta:.4f}"
+        how = f"{'fell' if higher_is_better else 'rose'} by {fixed(abs(delta), row.get('float_value'))}"
         yield f"{name} {how}, more than {allowed}"
 
 

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from lightning_quant.report.section import Section
+from lightning_quant.terminal.figures import fixed
 from lightning_quant.terminal.tables import text_table
 
 # Share of a metric by which the file may be off where quantization costs nothing, and validation samples whose
@@ -67,8 +68,9 @@ class Metrics(Section):
         rows = []
         for r in self.metrics:
             values = [*[r.before] * begun, r.float_value, r.simulated, r.artifact]
-            margin = "" if r.delta is None or r.margin is None else f" ±{_number(r.margin)}"
-            rows.append((r.name, *map(_number, values), _number(r.delta, sign=True) + margin))
+            cells = [fixed(value, r.float_value) for value in values]
+            margin = "" if r.delta is None or r.margin is None else f" ±{fixed(r.margin, r.float_value)}"
+            rows.append((r.name, *cells, fixed(r.delta, r.float_value, sign=True) + margin))
         return text_table(header, rows) + self._about_margins() + self._about_trained(begun)
 
     def _about_margins(self) -> str:
@@ -116,7 +118,3 @@ def _is_off(row: MetricRow, *, trained: bool) -> bool:
     tipped = whole * _NUM_TIPPED / row.num_samples if row.num_samples else 0.0
     allowed = max(2 * abs(row.simulated - floating), _TOLERANCE * size, tipped)
     return not abs(row.artifact - row.simulated) <= allowed
-
-
-def _number(value: float | None, *, sign: bool = False) -> str:
-    return "-" if value is None else f"{value:+.4f}" if sign else f"{value:.4f}"

@@ -15,6 +15,7 @@ from lightning_quant.report.metrics import MARGIN
 from lightning_quant.report.network import bars, drawn
 from lightning_quant.report.scatter import Chart, Dot, scatter
 from lightning_quant.report.verdict import delta, margin, speedup, verdict
+from lightning_quant.terminal.figures import figures, fixed
 
 _KB = 1000
 
@@ -128,17 +129,9 @@ def _template(name: str) -> Any:
         "speedup": speedup,
         "delta": delta,
         "margin": margin,
+        "fixed": fixed,
     }
     return environment.get_template(name)
-
-
-def figures(value: float | str | None) -> str:
-    """Return a number with three significant digits, or a dash for none; infinities are texts already."""
-    if value is None or isinstance(value, str):
-        return value or "-"
-    if 1000 <= abs(value) < 1e6:
-        return f"{float(f'{value:.3g}'):,.0f}"
-    return f"{value:.3g}" if value else "0"
 
 
 def size(value: int) -> str:
@@ -161,9 +154,10 @@ def _tiles(report: dict[str, Any]) -> list[tuple[str, str, str]]:
     sizes = f"{size(report['artifact_bytes'])}, of {size(report['float_bytes'])}"
     tiles = [("size", f"{report['size_ratio']:.2f} x", sizes)]
     for row in report["metrics"][:2]:
-        change, wide = delta(row), margin(row)
-        detail = f"float {figures(row['float_value'])}" + ("" if change is None else f", change {change:+.4f}")
-        detail += "" if wide is None else f" ±{wide:.4f}"
+        before, change, wide = row["float_value"], delta(row), margin(row)
+        detail = f"float {figures(before)}"
+        detail += "" if change is None else f", change {fixed(change, before, sign=True)}"
+        detail += "" if wide is None else f" ±{fixed(wide, before)}"
         tiles.append((row["name"], figures(row["artifact"]), detail))
     for row in report["latency"][:1]:
         detail = f"faster than the best float peer, {figures(row['artifact']['median_ms'])} ms at batch {row['batch']}"

@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from lightning_quant.terminal.figures import fixed
+
 # What a failure or warning has in it to what helps; of several the first.
 _NEXT = {
     "parity FAILED": 'try runtime="auto", which keeps to runtimes whose parity holds',
@@ -11,7 +13,7 @@ _NEXT = {
     "slower than float": 'try runtime="auto", and `lightning-quant bench` at your batch and number of threads',
     "still run in float": "the figures hold for the file as it is",
 }
-# Metrics by which two artifacts may differ without a reader caring.
+# Share of a metric by which two artifacts may differ without a reader caring.
 _NOTHING = 5e-5
 
 
@@ -55,4 +57,6 @@ def _sentence(text: str) -> str:
 
 def _changed(row: dict[str, Any]) -> str:
     change = delta(row) or 0.0
-    return f"{row['name']} {'unchanged' if abs(change) < _NOTHING else f'{change:+.4f}'} at {row['artifact']:.4g}"
+    unchanged = abs(change) <= _NOTHING * max(abs(row["artifact"]), abs(row["float_value"]))
+    changed = "unchanged" if unchanged else fixed(change, row["artifact"], sign=True)
+    return f"{row['name']} {changed} at {fixed(row['artifact'])}"

@@ -19,7 +19,7 @@ from lightning_quant import Artifact, quantize
 from lightning_quant.artifact.artifact import add_report, page_of, read
 from lightning_quant.cli.cli import main
 from lightning_quant.errors import ArtifactError, NoEffectWarning
-from lightning_quant.report.page import comparison, figures, share, size, to_html
+from lightning_quant.report.page import comparison, share, size, to_html
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
@@ -155,13 +155,6 @@ def test_metrics_of_training_stand_beside_what_they_were(artifact: Artifact) -> 
 
 
 def test_numbers() -> None:
-    assert [figures(value) for value in (1234.5, 0.000123456, 0.0, None, "inf")] == [
-        "1,230",
-        "0.000123",
-        "0",
-        "-",
-        "inf",
-    ]
     assert [size(value) for value in (999, 1000, 12_345_678)] == ["999 B", "1 kB", "12.3 MB"]
     assert [share(value) for value in (1.0, 0.99951, 0.1234, None)] == ["100%", "100%", "12.3%", "-"]
 

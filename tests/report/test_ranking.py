@@ -24,7 +24,7 @@ def test_sensitivity_stands_in_the_report_where_it_was_asked_for() -> None:
     assert (
         "80% of the error comes from stem.0, weights, range 40 times its median channel; keep it and what "
         'shares its tensors float with `overrides={"stem.0": "float", "stem.3": "float"}`: '
-        "val_acc +0.0080, +7.0 dB, +12 KB."
+        "val_acc +0.00800, +7.0 dB, +12 KB."
     ) in text
     assert text.index("| stem.0") < text.index("| head")
     assert changed(sensitivity=found).to_dict()["sensitivity"]["layers"][1]["name"] == "head"
