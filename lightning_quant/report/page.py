@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from lightning_quant.artifact.manifest import REPORTS
 from lightning_quant.report.limits import columns
@@ -123,6 +124,8 @@ def _template(name: str) -> Any:
     )
     environment.filters |= {
         "bars": bars,
+        "broken": broken,
+        "coded": coded,
         "figures": figures,
         "size": size,
         "share": share,
@@ -132,6 +135,16 @@ def _template(name: str) -> Any:
         "fixed": fixed,
     }
     return environment.get_template(name)
+
+
+def coded(text: str) -> Markup:
+    """Return an escaped text in which what stands between backticks is code."""
+    return Markup(re.sub(r"`([^`]+)`", r"<code>\1</code>", str(escape(text))))
+
+
+def broken(name: str) -> Markup:
+    """Return an escaped path of a module that lines may end in, behind its dots and underscores."""
+    return Markup(re.sub(r"(?<=[._])(?=[^._])", "<wbr>", str(escape(name))))
 
 
 def size(value: int) -> str:

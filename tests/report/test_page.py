@@ -19,7 +19,7 @@ from lightning_quant import Artifact, quantize
 from lightning_quant.artifact.artifact import add_report, page_of, read
 from lightning_quant.cli.cli import main
 from lightning_quant.errors import ArtifactError, NoEffectWarning
-from lightning_quant.report.page import comparison, share, size, to_html
+from lightning_quant.report.page import broken, coded, comparison, share, size, to_html
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
@@ -122,7 +122,8 @@ def test_parts_with_graphs_of_their_own_stand_behind_their_row(artifact: Artifac
     row = manifest["report"]["plan"]["rows"][0]
     names = ("enc", "head", "enc.a", "enc.b", "enc.b.c", "other.d")
     manifest["report"]["plan"]["rows"] = [{**row, "name": name, "reads": []} for name in names]
-    shown = re.findall(r"<td><code>(.*?)</code></td>", page_of(Artifact(artifact.path, manifest), to_html))
+    page = page_of(Artifact(artifact.path, manifest), to_html).replace("<wbr>", "")
+    shown = re.findall(r"<td><code>(.*?)</code></td>", page)
 
     assert shown[1:7] == ["enc", "enc.a", "enc.b", "enc.b.c", "head", "other.d"]
 
@@ -135,6 +136,11 @@ def test_reports_from_before_these_sections_have_a_page(artifact: Artifact) -> N
         del row["reads"]
 
     assert '<table id="network">' in page_of(Artifact(artifact.path, manifest), to_html)
+
+
+def test_words_of_code_and_paths_of_modules_are_shown_as_such() -> None:
+    assert coded("output `out` is <b>noise</b>") == "output <code>out</code> is &lt;b&gt;noise&lt;/b&gt;"
+    assert broken("net.a_block.0<i>") == "net.<wbr>a_<wbr>block.<wbr>0&lt;i&gt;"
 
 
 def test_texts_of_others_are_no_code(artifact: Artifact) -> None:
