@@ -10,6 +10,7 @@ RecipeName = Literal[
     "int8",
     "int8_accurate",
     "int4_weights",
+    "int4",
     "int8_reduce_range",
     "int8_dynamic",
     "int8_weight_only",

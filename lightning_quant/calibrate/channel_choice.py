@@ -173,9 +173,10 @@ def _rounding_errors(prepared: Prepared, group: ScalingGroup, sample: Sample, fa
     rows = (sample.rows / factor).clamp(max=group.clip)
     low, high = (sample.low / factor).amin(), (sample.high / factor).amax().clamp(max=group.clip)
     errors = []
+    grid = prepared.ranges.grid_of(group.edges[0])
     for share in SHARES:
-        parameters = affine_parameters(low * share, high * share, prepared.ranges.grid)
-        errors.append((fake_quantize(rows, *parameters, prepared.ranges.grid) - rows) * factor)
+        parameters = affine_parameters(low * share, high * share, grid)
+        errors.append((fake_quantize(rows, *parameters, grid) - rows) * factor)
     stacked = torch.stack(errors)
     return stacked - stacked.mean(1, keepdim=True)
 

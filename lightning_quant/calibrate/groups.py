@@ -93,8 +93,10 @@ class _Finder:
     def _link(self, operator: Operator) -> None:
         keys = [*operator.inputs, operator.output] if operator.quantized_output else [*operator.inputs]
         shapes = {self._shape(key) for key in operator.inputs}
-        if operator.kind not in _LINKS or len(shapes) > 1 or not operator.quantized_output:
-            self.blocked.update(keys)
+        # What a convolution adds before it rounds is no edge.
+        are_edges = self.parent.keys() >= set(keys)
+        if operator.kind not in _LINKS or len(shapes) > 1 or not (operator.quantized_output and are_edges):
+            self.blocked.update(self.parent.keys() & set(keys))
             return
         for key in keys[1:]:
             self._union(keys[0], key)

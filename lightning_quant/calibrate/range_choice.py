@@ -51,7 +51,7 @@ def choose_ranges(prepared: Prepared, calls: list[Call]) -> int:
                 f"Expected a recipe with a histogram observer, but got {prepared.observer!r}. Use 'mse'."
             )
         if edge not in candidates:
-            candidates[edge] = candidate_ranges(observer, prepared.ranges.grid)
+            candidates[edge] = candidate_ranges(observer, prepared.ranges.grid_of(edge))
             errors[edge] = [0.0] * len(candidates[edge])
         weight = folded_layer(prepared, site.identity).weight
         for index, error in enumerate(reader_errors(site, weight, candidates[edge], prepared)):
@@ -71,7 +71,7 @@ def reader_errors(site: Site, weight: Tensor, ranges: list[Range], prepared: Pre
     references = [site.compute(x, weight, None) for x in site.float_inputs]
     power = sum(float(y.square().sum()) for y in references) or 1.0
     weight = round_weight(weight, prepared.weight_quant_max(site.identity))
-    integers = prepared.ranges.grid
+    integers = prepared.ranges.grid_of(site.operator.reads[0])
     result = []
     for low, high in ranges:
         parameters = affine_parameters(low, high, integers)

@@ -31,11 +31,11 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.export.engines import AUTO
 from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.sensitivity import NUM_CALLS
-from lightning_quant.numerics.learned_steps import LearnedSteps
 from lightning_quant.planned.sizes import ChosenShapes
 from lightning_quant.ranges.observer_merge import check_mergeable
 from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.report.limits import NO_LIMITS, Limits
+from lightning_quant.simulate.damping import add_damping_gradient, growing
 from lightning_quant.simulate.distillation import Distill
 from lightning_quant.simulate.prepared import Prepared
 
@@ -127,7 +127,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             self.need = refused_in_callback(need_of, self, trainer, pl_module, self.settings.only_if_needed)
         refused_in_callback(self._begin, trainer)
         if self.settings.distill is not None and self._checkpoint is None:
-            self.require_prepared().teacher = refused_in_callback(teacher_of, self.settings.distill, trainer)
+            is_asked = vars(self)["distill"] is not None
+            self.require_prepared().teacher = refused_in_callback(teacher_of, self.settings.distill, trainer, is_asked)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -147,11 +148,11 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before the user's optimizer moves weights: ours moves their learned scales."""
-        prepared = self.require_prepared()
-        if prepared.learned_steps is not None and prepared.quantizes:
-            scaler = getattr(trainer.precision_plugin, "scaler", None)
-            factor = 1.0 if scaler is None else 1.0 / scaler.get_scale()
-            prepared.learned_steps.update(lambda grad: self.group.mean(grad) * factor)
+        prepared, scaler = self.require_prepared(), getattr(trainer.precision_plugin, "scaler", None)
+        if prepared.quantizes and prepared.recipe.damping:
+            moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+            add_damping_gradient(prepared, moved, prepared.recipe.damping * growing(self.timeline.progress(trainer)))
+        prepared.move_learned(self.group.mean, 1.0 if scaler is None else 1.0 / scaler.get_scale())
 
     @override
     def on_train_batch_end(
@@ -198,8 +199,7 @@ class QuantizationAwareTraining(QuantizationCallback):
 
     def _begin(self, trainer: Trainer) -> None:
         prepared = self.require_prepared()
-        if prepared.recipe.learned_step_rate > 0 and prepared.learned_steps is None:
-            prepared.learned_steps = LearnedSteps(prepared.recipe.learned_step_rate)
+        prepared.begin_learning()
         if self._checkpoint is not None:
             state = self._state_in(self._checkpoint)
             self._take_metrics(state)

@@ -75,19 +75,29 @@ class Timeline:
     Attributes:
         starts: phase to the position at which it begins.
         in_epochs: whether positions count epochs.
+        end: of the run; infinite where nobody knows.
     """
 
     starts: dict[str, float]
     in_epochs: bool
+    end: float = math.inf
 
     def phase(self, trainer: Any) -> str:
         """Return the phase of the batch that a trainer is about to run."""
-        position = trainer.current_epoch if self.in_epochs else trainer.fit_loop.epoch_loop.total_batch_idx
+        position = self._position(trainer)
         current = "off"
         for phase, start in self.starts.items():
             if position >= start:
                 current = phase
         return current
+
+    def progress(self, trainer: Any) -> float:
+        """Return how much of the training through rounding is done, in [0, 1]; all of it where its end is unknown."""
+        start = self.starts["fake_quantize"]
+        return (self._position(trainer) - start) / (self.end - start) if math.isfinite(self.end) else 1.0
+
+    def _position(self, trainer: Any) -> float:
+        return trainer.current_epoch if self.in_epochs else trainer.fit_loop.epoch_loop.total_batch_idx
 
 
 def timeline_of(schedule: Schedule, trainer: Any) -> Timeline:
@@ -130,7 +140,7 @@ def timeline_of(schedule: Schedule, trainer: Any) -> Timeline:
             f"Expected `schedule` to reach fake quantization in this run, but it begins at {schedule.fake_quantize:g} "
             f"{schedule.unit} and the run ends before. Train longer or begin earlier."
         )
-    return Timeline(starts, in_epochs)
+    return Timeline(starts, in_epochs, end)
 
 
 def _start(point: float, factor: float) -> float:

@@ -7,13 +7,15 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.simulate.distillation import Distill, Teacher
 
 
-def teacher_of(distill: Distill, trainer: Any) -> Teacher:
-    """Return what teaches the module of a run.
+def teacher_of(distill: Distill, trainer: Any, is_asked: bool = True) -> Teacher | None:
+    """Return what teaches the module of a run; None where nobody can and only the recipe wants it.
 
     Raises:
         QuantizationError: the run scales its loss itself, so that nobody knows how.
     """
     if not trainer.lightning_module.automatic_optimization:
+        if not is_asked:
+            return None
         raise QuantizationError(
             "Expected automatic optimization with `distill`, but `training_step` calls `manual_backward` on losses of "
             "its own scale. Train without it."

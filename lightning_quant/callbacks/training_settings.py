@@ -47,7 +47,8 @@ class TrainingSettings(CallbackSettings):
                 "layers are quantized after training. Use PostTrainingQuantization."
             )
         self._hold("schedule", read_schedule(self.schedule))
-        self._hold("distill", read_distill(self.distill))
+        distill = read_distill(self.recipe.distill if self.distill is None else self.distill)
+        self._hold("distill", distill if distill is not None and distill.weight > 0 else None)
 
 
 def needed_limits(given: Any, evaluate: bool) -> Limits:

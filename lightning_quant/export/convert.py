@@ -175,7 +175,7 @@ def _edges_put_in(
     for edge in island.plan.edges:
         if edge.passed:
             continue
-        quantizer = _quantizer(prepared, edge.identity)
+        quantizer = _quantizer(prepared, edge.identity, moved=not edge.observed)
         # A name of its own in the whole module: exporters may know no more than the last part of a path.
         quantizers[name := f"edge_{list(prepared.ranges.edges).index(edge.identity)}"] = quantizer
         pair = _insert_pair(graph, nodes[edge.key], name, quantizer.grid)
@@ -184,9 +184,10 @@ def _edges_put_in(
     return quantizers
 
 
-def _quantizer(prepared: Prepared, identity: str) -> EdgeQuantizer:
+def _quantizer(prepared: Prepared, identity: str, *, moved: bool = False) -> EdgeQuantizer:
+    """Return the quantizer of an edge; what was only moved is on the grid, and clipped to it, already."""
     scale, zero_point = prepared.ranges.parameters(identity)
-    return EdgeQuantizer(identity, scale.item(), int(zero_point), prepared.ranges.grid)
+    return EdgeQuantizer(identity, scale.item(), int(zero_point), prepared.ranges.grid_of(identity), clips=not moved)
 
 
 @torch.no_grad()

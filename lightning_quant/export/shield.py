@@ -33,9 +33,9 @@ def shield_float_layers(prepared: Prepared, island: Island, nodes: dict[str, fx.
             identity = edges.get(origin.meta["key"])
             if identity is None or identity in prepared.channels:
                 continue
-            scale, zero_point = prepared.ranges.parameters(identity)
-            low = (prepared.ranges.grid.low - zero_point - 1) * scale
-            high = (prepared.ranges.grid.high - zero_point + 1) * scale
+            grid, (scale, zero_point) = prepared.ranges.grid_of(identity), prepared.ranges.parameters(identity)
+            low = (grid.low - zero_point - 1) * scale
+            high = (grid.high - zero_point + 1) * scale
             with node.graph.inserting_before(node):
                 if moves_dequantization:
                     lowest = node.graph.call_function(torch.full, ((), low.item()))

@@ -10,7 +10,6 @@ from torch import nn
 from lightning_quant.calibrate.calibrate import observe_unreached
 from lightning_quant.errors import CalibrationError
 from lightning_quant.export.convert import check_agreement, convert
-from lightning_quant.ranges.ranges import Ranges
 from lightning_quant.simulate.parity import PARITY_SAMPLES, Parity, check_parity
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import as_exported, evaluation_mode
@@ -28,7 +27,7 @@ class StaticModel(Prepared):
     def for_trial(self) -> Self:
         """Return another binding with ranges of the captured call, or made-up ones where that call gives no numbers."""
         trial = self.bound_to(self.root)
-        trial.ranges = Ranges(self.ranges.edges, self.recipe, "min_max")
+        trial.ranges = self.ranges.anew(self.recipe, "min_max")
         args, kwargs = trial.call()
         with (
             torch.no_grad(),
@@ -40,7 +39,7 @@ class StaticModel(Prepared):
                 trial.root(*args, **kwargs)
             trial.ranges.check()
             return trial
-        trial.ranges = Ranges(self.ranges.edges, self.recipe, "min_max")
+        trial.ranges = self.ranges.anew(self.recipe, "min_max")
         for observer in trial.ranges.observers.values():
             observer.update(torch.tensor([0.0, 1.0]))
         return trial

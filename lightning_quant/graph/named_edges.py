@@ -23,16 +23,21 @@ class EdgeQuantizer(nn.Module):
 
     Attributes:
         identity: of the edge.
-        grid: scale, zero point, lowest and highest integer, dtype.
+        grid: scale, zero point, lowest and highest integer of the type that kernels clip to, and that type.
+        clip: lowest and highest integer, where there are fewer than that type has; None where there are not.
     """
 
-    def __init__(self, identity: str, scale: float, zero_point: int, grid: Grid) -> None:
+    def __init__(self, identity: str, scale: float, zero_point: int, grid: Grid, *, clips: bool = True) -> None:
         super().__init__()
-        self.identity, self.grid = identity, (scale, zero_point, grid.low, grid.high, grid.dtype)
+        info = torch.iinfo(grid.dtype)
+        self.identity, self.grid = identity, (scale, zero_point, info.min, info.max, grid.dtype)
+        self.clip = None if grid.fills_type or not clips else (grid.low, grid.high)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return integers."""
-        return torch.ops.quantized_decomposed.quantize_per_tensor.default(x, *self.grid)
+        integers = torch.ops.quantized_decomposed.quantize_per_tensor.default(x, *self.grid)
+        # Of integers: a clip in front of the quantizer would keep integer kernels from what it clips.
+        return integers if self.clip is None else torch.clamp(integers, *self.clip)
 
 
 class EdgeNames:

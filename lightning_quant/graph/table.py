@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 
-from lightning_quant.numerics.grid import INTEGERS_8, Grid
+from lightning_quant.numerics.grid import FEWER_THAN_8, INTEGERS_8, Grid
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,11 @@ class OperatorTable:
 
         Symmetric ranges take over no clip, which keeps to the grid of what it clips instead.
         """
-        in_float = "" if grid in INTEGERS_8 else f"activations on {grid} have no integer kernels, it computes in float"
+        in_float = (
+            ""
+            if grid in INTEGERS_8 | FEWER_THAN_8
+            else f"activations on {grid} have no integer kernels, it computes in float"
+        )
         if not grid.symmetric:
             return replace(self, in_float=in_float)
         moves = self.shared_scale | self.fused_activations

@@ -58,10 +58,9 @@ def edge_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, EdgeStat
     """
     axes = _channel_axes(prepared)
     statistics: dict[str, EdgeStatistics] = {}
-    grid = prepared.ranges.grid
 
     def count(identity: str, x: Tensor) -> None:
-        scale, zero_point = prepared.ranges.parameters(identity)
+        grid, (scale, zero_point) = prepared.ranges.grid_of(identity), prepared.ranges.parameters(identity)
         values = prepared.on_grid(identity, x).float()
         if not values.numel() or not values.dim():
             return

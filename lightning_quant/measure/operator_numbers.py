@@ -147,7 +147,7 @@ def _numbers(prepared: Prepared, identity: str, exact: _Seen, rounded: _Seen) ->
 
 def _on_grid(prepared: Prepared, edge: str, values: Tensor) -> Tensor:
     scale, zero_point = (parameter.cpu() for parameter in prepared.ranges.parameters(edge))
-    return fake_quantize(values, scale, zero_point, prepared.ranges.grid)
+    return fake_quantize(values, scale, zero_point, prepared.ranges.grid_of(edge))
 
 
 def _ratio(expected: Tensor, actual: Tensor) -> float:
@@ -170,7 +170,7 @@ def _drawn(prepared: Prepared, identity: str, numbers: OperatorNumbers, exact: _
         weight = _histogram(steps, -float(most), float(most), 1.0, float(folded.scale.median()))
     edge = operator.writes
     if operator.quantized_output and edge in exact.values:
-        grid = prepared.ranges.grid
+        grid = prepared.ranges.grid_of(edge)
         scale, zero_point = (float(parameter) for parameter in prepared.ranges.parameters(edge))
         low, high = (grid.low - zero_point) * scale, (grid.high - zero_point) * scale
         output = _histogram(exact.values[edge], low, high, scale, scale)

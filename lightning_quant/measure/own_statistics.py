@@ -10,7 +10,7 @@ from lightning_quant.calibrate.rescale import folded_layer
 from lightning_quant.calls.calls import Call
 from lightning_quant.measure.edge_statistics import edge_statistics, ratio_to_median
 from lightning_quant.measure.rounded_parts import own_parts, read_from_float
-from lightning_quant.numerics.fake_quantize import along, fake_quantize
+from lightning_quant.numerics.fake_quantize import along
 from lightning_quant.numerics.noise import alike, signal_to_noise
 from lightning_quant.simulate.prepared import Prepared
 
@@ -28,7 +28,6 @@ def own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str,
     """Return for each operator its own signal-to-noise ratio, its range, and how far its channels differ."""
     seen, weight_noise = edge_statistics(prepared, calls), _weight_noise(prepared, calls)
     statistics: dict[str, dict[str, Any]] = {}
-    grid = prepared.ranges.grid
     for identity, operator in prepared.operators.items():
         edge = operator.writes if operator.quantized_output else operator.reads[0]
         of_edge, ratio = seen.get(edge), weight_noise.get(identity, 0.0)
@@ -36,7 +35,7 @@ def own_statistics(prepared: Prepared, calls: list[Call]) -> dict[str, dict[str,
             ratio = _output_noise(prepared, calls, identity, edge)
         low = high = 0.0
         if edge in prepared.ranges.edges:
-            scale, zero_point = prepared.ranges.parameters(edge)
+            grid, (scale, zero_point) = prepared.ranges.grid_of(edge), prepared.ranges.parameters(edge)
             low, high = float((grid.low - zero_point) * scale), float((grid.high - zero_point) * scale)
         widest, extra = 1.0, 0
         if operator.weight:
@@ -71,14 +70,12 @@ def _output_noise(prepared: Prepared, calls: list[Call], identity: str, edge: st
         with simulation.quantizing_only(only), simulation.watching(watch), prepared.attached("frozen"):
             for args, kwargs in calls:
                 prepared.root(*args, **kwargs)
-    parameters, integers = prepared.ranges.parameters(edge), prepared.ranges.grid
-    return error_of(outputs[False], [fake_quantize(x, *parameters, integers) for x in outputs[True]])
+    return error_of(outputs[False], [prepared.ranges.rounded(edge, x) for x in outputs[True]])
 
 
 def _weight_noise(prepared: Prepared, calls: list[Call]) -> dict[str, float]:
     """Return noise over signal of weighted operators that answer in float, from their weights and what is their own."""
     noise: dict[str, float] = {}
-    grid = prepared.ranges.grid
 
     def visit(site: Site) -> None:
         if site.operator.quantized_output:
@@ -92,7 +89,7 @@ def _weight_noise(prepared: Prepared, calls: list[Call]) -> dict[str, float]:
         signal = total = 0.0
         for x in site.float_inputs:
             exact = site.compute(x, layer.weight, layer.bias)
-            x = fake_quantize(x, *prepared.ranges.parameters(edge), grid) if reads_float else x
+            x = prepared.ranges.rounded(edge, x) if reads_float else x
             signal += float(exact.square().sum())
             total += float((site.compute(x, rounded, folded.bias) - exact).square().sum())
         noise[site.identity] = total / signal if signal else 0.0

@@ -36,6 +36,12 @@ class Grid:
         """The integer that stands for 0.0 where the grid is symmetric."""
         return (self.low + self.high + 1) // 2
 
+    @property
+    def fills_type(self) -> bool:
+        """Whether it has every integer of its type, which kernels clip to by themselves."""
+        info = torch.iinfo(self.dtype)
+        return (self.low, self.high) == (info.min, info.max)
+
     def __str__(self) -> str:
         kind = "symmetric " if self.symmetric else ""
         return f"{kind}[{self.low}, {self.high}] in {str(self.dtype).removeprefix('torch.')}"
@@ -50,9 +56,11 @@ def activation_grid(bits: int, *, symmetric: bool = False) -> Grid:
     return Grid(0, 2**bits - 1, torch.uint8 if bits <= 8 else torch.uint16, symmetric=symmetric)
 
 
-# Kernels clip to the ends of the storage type, so these are all of it.
+# Kernels clip to the ends of the storage type: these are all of it.
 UINT8 = activation_grid(8)
 INTEGERS_8 = frozenset({UINT8, activation_grid(8, symmetric=True)})
+# In the same type: what kernels leave beyond their ends, a clip of integers takes away.
+FEWER_THAN_8 = frozenset(activation_grid(bits, symmetric=s) for bits in range(2, 8) for s in (False, True))
 INTEGERS_16 = frozenset({activation_grid(16), activation_grid(16, symmetric=True)})
 
 

@@ -1,8 +1,10 @@
-"""Learned step sizes: the scales of the weights are trained together with them.
+"""Learned step sizes: the scales of weights, and of activations, are trained together with the weights.
 
-Source: Esser et al. 2020, arXiv:1902.08153, equations 1 to 3 and section 2.1 (the first step, 2 mean|w| / sqrt(Q)). The
-logarithm of each step is what Adam moves, so that one learning rate suits steps of any size and none turns negative;
-the paper's gradient scale has the same purpose and cancels in Adam.
+Source: Esser et al. 2020, arXiv:1902.08153, equations 1 to 3 and section 2.1 (the first step, 2 mean|w| / sqrt(Q)); of
+activations, whose zero point is learned too, Bhalgat et al. 2020 (LSQ+), arXiv:2004.09576, equations 4 to 7, and
+section 3.2 (the first range is that of least squared error). The logarithm of each step is what Adam moves, so that one
+learning rate suits steps of any size and none turns negative; the papers' gradient scales, 1 / sqrt(N Q), have the same
+purpose and cancel in Adam.
 """
 
 from collections.abc import Callable
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.numerics.fake_quantize import SMALLEST_SCALE, along
+from lightning_quant.numerics.grid import Grid
 
 
 class _LearnedStep(torch.autograd.Function):
@@ -44,18 +47,66 @@ def quantize_with_learned_step(weight: Tensor, step: Tensor, quant_max: int) -> 
     return _LearnedStep.apply(weight, along(step, weight), quant_max)
 
 
+class _LearnedRange(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, values: Tensor, grid: Grid, relu: bool) -> Tensor:
+        scale, zero_point = _scale_and_zero_point(values, grid)
+        lowest, highest = grid.low - zero_point, grid.high - zero_point
+        lowest = lowest.clamp(min=0) if relu else lowest
+        y = (x.float() / scale).round_().clamp_(lowest, highest).mul_(scale)
+        ctx.save_for_backward(x, y, scale, lowest, highest)
+        # Where zero is the end of the range, or its middle, it stays so.
+        ctx.moves = 0.0 if grid.symmetric or relu else float(grid.high - grid.low)
+        ctx.relu = relu
+        return y.to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        x, y, scale, lowest, highest = ctx.saved_tensors
+        bottom = torch.zeros_like(scale) if ctx.relu else (lowest - 0.5) * scale
+        passed = torch.where((x > bottom) & (x < (highest + 0.5) * scale), grad, 0)
+        # dy/dlog(scale) is y - x where a value is rounded, and y where it is clipped.
+        by_scale = (grad * y).float().sum() - (passed * x).float().sum()
+        # dy/dzero is minus a step where a value is clipped.
+        by_zero = (passed.float().sum() - grad.float().sum()) * scale * ctx.moves
+        return passed, torch.stack([by_scale, by_zero]), None, None
+
+
+def quantize_with_learned_range(x: Tensor, values: Tensor, grid: Grid, relu: bool = False) -> Tensor:
+    """Round activations to a grid whose scale and zero point are learned, with gradients for all three.
+
+    Args:
+        x: any shape and float dtype; its gradient is 0 where it is clipped.
+        values: `(2,)`, float32: the logarithm of the scale, and the zero point as a share of the grid.
+        grid: the integers.
+        relu: whether to round what a ReLU makes of x.
+    """
+    return _LearnedRange.apply(x, values, grid, relu)
+
+
+def _scale_and_zero_point(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    scale, share = values.detach().unbind()
+    zero_point = torch.round(grid.low + share * (grid.high - grid.low)).clamp(grid.low, grid.high)
+    return scale.exp(), torch.full_like(zero_point, grid.middle) if grid.symmetric else zero_point
+
+
 class LearnedSteps:
-    """The steps of all weights of a model, and the optimizer that moves them.
+    """The steps of all weights of a model, and the optimizer that moves them; of activations too, where that is asked.
 
     It is the quantizer's own: the user's optimizers, their states and their checkpoints stay those of the float run.
 
     Attributes:
-        logarithms: operator to the logarithm of its steps, `(out_channels,)`.
+        logarithms: operator to the logarithm of its steps, `(out_channels,)`; and `EDGES` and the name of a group of
+            edges to the logarithm of their scale and their zero point as a share of the grid, `(2,)`.
     """
+
+    EDGES = "edges "
 
     def __init__(self, learning_rate: float) -> None:
         self.logarithms: dict[str, Tensor] = {}
         self.learning_rate = learning_rate
+        # What processes have not agreed on by now: each has begun from values of its own.
+        self._new: set[str] = set()
         # No weight decay: a step is no weight.
         self._optimizer: torch.optim.Adam | None = None
         self._saved_optimizer: dict[str, Any] | None = None
@@ -67,21 +118,50 @@ class LearnedSteps:
             self.logarithms[identity] = first.clamp(min=SMALLEST_SCALE).log().requires_grad_()
         return self.logarithms[identity].exp()
 
-    def update(self, reduce: Callable[[Tensor], Tensor] | None = None) -> None:
+    def range_of(self, group: str, first: Callable[[], tuple[Tensor, Tensor]], grid: Grid) -> Tensor:
+        """Return what is learned of the range of a group of edges, `(2,)`.
+
+        Args:
+            group: its name.
+            first: gives the scale and zero point to begin with.
+            grid: the integers.
+        """
+        name = self.EDGES + group
+        if name not in self.logarithms:
+            scale, zero_point = first()
+            share = (zero_point - grid.low) / (grid.high - grid.low)
+            self.logarithms[name] = torch.stack([scale.log(), share]).requires_grad_()
+            self._new.add(name)
+        return self.logarithms[name]
+
+    def parameters(self, group: str, grid: Grid) -> tuple[Tensor, Tensor] | None:
+        """Return the scale and the zero point of a group of edges, 0-dim; None where they are not learned."""
+        values = self.logarithms.get(self.EDGES + group)
+        return None if values is None else _scale_and_zero_point(values, grid)
+
+    def update(
+        self, reduce: Callable[[Tensor], Tensor] | None = None, *, factor: float = 1.0, with_edges: bool = True
+    ) -> None:
         """Move the steps by their gradients, and clear these.
 
         Args:
             reduce: means of a tensor over all processes; every one must call it alike.
+            factor: of the gradients, where the loss was multiplied by its reciprocal.
+            with_edges: whether those of activations are moved, too.
         """
         if not self.logarithms:
             return
         names = sorted(self.logarithms)
         logarithms = [self.logarithms[name] for name in names]
+        if reduce is not None:
+            self._agree(reduce)
         # All in one tensor: processes meet once, and an accelerator is waited for once.
         grads = torch.cat([torch.zeros_like(v) if v.grad is None else v.grad for v in logarithms])
-        grads = grads if reduce is None else reduce(grads)
-        for logarithm, grad in zip(logarithms, grads.split([len(v) for v in logarithms]), strict=True):
-            logarithm.grad = grad
+        grads = (grads if reduce is None else reduce(grads)) * factor
+        for name, grad in zip(names, grads.split([len(v) for v in logarithms]), strict=True):
+            # Without one, not even momentum moves it.
+            is_fixed = name.startswith(self.EDGES) and not with_edges
+            self.logarithms[name].grad = None if is_fixed else grad
         # All zero: another optimizer of the user's has taken these gradients, and momentum alone must not count twice.
         if not bool(torch.isfinite(grads).all() & grads.any()):
             self._clear()
@@ -94,6 +174,15 @@ class LearnedSteps:
                 self._saved_optimizer = None
         self._optimizer.step()
         self._clear()
+
+    def _agree(self, reduce: Callable[[Tensor], Tensor]) -> None:
+        """Begin with the mean of what processes have begun with, each on a batch of its own."""
+        names = sorted(self._new)
+        if names:
+            agreed = reduce(torch.cat([self.logarithms[name].detach() for name in names]))
+            for name, values in zip(names, agreed.split(2), strict=True):
+                self.logarithms[name].data.copy_(values)
+        self._new.clear()
 
     def to(self, device: torch.device) -> None:
         """Move the steps, and the optimizer's state, to a device."""

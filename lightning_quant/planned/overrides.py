@@ -7,13 +7,13 @@ from dataclasses import replace
 from lightning_quant.arguments.choice import did_you_mean
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.graph.analyze import Analysis
-from lightning_quant.graph.plan import Operator
+from lightning_quant.graph.plan import Edge, Operator
 from lightning_quant.graph.table import Selection, matches
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.recipe.recipe import Recipe
 
 FLOAT = "float"
-_WEIGHTS = re.compile(r"int([4-8])_weights")
+_WEIGHTS = re.compile(r"int([2-8])_weights")
 
 
 def select(selection: Selection, recipe: Recipe) -> Selection:
@@ -32,7 +32,7 @@ def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis
     elsewhere = {FLOAT, *stored_by(recipe).values()}
     grids = {p: _grid(recipe, p, target) for p, target in recipe.overrides.items() if target not in elsewhere}
     kinds = {row.name: row.kind for row in analysis.plan.rows}
-    chosen: dict[str, int] = {}
+    chosen = dict.fromkeys(ends(recipe, operators), 127)
     used: set[str] = set()
     for graph in analysis.plan.graphs:
         for operator in graph.operators:
@@ -48,6 +48,35 @@ def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis
             f"which matches none of {', '.join(sorted(o.key for o in operators.values() if o.weight)[:8])}."
         )
     return chosen
+
+
+def ends(recipe: Recipe, operators: Mapping[str, Operator]) -> list[str]:
+    """Return the weighted operators that keep eight bits where the recipe says so: the first ones and the last one.
+
+    Source: Esser et al. 2020, arXiv:1902.08153, section 3 (as do nearly all results with few bits).
+    """
+    weighted = [operator for operator in operators.values() if operator.weight]
+    if not recipe.wide_ends or not weighted:
+        return []
+    return [o.identity for o in weighted if o.reads[0] == weighted[0].reads[0] or o is weighted[-1]]
+
+
+def wide_edges(recipe: Recipe, operators: Mapping[str, Operator], edges: Mapping[str, Edge]) -> frozenset[str]:
+    """Return the edges that keep eight bits beside these: all but those that only other products read.
+
+    Fewer bits make products cheaper, and sums and pools no cheaper. What shares a scale has as many bits.
+    """
+    if not recipe.wide_ends:
+        return frozenset()
+    at_ends = ends(recipe, operators)
+
+    def groups_read(by_ends: bool) -> set[str]:
+        products = [o for o in operators.values() if o.weight or o.kind == "matmul"]
+        read = {edge for o in products if (o.identity in at_ends) == by_ends for edge in o.reads}
+        return {edges[identity].shared for identity in read if identity in edges}
+
+    narrow = groups_read(by_ends=False) - groups_read(by_ends=True)
+    return frozenset(identity for identity, edge in edges.items() if edge.shared not in narrow)
 
 
 def stored_by(recipe: Recipe) -> dict[str, str]:
@@ -79,7 +108,7 @@ def _grid(recipe: Recipe, pattern: str, target: str) -> int:
     other = recipes.RECIPES.get(target) if isinstance(target, str) else None
     if other is None or not other.needs_calibration or other.activation != recipe.activation:
         raise QuantizationError(
-            f"Expected `overrides` to map {pattern!r} to 'float', 'int4_weights' to 'int8_weights', or the name of a "
+            f"Expected `overrides` to map {pattern!r} to 'float', 'int2_weights' to 'int8_weights', or the name of a "
             f"recipe with the activations of {recipe.name!r} or with no activations at all, but got {target!r}."
             f"{did_you_mean(target, [FLOAT, *recipes.RECIPES])}"
         )

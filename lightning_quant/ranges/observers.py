@@ -162,6 +162,13 @@ class MeanSquaredError(Histogram):
         return self._answer[2]
 
 
+def least_error(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return the range in which rounding a tensor to a grid makes the least squared error."""
+    observer = MeanSquaredError(grid)
+    observer.update(x)
+    return observer.range()
+
+
 OBSERVERS: dict[str, Callable[[Recipe], Observer]] = {
     "min_max": lambda recipe: MinMax(),
     "moving_average": lambda recipe: MovingAverage(),

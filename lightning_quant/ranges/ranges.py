@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,9 +11,11 @@ from torch import Tensor
 from lightning_quant.errors import CalibrationError, QuantizationError
 from lightning_quant.graph.plan import Edge
 from lightning_quant.numerics import kernels
-from lightning_quant.numerics.fake_quantize import affine_parameters
+from lightning_quant.numerics.fake_quantize import affine_parameters, fake_quantize
+from lightning_quant.numerics.grid import Grid
+from lightning_quant.numerics.learned_steps import LearnedSteps
 from lightning_quant.ranges import observers
-from lightning_quant.ranges.grids import Grids, Seen
+from lightning_quant.ranges.grids import Grids, Seen, joined, padded_members, scales_of
 from lightning_quant.ranges.observer import Ends
 from lightning_quant.ranges.observers import Extremes, Observer
 from lightning_quant.recipe.recipe import Recipe
@@ -27,7 +30,8 @@ class Ranges:
     Attributes:
         edges: identity to edge.
         rows: identity to its place in `Grids`.
-        grid: the integers of every edge.
+        grid: the integers of every edge but the wide ones.
+        learned: steps and zero points that training has learned, which count before observers'; None without.
         needs_values: whether the observers look at more than extremes.
         waits: whether what is seen waits for `take_seen`: several processes count a batch only when the extremes of
             all are known.
@@ -35,11 +39,18 @@ class Ranges:
         device: where all of it lies.
     """
 
-    def __init__(self, edges: dict[str, Edge], recipe: Recipe, observer: str) -> None:
-        self.edges = edges
+    def __init__(
+        self, edges: dict[str, Edge], recipe: Recipe, observer: str, wide: frozenset[str] = frozenset()
+    ) -> None:
+        self.edges, self.wide = edges, wide
         self.rows = {identity: row for row, identity in enumerate(edges)}
         self.grid = recipe.activation_grid
-        self._observers = {i: observers.build(observer, recipe) for i, edge in edges.items() if edge.observed}
+        widened = replace(recipe, activation=replace(recipe.activation, bits=8)) if wide else recipe
+        self._wide_grid = widened.activation_grid
+        self.learned: LearnedSteps | None = None
+        self._observers = {
+            i: observers.build(observer, widened if i in wide else recipe) for i, edge in edges.items() if edge.observed
+        }
         self.needs_values = observers.build(observer, recipe).needs_values
         self.waits = False
         self.chosen: dict[str, tuple[Tensor, Tensor]] = {}
@@ -56,6 +67,18 @@ class Ranges:
         # Ranges of edges in the first run that reaches them.
         self._first: dict[str, tuple[Tensor, Tensor]] = {}
         self.device = torch.device("cpu")
+
+    def anew(self, recipe: Recipe, observer: str) -> "Ranges":
+        """Return ranges of the same edges that nothing was seen of."""
+        return Ranges(self.edges, recipe, observer, self.wide)
+
+    def grid_of(self, identity: str) -> Grid:
+        """Return the integers of an edge."""
+        return self._wide_grid if identity in self.wide else self.grid
+
+    def rounded(self, identity: str, x: Tensor) -> Tensor:
+        """Return values rounded to the grid of an edge."""
+        return fake_quantize(x, *self.parameters(identity), self.grid_of(identity))
 
     @property
     def observers(self) -> dict[str, Observer]:
@@ -115,7 +138,7 @@ class Ranges:
     def settle(self) -> None:
         """Take in what was seen; does nothing where that has to wait, for other processes or for the end of a run."""
         if self._seen and not self.waits and not self._is_running:
-            seen = self._joined()
+            seen = joined(self._seen)
             self.take_in(seen.edges, seen.lows, seen.highs)
 
     def take_in(self, edges: Sequence[str], lows: Tensor, highs: Tensor) -> None:
@@ -135,7 +158,7 @@ class Ranges:
         device = self._seen[0].lows.device if self._seen else device
         rows = torch.full((len(self._observers), 2), -torch.inf, dtype=torch.float32, device=device)
         if self._seen:
-            seen, places = self._joined(), {identity: place for place, identity in enumerate(self._observers)}
+            seen, places = joined(self._seen), {identity: place for place, identity in enumerate(self._observers)}
             index = torch.tensor([places[identity] for identity in seen.edges], device=device)
             rows[index] = torch.stack([-seen.lows.float(), seen.highs.float()], 1)
         self._seen, self._first = [], {}
@@ -149,6 +172,8 @@ class Ranges:
         """
         self.settle()
         group = self._group[identity]
+        if self.learned is not None and (learned := self.learned.parameters(group, self.grid_of(identity))) is not None:
+            return learned
         if group not in self._parameters:
             members = self._members[group]
             # In the first run the members of a group are reached one after the other.
@@ -157,7 +182,7 @@ class Ranges:
             low, high = ranges[0]
             for other_low, other_high in ranges[1:]:
                 low, high = torch.minimum(low, other_low), torch.maximum(high, other_high)
-            self._parameters[group] = affine_parameters(low, high, self.grid)
+            self._parameters[group] = affine_parameters(low, high, self.grid_of(identity))
         return self._parameters[group]
 
     def grids(self) -> Grids:
@@ -169,8 +194,10 @@ class Ranges:
             else:
                 ends, missing = self._all_ends(), self._missing()
             device = ends[0].device
-            lows, highs = (end[self._padded_members(device)] for end in ends)
-            scales, zero_points = affine_parameters(lows.amin(1), highs.amax(1), self.grid)
+            if self._padded is None or self._padded.device != device:
+                self._padded = padded_members(self._observers, self._members, self._group.values()).to(device)
+            lows, highs = (end[self._padded] for end in ends)
+            scales, zero_points = scales_of(self, lows.amin(1), highs.amax(1))
             on_host = device.type == "cpu" and not kernels.serve(device, torch.float32)
             numbers = list(zip(scales.tolist(), zero_points.tolist(), strict=True)) if on_host else None
             self._grids = Grids(scales, zero_points, numbers, missing, not missing)
@@ -243,28 +270,6 @@ class Ranges:
 
     def _is_new(self, edges: Sequence[str]) -> bool:
         return not any(identity in seen.edges for seen in self._seen for identity in edges)
-
-    def _joined(self) -> Seen:
-        """Return the extremes of all that was seen, once for each edge."""
-        if len(self._seen) == 1:
-            return self._seen[0]
-        ends: dict[str, tuple[Tensor, Tensor]] = {}
-        for seen in self._seen:
-            for identity, low, high in zip(seen.edges, seen.lows.unbind(), seen.highs.unbind(), strict=True):
-                other_low, other_high = ends.get(identity, (low, high))
-                ends[identity] = torch.minimum(low, other_low), torch.maximum(high, other_high)
-        lows, highs = zip(*ends.values(), strict=True)
-        return Seen(tuple(ends), torch.stack(lows), torch.stack(highs))
-
-    def _padded_members(self, device: torch.device) -> Tensor:
-        """Return `(edges, most members of a group)`: places of the observers that an edge's range is the union of."""
-        if self._padded is not None and self._padded.device == device:
-            return self._padded
-        places = {identity: place for place, identity in enumerate(self._observers)}
-        members = [[places[member] for member in self._members[self._group[identity]]] for identity in self.edges]
-        longest = max(map(len, members))
-        self._padded = torch.tensor([row + row[:1] * (longest - len(row)) for row in members], device=device)
-        return self._padded
 
     def _all_ends(self) -> tuple[Tensor, Tensor]:
         """Return the ends of all observers' ranges, `(observers,)` each."""

@@ -3,16 +3,16 @@
 A new named recipe is one constant in `RECIPES`.
 """
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, Literal
 
-from lightning_quant.arguments.arguments import check_fields, check_flag, check_number, check_positive, check_texts
+from lightning_quant.arguments.arguments import check_fields, check_flag, check_number, check_texts
 from lightning_quant.arguments.choice import check_choice, closest
 from lightning_quant.arguments.names import Observers, Recipes
 from lightning_quant.errors import QuantizationError
 from lightning_quant.numerics.grid import Grid, IntegerSpec, activation_grid, weight_grid
+from lightning_quant.recipe.layer_recipe import LayerRecipe
 
 PERCENTILE = 99.99
 # Observers that look at no percentile; own ones may.
@@ -27,7 +27,8 @@ class Recipe:
         name: how logs and manifests call it.
         weight: grid of the weights, symmetric and per channel, of at most 8 bits.
         activation: grid of the activations, per tensor. A runtime's `TABLE.grids` says which it runs: 8 bits
-            everywhere; 16 bits on "onnxruntime", which stores weights in 8 bits and computes in float.
+            everywhere; fewer on "onnxruntime" and "openvino", in kernels of 8 bits; 16 bits on "onnxruntime", which
+            stores weights in 8 bits and computes in float.
         calibration_observer: how post-training calibration turns data into ranges, a name from
             `lightning_quant.ranges.observers`: "min_max", "moving_average", "percentile" or "mse".
         training_observer: the same for quantization-aware training.
@@ -48,6 +49,13 @@ class Recipe:
         batch_norm_batches: training batches on which BatchNorm's statistics are measured anew for the artifact after
             quantization-aware training, under rounding and with the final weights; 0 keeps those of training. See
             `lightning_quant.calibrate.batch_norm`.
+        learned_ranges: whether `learned_step_rate` also moves scales and zero points of activations, until the schedule
+            freezes ranges.
+        wide_ends: whether eight bits are kept by the first and the last weighted operator and what they read, and by
+            what no product reads at all, such as the terms of a sum.
+        damping: how strongly learned weights are drawn to the integers that they are rounded to, growing over the run:
+            those that lie between two would go to and fro.
+        distill: weight of the float module as a teacher in training, where the callback says none itself.
     """
 
     # Whether it quantizes a graph, with ranges that calibration or training teaches.
@@ -65,6 +73,10 @@ class Recipe:
     learned_step_rate: float = 0.0
     percentile: float = PERCENTILE
     batch_norm_batches: int = 0
+    learned_ranges: bool = False
+    wide_ends: bool = False
+    damping: float = 0.0
+    distill: float = 0.0
 
     def __post_init__(self) -> None:
         for role in ("weight", "activation"):
@@ -74,8 +86,10 @@ class Recipe:
                     f"Expected `{role}` to be a dict such as {{'bits': 4}} or an `IntegerSpec`, but got {spec!r:.60}."
                 )
             self._check_kernels(role, spec)
-        for name in ("max_passes", "learned_step_rate", "batch_norm_batches"):
+        for name in ("max_passes", "learned_step_rate", "batch_norm_batches", "damping", "distill"):
             check_number(name, getattr(self, name))
+        check_flag("learned_ranges", self.learned_ranges)
+        check_flag("wide_ends", self.wide_ends)
         check_number("percentile", self.percentile)
         if not 50 < self.percentile <= 100:
             raise QuantizationError(f"Expected `percentile` to be in (50, 100], but got {self.percentile}.")
@@ -137,56 +151,6 @@ class Recipe:
             )
 
 
-@dataclass(frozen=True)
-class LayerRecipe:
-    """Named numerics of a model that is quantized layer by layer, without a graph and without calibration.
-
-    A layer gets the first scheme whose output, on the captured call, is close enough to the float layer's; a layer for
-    which none is stays float, with the reason in the plan.
-
-    Attributes:
-        name: how logs and manifests call it.
-        schemes: names out of `lightning_quant.layers.storage.SCHEMES`, the wanted one first, then safer ones.
-        floor_db: signal-to-noise ratio in decibels that a layer's output must reach.
-        group_size: values of a row that share a scale, for 4-bit weights.
-        gptq: whether the integers of linear layers' weights are chosen by the layers' outputs instead of rounding to
-            nearest; see `lightning_quant.numerics.gptq`.
-        bias_correction: whether the mean of what a layer reads on the captured call, times the error of its weights, is
-            taken out of its bias.
-        min_stored_share: share of the weights' values that must be stored with fewer bits, in [0, 1]; below it the
-            report says that the recipe failed.
-    """
-
-    needs_calibration: ClassVar[Literal[False]] = False
-
-    name: str
-    schemes: tuple[str, ...]
-    floor_db: float = 20.0
-    group_size: int = 32
-    gptq: bool = False
-    bias_correction: bool = True
-    min_stored_share: float = 0.75
-
-    def __post_init__(self) -> None:
-        check_texts("schemes", self.schemes, "['weight_only']")
-        check_number("floor_db", self.floor_db, -math.inf)
-        check_number("min_stored_share", self.min_stored_share, 0, 1)
-        check_positive("group_size", self.group_size)
-        check_flag("gptq", self.gptq)
-
-    @property
-    def needed_calls(self) -> int:
-        """Number of calls that are needed: one, to try the layers on."""
-        return 1
-
-    @property
-    def against_noise(self) -> str:
-        """What helps against too much of it, in words."""
-        if any("4bit" in scheme for scheme in self.schemes):
-            return "Try recipe 'int8_weight_only'"
-        return "Try recipe 'int8_weight_only' or 'float16', or keep layers float with `exclude`"
-
-
 AnyRecipe = Recipe | LayerRecipe
 # A minute where `int8` takes seconds; the cheapest steps first.
 INT8_ACCURATE = Recipe(name="int8_accurate", accuracy_steps=("correct_outputs", "migrate", "scale_channels", "gptq"))
@@ -201,6 +165,16 @@ RECIPES: dict[str, AnyRecipe] = {
             weight=IntegerSpec(bits=4, symmetric=True, per_channel=True),
             accuracy_steps=("migrate", "shrink_scales", "gptq", "correct_outputs", "scale_depthwise"),
             learned_step_rate=1e-3,
+        ),
+        # Activations of four bits as well, in int8 kernels behind which their integers are clipped.
+        Recipe(
+            name="int4",
+            weight=IntegerSpec(bits=4, symmetric=True, per_channel=True),
+            activation=IntegerSpec(bits=4),
+            accuracy_steps=("migrate", "shrink_scales", "gptq", "correct_outputs", "scale_depthwise"),
+            learned_step_rate=1e-3,
+            learned_ranges=True,
+            wide_ends=True,
         ),
         # Without VNNI, x86 kernels add two uint8 x int8 products in 16 bits, which saturates for full-range weights.
         Recipe(name="int8_reduce_range", weight=IntegerSpec(bits=7, symmetric=True, per_channel=True)),

@@ -28,6 +28,6 @@ def check_names(recipe: AnyRecipe) -> None:
     check_targets(recipe)
     if not runtimes.that(lambda runtime: recipe.activation_grid in runtime.TABLE.grids):
         raise QuantizationError(
-            "Expected `activation` to be a grid that some runtime runs, such as one of 8 or 16 bits, but got "
+            "Expected `activation` to be a grid that some runtime runs, such as one of 2 to 8 or 16 bits, but got "
             f"{recipe.activation_grid}."
         )

@@ -68,7 +68,9 @@ def check_recipe(name: str, recipe: AnyRecipe) -> None:
     if not recipe.needs_calibration or recipe.activation_grid in get(name).TABLE.grids:
         return
     grid = recipe.activation_grid
-    known = ", ".join(sorted(map(str, get(name).TABLE.grids)))
+    grids = get(name).TABLE.grids
+    known = ", ".join(sorted(str(each) for each in grids if each.fills_type))
+    known += " and fewer bits" if any(not each.fills_type for each in grids) else ""
     others = that(lambda runtime: grid in runtime.TABLE.grids)
     raise QuantizationError(
         f"Expected `recipe` {recipe.name!r} to have activations that runtime {name!r} runs ({known}), but got {grid}. "

@@ -14,6 +14,7 @@ from lightning_quant.calls.calls import CapturedCall
 from lightning_quant.calls.signature import output_names
 from lightning_quant.graph.named_edges import PREFIX, EdgeNames, EdgeQuantizer
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, refused
+from lightning_quant.runtimes._onnx_four_bits import has_four_bits, store_in_four_bits
 from lightning_quant.runtimes._onnx_layers import translations
 from lightning_quant.runtimes._onnx_moves import move_in_integers
 
@@ -57,7 +58,9 @@ def export_onnx(
         )
         _name_edges(program.model, EdgeNames(flat))  # type: ignore[union-attr]
         _optimize(program.model)  # type: ignore[union-attr]
+        _name_clips(program.model)  # type: ignore[union-attr]
         rewrite(program.model)  # type: ignore[union-attr]
+        store_in_four_bits(program.model)  # type: ignore[union-attr]
         _name(program.model, call.names, names)  # type: ignore[union-attr]
         _check_varies(program.model, call, fixed)  # type: ignore[union-attr]
     _leave_out_unread(program.model)  # type: ignore[union-attr]
@@ -69,7 +72,7 @@ def export_onnx(
 def _opset(flat: Flat) -> int | None:
     """Return the first version of ONNX that knows what a module is quantized to; the exporter's own where all do."""
     wide = any(isinstance(m, EdgeQuantizer) and torch.iinfo(m.grid[-1]).bits > 8 for m in flat.modules())
-    return 21 if wide else None
+    return 21 if wide or has_four_bits(flat) else None
 
 
 def describe(path: Path, facts: dict[str, Any]) -> None:
@@ -97,8 +100,12 @@ def _input_ranges(graph: Any) -> dict[str, list[float]]:
     for node in graph.node:
         if node.op_type == "QuantizeLinear" and node.input[0] in {value.name for value in graph.input}:
             scale, zero = (numpy_helper.to_array(constants[name]) for name in node.input[1:3])
+            clip = next((n for n in graph.node if n.op_type == "Clip" and n.input[0] == node.output[0]), None)
             info = np.iinfo(zero.dtype)
-            ranges[node.input[0]] = [(bound - int(zero)) * float(scale) for bound in (info.min, info.max)]
+            ends = [info.min, info.max]
+            if clip is not None:
+                ends = [int(numpy_helper.to_array(constants[name])) for name in clip.input[1:3]]
+            ranges[node.input[0]] = [(bound - int(zero)) * float(scale) for bound in ends]
     return ranges
 
 
@@ -189,6 +196,14 @@ def _name_edges(model: Any, names: EdgeNames) -> None:
     for node in model.graph:
         if node.op_type == "QuantizeLinear" and (edge := names.of_onnx(node)) is not None:
             node.name = f"{PREFIX}{edge}"
+
+
+def _name_clips(model: Any) -> None:
+    """Give the name of an edge to the clip behind its quantizer, behind which the grid is whole."""
+    for node in model.graph:
+        producer = node.inputs[0].producer() if node.op_type == "Clip" else None
+        if producer is not None and producer.op_type == "QuantizeLinear" and (producer.name or "").startswith(PREFIX):
+            node.name, producer.name = producer.name, f"{node.name} of"
 
 
 def _leave_out_unread(model: Any) -> None:

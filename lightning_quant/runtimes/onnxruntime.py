@@ -34,7 +34,7 @@ from lightning_quant.graph.named_edges import PREFIX
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.machine.disk import check_room, scratch_folder
-from lightning_quant.numerics.grid import INTEGERS_8, INTEGERS_16
+from lightning_quant.numerics.grid import FEWER_THAN_8, INTEGERS_8, INTEGERS_16
 from lightning_quant.runtimes._onnx_export import describe, export_onnx
 from lightning_quant.runtimes._onnx_forced import run_forced
 from lightning_quant.runtimes._onnx_profile import operator_ms
@@ -67,7 +67,7 @@ _TABLE = OperatorTable(
     own_scale=frozenset({"add", "mul", "matmul", "cat", "avg_pool", "global_avg_pool", "leaky_relu", "sigmoid"}),
     shared_scale=MOVING,
     reasons=_REASONS,
-    grids=INTEGERS_8 | INTEGERS_16,
+    grids=INTEGERS_8 | INTEGERS_16 | FEWER_THAN_8,
 )
 # Integer operators of an optimized session that carry out each kind.
 _INTEGER_OPERATORS = {

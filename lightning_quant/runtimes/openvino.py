@@ -32,6 +32,7 @@ from lightning_quant.graph.named_edges import PREFIX
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.table import OperatorTable
 from lightning_quant.machine.disk import check_room, scratch_folder
+from lightning_quant.numerics.grid import FEWER_THAN_8, INTEGERS_8
 from lightning_quant.runtimes._onnx_export import export_onnx
 from lightning_quant.runtimes._openvino_forced import run_forced
 from lightning_quant.runtimes._openvino_graph import suit_openvino
@@ -60,6 +61,7 @@ _TABLE = OperatorTable(
         "conv_transpose2d": "its integer form, with a scale for each output channel of transposed weights, is not made",
         "softmax": "kept float: eight bits are too few for its tails",
     },
+    grids=INTEGERS_8 | FEWER_THAN_8,
     fuses_add=True,
     adds_activated=True,
     moves_dequantization=True,

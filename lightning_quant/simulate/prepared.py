@@ -23,7 +23,6 @@ from lightning_quant.layers.leftovers import left_in_float
 from lightning_quant.layers.placement import placed
 from lightning_quant.planned.in_graphs import store_layers
 from lightning_quant.planned.planned_model import PlannedModel
-from lightning_quant.ranges.ranges import Ranges
 from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.simulate.distillation import Teacher
 from lightning_quant.simulate.quantizers import Control, Quantizers
@@ -174,7 +173,7 @@ class Prepared(Quantizers, PlannedModel):
     def anew(self, root: nn.Module) -> Self:
         """Return the same plan over another module, with nothing learned as yet."""
         other = self.bound_to(root)
-        other.ranges, other.varying = Ranges(self.ranges.edges, self.recipe, self.observer), set(self.varying)
+        other.ranges, other.varying = self.ranges.anew(self.recipe, self.observer), set(self.varying)
         other.bias_corrections, other.layers, other.channels = {}, {}, {}
         return other
 

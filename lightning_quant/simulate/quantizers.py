@@ -3,10 +3,12 @@
 All of it lies outside the module, which owns every weight that this is about.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_quant.errors import QuantizationError
@@ -14,9 +16,11 @@ from lightning_quant.graph.analyze import Analysis, Island
 from lightning_quant.graph.plan import Edge, Operator
 from lightning_quant.numerics.adjustments import AccuracyStep, ChannelScale, FoldedLayer
 from lightning_quant.numerics.bias_correction import InputMeans, bias_correction
+from lightning_quant.numerics.fake_quantize import affine_parameters
 from lightning_quant.numerics.folding import Folded, fold, fold_adjusted, statistics, with_affine
-from lightning_quant.numerics.learned_steps import LearnedSteps
-from lightning_quant.planned.overrides import override_weights
+from lightning_quant.numerics.learned_steps import LearnedSteps, quantize_with_learned_range
+from lightning_quant.planned.overrides import override_weights, wide_edges
+from lightning_quant.ranges.observers import least_error
 from lightning_quant.ranges.ranges import Ranges
 from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.surgery.routing import device_of, evaluation_mode, fetch, resolve
@@ -60,7 +64,7 @@ class Quantizers:
         self.operators: dict[str, Operator] = {o.identity: o for graph in graphs for o in graph.operators}
         edges: dict[str, Edge] = {edge.identity: edge for graph in graphs for edge in graph.edges}
         self.weight_quant_maxima = override_weights(recipe, self.operators, analysis)
-        self.ranges = Ranges(edges, recipe, observer)
+        self.ranges = Ranges(edges, recipe, observer, wide_edges(recipe, self.operators, edges))
         self.control, self.is_twin = Control(), False
         self.bias_corrections: dict[str, Tensor] = {}
         self.layers: dict[str, FoldedLayer] = {}
@@ -101,6 +105,36 @@ class Quantizers:
     def quantizes(self) -> bool:
         """Whether tensors are rounded in this phase."""
         return self.phase in PHASES[2:]
+
+    @property
+    def learns_ranges(self) -> bool:
+        """Whether gradients move the ranges of activations now."""
+        learning = self.ranges.learned is not None and self.phase == "fake_quantize" and not self.is_twin
+        return learning and self.root.training and torch.is_grad_enabled()
+
+    def begin_learning(self) -> None:
+        """Learn the steps of weights, and the ranges of activations, as the recipe says."""
+        if self.recipe.learned_step_rate > 0 and self.learned_steps is None:
+            self.learned_steps = LearnedSteps(self.recipe.learned_step_rate)
+            self.ranges.learned = self.learned_steps if self.recipe.learned_ranges else None
+
+    def move_learned(self, reduce: Callable[[Tensor], Tensor], factor: float) -> None:
+        """Move what is learned by its gradients; see `LearnedSteps.update`."""
+        if self.learned_steps is not None and self.quantizes:
+            self.learned_steps.update(reduce, factor=factor, with_edges=self.phase == "fake_quantize")
+            self.ranges.forget_parameters()
+
+    def round_learning(self, identity: str, x: Tensor, *, relu: bool = False) -> Tensor:
+        """Round one tensor, or what a ReLU makes of it, with gradients for its range."""
+        grid, learned = self.ranges.grid_of(identity), self.ranges.learned
+        assert learned is not None
+
+        def first() -> tuple[Tensor, Tensor]:
+            with torch.no_grad():
+                return affine_parameters(*least_error(F.relu(x) if relu else x, grid), grid)
+
+        values = learned.range_of(self.ranges.edges[identity].shared, first, grid)
+        return quantize_with_learned_range(x, values, grid, relu)
 
     @property
     def adjusted(self) -> bool:
@@ -209,6 +243,7 @@ class Quantizers:
         self.bias_corrections.update(state["bias_corrections"])
         if self.learned_steps is not None and "learned_steps" in state:
             self.learned_steps.load_state_dict(state["learned_steps"], device)
+            self.ranges.forget_parameters()
         self.to(device)
         self.set_phase(state["phase"])
 

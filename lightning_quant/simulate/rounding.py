@@ -59,8 +59,8 @@ class Rounding:
         quantizers = simulation.quantizers
         self._simulation, self._ranges = simulation, quantizers.ranges
         self._observes = quantizers.observes
+        self._learns = quantizers.learns_ranges and quantizers.quantizes
         self._grids: Grids | None = self._ranges.grids() if quantizers.quantizes else None
-        self._grid = self._ranges.grid
         self.rounded = weights.rounded(module, self._grids, quantizers.learned_steps) if self._grids else {}
         # Extremes of what a ReLU is still to be applied to, and of what is as it is.
         self._before_relu: dict[str, tuple[Tensor, Tensor]] = {}
@@ -126,14 +126,16 @@ class Rounding:
         return self._simulation.run_functional_batch_norm(identity, x, *args, **kwargs)
 
     def _round(self, grids: Grids, identity: str, x: Tensor, seen_row: int | None, *, relu: bool = False) -> Tensor:
-        row = self._ranges.rows[identity]
+        if self._learns:
+            return self._simulation.quantizers.round_learning(identity, x, relu=relu)
+        row, grid = self._ranges.rows[identity], self._ranges.grid_of(identity)
         if kernels.serve_values(x):
             seen = (None, 0) if seen_row is None else (self._table, seen_row)
-            rows = kernels.EdgeRows(grids.scales, grids.zero_points, row, self._grid, relu, *seen)
+            rows = kernels.EdgeRows(grids.scales, grids.zero_points, row, grid, relu, *seen)
             return kernels.round_values(x, rows)
         if torch.compiler.is_compiling() or grids.numbers is None:
-            return fake_quantize(x, grids.scales[row], grids.zero_points[row], self._grid, relu=relu)
-        return fake_quantize(x, *grids.numbers[row], self._grid, relu=relu)
+            return fake_quantize(x, grids.scales[row], grids.zero_points[row], grid, relu=relu)
+        return fake_quantize(x, *grids.numbers[row], grid, relu=relu)
 
     def _observe(self, identity: str, x: Tensor, *, relu: bool) -> int | None:
         """Look at an edge; return the row for its extremes where the kernel that rounds it is to fill it in."""

@@ -124,10 +124,10 @@ class Simulation:
             self.quantizers.ranges.observe(identity, visible(seen, self.hidden))
         if self.watcher is not None:
             self.watcher(identity, x)
-        if not self.rounds(identity):
-            return x
+        if not self.rounds(identity) or self.quantizers.learns_ranges:
+            return self.quantizers.round_learning(identity, x) if self.rounds(identity) else x
         scale, zero_point = self.quantizers.ranges.parameters(identity)
-        grid, integers = self.quantizers.ranges.grid, self.integers.pop(identity, None)
+        grid, integers = self.quantizers.ranges.grid_of(identity), self.integers.pop(identity, None)
         if integers is None:
             rounded = fake_quantize(self._moved(self.quantizers.on_grid(identity, x)), scale, zero_point, grid)
         else:

@@ -55,3 +55,9 @@ class Product(nn.Module):
 def test_what_a_product_reads_is_in_no_group() -> None:
     prepared = prepare(Product().eval(), (torch.randn(5, 6),))
     assert all(not group.producers for group in scaling_groups(prepared))
+
+
+def test_what_is_added_before_rounding_is_in_no_group() -> None:
+    """OpenVINO's convolutions add another tensor to their sums, which are no edge."""
+    prepared = prepare(Sum(2).eval(), (torch.randn(2, 3, 8, 8),), runtime="openvino")
+    assert all(":one" not in group.producers for group in scaling_groups(prepared) if len(group.producers) > 1)

@@ -28,6 +28,7 @@ SPECS = {
     "wide": IntegerSpec(bits=16),
     "wide symmetric": IntegerSpec(bits=16, symmetric=True),
     "symmetric": IntegerSpec(symmetric=True),
+    "four": IntegerSpec(bits=4),
 }
 SYMMETRIC = activation_grid(8, symmetric=True)
 
@@ -135,6 +136,28 @@ def test_symmetric_activations_run_in_integers_as_simulated(runtime: str, net: s
     assert operators
     assert prepared.runtime.still_float(operators, counts) == {}
     assert {int(prepared.ranges.parameters(edge)[1]) for edge in prepared.ranges.edges} == {128}
+
+
+@pytest.mark.parametrize(
+    ("runtime", "net"),
+    [
+        ("onnxruntime", "residual"),
+        *(pytest.param("onnxruntime", net, marks=pytest.mark.slow) for net in ("depthwise", "mlp", "multi_modal")),
+        *(pytest.param("openvino", net, marks=pytest.mark.slow) for net in ("residual", "mlp")),
+    ],
+)
+def test_four_bits_run_in_kernels_of_eight_as_simulated(runtime: str, net: str, folder: Path) -> None:
+    prepared, artifact, parity = made(net, "four", runtime, folder)
+    operators = tuple(operator for graph in prepared.plan.graphs for operator in graph.operators)
+    counts = prepared.runtime.count_operators(artifact.model_path)
+
+    assert parity.failures == []
+    assert parity.worst_share == 1.0
+    assert prepared.runtime.still_float(operators, counts) == {}
+    with prepared.simulation.recording() as edges, torch.no_grad(), prepared.attached("frozen"):
+        args, kwargs = prepared.call()
+        prepared.root(*args, **kwargs)
+    assert max(integers.max().item() for _, integers in edges) == 15
 
 
 @pytest.mark.parametrize("spec", ["wide", "symmetric"])

@@ -10,7 +10,12 @@ from lightning_models import fit, seeded
 from torch import Tensor
 
 import lightning_quant as lq
-from lightning_quant.numerics.learned_steps import LearnedSteps, quantize_with_learned_step
+from lightning_quant.numerics.grid import activation_grid
+from lightning_quant.numerics.learned_steps import (
+    LearnedSteps,
+    quantize_with_learned_range,
+    quantize_with_learned_step,
+)
 
 # What tiny nets are compared by says that they are not smaller or faster.
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
@@ -36,6 +41,30 @@ def test_gradients_are_those_of_the_paper() -> None:
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
     assert bool((results[1][1] == 0).any()), "some weights must be clipped for this test to say anything"
+
+
+def test_gradients_of_a_range_are_those_of_the_paper() -> None:
+    """With straight-through rounding alone, also of the zero point, autograd gives the equations of LSQ+."""
+    generator = torch.Generator().manual_seed(1)
+    x, seed = torch.randn(300, generator=generator), torch.randn(300, generator=generator)
+    grid = activation_grid(4)
+    results = []
+    for is_ours in (False, True):
+        values = torch.tensor([math.log(0.2), 0.42]).requires_grad_()
+        leaf = x.clone().requires_grad_()
+        if is_ours:
+            y = quantize_with_learned_range(leaf, values, grid)
+        else:
+            step, zero = values[0].exp(), values[1] * 15
+            zero = zero + (zero.round() - zero).detach()
+            ratio = leaf / step
+            integers = ratio + (ratio.round() - ratio).detach() + zero
+            y = (integers.clamp(0, 15) - zero) * step
+        (y * seed).sum().backward()
+        results.append((y.detach(), leaf.grad, values.grad))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+    assert bool((results[1][1] == 0).any()), "some values must be clipped for this test to say anything"
 
 
 def test_steps_fall_to_the_error_they_cause() -> None:
@@ -121,6 +150,36 @@ def test_a_fit_owns_its_steps_and_leaves_the_users_state_alone(tmp_path: Path) -
         step = steps.step_of(identity, prepared.weight(identity), 7).detach()
         torch.testing.assert_close(folded.unfolded_scale, step)
         assert int(prepared.weight_integers(identity, folded).abs().max()) <= 7
+
+
+def test_ranges_are_learned_until_they_are_frozen_and_the_file_has_them(tmp_path: Path) -> None:
+    callback = lq.QuantizationAwareTraining("int4", output_dir=tmp_path / "artifact", threads=1)
+    seen: list[tuple[str, dict[str, Tensor]]] = []
+
+    def look(steps: LearnedSteps, *args: Any, **kwargs: Any) -> None:
+        prepared = callback.require_prepared()
+        edges = {name: v.detach().clone() for name, v in steps.logarithms.items() if name.startswith("edges ")}
+        seen.append((prepared.phase, edges))
+        update(steps, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        update = LearnedSteps.update
+        patch.setattr(LearnedSteps, "update", look)
+        fit(seeded(), callback, max_epochs=4, default_root_dir=tmp_path)
+    learning = [edges for phase, edges in seen if phase == "fake_quantize"]
+    frozen = [edges for phase, edges in seen if phase == "frozen"]
+    assert len(frozen) > 1
+    assert any(not torch.equal(learning[0][name], learning[-1][name]) for name in learning[0])
+    assert all(torch.equal(frozen[0][name], frozen[-1][name]) for name in frozen[0])
+
+    prepared = callback.require_prepared()
+    for identity, edge in prepared.ranges.edges.items():
+        scale, _ = prepared.ranges.parameters(identity)
+        torch.testing.assert_close(scale.log(), frozen[-1][f"edges {edge.shared}"][0])
+        assert prepared.ranges.grid_of(identity).num_levels in (16, 256)
+    assert {prepared.ranges.grid_of(identity).num_levels for identity in prepared.ranges.edges} == {16, 256}
+    assert callback.artifact is not None
+    assert callback.artifact.report["parity"]["worst_share"] == 1.0
 
 
 def test_the_report_of_a_training_says_which_operator_costs_what(tmp_path: Path) -> None:

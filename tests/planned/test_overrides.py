@@ -16,7 +16,7 @@ from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.measure.sensitivity import sensitivity
 from lightning_quant.numerics.noise import signal_to_noise
-from lightning_quant.recipe.recipe import Recipe
+from lightning_quant.recipe.recipe import Recipe, get
 from lightning_quant.simulate.prepared import Prepared
 
 
@@ -186,7 +186,7 @@ def test_refusals() -> None:
         prepare(vision(), (images(),), recipe=Recipe(overrides={"head": "int4_weights"}))
     with pytest.raises(PlanError, match=r"but got 'head', which matches nothing"):
         prepare(vision(), (images(),), recipe=Recipe(overrides={"head": "int8_weight_only"}))
-    for target in ("int3_weights", "fp8", "int8_dynamic"):
+    for target in ("int1_weights", "fp8", "int8_dynamic"):
         with pytest.raises(QuantizationError, match=rf"map 'classifier' to 'float', .* but got '{target}'"):
             prepare(vision(), (images(),), recipe=Recipe(overrides={"classifier": target}))
     recipe = Recipe(overrides={"classifier": "int8_weight_only"})
@@ -202,3 +202,30 @@ def _agrees(artifact: lq.Artifact) -> bool:
 
 def _weighted(prepared: Prepared) -> list[tuple[str, Any]]:
     return [(identity, operator) for identity, operator in prepared.operators.items() if operator.weight]
+
+
+class Shortcut(nn.Module):
+    """Three convolutions, of which the second writes a term of a sum, and a linear layer behind a pool."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(n, 8, 3, padding=1) for n in (3, 8, 8))
+        self.last = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x).relu()
+        x = self.third(torch.relu(self.second(x) + x)).relu()
+        return self.last(x.mean((2, 3)))
+
+
+def test_ends_and_what_no_product_reads_keep_eight_bits() -> None:
+    net, call = Shortcut().eval(), (torch.randn(2, 3, 8, 8),)
+    prepared = prepare(net, call, recipe=get("int4"))
+    grids = {identity.lstrip(":"): prepared.ranges.grid_of(identity).num_levels for identity in prepared.ranges.edges}
+    read = {o.name: grids[o.reads[0].lstrip(":")] for o in prepared.operators.values() if o.weight}
+    assert read == {"first": 256, "second": 16, "third": 16, "last": 256}
+    assert grids["second"] == 256
+    most = {o.name: prepared.weight_quant_max(i) for i, o in prepared.operators.items() if o.weight}
+    assert most == {"first": 127, "second": 7, "third": 7, "last": 127}
+    alike = prepare(net, call, recipe=get({"name": "int4", "wide_ends": False}))
+    assert {alike.ranges.grid_of(identity).num_levels for identity in alike.ranges.edges} == {16}

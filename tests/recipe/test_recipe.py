@@ -76,6 +76,8 @@ REFUSED = {
     "max_passes": {"max_passes": -1.0},
     "batch_norm_batches": {"batch_norm_batches": -1},
     "learned_step_rate": {"learned_step_rate": -0.1},
+    "damping": {"damping": -1.0},
+    "distill": {"distill": -1.0},
 }
 # ... or changes the numbers; a few of them in training alone, and are tested with it.
 CHANGING = {
@@ -86,8 +88,9 @@ CHANGING = {
     "bias_correction": {"bias_correction": False},
     "overrides": {"overrides": {"0": "float"}},
     "accuracy_steps": {"accuracy_steps": ("gptq", "shrink_scales")},
+    "wide_ends": {"wide_ends": True},
 }
-IN_TRAINING = {"training_observer"}
+IN_TRAINING = {"training_observer", "learned_ranges"}
 
 
 def answers(recipe: Recipe) -> torch.Tensor:
