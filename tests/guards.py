@@ -33,6 +33,13 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "equal scores that an engine puts in another order are ties",
+        "simulate/ties.py",
+        "prepared.simulation.jittering(draw), _TippedChoices(draw):",
+        "prepared.simulation.jittering(draw):",
+        "simulate/test_ties.py -k another_order",
+    ),
+    Guard(
         "hooks and layers that come after the plan are refused before the first batch",
         "callbacks/base.py",
         "refused_in_callback(self.planned.check_once, self.require_prepared(), resolve(pl_module, self.path))",

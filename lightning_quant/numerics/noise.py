@@ -34,6 +34,18 @@ def signal_to_noise(reference: Any, other: Any) -> float:
     return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
 
 
+def unequal_integers(reference: Any, other: Any) -> float | None:
+    """Return the share of values that differ over all tensors that are no floats: classes, indices, masks.
+
+    None where there are none. Tensors of unequal sizes do not count, as in `alike`.
+    """
+    pairs = [(a, b) for a, b in zip(*alike(reference, other), strict=True) if a.numel()]
+    pairs = [(a, b) for a, b in pairs if not (a.is_floating_point() or a.is_complex())]
+    if not pairs:
+        return None
+    return sum((a.cpu() != b.cpu()).sum().item() for a, b in pairs) / sum(a.numel() for a, _ in pairs)
+
+
 def alike(reference: Any, other: Any) -> tuple[list[Tensor], list[Tensor]]:
     """Return the tensors of two equal structures that are of one size in both.
 

@@ -191,6 +191,13 @@ def _parity(parity: dict[str, Any]) -> list[str]:
     said = [f"The file is {figures(parity['artifact_db'])} dB from its simulation; {costs}."]
     if parity["artifact_db"] == "inf":
         said = [f"The file computes what was simulated to the bit; {costs}."]
+    integers = parity.get("integers")
+    if integers:
+        said = [] if integers["alone"] else said
+        said.append(
+            f"{share(1 - integers['artifact'])} of its integer outputs are those of its simulation, which has "
+            f"{share(1 - integers['quantization'])} of those of float."
+        )
     if parity.get("worst_share") is not None:
         said.append(f"Every operator has at least {share(parity['worst_share'])} of its values within one step.")
     if parity["equal_argmax"] is not None:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from lightning_quant.calls.signature import tensor_leaves
 from lightning_quant.graph.named_edges import numbered
-from lightning_quant.numerics.noise import alike, equal_argmax, signal_to_noise
+from lightning_quant.numerics.noise import alike, equal_argmax, signal_to_noise, unequal_integers
 from lightning_quant.runtimes import Runtime
+from lightning_quant.simulate.integer_outputs import IntegerOutputs
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.simulate.ties import farthest, off_ties, tipped_ties
 from lightning_quant.surgery.routing import evaluation_mode
@@ -41,6 +42,7 @@ class Parity:
         ties_db: of the simulation against itself, once for each draw, after every value was moved by a few bits of
             float32 before it was rounded: see `ties.py`. Empty where nothing depends on it.
         misfit: which output of the artifact has a size that rounding ties do not explain; empty for none.
+        integers: how many values of outputs that are no floats differ; None where there are none.
     """
 
     worst_operator: str
@@ -50,6 +52,7 @@ class Parity:
     equal_argmax: float | None
     ties_db: tuple[float, ...] = ()
     misfit: str = ""
+    integers: IntegerOutputs | None = None
 
     @property
     def needed_db(self) -> float:
@@ -60,7 +63,7 @@ class Parity:
     @property
     def failures(self) -> list[str]:
         """What is wrong, in plain words; empty when the artifact is what was simulated."""
-        lines = [self.misfit] if self.misfit else []
+        lines = [line for line in (self.misfit, self.integers.failure if self.integers else "") if line]
         if self.worst_share is not None and not self.worst_share >= MINIMUM_SHARE:
             lines.append(
                 f"at {self.worst_operator} only {self.worst_share:.2%} of the values are within one step of the "
@@ -81,11 +84,16 @@ class Parity:
         return f" and {low}{f' to {high}' * (high != low)} dB from itself with its rounding ties tipped"
 
     def __str__(self) -> str:
-        text = (
-            f"Parity {'FAILED' if self.failures else 'ok'}: {_operator_share(self.worst_share)}simulated against "
-            f"artifact {self.artifact_db:.1f} dB, float against simulated {self.quantization_db:.1f} dB"
-        )
-        text += self._ties().replace(" and ", ", simulated ", 1)
+        parts = []
+        if self.integers is None or not self.integers.alone:
+            decibels = (
+                f"simulated against artifact {self.artifact_db:.1f} dB, float against simulated "
+                f"{self.quantization_db:.1f} dB"
+            )
+            parts.append(decibels + self._ties().replace(" and ", ", simulated ", 1))
+        if self.integers is not None:
+            parts.append(str(self.integers))
+        text = f"Parity {'FAILED' if self.failures else 'ok'}: {_operator_share(self.worst_share)}{'; '.join(parts)}"
         if self.equal_argmax is not None:
             text += f"; {self.equal_argmax:.1%} equal predictions of simulated and artifact"
         return f"{text}."
@@ -121,6 +129,7 @@ def check_parity(
     inputs = dict(zip(prepared.spec.names, tensors, strict=True))
     name, share = _worst_operator(runtime, model_path, inputs, edges)
     simulated_leaves, exported_leaves = tensor_leaves(simulated), tensor_leaves(exported)
+    integers = _integers(tensor_leaves(float_output), simulated_leaves, exported_leaves)
     parity = Parity(
         worst_operator=name,
         worst_share=share,
@@ -128,10 +137,20 @@ def check_parity(
         artifact_db=signal_to_noise(*alike(simulated_leaves, exported_leaves)),
         equal_argmax=equal_argmax(simulated_leaves, exported_leaves),
         misfit=_misfit(simulated_leaves, exported_leaves),
+        integers=integers,
     )
-    if parity.artifact_db >= parity.needed_db:
+    if parity.artifact_db >= parity.needed_db and not (integers and integers.failure):
         return parity
-    return replace(parity, ties_db=tipped_ties(prepared, args, kwargs, simulated))
+    decibels, shares = tipped_ties(prepared, args, kwargs, simulated)
+    return replace(parity, ties_db=decibels, integers=integers and replace(integers, ties=shares))
+
+
+def _integers(floating: list[Tensor], simulated: list[Tensor], exported: list[Tensor]) -> IntegerOutputs | None:
+    differing = unequal_integers(simulated, exported)
+    if differing is None:
+        return None
+    alone = not any(output.is_floating_point() for output in simulated)
+    return IntegerOutputs(unequal_integers(floating, simulated) or 0.0, differing, alone=alone)
 
 
 def _misfit(simulated: list[Tensor], exported: list[Tensor]) -> str:
