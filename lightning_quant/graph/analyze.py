@@ -12,7 +12,7 @@ from lightning_quant.errors import PlanError, UntraceableError
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.claims import Claim, claim_of, settle, weigh
 from lightning_quant.graph.counting import ObservedCall, observe_call
-from lightning_quant.graph.expansions import is_expanded
+from lightning_quant.graph.expansions import WHOLE, is_expanded
 from lightning_quant.graph.faithful import trace_faithfully
 from lightning_quant.graph.patterns import Matcher
 from lightning_quant.graph.plan import COMPUTED_ONCE, UNREAD, GraphPlan, Plan, Row, join
@@ -108,6 +108,10 @@ class _Splitter:
             return
         unread = remove_unread(traced.graph, module)
         matcher = Matcher(traced, module, self.table, self.selection, path, tensors)
+        products = any(ops.describe(node, module).kind in ops.WEIGHTED for node in traced.graph.nodes)
+        if path and not products and not any(map(_is_layer, module.modules())):
+            # Its parameters are no layer's weights, but positions, say.
+            return
         self.claims += matcher.claims()
         for node, layer in unread:
             row = Row(join(path, str(node.meta["key"])), layer, "float", UNREAD)
@@ -222,8 +226,16 @@ def _outermost(path: str, module: nn.Module, called: dict[str, Any]) -> Iterator
 
 
 def has_weights(module: nn.Module) -> bool:
-    """Tell whether a convolution or linear layer, or what is written out as one, is at or under a module."""
-    return any(ops.kind_of(child) in ops.WEIGHTED or is_expanded(child) for child in module.modules())
+    """Tell whether a convolution or linear layer, or what may be one of the user's own, is at or under a module."""
+    return any(_is_layer(child) or _may_be_layer(child) for child in module.modules())
+
+
+def _is_layer(module: nn.Module) -> bool:
+    return ops.kind_of(module) in ops.WEIGHTED or is_expanded(module)
+
+
+def _may_be_layer(module: nn.Module) -> bool:
+    return ops.kind_of(module) == "other" and not isinstance(module, WHOLE) and _has_own_weights(module)
 
 
 def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:

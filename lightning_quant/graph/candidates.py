@@ -10,6 +10,7 @@ from lightning_quant.graph import operations as ops
 from lightning_quant.graph.affine import affine_parts, is_of_channels
 from lightning_quant.graph.constants import constant
 from lightning_quant.graph.norms import norm_of, normalizes_channels
+from lightning_quant.graph.plan import join
 from lightning_quant.graph.table import OperatorTable, Selection
 from lightning_quant.numerics.folding import Affine, Norm
 from lightning_quant.surgery.routing import has_hooks
@@ -57,8 +58,7 @@ class Candidates:
 
     def name(self, node: fx.Node) -> str:
         """Return the qualified name of a node for readers and patterns."""
-        key = node.meta["key"]
-        return ".".join(part for part in (self.path, key) if part)
+        return join(self.path, str(node.meta["key"]))
 
     def _match_weighted(self) -> None:
         for node in self.graph.nodes:

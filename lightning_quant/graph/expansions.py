@@ -26,6 +26,8 @@ WHOLE = (
     *(nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d),
 )
 
+_PRODUCTS = frozenset((F.linear, F.conv1d, F.conv2d, F.conv3d))
+
 
 def is_expanded(module: nn.Module) -> bool:
     """Tell whether a layer of PyTorch is no leaf of a trace."""
@@ -44,18 +46,23 @@ def expansion_of(module: nn.Module) -> Callable[..., Any] | None:
     return None
 
 
-def layer_read_by(node: fx.Node, root: nn.Module) -> str:
-    """Return the path of the layer whose weight a product in an expansion reads, which it is named after.
+def layer_read_by(node: fx.Node, root: nn.Module) -> str | None:
+    """Return the path of the layer whose weight a product in an expansion, or in a layer of the user's, reads.
 
-    Empty where it is no such product.
+    The product is named after it. None where it is no such product.
     """
-    scope = node.meta.get("scope")
-    if node.target is not F.linear or not scope or expansion_of(root.get_submodule(scope)) is None:
-        return ""
-    weight = node.args[1]
-    while isinstance(weight, fx.Node) and weight.op != "get_attr" and weight.args:
+    scope = str(node.meta.get("scope", ""))
+    if node.target not in _PRODUCTS or (layer := root.get_submodule(scope)) is None:
+        return None
+    if expansion_of(layer) is None and any(name != "parametrizations" for name, _ in layer.named_children()):
+        return None
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    while isinstance(weight, fx.Node) and weight.op in ("call_function", "call_method") and weight.args:
         weight = weight.args[0]
-    return str(weight.target).rpartition(".")[0] if isinstance(weight, fx.Node) and weight.op == "get_attr" else ""
+    if not isinstance(weight, fx.Node) or weight.op not in ("get_attr", "call_module"):
+        return None
+    owner = str(weight.target).partition(".parametrizations.")[0].partition("parametrizations.")[0]
+    return owner if weight.op == "call_module" or owner != weight.target else owner.rpartition(".")[0]
 
 
 def _attention(layer: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:

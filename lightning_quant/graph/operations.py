@@ -180,7 +180,9 @@ def tensor_inputs(node: fx.Node) -> list[fx.Node]:
 
 def _expanded(node: fx.Node, root: nn.Module) -> str:
     """Return the type of the layer that was written out for a trace and whose weight a product reads, if it does."""
-    return type(root.get_submodule(str(node.meta["scope"]))).__name__ if layer_read_by(node, root) else ""
+    if layer_read_by(node, root) is None:
+        return ""
+    return parametrize.type_before_parametrizations(root.get_submodule(str(node.meta["scope"]))).__name__
 
 
 def _own_layer(node: fx.Node, root: nn.Module) -> str:

@@ -1,5 +1,6 @@
 """The plan: what happens to each operator of a module, or the reason it stays float. Data only, no tensors."""
 
+import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -9,6 +10,8 @@ from lightning_quant.numerics.folding import Affine, Norm
 
 COMPUTED_ONCE = "computed from parameters alone, so once and for all when the model is converted"
 UNREAD = "nothing reads its result in evaluation, so it is no part of what is exported"
+# The key of what the root of a graph does itself begins with a dot: its name is that of the root.
+_ITSELF = re.compile(r"(?<=[^.])\.\.[^.#]+")
 LOST = "planned in integers, but the exported file computes it in float"
 
 
@@ -250,8 +253,8 @@ def identify(path: str, key: str) -> str:
 
 
 def join(*parts: str) -> str:
-    """Join dotted paths, leaving out empty ones."""
-    return ".".join(part for part in parts if part)
+    """Join dotted paths, leaving out empty ones, and what a layer does itself where the layer has a path."""
+    return _ITSELF.sub("", ".".join(part for part in parts if part)).lstrip(".")
 
 
 def _left_out(row: Row, is_lost: bool) -> Row:

@@ -213,7 +213,9 @@ class _Tracer(fx.Tracer):
         else:
             base = operation_name(node)
             node.meta["scope"] = scope.partition("(")[0]
-            name = layer_read_by(node, self.root) or (f"{scope}.{base}" if scope else base)
+            layer = layer_read_by(node, self.root)
+            # What the root does itself has the name of the root: see `plan.join`.
+            name = layer or (f"{scope}.{base}" if scope else base if layer is None else f".{base}")
         count = self.counts[name]
         self.counts[name] += 1
         node.meta["key"] = name if count == 0 else f"{name}#{count}"

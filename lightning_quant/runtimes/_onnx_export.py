@@ -16,7 +16,7 @@ from lightning_quant.graph.named_edges import PREFIX, EdgeNames, EdgeQuantizer
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, refused
 from lightning_quant.runtimes._onnx_four_bits import has_four_bits, store_in_four_bits
 from lightning_quant.runtimes._onnx_layers import translations
-from lightning_quant.runtimes._onnx_moves import move_in_integers
+from lightning_quant.runtimes._onnx_moves import for_onnxruntime
 
 _ENGINE = "PyTorch's exporter to ONNX"
 
@@ -26,7 +26,7 @@ def export_onnx(
     call: CapturedCall,
     path: Path,
     *,
-    rewrite: Callable[[Any], None] = move_in_integers,
+    rewrite: Callable[[Any], None] = for_onnxruntime,
 ) -> None:
     """Write a module as an ONNX file.
 

@@ -8,6 +8,7 @@ them have kernels for integers. To read a shape it dequantizes, too.
 import itertools
 from typing import Any
 
+import numpy as np
 import onnx_ir as ir
 
 # Larger than any size.
@@ -29,6 +30,34 @@ def move_in_integers(model: Any) -> None:
                 _move(model.graph, chain, node)
         elif node.op_type == "Shape" and producer.op_type == "DequantizeLinear":
             _read_integers(model.graph, node, 0)
+
+
+def for_onnxruntime(model: Any) -> None:
+    """Let ONNX Runtime compute in integers what has integer kernels."""
+    move_in_integers(model)
+    keep_integer_products(model)
+
+
+def keep_integer_products(model: Any) -> None:
+    """Write a ReLU behind an integer product that answers in float as a maximum, which is the same.
+
+    ONNX Runtime (1.31) fuses the two before it looks for integers, and then computes both in float.
+    """
+    for node in list(model.graph):
+        product = node.inputs[0].producer() if node.op_type == "Relu" else None
+        if product is None or product.op_type != "Gemm" or len(product.outputs[0].uses()) > 1:
+            continue
+        if all(_is_dequantized(value) for value in product.inputs[:2]):
+            tape = ir.tape.Tape()
+            name = f"zero_{next(_NUMBERS)}"
+            zero = tape.initializer(ir.tensor(np.zeros((), node.inputs[0].dtype.numpy()), name=name), name=name)
+            made = tape.op("Max", [node.inputs[0], zero])
+            ir.convenience.replace_nodes_and_values(model.graph, node, [node], tape.nodes, node.outputs, [made])
+            model.graph.register_initializer(zero)
+
+
+def _is_dequantized(value: Any) -> bool:
+    return value is not None and value.producer() is not None and value.producer().op_type == "DequantizeLinear"
 
 
 def _read_integers(graph: Any, node: Any, index: int) -> None:

@@ -72,7 +72,7 @@ def test_what_a_file_has_lost_keeps_its_share_and_warns(
     rows = {row.name: row for row in prepared.plan.rows}
     assert {rows[name].reason for name in ("first.0", "first.1", "first.2")} == {LOST}
     assert rows["first.0"].macs == 6 * 4 * 8
-    assert (rows["unread.linear"].reason, rows["unread.linear"].macs) == (UNREAD, 0)
-    assert rows["last.linear"].action == "int8"
+    assert (rows["unread"].reason, rows["unread"].macs) == (UNREAD, 0)
+    assert rows["last"].action == "int8"
     warnings = Coverage(prepared.plan.to_dict(), {}, {}, 1.0, None).warnings()
     assert f"3 rows of the plan (first.0, first.1, first.2): {LOST}" in warnings

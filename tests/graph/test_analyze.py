@@ -1,10 +1,15 @@
 """What cannot be traced is split into graphs of what can."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from models import BranchingNet, ViewsNet, with_statistics
-from prepared_graphs import ready, recorded_edges
+from prepared_graphs import ready, recorded_edges, rows_of
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
+from transformers.pytorch_utils import Conv1D
 
 from lightning_quant.errors import PlanError
 from lightning_quant.export.convert import convert
@@ -101,3 +106,53 @@ def test_a_forward_without_traceable_layers_raises_with_the_reason() -> None:
 
     with pytest.raises(PlanError, match=r"nothing.*cannot be traced"):
         prepare(Net(), (torch.randn(2, 4),))
+
+
+class Own(nn.Module):
+    """A layer of the user's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.matrix = nn.Parameter(torch.eye(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.matrix * 0.5)
+
+
+class Derived(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Around(nn.Module):
+    """Runs a layer whole, or so that nothing around it can be traced."""
+
+    def __init__(self, layer: nn.Module, *, opaque: bool) -> None:
+        super().__init__()
+        self.first, self.layer, self.opaque = nn.Linear(4, 4), layer, opaque
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.opaque and x.sum() > 100:
+            return x
+        return self.layer(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("opaque", [True, False])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: nn.Linear(4, 4),
+        lambda: Derived(4, 4),
+        Own,
+        lambda: weight_norm(nn.Linear(4, 4)),
+        lambda: Conv1D(4, 4),
+        lambda: torch.nn.utils.spectral_norm(nn.Linear(4, 4)),
+    ],
+    ids=["linear", "derived", "own", "weight_norm", "conv1d", "hooked"],
+)
+def test_a_layer_goes_by_its_path_wherever_it_is(make: Callable[[], nn.Module], opaque: bool) -> None:
+    model, x = Around(make(), opaque=opaque), torch.randn(3, 4)
+
+    assert {name for name, row in rows_of(model, x).items() if row.action == "int8"} == {"first", "layer"}
+    excluded = rows_of(model, x, exclude=("layer",))["layer"]
+    assert (excluded.action, excluded.reason) == ("float", 'excluded by "layer"')

@@ -111,7 +111,7 @@ def test_the_rounded_weight_is_the_computed_one() -> None:
     layer = model[0]
     variance, mean = torch.var_mean(layer.weight, dim=[1, 2, 3], keepdim=True, unbiased=False)
     weight = (layer.weight - mean) / torch.sqrt(variance + 1e-6)
-    identity = next(name for name, operator in prepared.operators.items() if operator.key.startswith("0."))
+    identity = next(name for name, operator in prepared.operators.items() if operator.key == "0")
     folded = prepared.folded(identity)
     torch.testing.assert_close(prepared.weight(identity), weight)
     rounded = prepared.weight_integers(identity, folded) * folded.scale.view(-1, 1, 1, 1)
@@ -124,7 +124,7 @@ def test_weights_that_follow_from_an_input_stay_float_with_the_reason() -> None:
             return F.conv2d(x, self.weight * x.mean(), self.bias)
 
     prepared = ready(nn.Sequential(Modulated(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 4, 3)), IMAGE)
-    (row,) = (row for row in prepared.plan.rows if row.name == "0.conv2d")
+    (row,) = (row for row in prepared.plan.rows if row.name == "0")
     assert (row.action, row.reason) == ("float", "its weight is computed from an input in forward")
 
 

@@ -28,9 +28,8 @@ def test_rows_tell_what_happens_to_every_layer(case: Case) -> None:
         assert row.is_quantized or row.reason, row
         if row.action == "fused":
             assert row.reason.removeprefix("into ") in names
-    operators = [f"{path}:{key}" for path, key in (i.split(":") for i in prepared.operators)]
-    integer = {":".join(("", row.name)) for row in rows if row.action == "int8" and not row.reason}
-    assert {identity.replace(":", ".").strip(".") for identity in operators} == {name[1:] for name in integer}
+    integer = {row.name for row in rows if row.action == "int8" and not row.reason}
+    assert {operator.name for operator in prepared.operators.values()} == integer
 
 
 class Everything(nn.Module):

@@ -57,3 +57,23 @@ def test_integers_are_moved(runtime: str, tmp_path: Path) -> None:
     operator, number = DEQUANTIZES[runtime]
     counts = artifact.report["operators"]
     assert counts.get(operator, 0) == number
+
+
+class Apart(nn.Module):
+    """A ReLU that is in no graph, behind a layer that is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            mean = x.mean()
+        return F.relu(self.layer(x)) + mean
+
+
+def test_an_integer_product_is_none_of_a_relus_float_kernel(tmp_path: Path) -> None:
+    artifact = lq.quantize(Apart(), "int8", calibration_data=[torch.randn(4, 8)], output_dir=tmp_path, threads=1)
+
+    assert artifact.report["still_float"] == {}
+    assert artifact.report["operators"]["QGemm"] == 1
