@@ -4,6 +4,7 @@ A new observer is one class here. Every observer keeps a fixed amount of memory 
 that move with `to` and are saved by `state`.
 """
 
+import math
 from collections.abc import Callable
 from typing import ClassVar
 
@@ -147,7 +148,15 @@ class Percentile(Histogram):
 
 
 class MeanSquaredError(Histogram):
-    """The range with the least expected squared rounding and clipping error; see `Histogram.least_error_range`."""
+    """The range with the least expected squared rounding and clipping error; see `Histogram.least_error_range`.
+
+    Few values say little about those to come: the largest of n normal ones is about `sqrt(2 ln n)` deviations out
+    (Leadbetter et al. 1983, Extremes and Related Properties, theorem 1.5.3). Below `ENOUGH_VALUES` the range is widened
+    to where the largest of so many would be, from a tenth of that number on in part. A step that is 1.4 times as wide
+    costs 3 dB; networks that were calibrated on 96 values lost 5 to 15 dB to clipped ones.
+    """
+
+    ENOUGH_VALUES = 10_000
 
     def __init__(self, grid: Grid = UINT8) -> None:
         super().__init__()
@@ -156,10 +165,19 @@ class MeanSquaredError(Histogram):
         self._answer: tuple[Tensor, int, tuple[Tensor, Tensor]] | None = None
 
     def range(self) -> tuple[Tensor, Tensor]:
-        """Return the range of least expected squared error, never wider than the data."""
+        """Return the range of least expected squared error, wider than the data where that is little."""
         if self._answer is None or self._answer[0] is not self.counts or self._answer[1] != self.num_updates:
-            self._answer = self.counts, self.num_updates, self.least_error_range(self.grid)
+            self._answer = self.counts, self.num_updates, self._widened(self.least_error_range(self.grid))
         return self._answer[2]
+
+    def _widened(self, ends: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        number = max(self.counts.sum().item(), 2.0)
+        if number >= self.ENOUGH_VALUES:
+            return ends
+        factor = math.sqrt(math.log(self.ENOUGH_VALUES) / math.log(number))
+        share = min(math.log10(self.ENOUGH_VALUES / number), 1.0)
+        low, high = (extreme * factor for extreme in MinMax.range(self))
+        return torch.lerp(ends[0], low.clamp(max=0), share), torch.lerp(ends[1], high.clamp(min=0), share)
 
 
 def least_error(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

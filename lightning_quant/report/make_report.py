@@ -187,6 +187,9 @@ def measure_latency(
     with torch_threads(threads), evaluation_mode(model.root):
         try:
             runtime_float = peers.of(model, threads)
+            if runtime_float is not None:
+                args, kwargs = model.call(model.samples(model.smallest))
+                runtime_float(*args, **kwargs)
         except QuantizationError as error:
             runtime_float, remarks = None, (f"the float model has no peer in {model.plan.runtime}: {error}",)
         rows = []

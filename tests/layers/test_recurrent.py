@@ -1,5 +1,6 @@
 """Recurrent layers in every scheme against the float layer."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from lightning_models import decibels
 from stored_layers import DYNAMIC, WEIGHT_ONLY, check, quantized
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+
+import lightning_quant as lq
 
 pytestmark = [
     # PyTorch's advice on the encoder's fused kernels and on weight normalization.
@@ -112,3 +115,26 @@ def test_weight_norm_of_a_recurrent_layer_is_not_dropped() -> None:
     with torch.no_grad():
         expected = layer(x)[0]
         assert decibels(expected, quantized(Around(layer), x).quantized()(x)[0]) > 30
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.lstm = nn.Linear(6, 8), nn.LSTM(8, 8, batch_first=True, proj_size=4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(self.first(x))[0]
+
+
+def test_a_float_projection_is_kept_by_files(tmp_path: Path) -> None:
+    """PyTorch's exporter to ONNX writes an LSTM without its projection, whose states do not fit then."""
+    torch.manual_seed(0)
+    model = Projected()
+    calls = [torch.randn(4, 5, 6) for _ in range(3)]
+    artifact = lq.quantize(
+        model, "int8", calibration_data=calls, exclude=["lstm"], output_dir=tmp_path / "artifact", threads=1
+    )
+
+    assert all(row["runtime_float"] for row in artifact.report["latency"])
+    with torch.no_grad():
+        assert decibels(model(calls[0]), lq.load(artifact.path, threads=1)(calls[0])) > 40

@@ -109,11 +109,11 @@ def test_percentile_out_of_range_is_refused(percentile: float) -> None:
 
 
 SHAPES = {
-    "normal": lambda: torch.randn(6000),
-    "heavy tails": lambda: torch.randn(6000) ** 3,
-    "after relu": lambda: torch.randn(6000).relu() ** 2,
-    "negative only": lambda: -(torch.randn(6000).abs() ** 3),
-    "lopsided": lambda: torch.cat([torch.randn(6000) * 0.1, torch.rand(60) * 8]),
+    "normal": lambda: torch.randn(10_000),
+    "heavy tails": lambda: torch.randn(10_000) ** 3,
+    "after relu": lambda: torch.randn(10_000).relu() ** 2,
+    "negative only": lambda: -(torch.randn(10_000).abs() ** 3),
+    "lopsided": lambda: torch.cat([torch.randn(10_000) * 0.1, torch.rand(60) * 8]),
 }
 
 
@@ -130,6 +130,20 @@ def test_mse_is_as_good_as_a_search_over_all_ranges(shape: str, levels: int) -> 
     assert found <= 1.05 * best
     if (shape, levels) == ("heavy tails", 16):
         assert found < 0.8 * rounding_error(raw, *ends(seen_by(MinMax(), [data])), levels)
+
+
+@pytest.mark.parametrize("number", [50, 200, 1000, 5000])
+def test_few_values_leave_room_for_those_to_come(number: int) -> None:
+    """The range of few normal values reaches about as far as the largest of ten thousand, and zero stays its end."""
+    highs = []
+    for seed in range(20):
+        torch.manual_seed(seed)
+        values = torch.randn(number)
+        low, high = ends(seen_by(MeanSquaredError(), [values]))
+        assert low < values.min() * 0.99 or number == 5000
+        highs.append(high)
+        assert ends(seen_by(MeanSquaredError(), [values.relu()]))[0] == 0
+    assert 3.4 < sum(highs) / 20 < 4.2
 
 
 def test_mse_counts_the_levels_of_the_recipe() -> None:
