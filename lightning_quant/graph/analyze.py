@@ -227,15 +227,12 @@ def _outermost(path: str, module: nn.Module, called: dict[str, Any]) -> Iterator
 
 def has_weights(module: nn.Module) -> bool:
     """Tell whether a convolution or linear layer, or what may be one of the user's own, is at or under a module."""
-    return any(_is_layer(child) or _may_be_layer(child) for child in module.modules())
+    own = (c for c in module.modules() if ops.kind_of(c) == "other" and not isinstance(c, WHOLE))
+    return any(map(_is_layer, module.modules())) or any(map(_has_own_weights, own))
 
 
 def _is_layer(module: nn.Module) -> bool:
     return ops.kind_of(module) in ops.WEIGHTED or is_expanded(module)
-
-
-def _may_be_layer(module: nn.Module) -> bool:
-    return ops.kind_of(module) == "other" and not isinstance(module, WHOLE) and _has_own_weights(module)
 
 
 def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
