@@ -1,6 +1,7 @@
 """One validation in training, scored: what the integer twin of the present weights gets on the same batches."""
 
 import math
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -53,9 +54,9 @@ class Score:
         try:
             for beside in self._runs.values():
                 beside.run(batch, index, loader)
-        except QuantizationError as error:
-            # Told at the end, where all processes meet.
-            self._error = error
+        # The user's own step, on a model that it was not written for: told at the end, where all processes meet.
+        except Exception as error:
+            self._error = _told(error)
 
     def end(self, trainer: Trainer) -> dict[str, dict[str, float]]:
         """Return the metrics of float weights and of the twin, of all processes.
@@ -64,11 +65,10 @@ class Score:
             EvaluationError: validation never called the module.
             QuantizationError: the twin does not take what validation calls it with.
         """
-        self._group.together(self._check)
+        beside = self._group.together(self._ended)
         logged = {n: share_of(item) for n, item in logged_in(trainer).items() if not n.startswith("quant/")}
         own = {name: share for name, share in logged.items() if share is not None}
-        by_weights: dict[str, dict[str, Share]] = {FLOAT: own, TWIN: own}
-        by_weights |= {which: beside.end() for which, beside in self._runs.items()}
+        by_weights: dict[str, dict[str, Share]] = {FLOAT: own, TWIN: own, **beside}
         values = {which: merged(self._group.gather(shares)) for which, shares in by_weights.items()}
         if self._without_loss:
             values[TWIN] = {name: value for name, value in values[TWIN].items() if not math.isnan(value)}
@@ -78,7 +78,14 @@ class Score:
         """Take the twin away."""
         self._stack.close()
 
-    def _begin(
+    def _begin(self, callback: "QuantizationCallback", *args: Any) -> None:
+        """Make the twin; of copies and steps of users' modules any error may come."""
+        try:
+            self._make(callback, *args)
+        except Exception as error:
+            raise _told(error) from error
+
+    def _make(
         self, callback: "QuantizationCallback", trainer: Trainer, pl_module: LightningModule, sample: KeptBatches
     ) -> None:
         covered = _covered(callback, pl_module)
@@ -91,17 +98,27 @@ class Score:
         if TWIN in self._runs:
             place_twin(callback, trainer, pl_module, self._runs[TWIN], sample, self._stack)
 
-    def _check(self) -> None:
+    def _ended(self) -> dict[str, dict[str, Share]]:
+        """Return what was logged beside the run, by weights."""
         if self._error is not None:
             raise self._error
         if any(beside.num_calls == 0 for beside in self._runs.values()):
             name = repr(self._path) if self._path else "its own forward"
             raise EvaluationError(f"Expected `validation_step` to call {name}, but it never did.")
+        try:
+            return {which: beside.end() for which, beside in self._runs.items()}
+        except Exception as error:
+            raise _told(error) from error
 
     def _number(self, trainer: Trainer, loader: int) -> float:
         if not isinstance(self._limit, float):
             return math.inf if self._limit is None else self._limit
         return max(1, self._limit * trainer.num_val_batches[loader])
+
+
+def _told(error: Exception) -> QuantizationError:
+    """Return an error of validation beside the run as one that processes tell each other."""
+    return error if isinstance(error, QuantizationError) else EvaluationError(f"validation beside the run: {error!r}")
 
 
 def _covered(callback: "QuantizationCallback", pl_module: LightningModule) -> str:
@@ -114,6 +131,23 @@ def _covered(callback: "QuantizationCallback", pl_module: LightningModule) -> st
         return "" if any(isinstance(c.__dict__.get("forward"), Route) for c in pl_module.modules()) else FLOAT
     # Layers that are stored small beside the graph stand in the artifact alone.
     return TWIN if settings.score_with == "simulation" and not Prepared.of(model).left else ""
+
+
+def log_no_score(trainer: Trainer, pl_module: LightningModule, begins: str, watching: list[str]) -> None:
+    """Log that there is no score, where one was logged before or is watched: an earlier one would be taken for it.
+
+    Args:
+        trainer: at the end of a validation's epoch; what stops a run early decides nothing by such a score any more.
+        pl_module: that logs it.
+        begins: what the keys of scores begin with.
+        watching: keys that something watches.
+    """
+    known = [name for name in trainer.callback_metrics if name.startswith(begins)]
+    for name in sorted({*watching, *known}):
+        _log(pl_module, name, math.nan)
+    for watcher in trainer.callbacks:  # type: ignore[attr-defined]
+        if getattr(watcher, "monitor", None) in watching and hasattr(watcher, "check_finite"):
+            watcher.check_finite, watcher.patience = False, sys.maxsize
 
 
 def log_score(trainer: Trainer, pl_module: LightningModule, prefix: str, values: dict[str, dict[str, float]]) -> None:

@@ -12,7 +12,7 @@ from typing_extensions import override
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.kept_batches import KeptBatches
-from lightning_quant.callbacks.score import AfterHook, Score, log_score
+from lightning_quant.callbacks.score import AfterHook, Score, log_no_score, log_score
 from lightning_quant.doors.settings import CallbackSettings
 from lightning_quant.errors import QuantizationError
 from lightning_quant.report.limits import unlogged
@@ -77,6 +77,8 @@ class ScoredValidation(Callback):
         if self._score is not None:
             end = functools.partial(self._end_score, trainer, pl_module, self._score)
             self._after = AfterHook(pl_module, "on_validation_epoch_end", end)
+        elif self._unscored and trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self._log_nothing(trainer, pl_module)
 
     @override
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -131,8 +133,14 @@ class ScoredValidation(Callback):
     def _end_score(self, trainer: Trainer, pl_module: LightningModule, score: Score) -> None:
         values = self._tried(score.end, trainer)
         self.drop_score()
-        if values is not None:
+        if values is None:
+            self._log_nothing(trainer, pl_module)
+        else:
             log_score(trainer, pl_module, prefix_of(cast("QuantizationCallback", self), trainer), values)
+
+    def _log_nothing(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        begins = f"{prefix_of(cast('QuantizationCallback', self), trainer)}/twin"
+        log_no_score(trainer, pl_module, begins, _monitors(self, trainer))
 
     def _tried(self, function: Any, *args: Any) -> Any:
         """Call a function; where a score fails training goes on, and a warning says why there are none."""
@@ -140,6 +148,10 @@ class ScoredValidation(Callback):
             return function(*args)
         except QuantizationError as error:
             self._unscored, self._is_due = str(error), False
+            told = f"scores while training are missing after {self._num_validations - 1} validations: {error}".rstrip(
+                "."
+            )
+            cast("QuantizationCallback", self).missing.append(told)
             warn(f"{type(self).__name__}: validations are not scored any more: {error}")
             return None
 

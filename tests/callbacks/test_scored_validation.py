@@ -1,5 +1,6 @@
 """Scores while a fit validates: what the integers of the present weights get, in time for whatever watches them."""
 
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -148,3 +149,39 @@ def test_every_member_of_a_sweep_is_scored(tmp_path: Path) -> None:
     names = [name for name in found if name.endswith("/twin_delta/val_loss")]
     assert len(names) == 2
     assert len({found[name] for name in names} - {0.0}) == 2
+
+
+class FailsBesideTheRun(Classifier):
+    """A validation that says no to any module but the run's own, in its second epoch, in one of its hooks."""
+
+    def __init__(self, hook: str) -> None:
+        super().__init__()
+        self.hook, self.own = hook, [id(self)]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.complain("validation_step")
+        super().validation_step(batch, batch_idx)
+
+    def on_validation_epoch_end(self) -> None:
+        self.complain("on_validation_epoch_end")
+
+    def complain(self, hook: str) -> None:
+        if hook == self.hook and id(self) not in self.own and self.trainer.current_epoch == 1:
+            raise ZeroDivisionError("no copies")
+
+
+@pytest.mark.parametrize("hook", ["validation_step", pytest.param("on_validation_epoch_end", marks=pytest.mark.slow)])
+def test_validation_that_fails_beside_the_run_costs_the_score_alone(hook: str, tmp_path: Path) -> None:
+    callback = make(QuantizationAwareTraining, tmp_path, score_every=1, schedule={"fake_quantize": 0.0})
+    watching = EarlyStopping(TWIN, patience=1), ModelCheckpoint(tmp_path / "kept", monitor=TWIN, save_last=True)
+    module, seen = FailsBesideTheRun(hook), Seen()
+    with pytest.warns(match=r"not scored any more: .*no copies"):
+        make_trainer(*watching, seen, callback, max_epochs=4, enable_checkpointing=True).fit(module)
+
+    assert module.trainer.current_epoch == 4
+    scores = [metrics[TWIN] for metrics in seen.metrics]
+    assert [math.isnan(score) for score in scores] == [False, True, True, True]
+    assert callback.artifact is not None
+    (missing,) = [w for w in callback.artifact.report["warnings"] if "scores while training" in w]
+    assert "after 1 validations" in missing
+    assert "no copies" in missing
