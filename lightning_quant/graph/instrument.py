@@ -13,6 +13,7 @@ from lightning_quant.calls.calls import CallSpec, ResultSpec
 from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.code import with_any_names
 from lightning_quant.graph.operations import argument, describe
+from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.trace import trace
 
 
@@ -55,6 +56,7 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
             _call(graph, simulation, node, "run_add", (operator.identity, *node.args[:2]))
         if operator.batch_norm in keys:
             _run_batch_norm(graph, simulation, keys[operator.batch_norm], operator.identity)
+        _run_activation(graph, simulation, keys.get(operator.activation), operator, module)
         for index, affine in enumerate(operator.affine):
             if (step := keys.get(affine.key)) is not None:
                 x, value = step.args[affine.position], step.args[1 - affine.position]
@@ -81,6 +83,17 @@ def _run_batch_norm(graph: fx.Graph, simulation: fx.Node, node: fx.Node, identit
         return
     node.op, node.target = "call_method", "run_functional_batch_norm"
     node.args, node.kwargs = (simulation, identity, *node.args), _renamed(node.kwargs)
+
+
+def _run_activation(
+    graph: fx.Graph, simulation: fx.Node, node: fx.Node | None, operator: Operator, module: nn.Module
+) -> None:
+    """Call an activation by way of the simulation where a range takes it over; a ReLU is rounded with its edge."""
+    if node is None or node.op != "call_module" or not operator.quantized_output:
+        return
+    if describe(node, module).kind != "relu":
+        called = operator.writes, _module_reference(graph, node), argument(node, 0, "input")
+        _call(graph, simulation, node, "run_activation", called)
 
 
 def _renamed(kwargs: Any) -> dict[str, Any]:

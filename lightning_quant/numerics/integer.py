@@ -10,6 +10,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+# Share of itself by which a value moves when float32 factors are multiplied in another order, a few roundings each.
+_JITTER = 2.0**-20
+# Below it a bias leaves sums of products their room in float32, whatever is added first.
+_SMALL_BIAS = 2.0**22
+
 
 def requantize(sums: Tensor, step: Tensor, scale: Tensor, rounding: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
     """Return integer sums in steps of an output, rounded to even by one float32 multiplication, not clipped.
@@ -21,6 +26,11 @@ def requantize(sums: Tensor, step: Tensor, scale: Tensor, rounding: Callable[[Te
         rounding: what takes the place of rounding to even; it may do so in place.
     """
     return rounding(sums * (step / scale))
+
+
+def summed_with(bias: Tensor) -> Tensor | None:
+    """Return a bias in whole steps where a kernel may begin its sums with it; None where it is too large for that."""
+    return bias if float(bias.abs().amax()) < _SMALL_BIAS else None
 
 
 def add(
@@ -35,8 +45,8 @@ def add(
     Two fused multiply-adds in float32, first the second operand.
 
     Args:
-        first: values on the first grid.
-        second: values on the second grid.
+        first: integers on the first grid, without its zero point.
+        second: integers on the second grid, likewise.
         grids: scale and zero point of both.
         output: scale and zero point of the result.
         rounding: what takes the place of rounding to even.
@@ -45,12 +55,24 @@ def add(
     scale, zero = output
     first_ratio, second_ratio = first_scale / scale, second_scale / scale
     fixed = zero - (first_ratio * first_zero + second_ratio * second_zero)
-    first_integers = (first.float() / first_scale).round_().add_(first_zero)
-    second_integers = (second.float() / second_scale).round_().add_(second_zero)
-    inner = _fused_multiply_add(second_integers, second_ratio, fixed)
-    return rounding(_fused_multiply_add(first_integers, first_ratio, inner)) - zero
+    inner = _fused_multiply_add(second, second_zero, second_ratio, fixed)
+    return rounding(_fused_multiply_add(first, first_zero, first_ratio, inner)).sub_(zero)
 
 
-def _fused_multiply_add(x: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
+def jittered(x: Tensor, generator: torch.Generator, together: int | None) -> Tensor:
+    """Return values moved by as little as another order of the same float32 arithmetic would move them.
+
+    Args:
+        x: any shape.
+        generator: draws by how much.
+        together: which way all of them move, 0 for either; None where each moves on its own.
+    """
+    amounts = torch.rand(x.shape if together is None else (), generator=generator).to(x.device) * 2 - 1
+    if together is not None:
+        amounts = amounts.sign() if together == 0 else torch.full_like(amounts, together)
+    return (x * (1 + amounts * _JITTER)).to(x.dtype)
+
+
+def _fused_multiply_add(x: Tensor, zero_point: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
     # A float32 product is exact in float64, so there is one rounding, as in hardware.
-    return x.double().mul_(factor.double()).add_(summand).float()
+    return x.double().add_(zero_point).mul_(factor.double()).add_(summand).float()

@@ -43,8 +43,6 @@ class Grids:
 
 def joined(parts: Sequence[Seen]) -> Seen:
     """Return the extremes of all that was seen, once for each edge."""
-    if len(parts) == 1:
-        return parts[0]
     ends: dict[str, tuple[Tensor, Tensor]] = {}
     for seen in parts:
         for identity, low, high in zip(seen.edges, seen.lows.unbind(), seen.highs.unbind(), strict=True):

@@ -30,7 +30,7 @@ class Ranges:
     Attributes:
         edges: identity to edge.
         rows: identity to its place in `Grids`.
-        grid: the integers of every edge but the wide ones.
+        grid: the integers of every edge but the `wide` ones, which have eight bits; `grids_by_edge` has those of all.
         learned: steps and zero points that training has learned, which count before observers'; None without.
         needs_values: whether the observers look at more than extremes.
         waits: whether what is seen waits for `take_seen`: several processes count a batch only when the extremes of
@@ -46,7 +46,7 @@ class Ranges:
         self.rows = {identity: row for row, identity in enumerate(edges)}
         self.grid = recipe.activation_grid
         widened = replace(recipe, activation=replace(recipe.activation, bits=8)) if wide else recipe
-        self._wide_grid = widened.activation_grid
+        self.grids_by_edge = {i: (widened if i in wide else recipe).activation_grid for i in edges}
         self.learned: LearnedSteps | None = None
         self._observers = {
             i: observers.build(observer, widened if i in wide else recipe) for i, edge in edges.items() if edge.observed
@@ -74,7 +74,7 @@ class Ranges:
 
     def grid_of(self, identity: str) -> Grid:
         """Return the integers of an edge."""
-        return self._wide_grid if identity in self.wide else self.grid
+        return self.grids_by_edge[identity]
 
     def rounded(self, identity: str, x: Tensor) -> Tensor:
         """Return values rounded to the grid of an edge."""
@@ -138,7 +138,7 @@ class Ranges:
     def settle(self) -> None:
         """Take in what was seen; does nothing where that has to wait, for other processes or for the end of a run."""
         if self._seen and not self.waits and not self._is_running:
-            seen = joined(self._seen)
+            seen = self._seen[0] if len(self._seen) == 1 else joined(self._seen)
             self.take_in(seen.edges, seen.lows, seen.highs)
 
     def take_in(self, edges: Sequence[str], lows: Tensor, highs: Tensor) -> None:
@@ -158,7 +158,7 @@ class Ranges:
         device = self._seen[0].lows.device if self._seen else device
         rows = torch.full((len(self._observers), 2), -torch.inf, dtype=torch.float32, device=device)
         if self._seen:
-            seen, places = joined(self._seen), {identity: place for place, identity in enumerate(self._observers)}
+            seen, places = joined(self._seen), {edge: place for place, edge in enumerate(self._observers)}
             index = torch.tensor([places[identity] for identity in seen.edges], device=device)
             rows[index] = torch.stack([-seen.lows.float(), seen.highs.float()], 1)
         self._seen, self._first = [], {}
@@ -197,7 +197,9 @@ class Ranges:
             if self._padded is None or self._padded.device != device:
                 self._padded = padded_members(self._observers, self._members, self._group.values()).to(device)
             lows, highs = (end[self._padded] for end in ends)
-            scales, zero_points = scales_of(self, lows.amin(1), highs.amax(1))
+            ends = lows.amin(1), highs.amax(1)
+            is_plain = not self.wide and self.learned is None
+            scales, zero_points = affine_parameters(*ends, self.grid) if is_plain else scales_of(self, *ends)
             on_host = device.type == "cpu" and not kernels.serve(device, torch.float32)
             numbers = list(zip(scales.tolist(), zero_points.tolist(), strict=True)) if on_host else None
             self._grids = Grids(scales, zero_points, numbers, missing, not missing)

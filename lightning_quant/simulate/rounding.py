@@ -87,6 +87,10 @@ class Rounding:
         seen_row = self._observe(identity, x, relu=True)
         return self._round(self._grids, identity, x, seen_row, relu=True)
 
+    def run_activation(self, identity: str, activation: nn.Module, x: Tensor) -> Tensor:
+        """Call an activation that the range of an edge takes over."""
+        return activation(x)
+
     def run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
         """Call a layer with its rounded weight."""
         if self._grids is None:
@@ -128,7 +132,7 @@ class Rounding:
     def _round(self, grids: Grids, identity: str, x: Tensor, seen_row: int | None, *, relu: bool = False) -> Tensor:
         if self._learns:
             return self._simulation.quantizers.round_learning(identity, x, relu=relu)
-        row, grid = self._ranges.rows[identity], self._ranges.grid_of(identity)
+        row, grid = self._ranges.rows[identity], self._ranges.grids_by_edge[identity]
         if kernels.serve_values(x):
             seen = (None, 0) if seen_row is None else (self._table, seen_row)
             rows = kernels.EdgeRows(grids.scales, grids.zero_points, row, grid, relu, *seen)

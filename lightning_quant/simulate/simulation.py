@@ -1,7 +1,6 @@
 """What prepared graphs call while they run: observing, rounding, and the arithmetic of integer kernels."""
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,94 +10,30 @@ from torch.nn.utils import parametrize
 
 from lightning_quant.graph.moves import border_of
 from lightning_quant.numerics import integer
-from lightning_quant.numerics.bias_correction import InputMeans
 from lightning_quant.numerics.fake_quantize import along, fake_quantize, fake_quantize_weight
 from lightning_quant.numerics.folding import Folded
 from lightning_quant.numerics.learned_steps import quantize_with_learned_step
 from lightning_quant.numerics.visible import visible
+from lightning_quant.simulate.looks import Looks
 from lightning_quant.simulate.quantizers import Quantizers
-from lightning_quant.surgery.routing import fetch, shadowed, unparametrized
+from lightning_quant.surgery.routing import fetch, has_hooks, shadowed, unparametrized
 
-# Share of itself by which a value moves when float32 factors are multiplied in another order, a few roundings each.
-_JITTER = 2.0**-20
+# Where a tensor keeps the group of its edge and the integers that it stands for.
+_CARRIED = "lightning_quant_integers"
 
 
-class Simulation:
+class Simulation(Looks):
     """Runs the operators of a prepared module as its phase says.
 
     Attributes:
         quantizers: whose operators, ranges and phase count.
         integers: edge to the integers, without zero point and not clipped, that its producer has just computed for it.
-        input_means: when set, gets the means of what weighted operators read while observing.
-        only: when set, the weighted operators and edges that are rounded; all others compute in float.
-        watcher: when set, gets every edge's identity and float values while nothing is rounded.
-        recorded: when a list, every tensor that is rounded is appended to it as `(edge, integers)`.
-        hidden: when set, `(batch, time)`, true at places that do not count for ranges.
-        jitter: when set, draws by how much of itself a value is moved before it is rounded.
-        kept: when a dict, weights do not change, and what was computed of them stays in it, by operator.
     """
 
     def __init__(self, quantizers: Quantizers) -> None:
+        super().__init__()
         self.quantizers = quantizers
         self.integers: dict[str, Tensor] = {}
-        self.input_means: InputMeans | None = None
-        self.only: frozenset[str] | None = None
-        self.watcher: Callable[[str, Tensor], None] | None = None
-        self.recorded: list[tuple[str, Tensor]] | None = None
-        self.hidden: Tensor | None = None
-        self.jitter: torch.Generator | None = None
-        self.kept: dict[str, tuple[Folded, Tensor]] | None = None
-        # Which way all values of a tensor move, 0 for either; None where each moves on its own.
-        self._together: int | None = None
-        self._normalized: set[str] = set()  # operators that have computed their BatchNorm, until it is its turn
-
-    def recording(self) -> AbstractContextManager[list[tuple[str, Tensor]]]:
-        """Record the integers of every quantized tensor, in the order of execution."""
-        return self._with("recorded", [])
-
-    @contextmanager
-    def jittering(self, draw: int = 0) -> Iterator[None]:
-        """Move values before they are rounded, by as little as another order of the same float32 arithmetic would.
-
-        Even draws move each value by an amount of its own. Odd ones move all values of a tensor alike: the first every
-        tensor down, the second up, others each either way.
-        """
-        self.jitter = torch.Generator().manual_seed(draw)
-        self._together = None if draw % 2 == 0 else {1: -1, 3: 1}.get(draw, 0)
-        try:
-            yield
-        finally:
-            self.jitter = None
-
-    def measuring(self, means: InputMeans | None) -> AbstractContextManager[Any]:
-        """Let observed calls also count for the means of what weighted operators read."""
-        return self._with("input_means", means)
-
-    def watching(self, watcher: Callable[[str, Tensor], None]) -> AbstractContextManager[Any]:
-        """Show the float values of every edge to a function."""
-        return self._with("watcher", watcher)
-
-    def keeping_weights(self) -> AbstractContextManager[Any]:
-        """Round weights once, which do not change while a block runs."""
-        return self._with("kept", dict[str, tuple[Folded, Tensor]]())
-
-    @contextmanager
-    def _with(self, name: str, value: Any) -> Iterator[Any]:
-        setattr(self, name, value)
-        try:
-            yield value
-        finally:
-            setattr(self, name, None)
-
-    @contextmanager
-    def quantizing_only(self, identities: frozenset[str]) -> Iterator[None]:
-        """Round the weights of these operators and the values of these edges alone."""
-        self.only = identities
-        try:
-            yield
-        finally:
-            self.only = None
-            self._normalized.clear()
 
     def rounds(self, identity: str) -> bool:
         """Tell whether an operator's weight or an edge is rounded now."""
@@ -128,11 +63,15 @@ class Simulation:
             return self.quantizers.round_learning(identity, x) if self.rounds(identity) else x
         scale, zero_point = self.quantizers.ranges.parameters(identity)
         grid, integers = self.quantizers.ranges.grid_of(identity), self.integers.pop(identity, None)
-        if integers is None:
+        carries = x.dtype == torch.float32 and self._carries(identity)
+        if integers is None and not carries:
             rounded = fake_quantize(self._moved(self.quantizers.on_grid(identity, x)), scale, zero_point, grid)
         else:
+            integers = self._moved(x).div(scale).round_() if integers is None else integers
             integers.clamp_(grid.low - zero_point.item(), grid.high - zero_point.item())
             rounded = (integers * scale).to(x.dtype)
+        if carries:
+            rounded.__dict__[_CARRIED] = self.quantizers.ranges.edges[identity].shared, integers
         if self.recorded is not None:
             integers = torch.round(rounded.detach().float() / scale + zero_point)
             self.recorded.append((identity, integers.to(grid.dtype)))
@@ -141,7 +80,24 @@ class Simulation:
 
     def quantize_relu(self, identity: str, relu: nn.Module | None, x: Tensor) -> Tensor:
         """Call a ReLU, a module or the function, and observe and round what it returns."""
-        return self.quantize_edge(identity, F.relu(x) if relu is None else relu(x))
+        return self.quantize_edge(identity, self.run_activation(identity, F.relu if relu is None else relu, x))
+
+    def run_activation(self, identity: str, activation: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Call an activation that the range of an edge takes over, unless nobody sees what it would make."""
+        is_seen = isinstance(activation, nn.Module) and has_hooks(activation)
+        return x if identity in self.integers and self.watcher is None and not is_seen else activation(x)
+
+    def _carries(self, identity: str) -> bool:
+        """Tell whether the integers of an edge go with its values, for operators that would compute them anew."""
+        return self.computes_integers and not torch.is_grad_enabled() and identity not in self.quantizers.channels
+
+    def _integers_of(self, identity: str, x: Tensor) -> Tensor:
+        """Return the integers, without zero point, that values of an edge stand for."""
+        shared, integers = x.__dict__.get(_CARRIED, ("", None))
+        if integers is not None and shared == self.quantizers.ranges.edges[identity].shared and self._carries(identity):
+            return integers
+        scale, _ = self.quantizers.ranges.parameters(identity)
+        return (self.quantizers.on_grid(identity, x.float()) / scale).round_()
 
     def run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
         """Call a layer, hooks and all, with a rounded weight in place of its own."""
@@ -183,7 +139,7 @@ class Simulation:
         rounded = all(edge in self.quantizers.ranges.edges for edge in edges)
         if self.computes_integers and operator.quantized_output and rounded:
             one, other = (self.quantizers.ranges.parameters(edge) for edge in edges)
-            operands = self.quantizers.on_grid(edges[0], first), self.quantizers.on_grid(edges[1], second)
+            operands = self._integers_of(edges[0], first), self._integers_of(edges[1], second)
             grid = self.quantizers.ranges.parameters(output)
             self.integers[output] = integer.add(*operands, (one, other), grid, self._round)
         return first + second
@@ -233,12 +189,7 @@ class Simulation:
         return self._moved(x).round_()
 
     def _moved(self, x: Tensor) -> Tensor:
-        if self.jitter is None:
-            return x
-        amounts = torch.rand(x.shape if self._together is None else (), generator=self.jitter).to(x.device) * 2 - 1
-        if self._together is not None:
-            amounts = amounts.sign() if self._together == 0 else torch.full_like(amounts, self._together)
-        return (x * (1 + amounts * _JITTER)).to(x.dtype)
+        return x if self.jitter is None else integer.jittered(x, self.jitter, self._together)
 
     def _run_weighted(
         self, identity: str, x: Tensor, weight: Tensor, bias: Tensor | None, call: Callable[..., Tensor]
@@ -252,15 +203,15 @@ class Simulation:
             return call(x, self._rounded_weight(identity, weight, folded), bias)
         operator = self.quantizers.operators[identity]
         edge = operator.reads[0]
-        input_scale, _ = self.quantizers.ranges.parameters(edge)
-        on_grid = self.quantizers.on_grid(edge, x.float())
         integers = kept[1] if kept else self.quantizers.weight_integers(identity, folded)
         if self.kept is not None:
-            self.kept[identity] = folded, integers
+            self.kept[identity] = kept or (folded, integers, integer.summed_with(folded.bias_integers))
         with torch.autocast(x.device.type, enabled=False):
-            sums = call((on_grid / input_scale).round_(), integers, None)
+            bias, exact = (kept[2], True) if kept and kept[2] is not None else (folded.bias_integers, False)
+            sums = call(self._integers_of(edge, x), integers, bias if exact else None)
         axis = -1 if operator.kind == "linear" else 1
-        sums, step = sums.add_(along(folded.bias_integers, sums, axis)), along(folded.bias_step, sums, axis)
+        step = along(folded.bias_step, sums, axis)
+        sums = sums if exact else sums.add_(along(bias, sums, axis))
         if operator.quantized_output and not operator.moved:
             output = operator.writes
             scale, _ = self.quantizers.ranges.parameters(output)

@@ -21,7 +21,8 @@ def test_sums_of_two_grids_are_exact_to_the_last_bit() -> None:
     inner = (second * ratios[1] + fixed).float().double()
     expected = torch.round((first * ratios[0] + inner).float()) - output[1]
 
-    assert torch.equal(add(*values, grids, output), expected)
+    integers = [q.float() - zero for q, (_, zero) in zip((first, second), grids, strict=True)]
+    assert torch.equal(add(*integers, grids, output), expected)
     # Summing up in float and rounding once is not what kernels do.
     careless = torch.round((values[0] + values[1]) / output[0])
     assert float((careless - expected).abs().max()) <= 1
