@@ -197,8 +197,7 @@ class Ranges:
             if self._padded is None or self._padded.device != device:
                 self._padded = padded_members(self._observers, self._members, self._group.values()).to(device)
             lows, highs = (end[self._padded] for end in ends)
-            ends = lows.amin(1), highs.amax(1)
-            is_plain = not self.wide and self.learned is None
+            ends, is_plain = (lows.amin(1), highs.amax(1)), not self.wide and self.learned is None
             scales, zero_points = affine_parameters(*ends, self.grid) if is_plain else scales_of(self, *ends)
             on_host = device.type == "cpu" and not kernels.serve(device, torch.float32)
             numbers = list(zip(scales.tolist(), zero_points.tolist(), strict=True)) if on_host else None
