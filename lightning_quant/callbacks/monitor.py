@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from typing_extensions import override
 
 from lightning_quant.arguments.arguments import check_number, check_positive, patterns
+from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.refusals import refused_in_callback
 from lightning_quant.graph.table import matches
@@ -31,6 +32,7 @@ _WAYS_OUT = (
 )
 
 
+@known_arguments
 class QuantizationMonitor(Callback):
     """Log how each layer would bear rounding, and warn in the epoch in which one goes bad.
 

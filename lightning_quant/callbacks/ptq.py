@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_quant.arguments.arguments import check_positive, from_fields
 from lightning_quant.arguments.choice import check_choice
+from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.arguments.names import (
     Data,
     DataName,
@@ -51,6 +52,7 @@ from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import resolve
 
 
+@known_arguments
 @dataclass(frozen=True)
 class Calibration:
     """What ranges are learned from.

@@ -6,10 +6,12 @@ from typing import Any, get_args
 
 from lightning_quant.arguments.arguments import from_fields
 from lightning_quant.arguments.choice import check_choice
+from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.arguments.names import Unit, UnitName
 from lightning_quant.errors import QuantizationError
 
 
+@known_arguments
 @dataclass(frozen=True)
 class Schedule:
     """The points of a training run at which its phases begin: observe, fake quantize, freeze ranges, freeze BatchNorm.

@@ -25,6 +25,7 @@ from lightning_quant.arguments.arguments import (
     patterns,
 )
 from lightning_quant.arguments.choice import check_choice
+from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.arguments.names import (
     Engine,
     Example,
@@ -234,7 +235,7 @@ def _check_one(recipe: Any, runtime: Any) -> None:
 
 
 def documented(settings: type[Settings], **renamed: str) -> Callable[[Door], Door]:
-    """Add what settings say of the arguments that a door shares with them to its docstring, in their order.
+    """Add what settings say of arguments to a door's docstring, in their order, and answer arguments that it lacks.
 
     Args:
         settings: whose docstring has them.
@@ -250,7 +251,7 @@ def documented(settings: type[Settings], **renamed: str) -> Callable[[Door], Doo
             before, own, after = _sections(door.__doc__, "Args")
             entries = [f"    {name}: {(texts | own)[name]}" for name in _parameters(door)]
             door.__doc__ = "\n".join([*before, "Args:", *entries, *after])
-        return door
+        return known_arguments(door)
 
     return add
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.layers.kernels import pack, unpack
 from lightning_quant.numerics.fake_quantize import along
 
@@ -14,6 +15,7 @@ _HALF = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 _BLOCK = 2**18
 
 
+@known_arguments
 @dataclass(frozen=True)
 class Scheme:
     """How one layer is quantized.

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from lightning_quant.arguments.arguments import check_flag
+from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.errors import QuantizationError
 
 
@@ -70,6 +71,7 @@ def weight_grid(bits: int) -> Grid:
     return Grid(-highest, highest, torch.int8, axis=0, symmetric=True)
 
 
+@known_arguments
 @dataclass(frozen=True)
 class IntegerSpec:
     """The integer grid of one tensor role.

@@ -5,8 +5,10 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from lightning_quant.arguments.arguments import check_flag, check_number, check_positive, check_texts
+from lightning_quant.arguments.keywords import known_arguments
 
 
+@known_arguments
 @dataclass(frozen=True)
 class LayerRecipe:
     """Named numerics of a model that is quantized layer by layer, without a graph and without calibration.

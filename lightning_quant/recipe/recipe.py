@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from lightning_quant.arguments.arguments import check_fields, check_flag, check_number, check_texts
 from lightning_quant.arguments.choice import check_choice, closest
+from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.arguments.names import Observers, Recipes
 from lightning_quant.errors import QuantizationError
 from lightning_quant.numerics.grid import Grid, IntegerSpec, activation_grid, weight_grid
@@ -19,6 +20,7 @@ PERCENTILE = 99.99
 _WITHOUT_PERCENTILE = {"min_max", "moving_average", "mse"}
 
 
+@known_arguments
 @dataclass(frozen=True)
 class Recipe:
     """Named numerics of a quantized model.

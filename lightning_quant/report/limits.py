@@ -6,6 +6,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from lightning_quant.arguments.choice import closest
+from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.errors import QuantizationError
 from lightning_quant.report.limit_names import EXAMPLE, are_by_name, as_fields
@@ -27,6 +28,7 @@ def _check_names(argument: str, value: Any) -> None:
         )
 
 
+@known_arguments
 @dataclass(frozen=True)
 class Limits:
     """What the report of an artifact is held against; a limit on what was not measured is missed.

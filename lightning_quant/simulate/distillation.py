@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.arguments.arguments import check_number, from_fields
+from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.calls.calls import map_tensors
 from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.errors import QuantizationError
 from lightning_quant.surgery.routing import clone, evaluation_mode
 
 
+@known_arguments
 @dataclass(frozen=True)
 class Distill:
     """What the float module teaches.
