@@ -23,6 +23,8 @@ _DAMAGE = (
     *(OSError, RuntimeError, EOFError, ImportError, AttributeError, ValueError, LookupError, TypeError, AssertionError),
     *(pickle.UnpicklingError, struct.error),
 )
+# Ends of names of models that were exported from a module.
+_EXPORTED = (".onnx", ".xml", ".pt2", ".pte", ".tflite", ".mlpackage", ".engine")
 
 
 def read_checkpoint(ckpt_path: str | os.PathLike[str], *, trust: bool = False) -> dict[str, Any]:
@@ -138,6 +140,11 @@ def load_module(
     Raises:
         QuantizationError: there is no such file, class or module, or the weights are those of another one.
     """
+    if lightning_module is None and str(ckpt_path).lower().endswith(_EXPORTED):
+        raise QuantizationError(
+            f"Expected the path of a Lightning checkpoint, but {os.fspath(ckpt_path)} is a model that was exported: "
+            "give the module that it was made from."
+        )
     kind = lightning_module if isinstance(lightning_module, type) else type(lightning_module)
     if (
         lightning_module is None
@@ -146,7 +153,7 @@ def load_module(
     ):
         raise QuantizationError(
             "Expected `lightning_module` to be the LightningModule of the checkpoint, its class or an instance, but "
-            f"got {lightning_module!r:.60}."
+            f"got {lightning_module!r:.60}: `quantize({os.fspath(ckpt_path)!r}, lightning_module=MyModule, ...)`."
         )
     try:
         if isinstance(lightning_module, type):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
+from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from lightning_quant.arguments.arguments import check_name, check_on_device
@@ -137,13 +138,19 @@ def _is_exported(module: nn.Module) -> bool:
 def _no_module(given: Any) -> str:
     """Return what to say of something that is neither a module nor a path."""
     got, way_out = f"{given!r:.60}", ""
+    parts = list(given.values()) if isinstance(given, Mapping) else given if isinstance(given, list | tuple) else []
     if isinstance(given, type):
         got, way_out = f"the class {given.__name__}", f" Give an instance: `{given.__name__}(...)`."
+    elif parts and all(isinstance(part, nn.Module) for part in parts):
+        got = f"a {type(given).__name__} of modules"
+        way_out = " Give the module that calls them: `nn.Sequential(*layers)`, say."
     elif isinstance(given, Mapping):
-        got, way_out = (
-            "a dict",
-            " Of a state dict: build the module, `module.load_state_dict(...)`, and give the module.",
-        )
+        got = "a dict"
+        way_out = " Of a state dict: build the module, `module.load_state_dict(...)`, and give the module."
+    elif isinstance(given, Trainer):
+        got, way_out = "a Trainer", " Give the LightningModule: `trainer.lightning_module`, or a part of it."
+    elif isinstance(given, Callback):
+        got, way_out = f"{type(given).__name__}", " Give the module; a callback goes to `Trainer(callbacks=[...])`."
     elif callable(given) or isinstance(given, torch.export.ExportedProgram):
         got, way_out = f"{type(given).__name__}", " Give the module that it was made from."
     return f"Expected a float `nn.Module` or the path of a Lightning checkpoint, but got {got}.{way_out}"
