@@ -239,8 +239,10 @@ def _read_manifest(folder: Path, where: Path, key: Key | None) -> Artifact:
             is_inside = (folder.parent / MANIFEST).is_file()
             hint = f" Give the folder that it is in, {folder.parent}." if is_inside else ""
             raise ArtifactError(f"Expected an artifact, which is a folder, but {folder} is a file.{hint}") from error
+        inside = sorted(str(path.parent) for path in folder.glob(f"*/{MANIFEST}"))
+        hint = f" Below it are artifacts: give {' or '.join(inside[:3])}." if inside else ""
         raise ArtifactError(
-            f"Expected {folder} to hold an artifact, but its {MANIFEST} cannot be read: {error}"
+            f"Expected {folder} to hold an artifact, but its {MANIFEST} cannot be read: {error}{hint}"
         ) from error
     if key is not None:
         check_signature(where, text, key)

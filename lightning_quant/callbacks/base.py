@@ -183,7 +183,7 @@ class QuantizationCallback(ScoredValidation):
         """
         options = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False} | trainer_options
         options |= {"devices": 1, "max_epochs": 0, "enable_checkpointing": False, "callbacks": [self]}
-        refused_in_callback(check_model_and_data, model, datamodule)
+        refused_in_callback(check_model_and_data, model, datamodule, train_dataloaders)
         self._checkpoint = refused_in_callback(functools.partial(read_checkpoint, trust=trust_checkpoint), ckpt_path)
         self.notes = (f"weights are those of {Path(ckpt_path).name}",)
         try:

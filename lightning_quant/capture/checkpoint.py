@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_quant.capture.namespaces import is_overridden
 from lightning_quant.errors import QuantizationError
 from lightning_quant.surgery.routing import resolve
 
@@ -77,8 +78,8 @@ def read_checkpoint(ckpt_path: str | os.PathLike[str], *, trust: bool = False) -
     return saved
 
 
-def check_model_and_data(model: Any, datamodule: Any) -> None:
-    """Make sure that a LightningModule and a LightningDataModule are what they are called.
+def check_model_and_data(model: Any, datamodule: Any, train_dataloaders: Any) -> None:
+    """Make sure that a LightningModule and a LightningDataModule are what they are called, and that there is data.
 
     Raises:
         QuantizationError: one is something else; the message has the way out.
@@ -90,6 +91,11 @@ def check_model_and_data(model: Any, datamodule: Any) -> None:
         raise QuantizationError(
             f"Expected `datamodule` to be a LightningDataModule, but got a {type(datamodule).__name__}: loaders are "
             "`train_dataloaders=` and `val_dataloaders=`."
+        )
+    if datamodule is None and train_dataloaders is None and not is_overridden("train_dataloader", model):
+        raise QuantizationError(
+            f"Expected training data, which shows how {type(model).__name__} is called and what its ranges are, but got "
+            "none: give a LightningDataModule (`--data` on the command line), or `train_dataloaders=`."
         )
 
 

@@ -81,8 +81,8 @@ class Quantizing:
         model: LightningModule,
         datamodule: LightningDataModule | None = None,
         ckpt_path: str | None = None,
-        recipe: SeveralRecipes | None = None,
-        runtime: SeveralRuntimes | None = None,
+        recipe: SeveralRecipes | Recipes | None = None,
+        runtime: SeveralRuntimes | Runtime | None = None,
         output: str | os.PathLike[str] | None = None,
         module: str | None = None,
         include: str | list[str] | tuple[str, ...] = ("*",),
@@ -109,7 +109,8 @@ class Quantizing:
             weights_only: false is `trust`, as in `fit`.
         """
         given = {name: value for name, value in locals().items() if name != "self"}
-        given |= {"recipe": recipe or list(SWEPT), "runtime": runtime or ["onnxruntime"]}
+        given["recipe"] = list(SWEPT) if recipe is None else recipe if isinstance(recipe, list | tuple) else [recipe]
+        given["runtime"] = runtime if isinstance(runtime, list | tuple) else [runtime or "onnxruntime"]
         return self.quantize(**given)
 
     @documented(CallbackSettings)

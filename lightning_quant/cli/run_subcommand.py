@@ -95,12 +95,27 @@ def _refusal(name: str, error: str, classes: dict[str, Any]) -> str:
     if inside := re.search(r"class_path '([\w.]+)':\s+Option '(\w+)' is not accepted", error):
         names = inspect.signature(import_class(inside[1])).parameters
         return f"{where} option {inside[2]!r} is not accepted by {inside[1]}.{did_you_mean(inside[2], names)}"
+    wrong = re.search(r'Parser key "(\w+)":.*Subtypes: (.*?)\n.*Given value: (.*)', error, re.DOTALL)
+    wrong = wrong or re.search(r'Parser key "(\w+)":\s+Expected a (<class.*?>)\. Got value: (.*)', error)
+    if wrong is not None and (kinds := _in_words(wrong[2])):
+        return f"Expected `--{wrong[1]}` to be {kinds}, but got {wrong[3]!r:.80}."
+    if beside := re.search(r"unrecognized arguments: (\w+)", error):
+        several = "Several values are a list: `--recipe '[int8,int8_dynamic]'`."
+        return f"Expected an option, but got {beside[1]!r}. {several}"
     unknown = re.search(r"(unrecognized arguments: --|does not accept option ')([\w.]+)", error)
     if unknown is None:
         return "\n".join(line for line in error.splitlines() if line.strip())
     prefix = "--" if unknown[1].endswith("--") else ""
     hint = did_you_mean(f"{prefix}{unknown[2]}", [f"{prefix}{option}" for option in _options(name, classes)])
     return f"{where}.{hint}" if hint else f"{where}\nIf your own main.py takes this, {_OWN_MAIN}."
+
+
+def _in_words(types: str) -> str:
+    """Return what values jsonargparse takes, of the types that it names; empty for classes alone."""
+    kinds = {"list[": "a list such as '[a,b]'", "dict[": "a mapping such as '{\"name\": 1}'", "'bool'": "true or false"}
+    kinds |= {"'int'": "an integer", "'float'": "a number", "'str'": "a text", "Literal[": "a name"}
+    outer = re.sub(r"(list|dict|Literal)\[.*", r"\1[", types)
+    return " or ".join(words for kind, words in kinds.items() if kind in outer)
 
 
 def _options(name: str, classes: dict[str, Any]) -> list[str]:

@@ -170,6 +170,13 @@ def test_runtime_that_is_not_installed_here(folder: Path, monkeypatch: pytest.Mo
         load(folder)
 
 
+def test_artifacts_below_a_folder_are_named(tmp_path: Path) -> None:
+    (tmp_path / "int8-torch").mkdir()
+    (tmp_path / "int8-torch" / "manifest.json").write_text("{}")
+    with pytest.raises(ArtifactError, match=r"Below it are artifacts: give .*int8-torch\.$"):
+        read(tmp_path)
+
+
 def test_a_file_is_told_from_the_folder_that_it_is_in(tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(b"weights")
     with pytest.raises(ArtifactError, match=r"which is a folder, but .*last\.ckpt is a file\.$"):

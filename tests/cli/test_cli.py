@@ -339,6 +339,11 @@ MISTAKES: list[tuple[tuple[str, ...], str]] = [
     (("--config", "reciep.yaml"), "does not accept option 'reciep'. Did you mean 'recipe'"),
     (("--config", "quantize.yaml", "--output", "foreign"), "Choose another folder"),
     (("--config", "quantize.yaml", "--num_batches", "0"), "to be a positive integer, but got 0"),
+    (("--config", "quantize.yaml", "--threads", "many"), "Expected `--threads` to be an integer, but got 'many'."),
+    (("--config", "quantize.yaml", "--limits", "0.01"), "Expected `--limits` to be a mapping such as"),
+    (("--config", "quantize.yaml", "--sensitivity", "maybe"), "Expected `--sensitivity` to be true or false"),
+    (("--config", "quantize.yaml", "--recipe", "int8", "int8_dynamic"), "are a list: `--recipe '[int8,int8_dynamic]'`"),
+    (("--config", "quantize.yaml", "--data", "null"), "(`--data` on the command line), or `train_dataloaders=`"),
 ]
 
 
