@@ -94,8 +94,8 @@ def check_model_and_data(model: Any, datamodule: Any, train_dataloaders: Any) ->
         )
     if datamodule is None and train_dataloaders is None and not is_overridden("train_dataloader", model):
         raise QuantizationError(
-            f"Expected training data, which shows how {type(model).__name__} is called and what its ranges are, but got "
-            "none: give a LightningDataModule (`--data` on the command line), or `train_dataloaders=`."
+            f"Expected training data, which shows how {type(model).__name__} is called and its ranges, but got none: "
+            "give a LightningDataModule (`--data` on the command line), or `train_dataloaders=`."
         )
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from lightning_quant.measure.changed_predictions import Predictions
 from lightning_quant.measure.output_noise import HeldOut, Noise, measure_noise
 from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.planned.inside import Answers, load_inside
-from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.planned.planned_model import Compared, PlannedModel
 from lightning_quant.report.agreement import Agreement
 from lightning_quant.report.closer_look import closer_look
 from lightning_quant.report.coverage import Coverage
@@ -81,8 +82,8 @@ def make_report(
     loaded = opened(model, artifact, threads)
     root, asked = (Answers(model.root), Answers(loaded)) if model.into_only else (model.root, loaded)
     with timed(seconds, "parity"):
-        parity = model.parity(asked, artifact.model_path)
-        noise, unfit = _noise(model, root, asked, held)
+        parity = _parity(model, asked, artifact.model_path, lacking)
+        noise, unfit = _noise(model, root, asked, held, lacking)
     with timed(seconds, "latency"):
         latency, remarks = _latency(model, loaded, threads, peers, lacking)
     with timed(seconds, "closer look"):
@@ -120,7 +121,21 @@ def opened(model: PlannedModel, artifact: Artifact, threads: int) -> LoadedModul
     return artifacts.open_model(artifact, threads=threads)
 
 
+def _parity(model: PlannedModel, loaded: nn.Module, path: Path, lacking: list[str]) -> Compared | None:
+    with noting(lacking, "parity FAILED: the comparison of the file with its simulation is"):
+        return model.parity(loaded, path)
+    return None
+
+
 def _noise(
+    model: PlannedModel, root: nn.Module, loaded: nn.Module, held: HeldOut | None, lacking: list[str]
+) -> tuple[Noise | None, tuple[str, ...]]:
+    with noting(lacking, "the noise of the outputs is"):
+        return _measured_noise(model, root, loaded, held)
+    return None, ()
+
+
+def _measured_noise(
     model: PlannedModel, root: nn.Module, loaded: nn.Module, held: HeldOut | None
 ) -> tuple[Noise, tuple[str, ...]]:
     """Compare on held-out calls, or on the captured one where there are none or they are no calls of the artifact."""

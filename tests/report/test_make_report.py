@@ -1,9 +1,18 @@
 """What a report is made of is measured on the file itself."""
 
+from pathlib import Path
+from typing import Any
+
+import lightning_models  # noqa: F401  makes exporting quick
+import pytest
 import torch
 from reports import changed
 from torch import nn
 
+import lightning_quant as lq
+from lightning_quant.errors import NoEffectWarning
+from lightning_quant.export.static_model import StaticModel
+from lightning_quant.report import make_report
 from lightning_quant.report.limits import Limits
 from lightning_quant.report.make_report import tensor_bytes, with_limits
 
@@ -15,6 +24,24 @@ def test_bytes_of_float_count_shared_tensors_once_and_buffers_too() -> None:
 
     assert separate - tensor_bytes(model) == 8 * 4 * 4
     assert tensor_bytes(nn.BatchNorm1d(4)) == 4 * 4 * 4 + torch.int64.itemsize
+
+
+def test_a_comparison_that_fails_costs_no_artifact_and_is_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise RuntimeError("no memory")
+
+    monkeypatch.setattr(StaticModel, "parity", fail)
+    monkeypatch.setattr(make_report, "measure_noise", fail)
+    torch.manual_seed(0)
+    with pytest.warns(NoEffectWarning):
+        artifact = lq.quantize(nn.Linear(8, 4), calibration_data=[torch.randn(4, 8)], output_dir=tmp_path / "q")
+    assert artifact.report is not None
+    failure = "parity FAILED: the comparison of the file with its simulation is missing: RuntimeError('no memory')"
+    assert artifact.report["failures"] == [failure]
+    assert any(text.startswith("the noise of the outputs is missing") for text in artifact.report["warnings"])
+    assert lq.load(artifact.path)(torch.randn(4, 8)).shape == (4, 4)
 
 
 def test_a_report_is_held_against_limits_of_size_and_speed() -> None:
