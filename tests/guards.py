@@ -187,6 +187,27 @@ GUARDS = (
         "search/test_checks.py",
     ),
     Guard(
+        "a limit of a search is decided on the interval, not on the estimate",
+        "search/judge.py",
+        "    kept = reached <= allowed or math.isclose(reached, allowed, rel_tol=1e-6)\n",
+        "    kept = estimate <= allowed or math.isclose(estimate, allowed, rel_tol=1e-6)\n",
+        "search/test_judge.py -k interval",
+    ),
+    Guard(
+        "what a search for latency ends with is timed beside both ends",
+        "search/find.py",
+        "        if not times or times[0] <= _BOUND * min(times[1:]):\n",
+        "        if True:\n",
+        "search/test_quicker.py -k last_run",
+    ),
+    Guard(
+        "an interruption of a search loses nothing that was tried",
+        "search/find.py",
+        '        search.record.ended = "an interruption"\n',
+        "        search.record.trials, search.record.ended = [], 'an interruption'\n",
+        "search/test_find.py -k interrupted",
+    ),
+    Guard(
         "random metrics are seen",
         "measure/logged_values.py",
         "        self.draws = self.draws or self._before != _random_states()\n",

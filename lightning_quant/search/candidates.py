@@ -8,6 +8,7 @@ from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
 from lightning_quant.recipe.recipe import INT8_ACCURATE, Recipe
 from lightning_quant.search.choice import FLOAT, Choice
+from lightning_quant.search.relaxations import names_in_integers
 from lightning_quant.simulate.prepared import Prepared
 
 
@@ -33,8 +34,8 @@ class Candidates:
         return None if steps or self.trained or len(self.calls) < 2 else Choice(accurate=True)
 
     def operators(self) -> tuple[str, ...]:
-        """Return the names of what the whole recipe computes in integers, in their order."""
-        return tuple(dict.fromkeys(operator.name for operator in self.whole.operators.values()))
+        """Return the names of what the whole recipe computes or stores in integers, in their order."""
+        return names_in_integers(self.whole)
 
     def make(self, choice: Choice) -> Prepared:
         """Return a model over the same module, calibrated.

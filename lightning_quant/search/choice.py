@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_quant.measure.contributions import Difference
 
-FLOAT, STORED = "float", "int8_weight_only"
+FLOAT, HALF, STORED = "float", "float16", "int8_weight_only"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from lightning_quant.search.relaxations import Refined, Relaxations
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.process import torch_threads
 
-# Seconds that two files are timed for.
+# Seconds that files are timed for in turn.
 _TIMING_S = 0.5
 Validate = Callable[[PlannedModel, Artifact], Metrics]
 
@@ -111,19 +111,23 @@ class Files:
         """Return what keeps everything in float; None where that is none of the choices."""
         return None if self.candidates is None else floating(Choice(), self.candidates.operators())
 
-    def _time_ratio(self, one: Choice, other: Choice) -> float:
-        """Return the time of one file by that of another, of the captured call, both timed in turn."""
+    def times(self, choices: Sequence[Choice]) -> list[float]:
+        """Return the milliseconds of each choice's file, of the captured call, all timed in turn."""
         calls: dict[str, Callable[[], Any]] = {}
         threads = self.threads or 1
         with scratch_folder() as folder, torch_threads(threads):
-            for name, choice in (("one", one), ("other", other)):
+            for name, choice in zip(map(str, range(len(choices))), choices, strict=True):
                 model = self.model(choice)
                 model.observe_unreached()
                 artifact = export(model, folder / name, dynamic_shapes=self.dynamic_shapes, engine=self.engine)
                 args, kwargs = model.call(model.samples(model.num_samples))
                 calls[name] = functools.partial(artifacts.open_model(artifact, threads=threads), *args, **kwargs)
             timings = measure(calls, budget_s=_TIMING_S)
-        return timings["one"].median_ms / timings["other"].median_ms
+        return [timings[name].median_ms for name in calls]
+
+    def _time_ratio(self, one: Choice, other: Choice) -> float:
+        first, second = self.times((one, other))
+        return first / second
 
     def _ranked(self, rank: Callable[[], Relaxations]) -> Relaxations:
         if self._relaxations is None:

@@ -16,6 +16,8 @@ from lightning_quant.search.objective import COSTS, LATENCY, SIZE
 
 # Time by float's above which integers do not pay.
 _WORTH = 1.0
+# Time by that of the quicker of all in integers and all in float that a file may take.
+_BOUND = 1.02
 # Validations beside those of the bisection: the whole recipe, a safer calibration of it, a cheaper set.
 _BESIDE = 3
 
@@ -40,6 +42,9 @@ class Space(Protocol):
 
     def all_float(self) -> Choice | None:
         """Return what keeps everything in float; None where that is none of the choices."""
+
+    def times(self, choices: Sequence[Choice]) -> list[float]:
+        """Return the time of each choice's file, all timed in turn."""
 
 
 class SpentError(Exception):
@@ -80,12 +85,14 @@ class SearchRecord:
         num_steps: of the ranking; 0 while it was not needed.
         ended: why it ended, in words.
         failed: whether that was an error.
+        quicker: what was quicker than the best by latency when both were timed in turn, at the end.
     """
 
     trials: list[Trial] = field(default_factory=list)
     num_steps: int = 0
     ended: str = ""
     failed: bool = False
+    quicker: Choice | None = None
 
     @property
     def nothing(self) -> str:
@@ -96,6 +103,8 @@ class SearchRecord:
         """Return the best by the objective of all that keep the limits; else the one that misses least."""
         made = [trial for trial in self.trials if trial.measured is not None]
         keeping = [trial for trial in made if trial.keeps_all]
+        if objective == LATENCY and (quicker := [trial for trial in keeping if trial.choice == self.quicker]):
+            return quicker[0]
         if keeping:
             return min(keeping, key=lambda trial: _cost(trial, objective, better))
         return min(made, key=lambda trial: (*trial.misses, _cost(trial, SIZE, better)), default=None)
@@ -125,6 +134,7 @@ def find(
         search.record.ended = search.cheapest() if objective in COSTS else search.dearest()
         if objective == LATENCY:
             search.record.ended += search.quickest()
+            search.record.ended += search.rechecked()
     except SpentError as spent:
         search.record.ended = str(spent)
     except KeyboardInterrupt:
@@ -193,6 +203,29 @@ class _Search:
             return ", and nothing in integers that is measurably quicker than float" if kept else ""
         return ", without what is slower in integers here" if choice not in (None, Choice()) and kept else ""
 
+    def rechecked(self) -> str:
+        """Time the best beside all in integers and all in float, in turn, and take the quicker of these if it is slow.
+
+        What was measured of trials was measured at other times, and of some operators alone.
+        """
+        best = self.record.best(LATENCY, lambda _: None)
+        if best is None or not best.keeps_all:
+            return ""
+        whole = [trial.choice for trial in self.record.trials if trial.choice == Choice() and trial.keeps_all]
+        ends = [end for end in (*whole, self.space.all_float()) if end not in (None, best.choice)]
+        try:
+            times = self.space.times([best.choice, *ends]) if ends else []
+        except QuantizationError:  # Not every runtime has a file of nothing in integers.
+            return ""
+        if not times or times[0] <= _BOUND * min(times[1:]):
+            return ""
+        quicker = ends[times.index(min(times[1:])) - 1]
+        tried = quicker in [trial.choice for trial in self.record.trials]
+        if not (tried or self._has_left()) or not self._try(quicker).keeps_all:
+            return f", though {quicker} takes {min(times[1:]) / times[0]:.3f} of its time"
+        self.record.quicker = quicker
+        return f", but in a last run {quicker} takes {min(times[1:]) / times[0]:.3f} of its time and is taken"
+
     def _quickest_kept(self) -> Trial | None:
         keeping = [trial for trial in self.record.trials if trial.keeps(on_metrics=True)]
         return min(keeping, key=lambda trial: _cost(trial, LATENCY, lambda _: None), default=None)
@@ -201,7 +234,8 @@ class _Search:
         steps = self.space.steps()
         self.record.num_steps = len(steps)
         if self.budget.max_validations is None:
-            self.budget.max_validations = math.ceil(math.log2(max(len(steps), 1))) + _BESIDE
+            # Everything in float, which no step is, may be what is left in the end.
+            self.budget.max_validations = math.ceil(math.log2(len(steps) + 1)) + _BESIDE
         return steps
 
     def _bisect(self, steps: Sequence[Choice], is_far_enough: Callable[[Trial], bool]) -> int:

@@ -12,17 +12,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from lightning_quant.calls.calls import Call
-from lightning_quant.errors import PlanError
-from lightning_quant.graph.table import Selection
+from lightning_quant.errors import QuantizationError
+from lightning_quant.graph.table import Selection, matches
 from lightning_quant.layers import class_for
+from lightning_quant.layers.placement import placed
 from lightning_quant.measure.own_statistics import error_of
 from lightning_quant.measure.rounded_parts import name_of, touched_edges
 from lightning_quant.numerics.exact import exact_arithmetic
 from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.search.cheapest import Part, cheapest
-from lightning_quant.search.choice import FLOAT, STORED, Choice
+from lightning_quant.search.choice import FLOAT, HALF, STORED, Choice
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
 from lightning_quant.terminal.progress import tracked
@@ -41,20 +43,22 @@ class Relaxations:
         operators: names in the plan's order.
         stored: names of those whose weights may stay in eight bits while they compute in float.
         prices: name and scheme to what it costs, in bytes or in multiply-adds.
+        halves: names of those whose weights float16 spares, which float then stands for.
     """
 
     parts: tuple[Part, ...]
     operators: tuple[str, ...]
     stored: frozenset[str]
     prices: Mapping[tuple[str, str], float]
+    halves: frozenset[str] = frozenset()
 
     def error(self, kept: Mapping[str, str]) -> float:
         """Return the noise that is left, as the sum of its parts."""
-        return sum(part.error for part in self.parts if not _is_spared(part, kept))
+        return sum(part.error for part in self.parts if not _is_spared(part, _in_float(kept)))
 
     def price(self, kept: Mapping[str, str]) -> float:
         """Return what a choice costs."""
-        return sum(self.prices[item] for item in kept.items())
+        return sum(self.prices[item] for item in _in_float(kept).items())
 
     def steps(self) -> list[Choice]:
         """Return growing choices, what gains most by its price first; at least one operator stays in integers."""
@@ -63,13 +67,13 @@ class Relaxations:
         choices = []
         while (best := self._next(kept, whole)) is not None:
             kept = best
-            choices.append(Choice(tuple(kept.items())))
+            choices.append(self._choice(kept))
         return choices
 
     def at_most(self, error: float) -> Choice | None:
         """Return the cheapest choice that leaves no more than some noise; None where that is not found."""
         kept = cheapest(self.parts, self.operators, self.stored, self.prices, error * (1 + 1e-9))
-        return None if kept is None else Choice(tuple(kept.items()))
+        return None if kept is None else self._choice(kept)
 
     def refined(self, step: Choice) -> Choice:
         """Return the cheapest choice that leaves as little noise as a step, or the step."""
@@ -83,6 +87,12 @@ class Relaxations:
         if other is None or other in (fails, keeps) or self.price(dict(other.kept)) >= self.price(dict(keeps.kept)):
             return None
         return other
+
+    def _choice(self, kept: Mapping[str, str]) -> Choice:
+        halves = self.halves
+        return Choice(
+            tuple((name, HALF if scheme == FLOAT and name in halves else scheme) for name, scheme in kept.items())
+        )
 
     def _next(self, kept: dict[str, str], whole: float) -> dict[str, str] | None:
         left = [part for part in self.parts if not _is_spared(part, kept)]
@@ -108,6 +118,11 @@ class Relaxations:
         if part.is_weight:
             return dict.fromkeys(part.users, FLOAT)
         return {name: STORED if name in self.stored else FLOAT for name in part.users if name not in kept}
+
+
+def _in_float(kept: Mapping[str, str]) -> dict[str, str]:
+    """Return what is kept, with float for what spares weights as float does."""
+    return {name: FLOAT if scheme == HALF else scheme for name, scheme in kept.items()}
 
 
 class Refined(Sequence[Choice]):
@@ -154,9 +169,30 @@ def relaxations(prepared: Prepared, calls: list[Call], *, by_time: bool = False)
             Part(users, is_weight, error(identities))
             for identities, users, is_weight in tracked(rounded, "Ranking", "part")
         )
-    operators = tuple(dict.fromkeys(name_of(prepared, identity) for identity in prepared.operators))
-    stored = _stored(prepared)
-    return Relaxations(parts, operators, stored, _prices(prepared, operators, by_time=by_time))
+        for name, layer in layers_beside(prepared).items():
+            with placed(prepared.root, {name: layer}):
+                noise = error_of(exact, [prepared.root(*args, **kwargs) for args, kwargs in calls])
+            parts += (Part(frozenset({name}), True, noise),)
+    operators = names_in_integers(prepared)
+    stored = _layers_in(prepared, STORED)
+    # In half the bytes, and converted for every call.
+    halves = frozenset() if by_time else _layers_in(prepared, HALF)
+    return Relaxations(parts, operators, stored, _prices(prepared, operators, halves, by_time=by_time), halves)
+
+
+def layers_beside(prepared: Prepared) -> dict[str, nn.Module]:
+    """Return the layers that have no integer form in graphs and are stored in integers, unless the user says so."""
+    said, modules = prepared.recipe.overrides, dict(prepared.root.named_modules())
+    return {
+        name: layer
+        for name, layer in prepared.stored_layers().items()
+        if not any(matches(pattern, name, type(modules.get(name)).__name__) for pattern in said)
+    }
+
+
+def names_in_integers(prepared: Prepared) -> tuple[str, ...]:
+    """Return the names of what computes in integers, and of layers that are stored in them."""
+    return tuple(dict.fromkeys((*(o.name for o in prepared.operators.values()), *layers_beside(prepared))))
 
 
 def _rounded(prepared: Prepared) -> list[tuple[frozenset[str], frozenset[str], bool]]:
@@ -174,12 +210,13 @@ def _rounded(prepared: Prepared) -> list[tuple[frozenset[str], frozenset[str], b
     return candidates
 
 
-def _stored(prepared: Prepared) -> frozenset[str]:
+def _layers_in(prepared: Prepared, recipe: str) -> frozenset[str]:
     """Return the operators that are layers of their own which a recipe of layers stores, near enough to float."""
     if not prepared.runtime.LAYERS_IN_GRAPHS:
         return frozenset()
     modules = dict(prepared.root.named_modules())
     names = [operator.name for operator in prepared.operators.values() if operator.weight]
+    names += layers_beside(prepared)
     once = {name for name in names if names.count(name) == 1 and name in modules}
     able = tuple(name for name in once if class_for(modules[name]) is not None)
     if not able:
@@ -188,20 +225,24 @@ def _stored(prepared: Prepared) -> frozenset[str]:
     args, kwargs = here.call()
     where: dict[str, Any] = {"runtime": prepared.plan.runtime, "selection": Selection(include=able)}
     try:
-        layerwise = quantize_layers(here.root, args, kwargs, recipe=STORED, **where)
-    except PlanError:
+        layerwise = quantize_layers(here.root, args, kwargs, recipe=recipe, **where)
+    except QuantizationError:  # The runtime has none, or no layer is near enough.
         return frozenset()
     return frozenset(able) & set(layerwise.layers)
 
 
-def _prices(prepared: Prepared, operators: tuple[str, ...], *, by_time: bool) -> dict[tuple[str, str], float]:
+def _prices(
+    prepared: Prepared, operators: tuple[str, ...], halves: frozenset[str], *, by_time: bool
+) -> dict[tuple[str, str], float]:
     macs = {row.name: row.macs for row in prepared.plan.rows}
     numbers = {o.name: prepared.weight(i).numel() for i, o in prepared.operators.items() if o.weight}
+    beside = layers_beside(prepared)
+    numbers |= {row.name: row.weights for row in prepared.plan.rows if row.name in beside}
     if by_time:
         return {(name, scheme): float(macs.get(name, 0)) for name in operators for scheme in (FLOAT, STORED)}
-    # Three bytes more for each value than in eight bits.
+    # Three bytes more for each value than in eight bits, and one in float16.
     return {
-        (name, scheme): 3.0 * numbers.get(name, 0) * (scheme == FLOAT)
+        (name, scheme): (1.0 if name in halves else 3.0) * numbers.get(name, 0) * (scheme == FLOAT)
         for name in operators
         for scheme in (FLOAT, STORED)
     }

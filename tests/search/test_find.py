@@ -61,6 +61,9 @@ class Simulated:
     def all_float(self) -> Choice | None:
         return Choice(tuple((name, FLOAT) for name in self.errors)) if self.may_be_float else None
 
+    def times(self, choices: Sequence[Choice]) -> list[float]:
+        return [1.0] * len(choices)
+
 
 def simulated(number: int, seed: int = 0) -> Simulated:
     generator = random.Random(seed)
@@ -84,7 +87,7 @@ def test_where_the_whole_recipe_keeps_the_limits_one_validation_is_all() -> None
 def test_as_few_are_kept_float_as_the_limit_asks_for_in_a_logarithm_of_validations(number: int, allowed: float) -> None:
     space = simulated(number)
     found = find(space, judge(acc=allowed))
-    assert len(found.trials) <= math.ceil(math.log2(max(found.num_steps, 1))) + 3
+    assert len(found.trials) <= math.ceil(math.log2(number)) + 3
     best = found.best("size", {"acc": True}.get)
     assert best is not None
     keeping = [c for c in (Choice(), *space.steps()) if space.measure(c).differences["acc"].value >= -allowed]
@@ -171,13 +174,14 @@ def test_a_simulated_space_is_one() -> None:
     assert space.accurate() is None
 
 
-def test_everything_in_float_is_what_keeps_a_limit_that_nothing_else_does() -> None:
-    space = simulated(9)
+@pytest.mark.parametrize("number", [2, 3, 5, 8, 9])
+def test_everything_in_float_is_what_keeps_a_limit_that_nothing_else_does(number: int) -> None:
+    space = simulated(number)
     space.may_be_float = True
     search = find(space, judge(acc=0.0))
     assert search.ended == "nothing in integers that keeps the limits on metrics"
-    assert len(search.trials) <= math.ceil(math.log2(search.num_steps)) + 3
+    assert len(search.trials) <= math.ceil(math.log2(number)) + 3
     best = search.best("size", {"acc": True}.get)
     assert best is not None
     assert best.keeps_all
-    assert len(best.choice.kept) == 9
+    assert len(best.choice.kept) == number

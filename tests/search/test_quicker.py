@@ -95,6 +95,7 @@ def space(times: Times, keeps: Callable[[Choice], bool] = lambda _: True) -> Any
         cheaper=lambda *_: None,
         quicker=lambda base: quicker(times.names, base, times.ratio),
         all_float=lambda: floating(Choice(), times.names),
+        times=lambda choices: [times.of(choice) for choice in choices],
     )
 
 
@@ -109,6 +110,31 @@ def test_a_search_for_latency_ends_with_a_file_as_quick_as_the_better_end() -> N
         assert best is not None
         ends = [times.of(Choice()), times.of(floating(Choice(), times.names))]
         assert times.of(best.choice) <= 1.02 * min(ends)
+
+
+@pytest.mark.parametrize(("end", "slow"), [("integers", [1.5, 1.0, 1.2]), ("float", [1.5, 1.2, 1.0])])
+def test_a_mix_that_the_last_run_finds_slower_gives_way_to_the_better_end(end: str, slow: list[float]) -> None:
+    times = Times([0.5, 2.0, 0.5], [1.0] * 3, 0.0)
+    tried = space(times)
+    mixed = find(tried, judge, "latency")
+    assert mixed.best("latency", {}.get).choice.kept == (("op1", FLOAT),)  # type: ignore[union-attr]
+    tried.times = lambda choices: slow[: len(choices)]
+    record = find(tried, judge, "latency")
+    expected = Choice() if end == "integers" else tried.all_float()
+    assert record.best("latency", {}.get).choice == expected  # type: ignore[union-attr]
+    assert f"{expected} takes 0.667 of its time and is taken" in record.ended
+    tried.times = lambda choices: [1.01, 1.0, 1.0][: len(choices)]
+    assert find(tried, judge, "latency").ended == mixed.ended
+
+
+def test_an_end_that_misses_a_limit_is_not_taken_for_its_speed() -> None:
+    times = Times([0.5, 2.0, 0.5], [1.0] * 3, 0.0)
+    tried = space(times, lambda choice: dict(choice.kept) == {"op1": FLOAT})
+    tried.steps = lambda: [Choice((("op1", FLOAT),))]
+    tried.times = lambda choices: [1.5, 1.0, 1.0][: len(choices)]
+    record = find(tried, judge, "latency")
+    assert record.best("latency", {}.get).choice.kept == (("op1", FLOAT),)  # type: ignore[union-attr]
+    assert "though" in record.ended
 
 
 @pytest.mark.parametrize("objective", ["latency", "size"])

@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calls.calls import Call
 from lightning_quant.export.prepare import prepare
-from lightning_quant.search.choice import FLOAT, STORED
-from lightning_quant.search.relaxations import Refined, Relaxations, relaxations
+from lightning_quant.graph.table import Selection
+from lightning_quant.search.candidates import Candidates
+from lightning_quant.search.choice import FLOAT, HALF, STORED, Choice
+from lightning_quant.search.relaxations import Refined, Relaxations, names_in_integers, relaxations
 
 
 class Chain(nn.Module):
@@ -59,6 +61,39 @@ def test_steps_grow_leave_less_noise_and_one_operator_in_integers() -> None:
 
 def test_where_no_layer_can_be_stored_it_is_float() -> None:
     assert set(dict(ranked(Chain(4, 1), runtime="inductor").steps()[0].kept).values()) == {FLOAT}
+
+
+def test_weights_that_float16_spares_take_half_of_the_bytes() -> None:
+    ranks = ranked(Chain(4, 1))
+    assert ranks.halves == set(ranks.operators)
+    assert ranks.prices["layers.0", FLOAT] == 16 * 16
+    last = dict(ranks.steps()[-1].kept)
+    assert HALF in last.values()
+    assert FLOAT not in last.values()
+    assert ranked(Chain(4, 1), by_time=True).halves == frozenset()
+
+
+def test_layers_that_are_stored_beside_graphs_are_ranked_and_can_be_spared() -> None:
+    class Recurrent(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.lstm, self.head = nn.Linear(16, 16), nn.LSTM(16, 16, batch_first=True), nn.Linear(16, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.lstm(F.relu(self.first(x)))[0][:, -1])
+
+    calls = [Call((torch.randn(8, 3, 16),)) for _ in range(3)]
+    prepared = prepare(Recurrent(), calls[0].args, trains=False)
+    calibrate(prepared, steps_of(prepared, calls[:2]))
+    ranks = relaxations(prepared, calls[2:])
+    (part,) = (part for part in ranks.parts if part.users == {"lstm"})
+    assert part.error > 0
+    assert "lstm" in ranks.operators
+    made = Candidates(prepared, calls, Selection()).make(Choice((("lstm", FLOAT),)))
+    assert not made.stored_layers()
+    # Where the user says what becomes of it, that is not for a search to change.
+    own = prepare(Recurrent(), calls[0].args, recipe={"name": "int8", "overrides": {"LSTM": STORED}}, trains=False)
+    assert "lstm" not in names_in_integers(own)
 
 
 def test_time_is_priced_by_multiply_adds() -> None:
