@@ -11,6 +11,7 @@ RecipeName = Literal[
     "int8_accurate",
     "int4_weights",
     "int4",
+    "int2_weights",
     "int8_reduce_range",
     "int8_dynamic",
     "int8_weight_only",

@@ -1,11 +1,13 @@
 """What is measured on training batches after training: BatchNorm's statistics, and which operator costs what."""
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from torch import Tensor
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
 
 from lightning_quant.calibrate.batch_norm import reestimate_batch_norm
 from lightning_quant.callbacks.deployment import Deployment
@@ -17,30 +19,63 @@ from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode, resolve
 
 
-def reestimate(trainer: Trainer, deployment: Deployment, path: str, number: int) -> None:
-    """Measure BatchNorm's statistics on a copy that may run the user's training step, and take them over.
+def reestimate(trainer: Trainer, deployment: Deployment, path: str, number: int) -> Deployment:
+    """Measure BatchNorm's statistics on a copy that may run the user's training step, and keep them where they help.
+
+    Whether they do tells the loss on other training batches; where there is none, they are kept.
 
     Args:
         trainer: whose data is meant.
         deployment: the weights to export.
         path: name of the module that was trained.
         number: of training batches.
+
+    Returns:
+        the same with a note of what came of it.
     """
     duplicate = working_copy(trainer, deployment.pl_module)
     root = resolve(duplicate, path)
     prepared = Prepared.of(deployment.model).bound_to(root)
-    steps = calibration_steps(trainer, duplicate, number, 0, "train")
     measured: dict[str, Tensor] = {}
 
     def noting() -> Iterator[Callable[[], Any]]:
         # The end of the steps puts the copy's buffers back.
-        for step in steps:
+        for step in calibration_steps(trainer, duplicate, number, 0, "train"):
             yield step
             measured.update({name: buffer.clone() for name, buffer in root.named_buffers()})
 
-    reestimate_batch_norm(prepared, noting())
-    for name, buffer in deployment.model.root.named_buffers():
-        buffer.copy_(measured[name])
+    kept = {name: buffer.clone() for name, buffer in root.named_buffers()}
+    if reestimate_batch_norm(prepared, noting()) == 0:
+        return deployment
+    _write(root, kept)
+    before = _loss(trainer, duplicate, prepared, number)
+    _write(root, measured)
+    after = _loss(trainer, duplicate, prepared, number)
+    helps = not after > before
+    _write(deployment.model.root, measured if helps else kept)
+    judged = f"loss on others {after:.4g}, with those of training {before:.4g}{'' if helps else ', which are kept'}"
+    judged = "there are no others to judge by" if math.isnan(after) else judged
+    note = f"BatchNorm's statistics were measured anew on {number} training batches: {judged}"
+    return replace(deployment, notes=(*deployment.notes, note))
+
+
+def _write(root: nn.Module, buffers: dict[str, Tensor]) -> None:
+    for name, buffer in root.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+@torch.no_grad()
+def _loss(trainer: Trainer, duplicate: LightningModule, prepared: Prepared, skipped: int) -> float:
+    """Return the mean loss of training batches behind some, in integers; not a number where steps return none."""
+    losses = []
+    with evaluation_mode(prepared.root), prepared.attached("frozen"):
+        number = skipped + max(1, skipped // 2)
+        for index, step in enumerate(calibration_steps(trainer, duplicate, number, 0, "train")):
+            if index >= skipped:
+                result = step()
+                loss = result.get("loss") if isinstance(result, Mapping) else result
+                losses.append(float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else math.nan)
+    return sum(losses) / len(losses) if losses else math.nan
 
 
 def rank(trainer: Trainer, deployment: Deployment, path: str) -> Sensitivity:

@@ -24,7 +24,7 @@ from lightning_quant.callbacks.refusals import check_trained_once, refused_in_ca
 from lightning_quant.callbacks.schedule import Schedule, Timeline, is_updating_batch_norm, timeline_of
 from lightning_quant.callbacks.searching import NUM_BATCHES, Recorded, searched
 from lightning_quant.callbacks.states import state_of
-from lightning_quant.callbacks.teaching import teacher_of
+from lightning_quant.callbacks.teaching import teach
 from lightning_quant.callbacks.training_settings import TrainingSettings
 from lightning_quant.doors.settings import documented
 from lightning_quant.errors import QuantizationError
@@ -127,8 +127,8 @@ class QuantizationAwareTraining(QuantizationCallback):
             self.need = refused_in_callback(need_of, self, trainer, pl_module, self.settings.only_if_needed)
         refused_in_callback(self._begin, trainer)
         if self.settings.distill is not None and self._checkpoint is None:
-            is_asked = vars(self)["distill"] is not None
-            self.require_prepared().teacher = refused_in_callback(teacher_of, self.settings.distill, trainer, is_asked)
+            is_asked, prepared = vars(self)["distill"] is not None, self.require_prepared()
+            refused_in_callback(teach, prepared, self.settings.distill, trainer, is_asked)
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -186,7 +186,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             warn(f"QuantizationAwareTraining: {note}.")
             deployment = replace(deployment, notes=(*deployment.notes, note))
         if self.settings.recipe.batch_norm_batches > 0 and self.require_prepared().quantizes:
-            reestimate(trainer, deployment, self.path, self.settings.recipe.batch_norm_batches)
+            deployment = reestimate(trainer, deployment, self.path, self.settings.recipe.batch_norm_batches)
         if self.settings.sensitivity and self.require_prepared().quantizes:
             with noting(self.missing, "sensitivities are"):
                 deployment = replace(deployment, sensitivity=rank(trainer, deployment, self.path))

@@ -5,22 +5,22 @@ from typing import Any
 
 from lightning_quant.errors import QuantizationError
 from lightning_quant.simulate.distillation import Distill, Teacher
+from lightning_quant.simulate.prepared import Prepared
 
 
-def teacher_of(distill: Distill, trainer: Any, is_asked: bool = True) -> Teacher | None:
-    """Return what teaches the module of a run; None where nobody can and only the recipe wants it.
+def teach(prepared: Prepared, distill: Distill, trainer: Any, is_asked: bool = True) -> None:
+    """Have the module of a run taught, unless nobody can and only the recipe wants it.
 
     Raises:
-        QuantizationError: the run scales its loss itself, so that nobody knows how.
+        QuantizationError: the run scales its loss itself, so that nobody knows how; or a layer is none that is rounded.
     """
-    if not trainer.lightning_module.automatic_optimization:
-        if not is_asked:
-            return None
+    if trainer.lightning_module.automatic_optimization:
+        prepared.learn_from(Teacher(distill, functools.partial(_factor, trainer)))
+    elif is_asked:
         raise QuantizationError(
             "Expected automatic optimization with `distill`, but `training_step` calls `manual_backward` on losses of "
             "its own scale. Train without it."
         )
-    return Teacher(distill, functools.partial(_factor, trainer))
 
 
 def _factor(trainer: Any) -> float:

@@ -102,14 +102,14 @@ def calibration_steps(
             yield functools.partial(_run_after_training, run, duplicate, batch, index)
 
 
-def _run_after_training(run: Callable[..., Any], duplicate: LightningModule, batch: Any, index: int) -> None:
+def _run_after_training(run: Callable[..., Any], duplicate: LightningModule, batch: Any, index: int) -> Any:
     """Run a step of a copy; where it misses what was taken away when training ended, with that made once more."""
     try:
-        run(duplicate, batch, index)
+        return run(duplicate, batch, index)
     # Whatever the user's own step raises then.
     except Exception:
         start_hooks(duplicate, batch)
-        run(duplicate, batch, index)
+        return run(duplicate, batch, index)
 
 
 def check_data(trainer: Trainer, pl_module: LightningModule, data: str, needed: int = 1, allowed: int = 1) -> None:
@@ -161,8 +161,8 @@ def working_copy(trainer: Trainer, pl_module: LightningModule) -> LightningModul
     return independent_copy(trainer, pl_module if device == HOST else copied_to(pl_module, device))
 
 
-def run_training_step(duplicate: LightningModule, batch: Any, index: int) -> None:
-    """Run `training_step` of a copy until it ends or wants to use an optimizer."""
+def run_training_step(duplicate: LightningModule, batch: Any, index: int) -> Any:
+    """Return what `training_step` of a copy does; None where it wants to use an optimizer, which ends it."""
     names = list(inspect.signature(duplicate.training_step).parameters)
     if "dataloader_iter" in names:
         raise CaptureError(
@@ -170,7 +170,8 @@ def run_training_step(duplicate: LightningModule, batch: Any, index: int) -> Non
             "Use `example='example_input_array'`."
         )
     with suppress(StepStoppedError):
-        duplicate.training_step(*(batch, index)[: len(names)])
+        return duplicate.training_step(*(batch, index)[: len(names)])
+    return None
 
 
 def batches(trainer: Trainer, pl_module: LightningModule, number: int, data: str = "train") -> Iterator[Any]:

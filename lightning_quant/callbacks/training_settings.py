@@ -24,8 +24,9 @@ class TrainingSettings(CallbackSettings):
             whose parity holds, with what was measured in the report.
         schedule: when the phases of training begin, as a `Schedule` or a dict of its fields.
         distill: how much the float forward of the present weights teaches the rounded one, beside the user's loss: a
-            weight such as 0.5, or a dict of `weight` and `temperature`, for logits. It costs a forward of each step,
-            and is for automatic optimization. Off by default.
+            weight such as 0.5, or a dict of `weight`, `temperature`, for logits, and `layers`, patterns on names of
+            those inside that are taught as well. It costs a forward of each step, and is for automatic optimization.
+            By default as the recipe says, which is off in all that have names.
         only_if_needed: limits by the names of metrics, such as `{"val_acc": -0.005}`. Where the schedule would begin
             rounding, the weights are quantized without training, and the exported file is validated. When it keeps the
             limits, the run goes on in float, and the artifact is made without training through rounding; else that

@@ -49,8 +49,8 @@ class Recipe:
             them from the largest weights instead. Grids of few bits want it.
         percentile: share of the values, in percent, that the "percentile" observer keeps inside the range.
         batch_norm_batches: training batches on which BatchNorm's statistics are measured anew for the artifact after
-            quantization-aware training, under rounding and with the final weights; 0 keeps those of training. See
-            `lightning_quant.calibrate.batch_norm`.
+            quantization-aware training, under rounding and with the final weights, and kept where the loss on other
+            batches is less with them; 0 keeps those of training. See `lightning_quant.calibrate.batch_norm`.
         learned_ranges: whether `learned_step_rate` also moves scales and zero points of activations, until the schedule
             freezes ranges.
         wide_ends: whether eight bits are kept by the first and the last weighted operator and what they read, and by
@@ -168,6 +168,15 @@ RECIPES: dict[str, AnyRecipe] = {
             accuracy_steps=("migrate", "shrink_scales", "gptq", "correct_outputs", "scale_depthwise"),
             learned_step_rate=1e-3,
         ),
+        # Three values for each weight, which few networks bear without training. Stored in four bits.
+        Recipe(
+            name="int2_weights",
+            weight=IntegerSpec(bits=2, symmetric=True, per_channel=True),
+            accuracy_steps=("migrate", "shrink_scales", "gptq", "correct_outputs", "scale_depthwise"),
+            learned_step_rate=1e-3,
+            wide_ends=True,
+            batch_norm_batches=16,
+        ),
         # Activations of four bits as well, in int8 kernels behind which their integers are clipped.
         Recipe(
             name="int4",
@@ -177,6 +186,7 @@ RECIPES: dict[str, AnyRecipe] = {
             learned_step_rate=1e-3,
             learned_ranges=True,
             wide_ends=True,
+            batch_norm_batches=16,
         ),
         # Without VNNI, x86 kernels add two uint8 x int8 products in 16 bits, which saturates for full-range weights.
         Recipe(name="int8_reduce_range", weight=IntegerSpec(bits=7, symmetric=True, per_channel=True)),

@@ -7,14 +7,17 @@ Source: Hinton et al. 2015, "Distilling the Knowledge in a Neural Network", arXi
 and its square); Polino et al. 2018, arXiv:1802.05668, section 3 (a float teacher for a quantized student).
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_quant.arguments.arguments import check_number, from_fields
+from lightning_quant.arguments.arguments import check_number, from_fields, patterns
 from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.calls.calls import map_tensors
 from lightning_quant.capture.capture import isolated_rng
@@ -32,12 +35,16 @@ class Distill:
         temperature: that class probabilities are softened with, for outputs that are logits: the loss is then the
             divergence of these over the last dimension. By default it is the mean squared difference in units of the
             teacher's variance, for outputs of any kind.
+        layers: fnmatch patterns on names inside the module of layers whose results are taught as well, by that
+            difference; together they have as much weight as the outputs.
     """
 
     weight: float = 0.5
     temperature: float | None = None
+    layers: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", patterns("distill.layers", self.layers))
         check_number("distill.weight", self.weight)
         if self.temperature is not None:
             check_number("distill.temperature", self.temperature, 1e-3)
@@ -73,29 +80,70 @@ class Teacher:
         self._distill, self._factor = distill, factor
         self._module: nn.Module | None = None
         self._of: nn.Module | None = None
+        # What the float forward of a call has answered, and its layers by name, one result for each time they ran.
+        self._targets: list[Tensor] = []
+        self._inner: dict[str, list[Tensor]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_module": None, "_of": None}
+        return {**self.__dict__, "_module": None, "_of": None, "_targets": [], "_inner": {}}
 
-    def teach(self, student: nn.Module, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Return what the rounded module has answered to a call, with gradients towards what it would in float."""
-        targets: list[Tensor] = []
+    def layers_of(self, names: Iterable[str]) -> list[str]:
+        """Return which of some layers are taught.
+
+        Raises:
+            QuantizationError: a pattern matches none of them.
+        """
+        known, layers = list(names), self._distill.layers
+        unused = [pattern for pattern in layers if not any(fnmatchcase(name, pattern) for name in known)]
+        if unused:
+            raise QuantizationError(
+                f"Expected `distill.layers` to match layers that are rounded, but {unused[0]!r} matches none of "
+                f"{', '.join(known[:8])}."
+            )
+        return [name for name in known if any(fnmatchcase(name, pattern) for pattern in layers)]
+
+    def begin(self, student: nn.Module, layers: Iterable[str], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Answer a call in float, before the rounded module does.
+
+        Args:
+            student: the module.
+            layers: names of those inside it that are taught.
+            args: of the call.
+            kwargs: of the call.
+        """
+        self._targets, self._inner = [], {}
         teacher = self._float(student)
-        with torch.no_grad(), isolated_rng(), evaluation_mode(teacher):
-            map_tensors(targets.append, teacher(*args, **kwargs))
+        with torch.no_grad(), isolated_rng(), evaluation_mode(teacher), ExitStack() as stack:
+            for name in layers:
+                seen = self._inner.setdefault(name, [])
+                note = functools.partial(_note, seen)
+                stack.callback(teacher.get_submodule(name).register_forward_hook(note).remove)
+            map_tensors(self._targets.append, teacher(*args, **kwargs))
+
+    def pulled(self, name: str, result: Tensor) -> Tensor:
+        """Return what a layer has computed, with a gradient towards what it computes in float."""
+        seen = self._inner.get(name)
+        if not seen or seen[0].shape != result.shape:
+            return result
+        return self._pulled(result, seen.pop(0), None, self._distill.weight / len(self._inner))
+
+    def teach(self, result: Any) -> Any:
+        """Return what the rounded module has answered to a call, with gradients towards what it would in float."""
+        targets, self._targets, self._inner = self._targets, [], {}
         answers: list[Tensor] = []
         map_tensors(answers.append, result)
         if [answer.shape for answer in answers] != [target.shape for target in targets]:
             # In evaluation it answers otherwise, with fewer heads say: there is nothing to compare.
             return result
         left = iter(targets)
-        return map_tensors(lambda answer: self._pulled(answer, next(left)), result)
+        temperature, weight = self._distill.temperature, self._distill.weight
+        return map_tensors(lambda answer: self._pulled(answer, next(left), temperature, weight), result)
 
-    def _pulled(self, answer: Tensor, target: Tensor) -> Tensor:
+    def _pulled(self, answer: Tensor, target: Tensor, temperature: float | None, weight: float) -> Tensor:
         if not answer.requires_grad or not answer.is_floating_point() or answer.numel() == 0:
             return answer
-        pull = slope(answer.detach().float(), target.float(), self._distill.temperature)
-        return _Pulled.apply(answer, pull * (self._distill.weight * self._factor()))
+        pull = slope(answer.detach().float(), target.float(), temperature)
+        return _Pulled.apply(answer, pull * (weight * self._factor()))
 
     def _float(self, student: nn.Module) -> nn.Module:
         """Return a copy of a module with every forward its own, and the very parameters and buffers of the module."""
@@ -119,6 +167,10 @@ def slope(answer: Tensor, target: Tensor, temperature: float | None = None) -> T
         return 2 * (answer - target) / (answer.numel() * variance)
     apart = torch.softmax(answer / temperature, -1) - torch.softmax(target / temperature, -1)
     return temperature * apart / (answer.numel() / answer.shape[-1])
+
+
+def _note(seen: list[Tensor], module: nn.Module, args: Any, result: Any) -> None:
+    seen.append(result.detach())
 
 
 class _Pulled(torch.autograd.Function):

@@ -33,6 +33,8 @@ class Looks:
         self.hidden: Tensor | None = None
         self.jitter: torch.Generator | None = None
         self.kept: dict[str, tuple[Folded, Tensor, Tensor | None]] | None = None
+        # Operators whose results training compares with others, and what changes their gradients.
+        self.compared: dict[str, Callable[[Tensor], Tensor]] = {}
         # Which way all values of a tensor move, 0 for either; None where each moves on its own.
         self._together: int | None = None
         self._normalized: set[str] = set()  # operators that have computed their BatchNorm, until it is its turn
@@ -62,6 +64,15 @@ class Looks:
     def watching(self, watcher: Callable[[str, Tensor], None]) -> AbstractContextManager[Any]:
         """Show the float values of every edge to a function."""
         return self._with("watcher", watcher)
+
+    @contextmanager
+    def comparing(self, compared: dict[str, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+        """Pass the results of operators through functions, which return them."""
+        self.compared = compared
+        try:
+            yield
+        finally:
+            self.compared = {}
 
     def keeping_weights(self) -> AbstractContextManager[Any]:
         """Round weights once, which do not change while a block runs."""

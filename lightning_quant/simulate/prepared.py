@@ -5,8 +5,9 @@ Observers and ranges are plain tensors outside the module.
 """
 
 import copy
+import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Self
@@ -64,6 +65,7 @@ class Prepared(Quantizers, PlannedModel):
         varying: `(input, dimension)` whose size differed from the captured call in some call since.
         left: labels of the layers that graphs have no integer form of.
         teacher: teaches what the float module answers, while it trains through rounding; None without one.
+        taught: identities of the operators inside it whose results it teaches, too.
         displaced: float layers whose places stored ones have taken while a block runs.
     """
 
@@ -77,6 +79,7 @@ class Prepared(Quantizers, PlannedModel):
         self.varying: set[tuple[str, int]] = set()
         self._stored: tuple[dict[str, nn.Module], Plan] | None = None
         self.teacher: Teacher | None = None
+        self.taught: set[str] = set()
         self.left = left_in_float(root, analysis.plan)
         # Float layers whose places stored ones have taken; graphs are traced with them.
         self.displaced: dict[str, nn.Module] = {}
@@ -220,12 +223,25 @@ class Prepared(Quantizers, PlannedModel):
     def _new_runner(self) -> Runner:
         return Runner(self, self.simulation, lambda: self.beside(self.displaced))
 
+    def learn_from(self, teacher: Teacher) -> None:
+        """Have the module taught while it trains through rounding.
+
+        Raises:
+            QuantizationError: a layer that is to be taught is none that is rounded.
+        """
+        layers = {o.name: i for i, o in self.operators.items() if o.weight and o.weight == f"{o.key}.weight"}
+        self.teacher, self.taught = teacher, {layers[name] for name in teacher.layers_of(layers)}
+
     def run(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run an island's graph on a call, and have it taught where there is a teacher."""
-        result = self._runner.run(path, args, kwargs)
         if self.teacher is None or not (self.quantizes and self.root.training and torch.is_grad_enabled()):
-            return result
-        return self.teacher.teach(resolve(self.root, path), result, args, kwargs)
+            return self._runner.run(path, args, kwargs)
+        inside = {i: o.key for i, o in self.operators.items() if i in self.taught and o.path == path}
+        self.teacher.begin(resolve(self.root, path), inside.values(), args, kwargs)
+        pulled = self.teacher.pulled
+        pulls: dict[str, Callable[[Tensor], Tensor]] = {i: functools.partial(pulled, key) for i, key in inside.items()}
+        with self.simulation.comparing(pulls):
+            return self.teacher.teach(self._runner.run(path, args, kwargs))
 
     def is_traceable(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Tell whether compilers can look into the graph that runs on a call."""

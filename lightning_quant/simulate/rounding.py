@@ -93,6 +93,10 @@ class Rounding:
 
     def run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
         """Call a layer with its rounded weight."""
+        pull = self._simulation.compared.get(identity)
+        return self._run_layer(identity, layer, x) if pull is None else pull(self._run_layer(identity, layer, x))
+
+    def _run_layer(self, identity: str, layer: nn.Module, x: Tensor) -> Tensor:
         if self._grids is None:
             return layer(x)
         weight = self.rounded.get(identity)

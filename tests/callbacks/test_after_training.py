@@ -1,12 +1,14 @@
 """What is measured of a trained module is in the artifact, and not in the user's module."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from lightning_models import equal_tensors, fit, seeded, tensors_of
 
 import lightning_quant as lq
+from lightning_quant.callbacks import after_training
 
 
 @pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
@@ -21,3 +23,25 @@ def test_statistics_measured_anew_are_in_the_artifact_and_not_in_the_users_modul
     assert equal_tensors(models[0][0], models[4][0])
     x = torch.rand(8, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(models[0][1](x), models[4][1](x))
+
+
+@pytest.mark.parametrize("worse", [False, True])
+def test_statistics_are_kept_where_the_loss_on_other_batches_is_less(
+    worse: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoiled(prepared: Any, steps: Any) -> int:
+        def each() -> Any:
+            for step in steps:
+                yield step
+                for name, buffer in prepared.root.named_buffers():
+                    buffer.add_(100 * worse * name.endswith("running_mean"))
+
+        return original(prepared, each())
+
+    original = after_training.reestimate_batch_norm
+    monkeypatch.setattr(after_training, "reestimate_batch_norm", spoiled)
+    callback = lq.QuantizationAwareTraining({"batch_norm_batches": 2}, output_dir=tmp_path, evaluate=False, threads=1)
+    fit(seeded(), callback, max_epochs=1, default_root_dir=tmp_path)
+    assert callback.artifact is not None
+    (note,) = [note for note in callback.artifact.report["notes"] if "measured anew" in note]
+    assert ("which are kept" in note) == worse

@@ -12,7 +12,7 @@ from lightning_models import Classifier, EnoughError, StopAfterTraining, equal_t
 from torch import Tensor
 
 from lightning_quant import QuantizationAwareTraining
-from lightning_quant.callbacks.teaching import teacher_of
+from lightning_quant.callbacks.teaching import _factor
 from lightning_quant.simulate.distillation import Distill
 
 SCHEDULE = {"fake_quantize": 1, "freeze_observers": 3, "unit": "epochs"}
@@ -21,7 +21,7 @@ SCHEDULE = {"fake_quantize": 1, "freeze_observers": 3, "unit": "epochs"}
 def ended(tmp_path: Path, distill: Any, *, epochs: int = 2, ckpt_path: Any = None, **options: Any) -> dict[str, Tensor]:
     module = seeded()
     callback = QuantizationAwareTraining(output_dir=tmp_path / "artifact", distill=distill, schedule=SCHEDULE)
-    keep = ModelCheckpoint(tmp_path, f"{distill}-{epochs}")
+    keep = ModelCheckpoint(tmp_path, f"{distill}-{epochs}".replace("{", "").replace("}", ""))
     settings = {"max_epochs": epochs, "enable_checkpointing": True, **options}
     with pytest.raises(EnoughError):
         make_trainer(callback, keep, StopAfterTraining(), **settings).fit(module, ckpt_path=ckpt_path)
@@ -44,11 +44,10 @@ def test_weights_learn_from_it_and_checkpoints_do_not_know_of_it(tmp_path: Path)
 def test_what_it_adds_is_scaled_as_the_loss_is() -> None:
     scaler = SimpleNamespace(get_scale=lambda: 512.0)
     trainer = SimpleNamespace(
-        lightning_module=SimpleNamespace(automatic_optimization=True),
         precision_plugin=SimpleNamespace(scaler=scaler),
         accumulate_grad_batches=4,
     )
-    assert teacher_of(Distill(), trainer)._factor() == 128.0
+    assert _factor(trainer) == 128.0
 
 
 class Manual(Classifier):
@@ -66,6 +65,14 @@ def test_manual_optimization_is_refused(tmp_path: Path) -> None:
     callback = QuantizationAwareTraining(output_dir=tmp_path, distill=0.5)
     with pytest.raises(MisconfigurationException, match="Expected automatic optimization with `distill`"):
         make_trainer(callback).fit(seeded(Manual))
+
+
+def test_layers_inside_are_taught_too_and_wrong_names_are_refused(tmp_path: Path) -> None:
+    outputs, inside = (ended(tmp_path, {"weight": 5.0, "layers": layers}) for layers in ([], ["conv*"]))
+    assert not equal_tensors(outputs, inside)
+    callback = QuantizationAwareTraining(output_dir=tmp_path / "other", distill={"layers": ["convolution"]})
+    with pytest.raises(MisconfigurationException, match=r"`distill.layers` to match layers .* matches none of conv1"):
+        make_trainer(callback).fit(seeded())
 
 
 def test_it_is_an_argument_of_training_through_rounding() -> None:

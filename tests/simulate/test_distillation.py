@@ -38,9 +38,12 @@ def test_answers_are_pulled_towards_the_present_float_forward() -> None:
     teacher = Teacher(Distill(2.0), lambda: 0.5)
     before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
     for _ in range(2):
-        answer = torch.randn(8, 3, requires_grad=True)
+        answer, inner = (torch.randn(8, 3, requires_grad=True) for _ in range(2))
         drawn = torch.get_rng_state()
-        taught = teacher.teach(net, {"logits": answer}, (x,), {})
+        teacher.begin(net, ["layer"], (x,), {})
+        teacher.pulled("layer", inner).sum().backward()
+        torch.testing.assert_close(inner.grad, 1 + slope(inner.detach(), net.layer(x).detach()))
+        taught = teacher.teach({"logits": answer})
         assert torch.equal(torch.get_rng_state(), drawn)
         torch.testing.assert_close(taught["logits"], answer)
         taught["logits"].sum().backward()
