@@ -56,7 +56,7 @@ GUARDS = (
     Guard(
         "calibration has what was taken away when training ended",
         "callbacks/training_data.py",
-        "        start_hooks(duplicate, batch)\n        run(duplicate, batch, index)\n",
+        "        start_hooks(duplicate, batch)\n        return run(duplicate, batch, index)\n",
         "        raise\n",
         "callbacks/test_training_data.py -k taken_away",
     ),
