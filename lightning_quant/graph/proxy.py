@@ -108,6 +108,17 @@ class ShapedProxy(fx.Proxy):
     def __trunc__(self) -> Any:
         return self.tracer.create_proxy("call_function", math.trunc, (self,), {})
 
+    # Python takes nothing but numbers for an answer; where the classes are asked that forwards know, see `recorded`.
+    def __int__(self) -> int:
+        raise self._number_asked("int")
+
+    def __float__(self) -> float:
+        raise self._number_asked("float")
+
+    def _number_asked(self, kind: str) -> UntraceableError:
+        vars(self.tracer)["numbers_asked"] = True
+        return UntraceableError(f"a number is made of a tensor or a size by `{kind}`")
+
     def _in_place(self, function: Any, other: Any) -> Any:
         return self.tracer.create_proxy("call_function", function, (self, other), {})
 

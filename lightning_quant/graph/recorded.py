@@ -144,7 +144,8 @@ def _kind_of(value: Any) -> type:
 class _AskingType(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         if len(args) == 1 and not kwargs:
-            return _kind_of(args[0])
+            kind = _kind_of(args[0])
+            return _STANDS_FOR.get(kind, kind) if "int" in sys._getframe(1).f_globals else kind
         return type(*args, **kwargs)
 
     def __instancecheck__(cls, instance: Any) -> bool:
@@ -158,16 +159,56 @@ class _Type(type, metaclass=_AskingType):
     """Stands for `type` in the code of modules: that of a proxy is the class of the value that it stands for."""
 
 
+class _NumberType(type):
+    """Of what stands for `int` and `float`: it makes nodes of sizes, and is the same class for whoever asks."""
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        original = cls.__mro__[1]
+        value = args[0] if len(args) == 1 and not kwargs else None
+        if type(value) is not ShapedProxy or type(value.fake) not in (int, float):
+            return original(*args, **kwargs)
+        if original is float:
+            return value.tracer.create_proxy("call_function", torch.sym_float, (value,), {})
+        return value if type(value.fake) is int else value.__trunc__()
+
+    def __instancecheck__(cls, instance: Any) -> bool:
+        return isinstance(instance, cls.__mro__[1])
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        return issubclass(subclass, cls.__mro__[1])
+
+    def __eq__(cls, other: object) -> bool:
+        return other is cls or other is cls.__mro__[1]
+
+    def __hash__(cls) -> int:
+        return hash(cls.__mro__[1])
+
+
+class _Int(int, metaclass=_NumberType):
+    """Stands for `int` in the code of modules."""
+
+
+class _Float(float, metaclass=_NumberType):
+    """Stands for `float` there."""
+
+
+_STANDS_FOR: dict[type, type] = {int: _Int, float: _Float}
+
+
 @contextmanager
-def types_told(root: nn.Module) -> Iterator[None]:
-    """Let `type(y) is Tensor` be true of proxies in a block, in the files of the classes of a tree's modules."""
+def types_told(root: nn.Module, *, numbers: bool = False) -> Iterator[None]:
+    """Let `type(y) is Tensor` be true of proxies in a block, in the files of the classes of a tree's modules.
+
+    With `numbers`, `int(x.shape[1])` is a node there, too; `x.to(int)` is an error then.
+    """
     names = {kind.__module__ for module in root.modules() for kind in type(module).__mro__} - {"builtins"}
-    own = [name for name in names if name in sys.modules and name.partition(".")[0] not in _LIBRARIES]
-    files = [file for file in (vars(sys.modules[name]) for name in own) if "type" not in file]
-    for file in files:
-        file["type"] = _Type
+    own = [vars(sys.modules[n]) for n in names if n in sys.modules and n.partition(".")[0] not in _LIBRARIES]
+    told = {"type": _Type, **({"int": _Int, "float": _Float} if numbers else {})}
+    written = [(file, name) for file in own for name in told if name not in file]
+    for file, name in written:
+        file[name] = told[name]
     try:
         yield
     finally:
-        for file in files:
-            del file["type"]
+        for file, name in written:
+            del file[name]

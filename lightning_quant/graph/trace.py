@@ -32,7 +32,7 @@ from lightning_quant.graph.recorded import functions_recorded, types_told
 from lightning_quant.graph.side_effects import attributes, check_attributes
 from lightning_quant.graph.size_conditions import decided, is_of_sizes
 from lightning_quant.surgery.foreign_operators import ForeignOperatorsInlined
-from lightning_quant.surgery.routing import clone, device_of, has_hooks, without_fast_path
+from lightning_quant.surgery.routing import called_without_hooks, clone, device_of, has_hooks, without_fast_path
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 
@@ -68,12 +68,12 @@ class _Tracer(fx.Tracer):
         self.counter = multiply_add_counter()
         self.scopes: list[str] = [""]
         self.calls: dict[str, int] = defaultdict(int)
-        self.counts: dict[Any, int] = defaultdict(int)
-        self.sites: dict[Any, int] = defaultdict(int)
+        self.counts, self.sites = defaultdict[Any, int](int), defaultdict[Any, int](int)
         self.output_spec: ResultSpec | None = None
         # Path of each module that turned out not to be traceable, with the reason.
         self.failures: dict[str, str] = {}
-        self.propagating = False
+        # Whether values are being found out, and whether the forward makes a Python number of a proxy.
+        self.propagating = self.numbers_asked = False
 
     def result_spec(self) -> ResultSpec:
         """Return how the traced leaves make up the result, once traced."""
@@ -139,9 +139,8 @@ class _Tracer(fx.Tracer):
         signature = inspect.signature(type(self.root).forward)
 
         def run(root: nn.Module, *inputs: Any) -> Any:
-            args, kwargs = rebuild_call(
-                signature, {**_self_argument(signature, root), **self.spec.arguments(list(inputs))}
-            )
+            own = {next(iter(signature.parameters)): root}
+            args, kwargs = rebuild_call(signature, {**own, **self.spec.arguments(list(inputs))})
             expanded = expansion_of(root)
             result = type(root).forward(*args, **kwargs) if expanded is None else expanded(*args[1:], **kwargs)
             leaves, treespec = pytree.tree_flatten(result)
@@ -183,7 +182,7 @@ class _Tracer(fx.Tracer):
                 if kind == "get_attr":
                     return operator.attrgetter(target)(self.root)
                 if kind == "call_module":
-                    return self.root.get_submodule(target).forward(*args, **kwargs)
+                    return called_without_hooks(self.root.get_submodule(target), args, kwargs)
                 if kind == "call_method":
                     return getattr(args[0], target)(*args[1:], **kwargs)
                 return target(*args, **kwargs)
@@ -233,26 +232,31 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
         UntraceableError: the root's own forward cannot be traced; the message says why.
     """
     reasons: dict[str, str] = {}
-    device = device_of(root).type
+    device, numbers = device_of(root).type, False
     while True:
         copy = clone(root, unrouted=True)
         tracer = _Tracer(root, spec, tensors, {*(opaque or ()), *reasons})
         try:
             before = attributes(copy)
-            # Autocast keeps the weights that it casts; those of a trace are not real.
-            uncast = torch.autocast(device, enabled=False)
-            told = functions_recorded(tracer), types_told(copy), transformers_traceable()
+            told = functions_recorded(tracer), types_told(copy, numbers=numbers), transformers_traceable()
+            uncast = torch.autocast(device, enabled=False)  # It keeps weights that it casts: those here are not real.
             with told[0], told[1], told[2], torch.enable_grad(), uncast, without_fast_path():
                 graph = tracer.trace(copy)
             if not tracer.failures:
                 check_attributes(before, copy)
                 functionalize(graph, copy)
         except Exception as error:  # whatever a user's forward raises when run on proxies
+            if tracer.numbers_asked > numbers:
+                numbers = True
+                continue
             failures = tracer.failures or getattr(error, "places", None) or {"": _reason(error)}
             if "" in failures or failures.keys() & reasons.keys():
                 reason = failures.get("") or next(iter(failures.values()))
                 raise UntraceableError(f"{type(root).__name__}.forward cannot be traced: {reason}") from error
             reasons |= failures
+            continue
+        if tracer.numbers_asked > numbers:
+            numbers = True
             continue
         reasons |= tracer.failures
         if not tracer.failures:
@@ -294,7 +298,3 @@ def _user_line() -> tuple[str, int] | None:
             return "" if is_generated else frame.f_code.co_filename, frame.f_lineno
         frame = frame.f_back  # type: ignore[assignment]
     return None
-
-
-def _self_argument(signature: inspect.Signature, root: nn.Module) -> dict[str, Any]:
-    return {next(iter(signature.parameters)): root}

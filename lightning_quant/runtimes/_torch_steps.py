@@ -48,6 +48,9 @@ def simplify(graph: fx.Graph) -> None:
         if node.target is _ATEN.dropout.default and not node.args[2]:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
+        elif node.target is _ATEN.copy_.default and not node.users and _is_state(node.args[0]):
+            # A counter that the answer does not read, as capture has made sure: a file has no state.
+            graph.erase_node(node)
         elif any(word in str(node.target) for word in ("_assert_", "sym_constrain_range", "_guards_fn")):
             graph.erase_node(node)
         elif node.target in _FILLED:
@@ -55,6 +58,10 @@ def simplify(graph: fx.Graph) -> None:
             node.kwargs = {key: value for key, value in node.kwargs.items() if key in ("dtype", "layout", "device")}
             node.target = _FILLED[node.target]
     graph.eliminate_dead_code()
+
+
+def _is_state(node: Any) -> bool:
+    return isinstance(node, fx.Node) and node.op == "get_attr"
 
 
 def tensors_of(graph_module: fx.GraphModule, prefix: str = "") -> dict[str, Tensor]:

@@ -28,12 +28,41 @@ def as_xnnpack_reads_it(graph_module: fx.GraphModule) -> fx.GraphModule:
             graph_module.register_buffer(name, integers.float() * step)
             with graph_module.graph.inserting_before(node):
                 node.replace_all_uses_with(graph_module.graph.get_attr(name))
+    for node in graph_module.graph.find_nodes(op="call_function", target=torch.ops.aten.linear.default):
+        _multiply_rows(node)
     for node in list(graph_module.graph.nodes):
         if node.target is ops.dequantize_per_tensor.default:
             _give_each_reader_its_own(node)
     graph_module.graph.eliminate_dead_code()
     graph_module.recompile()
     return graph_module
+
+
+def _multiply_rows(linear: fx.Node) -> None:
+    """Move the rows of an integer linear layer, flattened before and unflattened behind it, in integers.
+
+    XNNPACK takes a layer directly between quantized tensors alone; those of transformers were computed in float.
+    """
+    ops, flatten = torch.ops.quantized_decomposed, linear.args[0]
+    unflatten = next(iter(linear.users), None)
+    quantize = None if unflatten is None else next(iter(unflatten.users), None)
+    before = flatten.args[0] if isinstance(flatten, fx.Node) and flatten.args else None
+    if not (isinstance(before, fx.Node) and before.target is ops.dequantize_per_tensor.default):
+        return
+    alone = unflatten is not None and len(linear.users) == len(unflatten.users) == 1
+    if not alone or quantize is None or quantize.target is not ops.quantize_per_tensor.default:
+        return
+    _round_behind(flatten, before.args[1:])  # type: ignore[arg-type]
+    _round_behind(linear, quantize.args[1:])
+
+
+def _round_behind(node: fx.Node, grid: tuple[Any, ...]) -> None:
+    ops = torch.ops.quantized_decomposed
+    with node.graph.inserting_after(node):
+        quantized = node.graph.call_function(ops.quantize_per_tensor.default, (node, *grid))
+    with node.graph.inserting_after(quantized):
+        rounded = node.graph.call_function(ops.dequantize_per_tensor.default, (quantized, *grid))
+    node.replace_all_uses_with(rounded, delete_user_cb=lambda user: user is not quantized)
 
 
 def _give_each_reader_its_own(node: fx.Node) -> None:

@@ -275,3 +275,13 @@ def has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
     )
+
+
+def called_without_hooks(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """Call a module without its hooks, which may keep what they see, or with them where the call needs them."""
+    try:
+        return module.forward(*args, **kwargs)
+    except TypeError:
+        if not has_hooks(module):
+            raise
+        return module(*args, **kwargs)

@@ -95,7 +95,7 @@ def test_a_layer_that_gets_an_argument_from_its_hook_stays_as_it_is() -> None:
     model[2].register_forward_pre_hook(lambda module, args: (args[0], torch.ones(8)))
     rows = {row.name: row for row in prepare(model, (x,), trains=False).plan.rows}
     assert "a hook on it changes" in rows["2"].reason
-    assert rows["0"].action == "int8"
+    assert rows["0"].action == rows["4"].action == "int8"
 
 
 @pytest.mark.parametrize("watch", ["watcher", "prune", "weight_norm", "parametrization"])

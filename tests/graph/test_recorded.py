@@ -5,9 +5,11 @@ import warnings
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from lightning_quant.calls.calls import flatten_call, forward_signature
+from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.trace import trace
 
 
@@ -58,3 +60,37 @@ def test_all_is_given_back_even_when_a_trace_fails() -> None:
     after = (builtins.len, builtins.max, builtins.isinstance, torch.zeros, torch.is_tensor, nn.Module.__setattr__)
     assert all(one is other for one, other in zip(before, after, strict=True))
     assert "type" not in globals()
+
+
+class Numbers(nn.Module):
+    """Makes Python numbers of sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, height, width = int(x.size(0)), int(x.shape[2] / 1.0), int(x.shape[3])
+        assert {int: isinstance(height, int)}[type(batch)]
+        y = F.avg_pool2d(self.first(x), 2).reshape(batch, 4, -1) * float(width) ** -0.5
+        y = F.interpolate(y.view(batch, 4, height // 2, width // 2), size=(height, width))
+        return self.last(y)
+
+
+def test_numbers_made_of_sizes_are_part_of_the_graph() -> None:
+    torch.manual_seed(0)
+    model, x = Numbers().eval(), torch.randn(2, 3, 8, 12)
+    prepared = prepare(model, (x,))
+    assert list(prepared.islands) == [""]
+    assert prepared.plan.coverage == 1.0
+    other = torch.randn(5, 3, 10, 6)
+    with torch.no_grad(), prepared.attached("observe"):
+        assert model(other).shape == Numbers()(other).shape
+
+
+def test_a_number_made_of_values_is_none_of_a_graph() -> None:
+    class Counted(Numbers):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * int(x.max() > 0)
+
+    assert "" not in prepare(Counted().eval(), (torch.randn(2, 3, 8, 12),)).islands

@@ -17,8 +17,9 @@ DESCRIBED = {"inputs": [{"name": "x"}, {"name": "y"}], "outputs": [{"name": "out
 
 
 def graph_of() -> fx.GraphModule:
-    """Return the larger of `2 * x + shift` and minus infinity, with a dropout and memory that nobody filled."""
+    """Return the larger of `2 * x + shift` and minus infinity, with a dropout, unfilled memory and a counter."""
     root = nn.Module()
+    root.register_buffer("calls", torch.zeros(()))
     root.register_buffer("shift", torch.tensor([1.0, 2.0, 3.0]))
     graph = fx.Graph()
     x, _ = graph.placeholder("x"), graph.placeholder("y")
@@ -27,6 +28,8 @@ def graph_of() -> fx.GraphModule:
     shifted = graph.call_function(ATEN.add.Tensor, (doubled, graph.get_attr("shift")))
     empty = graph.call_function(ATEN.empty.memory_format, ([3],), {"dtype": torch.float32})
     added = graph.call_function(ATEN.add.Tensor, (shifted, empty))
+    calls = graph.get_attr("calls")
+    graph.call_function(ATEN.copy_.default, (calls, graph.call_function(ATEN.add.Tensor, (calls, 1))))
     graph.output([graph.call_function(ATEN.clamp_min.default, (added, float("-inf")))])
     module = fx.GraphModule(root, graph)
     simplify(module.graph)
@@ -41,6 +44,7 @@ def test_a_program_that_is_read_again_computes_the_same(tmp_path: Path) -> None:
     x = torch.randn(4, 3)
 
     assert [step["call"] for step in program["steps"]].count("aten.dropout.default") == 0
+    assert set(tensors) == {TENSOR + "shift"}
     assert "aten.zeros.default" in [step["call"] for step in program["steps"]]
     (result,) = Program(program, tensors, path, once=True)([x, x])
     assert torch.equal(result, 2 * x + torch.tensor([1.0, 2.0, 3.0]))
