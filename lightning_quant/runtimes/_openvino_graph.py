@@ -15,6 +15,19 @@ def suit_openvino(model: Any) -> None:
     """Rewrite what OpenVINO would refuse or compute wrongly; the graph is changed."""
     pad_by_joining(model)
     reduce_apart(model)
+    keep_slices(model)
+
+
+def keep_slices(model: Any) -> None:
+    """Put a maximum of itself and itself behind a slice that is gathered from: OpenVINO drops it, and refuses the sizes."""
+    for node in list(model.graph):
+        source = node.inputs[0].producer() if node.op_type == "GatherElements" else None
+        if source is not None and source.op_type == "Slice":
+            tape = ir.tape.Tape()
+            kept = tape.op("Max", [node.inputs[0], node.inputs[0]])
+            kept.shape, kept.dtype = node.inputs[0].shape, node.inputs[0].dtype
+            model.graph.insert_before(node, tape.nodes)
+            node.replace_input_with(0, kept)
 
 
 def reduce_apart(model: Any) -> None:

@@ -102,3 +102,25 @@ def test_attention_answers_the_same_in_every_call(tmp_path: Path) -> None:
     with torch.no_grad():
         answers = [loaded(x) for _ in range(3)]
         assert all(signal_to_noise([model(x)], [answer]) > 30 for answer in answers)
+
+
+class Best(nn.Module):
+    """Gathers at the best scores from a part of what it computed, as the end of a detector does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.layer(x).flatten(2)
+        best = y[:, 4].topk(3, dim=1).indices
+        return torch.gather(y[:, :4], 2, best[:, None].expand(-1, 4, -1))
+
+
+def test_a_part_that_is_gathered_from_stays_a_part(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    prepared = prepare(Best().eval(), (torch.randn(4, 3, 8, 8),), runtime="openvino")
+    calibrate(prepared, steps_of(prepared, [torch.randn(4, 3, 8, 8)]))
+    artifact = export(prepared, tmp_path)
+
+    assert artifacts.load(artifact.path, threads=1)(torch.randn(4, 3, 8, 8)).shape == (4, 4, 3)
