@@ -19,7 +19,7 @@ def suit_openvino(model: Any) -> None:
 
 
 def keep_slices(model: Any) -> None:
-    """Put a maximum of itself and itself behind a slice that is gathered from: OpenVINO drops it, and refuses the sizes."""
+    """Put a maximum of itself and itself behind a slice that is gathered from: OpenVINO drops it, and refuses that."""
     for node in list(model.graph):
         source = node.inputs[0].producer() if node.op_type == "GatherElements" else None
         if source is not None and source.op_type == "Slice":
