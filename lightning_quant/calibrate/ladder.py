@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_quant.arguments.choice import did_you_mean
@@ -30,11 +30,13 @@ class _Fold:
         fit: what steps are fitted to.
         judged: the other calls.
         state: snapshot of the model that the kept steps have made of `fit`.
+        exact: what the float module answers to the other calls, as far as that is kept.
     """
 
     fit: Fit
     judged: list[Call]
     state: tuple[Any, ...]
+    exact: list[Any] = field(default_factory=list)
 
 
 @exact_arithmetic()
@@ -111,7 +113,7 @@ def _judge(prepared: Prepared, folds: list[_Fold], states: Sequence[tuple[Any, .
     ratios = []
     for fold, state in zip(folds, states, strict=True):
         restore(prepared, state)
-        ratios += output_snrs(prepared, fold.judged)
+        ratios += output_snrs(prepared, fold.judged, fold.exact)
     return ratios
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from uneven_chains import climbed
 
+from lightning_quant.calibrate import fit
 from lightning_quant.calibrate.channel_choice import choose_channels
 from lightning_quant.calibrate.fit import Fit, output_snr, output_snrs, restore, snapshot
 from lightning_quant.calibrate.lockstep import lockstep
@@ -28,6 +29,20 @@ def test_every_call_counts_alike_and_equal_outputs_have_a_bound() -> None:
     assert output_snr(prepared, calls) == pytest.approx(sum(ratios) / len(calls))
     with prepared.simulation.quantizing_only(frozenset()):
         assert output_snr(prepared, calls) == 200.0
+
+
+def test_what_the_float_module_answers_is_kept_where_it_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, prepared, calls = climbed(())
+    known: list[torch.Tensor] = []
+    ratios, runs = output_snrs(prepared, calls, known), []
+    handle = model.register_forward_hook(lambda *_: runs.append(1))
+    assert output_snrs(prepared, calls, known) == ratios
+    # The rounded module alone has run.
+    assert len(runs) == len(calls) == len(known)
+    monkeypatch.setattr(fit, "_MOST_BYTES", 1)
+    assert output_snrs(prepared, calls, large := []) == ratios
+    assert not large
+    handle.remove()
 
 
 def test_activations_that_are_kept_layer_by_layer_are_those_of_whole_runs() -> None:

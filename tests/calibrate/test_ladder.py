@@ -50,9 +50,9 @@ def test_every_call_judges_and_none_what_was_fitted_to_it(monkeypatch: pytest.Mo
         fitted.append([args[0] for args, _ in fit.calls])
         return 1
 
-    def watched(prepared: Prepared, calls: list) -> list[float]:
+    def watched(prepared: Prepared, calls: list, known: list) -> list[float]:
         judged.append([args[0] for args, _ in calls])
-        return output_snrs(prepared, calls)
+        return output_snrs(prepared, calls, known)
 
     monkeypatch.setitem(STEPS, "look", Step(look, 1))
     monkeypatch.setattr(ladder, "output_snrs", watched)
