@@ -1,6 +1,7 @@
 """Learned steps: gradients against the paper's equation, and a training that leaves the user's run alone."""
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,30 @@ def test_gradients_of_a_range_are_those_of_the_paper() -> None:
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     assert bool((results[1][1] == 0).any()), "some values must be clipped for this test to say anything"
+
+
+def test_processes_begin_with_the_mean_of_their_ranges_and_stay_alike() -> None:
+    """Each process meets its own batch first; what each hands over to be averaged is recorded, and then averaged."""
+    grid = activation_grid(4)
+
+    def run(scale: float, reduce: Callable[[Tensor], Tensor]) -> Tensor:
+        steps = LearnedSteps(0.01)
+        values = steps.range_of("e", lambda: (torch.tensor(scale), torch.tensor(6.0)), grid)
+        quantize_with_learned_range(torch.linspace(-3, 5, 50) * scale, values, grid).square().sum().backward()
+        steps.update(reduce)
+        return steps.logarithms["edges e"].detach()
+
+    def replayed(values: list[Tensor]) -> Callable[[Tensor], Tensor]:
+        left = iter(values)
+        return lambda _: next(left)
+
+    handed: list[list[Tensor]] = [[], []]
+    for seen, scale in zip(handed, (0.1, 0.4), strict=True):
+        run(scale, lambda values, seen=seen: seen.append(values.clone()) or values)
+    means = [torch.stack(pair).mean(0) for pair in zip(*handed, strict=True)]
+    ended = [run(scale, replayed(means)) for scale in (0.1, 0.4)]
+    assert torch.equal(*ended)
+    assert abs(float(ended[0][0]) - math.log(0.2)) <= 0.011
 
 
 def test_steps_fall_to_the_error_they_cause() -> None:
