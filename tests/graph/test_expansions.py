@@ -1,5 +1,6 @@
 """PyTorch's transformer layers are written out for graphs and compute what they did."""
 
+import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 from prepared_graphs import ready
@@ -62,3 +63,23 @@ def test_layers_without_an_integer_form_are_stored_also_with_a_forward_of_their_
     assert [actions[name] for name in ("1", "3", "6")] == ["int8"] * 3
     _, output = prepared.converted(static_sizes=True)
     assert 20 < signal_to_noise(model(ids), output) < 80
+
+
+class Own(nn.MultiheadAttention):
+    """Attends to itself."""
+
+    def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_an_attention_of_the_users_own_is_written_out_too(trains: bool) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 8), Own(8, 2, batch_first=True), nn.Linear(8, 4)), torch.randn(3, 5, 8)
+    prepared = prepare(model.eval(), (x,), trains=trains)
+    with torch.no_grad(), prepared.attached("observe"):
+        observed = model(x)
+
+    assert {row.name for row in prepared.plan.rows if row.action == "int8"} == {"0", "1", "1.out_proj", "2"}
+    with torch.no_grad():
+        torch.testing.assert_close(observed, model(x))
