@@ -5,7 +5,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, Trainer
 from torch import nn
 
 from lightning_quant.arguments.arguments import check_name, check_on_device
@@ -138,6 +137,8 @@ def _is_exported(module: nn.Module) -> bool:
 def _no_module(given: Any) -> str:
     """Return what to say of something that is neither a module nor a path."""
     got, way_out = f"{given!r:.60}", ""
+    # By name, since this room does without Lightning, whose classes go by two names as well.
+    kinds = {kind.__name__ for kind in type(given).__mro__}
     parts = list(given.values()) if isinstance(given, Mapping) else given if isinstance(given, list | tuple) else []
     if isinstance(given, type):
         got, way_out = f"the class {given.__name__}", f" Give an instance: `{given.__name__}(...)`."
@@ -147,9 +148,9 @@ def _no_module(given: Any) -> str:
     elif isinstance(given, Mapping):
         got = "a dict"
         way_out = " Of a state dict: build the module, `module.load_state_dict(...)`, and give the module."
-    elif isinstance(given, Trainer):
+    elif "Trainer" in kinds:
         got, way_out = "a Trainer", " Give the LightningModule: `trainer.lightning_module`, or a part of it."
-    elif isinstance(given, Callback):
+    elif "Callback" in kinds:
         got, way_out = f"{type(given).__name__}", " Give the module; a callback goes to `Trainer(callbacks=[...])`."
     elif callable(given) or isinstance(given, torch.export.ExportedProgram):
         got, way_out = f"{type(given).__name__}", " Give the module that it was made from."

@@ -67,7 +67,9 @@ def prepare(
     # What can be refused is refused now; the layers themselves are made of the weights that will be exported.
     prepared.plan = prepared.bound_to(on_cpu).stored_plan()
     if not prepared.plan.num_quantized and not may_stay_float:
-        raise PlanError(f"{analysis.nothing}{_stored_alone(prepared.left)}")
+        held = f" It holds its weights in {', '.join(sorted(prepared.left))}, which have no quantized form."
+        tried = bool(prepared.left) and prepared.runtime.LAYERS_IN_GRAPHS
+        raise PlanError(f"{analysis.nothing}{held if tried else _stored_alone(prepared.left)}")
     return prepared
 
 

@@ -19,7 +19,7 @@ def test_no_layer_is_advised_that_moves_no_metric() -> None:
     assert found.with_gains({"acc": 0.00004, "loss": -0.00002}).advice is None
     nothing = found.with_gains({"acc": 0.0, "loss": -0.003})
     assert nothing.advice is None
-    assert "keeping it float makes no metric better (acc +0.0000, loss -0.0030)" in nothing.explanation()
+    assert "keeping it float makes no metric better (acc +0.0000, loss -0.00300)" in nothing.explanation()
     # A gain is one in the metric's own direction, and losses count where there is nothing else.
     assert found.with_gains({"acc": -0.1}).advice is None
     assert found.with_gains({"acc": 0.1, "loss": 0.2}).advice is found.advice
