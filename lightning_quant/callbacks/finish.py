@@ -20,6 +20,7 @@ from lightning_quant.callbacks.by_chance import in_words
 from lightning_quant.callbacks.deployment import Deployment
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.held_out import held_out
+from lightning_quant.callbacks.monitor import QuantizationMonitor
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.calls.calls import Call
 from lightning_quant.export.export import export
@@ -34,7 +35,7 @@ from lightning_quant.measure.thumbnails import tokenizer_of
 from lightning_quant.planned.parts import in_parts
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import notes_of_sizes
-from lightning_quant.report.make_report import make_report, with_search
+from lightning_quant.report.make_report import make_report, with_section
 from lightning_quant.report.metrics import MetricRow
 from lightning_quant.report.page import to_html
 from lightning_quant.simulate.prepared import Prepared
@@ -137,7 +138,8 @@ def _report(
         predictions=predictions,
         peers=callback.shared.peers,
     )
-    report = with_search(report, deployment.search)
+    looks = next((c.monitored for c in trainer.callbacks if isinstance(c, QuantizationMonitor)), None)  # type: ignore[attr-defined]
+    report = with_section(with_section(report, looks), deployment.search)
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
     # Known before it is told, since a warning may be an error to the user.
     callback.artifact = artifact

@@ -20,12 +20,15 @@ from lightning_quant.callbacks.refusals import refused_in_callback
 from lightning_quant.graph.table import matches
 from lightning_quant.measure.quantizability import Numbers, clipped_share, input_numbers, weight_numbers
 from lightning_quant.numerics.kurtosis import add_kurtosis_gradient
+from lightning_quant.report.monitored import Look, Monitored
 from lightning_quant.surgery.compilation import is_compiled
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
 # Samples of a batch that are looked at, values of a weight whose integers are followed, and the weight of a new range.
 _SAMPLES, _FOLLOWED, _MOMENTUM = 8, 1 << 14, 0.1
+# Looks that a figure is drawn of.
+_MAX_LOOKS = 200
 _WAYS_OUT = (
     "Ways out: weight decay or a lower learning rate, `QuantizationMonitor(regularize=...)`, normalization in front of "
     "it, scales per channel where they are not, or `exclude=[{name!r}]` of what quantizes"
@@ -45,7 +48,8 @@ class QuantizationMonitor(Callback):
     * `clipped`: the share of what is read outside the range so far, and `drift`: its width over that of the range.
 
     `trainer.callback_metrics` has those of the worst layer: "quant/worst_db", "quant/worst_spread" and
-    "quant/worst_flips". It works in float runs and beside quantization-aware training, which stays what it is.
+    "quant/worst_flips". It works in float runs and beside quantization-aware training, which stays what it is. The
+    report of an artifact that is made when fit ends has a figure of the worst layers over the epochs.
 
     Args:
         every_n_steps: batches between two looks. One costs about one and a half steps of a ResNet18, so that 100 is
@@ -93,6 +97,26 @@ class QuantizationMonitor(Callback):
         self._seen: dict[str, dict[str, float]] | None = None
         self._integers: dict[str, Tensor] = {}
         self._has_looked = False
+        # The epoch of each look, and what each layer's worse side would have kept.
+        self.looks: list[tuple[float, dict[str, float]]] = []
+
+    @property
+    def monitored(self) -> Monitored | None:
+        """What was seen, for a report; None where nothing was."""
+        return Monitored(tuple(Look(*look) for look in self.looks)) if self.looks else None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        return {"looks": [[epoch, dict(db)] for epoch, db in self.looks]}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.looks = [(epoch, dict(db)) for epoch, db in state_dict.get("looks", [])]
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Called before a checkpoint is read: what an earlier fit saw is none of this one."""
+        self.looks = [] if stage == "fit" else self.looks
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_hooks": ExitStack(), "_seen": None, "_integers": {}}
@@ -149,6 +173,8 @@ class QuantizationMonitor(Callback):
                 seen["flips"] = float((self._integers[name] != self._followed(layer)).float().mean())
             self._judge(trainer, name, "its weight", numbers)
         self._log(trainer, pl_module, self._seen)
+        done = (batch_idx + 1) / max(trainer.num_training_batches, batch_idx + 1)
+        self._keep(trainer.current_epoch + done, self._seen)
         self._seen, self._integers = None, {}
 
     @override
@@ -210,6 +236,13 @@ class QuantizationMonitor(Callback):
             warn(
                 f"QuantizationMonitor: {name!r} went bad in epoch {trainer.current_epoch}: {self.bad[key]}. {ways_out}."
             )
+
+    def _keep(self, epoch: float, seen: dict[str, dict[str, float]]) -> None:
+        """Keep the worse side of each layer, and of many looks every second."""
+        sides = {n: [values[key] for key in ("input_db", "weight_db") if key in values] for n, values in seen.items()}
+        self.looks.append((epoch, {name: min(both) for name, both in sides.items() if both}))
+        if len(self.looks) > _MAX_LOOKS:
+            self.looks = self.looks[1::2]
 
     def _log(self, trainer: Trainer, pl_module: LightningModule, seen: dict[str, dict[str, float]]) -> None:
         scalars = {f"quant/monitor/{name}/{key}": v for name, values in seen.items() for key, v in values.items()}

@@ -40,7 +40,7 @@ from lightning_quant.planned.sizes import notes_of_sizes
 from lightning_quant.planned.way_inside import way_inside
 from lightning_quant.recipe.recipe import LayerRecipe, Recipe
 from lightning_quant.report.float_peers import TIMING_S, FloatPeers
-from lightning_quant.report.make_report import make_report, with_search
+from lightning_quant.report.make_report import make_report, with_section
 from lightning_quant.report.page import to_html
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.pareto import Point, point_of
@@ -188,7 +188,7 @@ def _made_and_measured(
             predictions=predictions,
             peers=peers,
         )
-        report = with_search(report, made.search)
+        report = with_section(report, made.search)
         artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
     for text in report.warnings:
         warnings.warn(f"{artifact.path}: {text}.", NoEffectWarning, stacklevel=4)

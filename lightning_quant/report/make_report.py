@@ -108,10 +108,10 @@ def with_limits(report: Report, limits: Limits) -> Report:
     return dataclasses.replace(report, sections=(*report.sections, kept))
 
 
-def with_search(report: Report, search: Section | None) -> Report:
-    """Return a report that also says, behind its metrics, how the artifact was found; the same where it was not."""
+def with_section(report: Report, section: Section | None) -> Report:
+    """Return a report that also has a section behind its metrics, as of a search; the same where there is none."""
     first, *others = report.sections
-    return report if search is None else dataclasses.replace(report, sections=(first, search, *others))
+    return report if section is None else dataclasses.replace(report, sections=(first, section, *others))
 
 
 def opened(model: PlannedModel, artifact: Artifact, threads: int) -> LoadedModule:

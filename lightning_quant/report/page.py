@@ -11,6 +11,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from lightning_quant.artifact.manifest import REPORTS
+from lightning_quant.report import monitored
 from lightning_quant.report.limits import columns
 from lightning_quant.report.metrics import MARGIN
 from lightning_quant.report.network import bars, drawn
@@ -31,13 +32,14 @@ def to_html(manifest: dict[str, Any], standalone: str) -> str:
     # Lists and texts as report.json has them.
     report = json.loads(json.dumps(manifest["report"]))
     # What a report from before these sections lacks.
-    report = {"numbers": [], "operator_ms": {}, "changed": None, **report}
+    report = {"numbers": [], "operator_ms": {}, "changed": None, "looks": [], **report}
     rows = _rows(report)
     return _template("report.html").render(
         m=manifest,
         r=report,
         rows=rows,
         network=drawn(rows),
+        monitored=monitored.drawn(report["looks"]),
         drawn=sorted(
             (one for one in report["numbers"] if one["weight"] or one["output"]), key=lambda one: float(one["own_db"])
         ),

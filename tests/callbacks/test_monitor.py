@@ -20,7 +20,7 @@ from lightning_models import (
 )
 from torch import nn
 
-from lightning_quant import QuantizationAwareTraining, QuantizationMonitor
+from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining, QuantizationMonitor
 from lightning_quant.errors import NoEffectWarning
 
 
@@ -80,16 +80,16 @@ def test_scalars_are_logged_and_the_worst_are_metrics(tmp_path: Path) -> None:
 
 def test_looks_are_rare() -> None:
     class Counting(QuantizationMonitor):
-        looks = 0
+        counted = 0
 
         def _weight(self, layer: Any) -> Any:
-            self.looks += 1
+            self.counted += 1
             return super()._weight(layer)
 
     monitor = Counting(8)
     fit(seeded(Mlp), monitor, max_epochs=4)
     # Of 16 batches the first, the ninth, and the last of each other epoch; and once more at the end of every epoch.
-    assert monitor.looks == 2 * (2 + 2 + 4)
+    assert monitor.counted == 2 * (2 + 2 + 4)
 
 
 def test_penalty_flattens_weights() -> None:
@@ -112,3 +112,28 @@ def test_wrong_arguments_are_refused(argument: str) -> None:
 def test_nothing_to_look_at_is_refused() -> None:
     with pytest.raises(MisconfigurationException, match="Expected layers to look at"):
         fit(seeded(), QuantizationMonitor(exclude=["Conv2d", "Linear"]))
+
+
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+def test_what_it_saw_is_in_the_report_and_in_checkpoints(tmp_path: Path) -> None:
+    monitor, quantizing = QuantizationMonitor(2), PostTrainingQuantization(output_dir=tmp_path / "artifact")
+    fit(seeded(Mlp), monitor, quantizing, max_epochs=2)
+    assert quantizing.artifact is not None
+    assert quantizing.artifact.report is not None
+    looks = quantizing.artifact.report["looks"]
+    assert [look["epoch"] for look in looks] == [epoch for epoch, _ in monitor.looks]
+    assert looks[0]["epoch"] < 1 < looks[-1]["epoch"] <= 2
+    assert set(looks[0]["db"]) == {"net.1", "net.3"}
+    assert "While training" in (tmp_path / "artifact" / "report.html").read_text()
+    again = QuantizationMonitor()
+    again.load_state_dict(monitor.state_dict())
+    assert again.monitored == monitor.monitored
+
+
+def test_of_many_looks_every_second_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_quant.callbacks.monitor._MAX_LOOKS", 8)
+    monitor = QuantizationMonitor()
+    for index in range(30):
+        monitor._keep(index / 10, {"net": {"weight_db": 40.0, "input_db": 30.0 + index}})
+    assert len(monitor.looks) <= 8
+    assert monitor.looks[-1] == (2.9, {"net": 40.0})
