@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from lightning_quant.arguments.choice import did_you_mean
+from lightning_quant.errors import QuantizationError
 
 Door = TypeVar("Door", bound=Callable[..., Any])
 
@@ -26,6 +27,10 @@ _ELSEWHERE = {
 }
 
 
+class UnknownArgumentError(QuantizationError, TypeError):
+    """A door was called with an argument that it does not have; also the error that Python raises for that."""
+
+
 def known_arguments(door: Door) -> Door:
     """Have a door, a function or a class, say which argument was meant where it is called with one it does not have."""
     function: Any = door.__init__ if isinstance(door, type) else door  # type: ignore[misc]
@@ -39,7 +44,7 @@ def known_arguments(door: Door) -> Door:
                 meant = [own for own in names if name in _ELSEWHERE.get(own, ())]
                 hint = f" Did you mean {meant[0]!r}?" if meant else did_you_mean(name, names)
                 hint = hint or f" It has {', '.join(names)}."
-                raise TypeError(f"{door.__name__}() has no argument {name!r}.{hint}")
+                raise UnknownArgumentError(f"{door.__name__}() has no argument {name!r}.{hint}")
         return function(*args, **kwargs)
 
     if not isinstance(door, type):

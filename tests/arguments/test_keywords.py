@@ -5,6 +5,7 @@ import pytest
 
 import lightning_quant as lq
 from lightning_quant.arguments.keywords import known_arguments
+from lightning_quant.errors import QuantizationError
 
 
 @pytest.mark.parametrize(
@@ -22,8 +23,9 @@ from lightning_quant.arguments.keywords import known_arguments
     ],
 )
 def test_an_unknown_argument_is_answered_with_the_one_that_was_meant(door: Any, name: str, meant: str) -> None:
-    with pytest.raises(TypeError, match=rf"\(\) has no argument '{name}'\..*({meant})"):
+    with pytest.raises(TypeError, match=rf"\(\) has no argument '{name}'\..*({meant})") as caught:
         door(**{name: 1})
+    assert isinstance(caught.value, QuantizationError)
 
 
 def test_what_is_asked_of_a_door_is_as_before() -> None:
