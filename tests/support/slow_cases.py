@@ -27,11 +27,16 @@ SLOW_CASES = (
     "test_openvino_weights.py::test_artifact_computes_what_the_layers_in_memory_do[[]bert-float16*",
     "test_openvino_weights.py::test_artifact_computes_what_the_layers_in_memory_do[[]gpt2-int8*",
     "test_layer_recipes.py::test_contract[[]int4_weight_only-torch]",
+    "test_layer_recipes.py::test_contract[[]float16-torch]",
+    "test_stored_in_graphs.py::test_files_are_small_and_near_to_float[[]encoder-onnxruntime]",
+    "test_allowances.py::test_exports[[]decoder-int8_dynamic-onnxruntime]",
+    "test_random_nets.py::test_random_nets_on_other_runtimes[[]torch]",
     # A choice of runtimes when fit begins, and statistics that are kept: one of two stays.
     f"test_runtime_choice.py::test_callbacks_choose_when_fit_begins*{_PTQ[:-1]}]",
     "test_after_training.py::test_statistics_are_kept_where_the_loss_on_other_batches_is_less[[]True]",
     f"test_interruptions.py::test_failing_stage{_PTQ}*-new]",
     "test_interruptions.py::test_failing_stage[[]Quant*-export-old]",
+    "test_interruptions.py::test_failing_stage[[]Quant*-make_report-new]",
     # A deep network: the engine that most use stays.
     "test_parity.py::test_deep_network_is_as_far_from_its_artifact_as_tipped_ties_can_bring_it[[][ot][!n]*]",
     # Fresh processes: being killed, one process that fails in a group, one spelling of the import stay.
