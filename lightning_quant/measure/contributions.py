@@ -16,7 +16,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -29,6 +29,8 @@ CONFIDENCE = 0.95
 MIN_BLOCKS, MAX_BLOCKS = 5, 64
 # Share by which a metric put together from its parts may be off the logged one.
 _TOLERANCE = 1e-4
+# What the states of one metric may take, of all batches.
+_MAX_BYTES = 64 * 2**20
 # What metrics raise that are not defined on some of the data.
 _UNDEFINED = (ValueError, RuntimeError, LookupError, ArithmeticError)
 
@@ -172,20 +174,10 @@ def differences(quantized: Metrics, floating: Metrics) -> dict[str, Difference]:
 
 
 def student_quantile(share: float, degrees: int) -> float:
-    """Return the quantile of Student's distribution.
+    """Return the quantile of Student's distribution."""
+    from scipy.special import stdtrit
 
-    Source: M. Abramowitz and I. Stegun, "Handbook of Mathematical Functions", 26.7.5; within 0.5 % from four degrees on
-    for a share of 0.95.
-    """
-    x = NormalDist().inv_cdf(share)
-    terms = (
-        x,
-        (x**3 + x) / 4,
-        (5 * x**5 + 16 * x**3 + 3 * x) / 96,
-        (3 * x**7 + 19 * x**5 + 17 * x**3 - 15 * x) / 384,
-        (79 * x**9 + 776 * x**7 + 1482 * x**5 - 1920 * x**3 - 945 * x) / 92160,
-    )
-    return sum(term / degrees**power for power, term in enumerate(terms))
+    return float(stdtrit(degrees, share))
 
 
 class Recorder:
@@ -260,9 +252,15 @@ class _States:
         self.metric = metric
         self._steps: list[dict[str, Any]] = []
         self._lists: dict[str, list[Tensor]] = {}
+        self._room = _MAX_BYTES
 
     def note(self) -> None:
         states = {name: getattr(self.metric, name) for name in self.metric._defaults}
+        # A matrix for each of many batches, as of a thousand classes, would not fit into memory.
+        self._room -= sum(v.nbytes for v in states.values() if isinstance(v, Tensor))
+        if self._room < 0:
+            self._steps = []
+            return
         self._steps.append({n: len(v) if isinstance(v, list) else v.detach().cpu().clone() for n, v in states.items()})
         # The lists themselves are emptied when validation ends.
         self._lists = {n: list(v) for n, v in states.items() if isinstance(v, list)}

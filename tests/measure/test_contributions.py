@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassAUROC, MulticlassF1Score
 
-from lightning_quant.measure.contributions import difference, of_means, of_samples, student_quantile
+from lightning_quant.measure.contributions import Recorder, difference, of_means, of_samples, student_quantile
 from lightning_quant.measure.evaluate import evaluate
 
 
@@ -139,3 +139,16 @@ def test_a_metric_that_is_not_the_sum_of_its_parts_has_none() -> None:
     values = evaluate(fit(model, max_epochs=1), model, "net", contributions=True)
     assert "count" in values
     assert "count" not in values.contributions
+
+
+def test_states_that_would_fill_the_memory_are_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    metric = MulticlassAccuracy(NUM_CLASSES)
+    for room, number in ((2**20, 8), (200, 0)):
+        monkeypatch.setattr("lightning_quant.measure.contributions._MAX_BYTES", room)
+        recorder = Recorder()
+        for _ in range(8):
+            metric.update(torch.randn(16, NUM_CLASSES), torch.randint(NUM_CLASSES, (16,)))
+            recorder.note({}, {"accuracy": metric})
+        parts = recorder.contributions("accuracy", float(metric.compute()), metric)
+        assert (parts.number if parts else 0) == number
+        metric.reset()
