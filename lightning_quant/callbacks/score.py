@@ -1,7 +1,6 @@
 """One validation in training, scored: what the integer twin of the present weights gets on the same batches."""
 
 import math
-import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
@@ -147,7 +146,8 @@ def log_no_score(trainer: Trainer, pl_module: LightningModule, begins: str, watc
         _log(pl_module, name, math.nan)
     for watcher in trainer.callbacks:  # type: ignore[attr-defined]
         if getattr(watcher, "monitor", None) in watching and hasattr(watcher, "check_finite"):
-            watcher.check_finite, watcher.patience = False, sys.maxsize
+            # Its patience and the like are in checkpoints, and stay what they are.
+            watcher._should_skip_check = _always
 
 
 def log_score(trainer: Trainer, pl_module: LightningModule, prefix: str, values: dict[str, dict[str, float]]) -> None:
@@ -211,3 +211,7 @@ class AfterHook:
             del self._pl_module.__dict__[self._hook]
             if self._before is not None:
                 self._pl_module.__dict__[self._hook] = self._before
+
+
+def _always(trainer: Trainer) -> bool:
+    return True

@@ -179,6 +179,8 @@ def test_validation_that_fails_beside_the_run_costs_the_score_alone(hook: str, t
         make_trainer(*watching, seen, callback, max_epochs=4, enable_checkpointing=True).fit(module)
 
     assert module.trainer.current_epoch == 4
+    # Nothing of that is in checkpoints.
+    assert (watching[0].state_dict()["patience"], watching[0].check_finite) == (1, True)
     scores = [metrics[TWIN] for metrics in seen.metrics]
     assert [math.isnan(score) for score in scores] == [False, True, True, True]
     assert callback.artifact is not None
