@@ -19,7 +19,10 @@ from lightning_quant.surgery.routing import Route
 if TYPE_CHECKING:
     from lightning_quant.callbacks.base import QuantizationCallback
 
-FLOAT, TWIN = "float", "twin"
+FLOAT, TWIN, OWN = "float", "twin", "own"
+# By default one batch of so many is scored: run with float weights and in integers, and with the ranges that are
+# learned before, it takes three tenths of a validation at most.
+EVERY = 24
 
 
 class Score:
@@ -36,6 +39,9 @@ class Score:
         self, callback: "QuantizationCallback", trainer: Trainer, pl_module: LightningModule, sample: KeptBatches
     ) -> None:
         self._group, self._path, self._limit = callback.group, callback.path, callback.settings.score_batches
+        # Which weights validation itself runs, where it is known, and whether on all that is scored.
+        self._own = _own(callback, pl_module)
+        self._is_whole = all(number_scored(total, self._limit) >= total for total in trainer.num_val_batches)
         self._without_loss = callback.loss_inputs is not None and callback.loss_inputs.formula is None
         self._stack = ExitStack()
         self._error: QuantizationError | None = None
@@ -48,7 +54,7 @@ class Score:
 
     def run(self, trainer: Trainer, batch: Any, index: int, loader: int) -> None:
         """Run what is to be run on a batch of validation, before validation itself does."""
-        if self._error is not None or index >= self._number(trainer, loader):
+        if self._error is not None or not is_scored(index, trainer.num_val_batches[loader], self._limit):
             return
         try:
             for beside in self._runs.values():
@@ -57,8 +63,10 @@ class Score:
         except Exception as error:
             self._error = _told(error)
 
-    def end(self, trainer: Trainer) -> dict[str, dict[str, float]]:
-        """Return the metrics of float weights and of the twin, of all processes.
+    def end(self, trainer: Trainer) -> tuple[dict[str, float], dict[str, float]]:
+        """Return the metrics of the twin, and how far they are from those of float weights, of all processes.
+
+        The difference is of the batches that are scored. So are the metrics, unless validation itself runs the twin.
 
         Raises:
             EvaluationError: validation never called the module.
@@ -67,11 +75,14 @@ class Score:
         beside = self._group.together(self._ended)
         logged = {n: share_of(item) for n, item in logged_in(trainer).items() if not n.startswith("quant/")}
         own = {name: share for name, share in logged.items() if share is not None}
-        by_weights: dict[str, dict[str, Share]] = {FLOAT: own, TWIN: own, **beside}
+        by_weights: dict[str, dict[str, Share]] = {OWN: own, **beside}
         values = {which: merged(self._group.gather(shares)) for which, shares in by_weights.items()}
+        twin, floats = (values.get(which, values[OWN]) for which in (TWIN, FLOAT))
         if self._without_loss:
-            values[TWIN] = {name: value for name, value in values[TWIN].items() if not math.isnan(value)}
-        return values
+            twin = {name: value for name, value in twin.items() if not math.isnan(value)}
+        delta = {name: value - floats.get(name, math.nan) for name, value in twin.items()}
+        whole = values[OWN] if self._own == TWIN else {}
+        return {name: whole.get(name, value) for name, value in twin.items()}, delta
 
     def close(self) -> None:
         """Take the twin away."""
@@ -87,9 +98,8 @@ class Score:
     def _make(
         self, callback: "QuantizationCallback", trainer: Trainer, pl_module: LightningModule, sample: KeptBatches
     ) -> None:
-        covered = _covered(callback, pl_module)
         for which in (FLOAT, TWIN):
-            if which != covered:
+            if not self._is_whole or which != self._own:
                 device = runs_on(callback, trainer) if which == TWIN else trainer.strategy.root_device
                 beside = self._runs[which] = Beside(trainer, pl_module, callback.path, device)
                 # As the run's own validation has them, where several processes see data of their own.
@@ -109,10 +119,34 @@ class Score:
         except Exception as error:
             raise _told(error) from error
 
-    def _number(self, trainer: Trainer, loader: int) -> float:
-        if not isinstance(self._limit, float):
-            return math.inf if self._limit is None else self._limit
-        return max(1, self._limit * trainer.num_val_batches[loader])
+
+def number_scored(total: float, limit: int | float | None) -> float:
+    """Return how many of a loader's batches are scored.
+
+    Args:
+        total: how many it has; infinite where nobody knows, and the least number is returned for a share.
+        limit: a number, or a share of them; None for the default share.
+    """
+    if isinstance(limit, int):
+        return min(limit, total)
+    share = 1 / EVERY if limit is None else limit
+    if share == 1:
+        return total
+    return max(1, int(total * share)) if math.isfinite(total) else 1
+
+
+def is_scored(index: int, total: float, limit: int | float | None) -> bool:
+    """Tell whether a batch is scored: they lie evenly, since data may be in the order of their classes.
+
+    Args:
+        index: of the batch, from 0.
+        total: how many the loader has; where nobody knows, a limit takes the first.
+        limit: as in `number_scored`.
+    """
+    if not math.isfinite(total) and limit is None:
+        return index % EVERY == 0
+    number = number_scored(total, limit)
+    return index < number if not math.isfinite(total) else number >= total or index * number % total < number
 
 
 def _told(error: Exception) -> QuantizationError:
@@ -120,11 +154,9 @@ def _told(error: Exception) -> QuantizationError:
     return error if isinstance(error, QuantizationError) else EvaluationError(f"validation beside the run: {error!r}")
 
 
-def _covered(callback: "QuantizationCallback", pl_module: LightningModule) -> str:
-    """Return which of both validation itself computes on all batches that are scored; empty where it is neither."""
+def _own(callback: "QuantizationCallback", pl_module: LightningModule) -> str:
+    """Return which of both weights validation itself runs; empty where it is neither."""
     model, settings = callback.require_prepared(), callback.settings
-    if settings.score_batches is not None:
-        return ""
     if not model.rounds_now:
         # Another callback may train through rounding.
         return "" if any(isinstance(c.__dict__.get("forward"), Route) for c in pl_module.modules()) else FLOAT
@@ -150,28 +182,30 @@ def log_no_score(trainer: Trainer, pl_module: LightningModule, begins: str, watc
             watcher._should_skip_check = _always
 
 
-def log_score(trainer: Trainer, pl_module: LightningModule, prefix: str, values: dict[str, dict[str, float]]) -> None:
+def log_score(
+    trainer: Trainer, pl_module: LightningModule, prefix: str, twin: dict[str, float], delta: dict[str, float]
+) -> None:
     """Log what a twin gets, and how far that is from float, beside what validation logged and where that is shown.
 
     Args:
         trainer: at the end of a validation's epoch, when Lightning takes what is logged.
         pl_module: that logs it.
         prefix: what keys begin with.
-        values: of float weights and of their twin.
+        twin: metrics of the twin.
+        delta: how far each is from that of float weights.
     """
     records = logged_in(trainer)
-    for name, value in values[TWIN].items():
+    for name, value in twin.items():
         meta = records[name].meta if name in records else None
         shown = bool(trainer.loggers) and (meta is None or meta.logger)
         on_bar = meta is not None and meta.prog_bar
-        delta = value - values[FLOAT][name] if name in values[FLOAT] else math.nan
         _log(pl_module, f"{prefix}/twin/{name}", value, prog_bar=on_bar, logger=shown)
-        _log(pl_module, f"{prefix}/twin_delta/{name}", delta, logger=shown)
+        _log(pl_module, f"{prefix}/twin_delta/{name}", delta[name], logger=shown)
         if meta is not None and meta.forked:
             # What is logged for steps as well has two names.
             plain = name.replace(meta.forked_name(False), meta.name, 1)
             _log(pl_module, f"{prefix}/twin/{plain}", value)
-            _log(pl_module, f"{prefix}/twin_delta/{plain}", delta)
+            _log(pl_module, f"{prefix}/twin_delta/{plain}", delta[name])
 
 
 def _log(pl_module: LightningModule, key: str, value: float, *, prog_bar: bool = False, logger: bool = False) -> None:

@@ -7,12 +7,13 @@ import math
 from typing import TYPE_CHECKING, Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_info
 from typing_extensions import override
 
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.kept_batches import KeptBatches
-from lightning_quant.callbacks.score import AfterHook, Score, log_no_score, log_score
+from lightning_quant.callbacks.score import AfterHook, Score, log_no_score, log_score, number_scored
 from lightning_quant.doors.settings import CallbackSettings
 from lightning_quant.errors import QuantizationError
 from lightning_quant.report.limits import unlogged
@@ -115,12 +116,22 @@ class ScoredValidation(Callback):
             raise QuantizationError("Expected a validation loop for `score_every`, but the run has none.")
         trainer.fit_loop.epoch_loop.val_loop.setup_data()
         _check_validation(settings, trainer, pl_module)
+        self._tell_number(trainer)
         if settings.recipe.needs_calibration:
             chosen = getattr(self, "calibration", None)
             allowed, data, seed = (_MOST_KEPT, "train", 0) if chosen is None else vars(chosen).values()
-            # A sixteenth of what validation reads costs as little beside it.
-            number = max(1, int(min(allowed, _MOST_KEPT, sum(trainer.num_val_batches) / 16)))
+            # Learning ranges costs several times as much for a batch as validating does.
+            number = max(1, int(min(allowed, _MOST_KEPT, sum(trainer.num_val_batches) / 64)))
             self._sample = KeptBatches.of(trainer, pl_module, number, seed, data)
+
+    def _tell_number(self, trainer: Trainer) -> None:
+        totals, limit = trainer.num_val_batches, self.settings.score_batches
+        number, total = sum(number_scored(n, limit) for n in totals), sum(totals)
+        if number < total < math.inf:
+            rank_zero_info(
+                f"{type(self).__name__}: scores are of {number:g} of {total:g} validation batches; `score_batches=1.0` "
+                "takes all."
+            )
 
     def drop_score(self) -> None:
         """Take away what stands in the way of a validation that was cut short; safe to call twice."""
@@ -136,7 +147,7 @@ class ScoredValidation(Callback):
         if values is None:
             self._log_nothing(trainer, pl_module)
         else:
-            log_score(trainer, pl_module, prefix_of(cast("QuantizationCallback", self), trainer), values)
+            log_score(trainer, pl_module, prefix_of(cast("QuantizationCallback", self), trainer), *values)
 
     def _log_nothing(self, trainer: Trainer, pl_module: LightningModule) -> None:
         begins = f"{prefix_of(cast('QuantizationCallback', self), trainer)}/twin"
@@ -199,7 +210,8 @@ def _check_validation(settings: CallbackSettings, trainer: Trainer, pl_module: L
         )
     if getattr(trainer, "barebones", False):
         raise QuantizationError("Expected a Trainer that logs for `score_every`, but got `barebones=True`.")
-    if isinstance(settings.score_batches, float) and not all(map(math.isfinite, trainer.num_val_batches)):
+    has_share = isinstance(settings.score_batches, float) and settings.score_batches < 1
+    if has_share and not all(map(math.isfinite, trainer.num_val_batches)):
         raise QuantizationError(
             f"Expected `score_batches` to be a number of batches, since a validation loader does not know its length, "
             f"but got the share {settings.score_batches}."

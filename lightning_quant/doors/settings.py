@@ -183,11 +183,11 @@ class CallbackSettings(Settings):
             watches a score: the same batches, with the same random numbers, also go through the integers that the
             present weights would be exported as. ModelCheckpoint, EarlyStopping, loggers and the progress bar get
             "quant/twin/<metric>" and "quant/twin_delta/<metric>", the difference to float weights. Ranges are those of
-            training; where it has none, of one to four training batches, a sixteenth of those of validation, without
-            steps for accuracy.
-        score_batches: number or share of the validation batches, the first of each loader, that scores are of; float
-            weights are run on these as well. All of them by default: a score then costs about half a validation while
-            training rounds, and up to two before and without that.
+            training; where it has none, of a training batch for each 64 of validation, four at most, no steps on top.
+        score_batches: number or share of the validation batches that scores are of, evenly over each loader of known
+            length; float weights are run on these as well. One of 24 by default, one at least, for three tenths of a
+            validation; 1.0 takes all, for up to two. While training rounds, validation itself runs the integers:
+            metrics are then of all batches either way, and differences of these.
         score_with: "simulation", the exact arithmetic of integer kernels, or "runtime": a file is exported for each
             score, and run.
         name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several

@@ -1,5 +1,7 @@
 """What is run beside a validation, and what of it validation itself has run."""
 
+import logging
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,48 @@ from torch import Tensor
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.score import is_scored
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
 
 @BOTH
-@pytest.mark.parametrize("batches", [1, 0.5])
+@pytest.mark.parametrize("batches", [1, pytest.param(0.5, marks=pytest.mark.slow), None])
 def test_subset_of_batches_is_compared_with_float_on_the_same(
-    kind: type[QuantizationCallback], batches: float, tmp_path: Path
+    kind: type[QuantizationCallback], batches: float | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     module = seeded()
-    one = trained(module, make(kind, tmp_path, score_batches=batches))[0]
+    with caplog.at_level(logging.INFO):
+        one = trained(module, make(kind, tmp_path, score_batches=batches))[0]
+    assert "scores are of 1 of 2 validation batches" in caplog.text
     x, y = next(iter(module.val_dataloader()))
     with torch.no_grad():
         of_first = F.cross_entropy(module.eval().net(x), y)
-    assert one[TWIN] - one[DELTA] == pytest.approx(float(of_first), abs=1e-6)
+        of_all = [F.cross_entropy(module.net(x), y) for x, y in module.val_dataloader()]
     assert one[DELTA] != 0
+    if kind is PostTrainingQuantization:
+        assert one[TWIN] - one[DELTA] == pytest.approx(float(of_first), abs=1e-6)
+    else:
+        # What validation itself has run on all batches.
+        assert one[TWIN] == one["val_loss"]
+        assert 0 < abs(one[TWIN] - float(sum(of_all) / len(of_all))) < 0.05
+
+
+@pytest.mark.parametrize(
+    ("total", "limit", "indices"),
+    [
+        (50, None, [0, 25]),
+        (3, None, [0]),
+        (10, 4, [0, 3, 5, 8]),
+        (10, 0.2, [0, 5]),
+        (3, 7, [0, 1, 2]),
+        (3, 1.0, [0, 1, 2]),
+        (math.inf, None, [0, 24]),
+        (math.inf, 2, [0, 1]),
+    ],
+)
+def test_batches_that_are_scored_lie_evenly(total: float, limit: float | None, indices: list[int]) -> None:
+    assert [i for i in range(int(min(total, 40))) if is_scored(i, total, limit)] == indices
 
 
 @pytest.mark.slow
@@ -74,9 +102,7 @@ def test_module_may_be_the_whole(kind: type[QuantizationCallback], tmp_path: Pat
 
 def test_float_is_float_where_another_callback_rounds(tmp_path: Path) -> None:
     aware = QuantizationAwareTraining(output_dir=tmp_path / "aware", name="aware", schedule={"fake_quantize": 0.0})
-    after = PostTrainingQuantization(
-        "int8_dynamic", "torch", output_dir=tmp_path / "after", name="after", score_every=1
-    )
+    after = make(PostTrainingQuantization, tmp_path, recipe="int8_dynamic", runtime="torch", name="after")
     module = seeded()
     one = trained(module, aware, after)[0]
     loader = module.val_dataloader()

@@ -36,7 +36,10 @@ def trained(
 
 
 def make(kind: type[QuantizationCallback], tmp_path: Path, **options: Any) -> Any:
-    return kind(output_dir=tmp_path / "artifact", **{"score_every": 1, **options})
+    """Make a callback that scores all batches, unless it is told otherwise."""
+    every = options.get("score_every", 1)
+    batches = {} if every is None else {"score_batches": 1.0}
+    return kind(output_dir=tmp_path / "artifact", **{"score_every": every, **batches, **options})
 
 
 def without_scores(metrics: list[dict[str, float]]) -> list[dict[str, float]]:
