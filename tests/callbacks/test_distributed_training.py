@@ -22,6 +22,7 @@ from lightning_quant import QuantizationAwareTraining, Recipe, load
 from lightning_quant.calibrate.distributed import Group, merge_batch
 from lightning_quant.errors import CalibrationError
 from lightning_quant.export.prepare import prepare
+from lightning_quant.numerics.fake_quantize import channel_maximum, least_error_scale
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 TESTS = Path(distributed_runs.__file__).parent
@@ -129,13 +130,24 @@ def test_learned_steps_move_by_the_gradients_of_all_processes(ddp: Runs) -> None
     for identity, operator in prepare(seeded(Uneven).net.eval(), (images(4).tensors[0],)).operators.items():
         if operator.weight:
             weight = seeded(Uneven).net.get_parameter(operator.weight)
-            start[identity] = (2 * weight.abs().flatten(1).mean(1) / 7**0.5).log()
+            start[identity] = least_error_scale(weight, channel_maximum(weight) / 7, 7).log()
 
     assert first["seen"] != second["seen"]
     assert first["steps"].keys() == second["steps"].keys() == start.keys()
     for identity, steps in first["steps"].items():
         assert torch.equal(steps, second["steps"][identity])
         assert not torch.equal(steps, start[identity])
+
+
+@feature("Several processes", "`distill=`", only="QAT")
+def test_a_taught_module_has_the_same_weights_in_all_processes(ddp: Runs) -> None:
+    first, second = ddp.both("taught")
+    plain, _ = ddp.both("qat")
+    parameters = [name for name, _ in Classifier().named_parameters()]
+
+    assert first["seen"] != second["seen"]
+    assert all(torch.equal(first["tensors"][name], second["tensors"][name]) for name in parameters)
+    assert not all(torch.equal(first["tensors"][name], plain["tensors"][name]) for name in parameters)
 
 
 # --- calibration

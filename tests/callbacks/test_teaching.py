@@ -6,10 +6,23 @@ from typing import Any
 
 import pytest
 import torch
+from features import feature
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_models import Classifier, EnoughError, StopAfterTraining, equal_tensors, make_trainer, seeded, tensors_of
-from torch import Tensor
+from lightning_models import (
+    Classifier,
+    EnoughError,
+    StopAfterTraining,
+    equal_tensors,
+    images,
+    make_trainer,
+    seeded,
+    tensors_of,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_quant import QuantizationAwareTraining
 from lightning_quant.callbacks.teaching import _factor
@@ -50,6 +63,79 @@ def test_what_it_adds_is_scaled_as_the_loss_is() -> None:
     assert _factor(trainer) == 128.0
 
 
+class Alike(Classifier):
+    """Learns from the teacher alone, from the same batch again and again."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4)))
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch, batch_idx) * 0
+
+    def train_dataloader(self) -> DataLoader:
+        x, y = images(4, seed=1).tensors
+        return DataLoader(TensorDataset(x.repeat(8, 1, 1, 1), y.repeat(8)), 4)
+
+
+class Compiled(Alike):
+    """Compiles what is taught."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = torch.compile(self.net, backend="eager")
+
+
+class Gradients(Callback):
+    """Keeps the gradients of the first step through rounding, as the optimizer gets them."""
+
+    def __init__(self, callback: QuantizationAwareTraining) -> None:
+        self.callback, self.seen = callback, Tensor()
+
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
+        if self.callback.require_prepared().quantizes and self.seen.numel() == 0:
+            self.seen = torch.cat([p.grad.flatten() for p in pl_module.parameters()])
+
+
+def taught(tmp_path: Path, kind: type[Alike] = Alike, **options: Any) -> Tensor:
+    schedule = {"fake_quantize": 4, "freeze_observers": 4, "unit": "steps"}
+    callback = QuantizationAwareTraining(
+        {"name": "coarse", "weight": {"bits": 3}},
+        output_dir=tmp_path,
+        module="net",
+        distill={"weight": 5.0, "layers": ["0"]},
+        schedule=schedule,
+    )
+    gradients = Gradients(callback)
+    with pytest.raises(EnoughError):
+        make_trainer(callback, gradients, StopAfterTraining(), max_epochs=2, **options).fit(seeded(kind))
+    assert gradients.seen.abs().max() > 0
+    return gradients.seen
+
+
+@pytest.mark.slow
+@feature("Modules", "`distill=` with `torch.compile`", only="QAT")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+def test_a_compiled_module_is_taught_the_same(tmp_path: Path) -> None:
+    torch.testing.assert_close(taught(tmp_path, Compiled), taught(tmp_path))
+
+
+@pytest.mark.slow
+@feature("Optimizers", "`distill=` with accumulated gradients", only="QAT")
+def test_accumulated_gradients_are_those_of_one_batch(tmp_path: Path) -> None:
+    torch.testing.assert_close(taught(tmp_path, accumulate_grad_batches=2), taught(tmp_path))
+
+
+@pytest.mark.slow
+@feature("Precision", "`distill=` in `bf16-mixed` and `16-mixed`", only="QAT")
+@pytest.mark.parametrize("scale", [None, 512.0])
+def test_half_precision_is_taught_nearly_the_same(scale: float | None, tmp_path: Path) -> None:
+    scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
+    kind = "bf16-mixed" if scale is None else "16-mixed"
+    half = taught(tmp_path, plugins=MixedPrecision(kind, "cpu", scaler))
+    full = taught(tmp_path)
+    assert float((half - full).norm() / full.norm()) < 0.1
+
+
 class Manual(Classifier):
     def __init__(self) -> None:
         super().__init__()
@@ -61,6 +147,7 @@ class Manual(Classifier):
         return loss
 
 
+@feature("Optimizers", "`distill=` with manual optimization", only="QAT", refused="losses have a scale of their own")
 def test_manual_optimization_is_refused(tmp_path: Path) -> None:
     callback = QuantizationAwareTraining(output_dir=tmp_path, distill=0.5)
     with pytest.raises(MisconfigurationException, match="Expected automatic optimization with `distill`"):

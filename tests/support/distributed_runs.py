@@ -109,16 +109,22 @@ def main(scenario: str, strategy: str, folder: Path) -> None:
         synchronized = QuantizationAwareTraining(output_dir=folder / "sync")
         run(folder, "sync", synchronized, seeded(Uneven), strategy=strategy, accelerator="gpu", sync_batchnorm=True)
         return
-    qat = QuantizationAwareTraining(output_dir=folder / "qat", schedule=SCHEDULE, score_every=1)
+    qat = QuantizationAwareTraining(output_dir=folder / "qat", schedule=SCHEDULE, score_every=1, score_batches=1.0)
     run(folder, "qat", qat, seeded(Uneven), strategy=strategy, enable_checkpointing=True)
     if scenario == "short":
         return
-    ptq = PostTrainingQuantization(output_dir=folder / "ptq", calibration={"num_batches": 4}, score_every=1)
+    ptq = PostTrainingQuantization(
+        output_dir=folder / "ptq", calibration={"num_batches": 4}, score_every=1, score_batches=1.0
+    )
     run(folder, "ptq", ptq, seeded(Uneven), strategy=strategy)
     smallest = PostTrainingQuantization(MIN_MAX, output_dir=folder / "min_max", calibration={"num_batches": 4})
     run(folder, "min_max", smallest, seeded(Uneven), strategy=strategy)
     learned = QuantizationAwareTraining("int4_weights", output_dir=folder / "learned", schedule=SCHEDULE)
     run(folder, "learned", learned, seeded(Uneven), strategy=strategy)
+    taught = QuantizationAwareTraining(
+        output_dir=folder / "taught", schedule=SCHEDULE, distill={"weight": 5.0, "layers": ["conv*"]}, evaluate=False
+    )
+    run(folder, "taught", taught, seeded(Uneven), strategy=strategy)
     unused = QuantizationAwareTraining(output_dir=folder / "unused", schedule=SCHEDULE)
     run(folder, "unused", unused, seeded(Uneven, net=Branching()), strategy=f"{strategy}_find_unused_parameters_true")
 
