@@ -33,6 +33,34 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "grids narrow to the recipe's bits while bits are annealed",
+        "callbacks/qat.py",
+        "        prepared.anneal_bits(self.timeline.width(trainer))\n",
+        "",
+        "numerics/test_learned_steps.py -k annealed_from_eight",
+    ),
+    Guard(
+        "weights are rounded to the bits that grids have now",
+        "simulate/running.py",
+        "            self._graphs, self._calls = {}, {}\n",
+        "            pass\n",
+        "numerics/test_learned_steps.py -k annealed_from_eight",
+    ),
+    Guard(
+        "what is scored by default is a part of a validation",
+        "callbacks/score.py",
+        "    share = 1 / EVERY if limit is None else limit\n",
+        "    share = 1.0 if limit is None else limit\n",
+        "callbacks/test_score.py -k lie_evenly",
+    ),
+    Guard(
+        "a teacher's gradients are scaled as those of the loss",
+        "callbacks/teaching.py",
+        "return (1.0 if scaler is None else float(scaler.get_scale())) / trainer.accumulate_grad_batches",
+        "return 1.0",
+        "callbacks/test_teaching.py -k scaled_as_the_loss",
+    ),
+    Guard(
         "equal scores that an engine puts in another order are ties",
         "simulate/ties.py",
         "prepared.simulation.jittering(draw), _TippedChoices(draw):",

@@ -16,38 +16,16 @@ from lightning_quant.calibrate.lockstep import Site, lockstep
 from lightning_quant.calibrate.output_correction import correct_output
 from lightning_quant.calibrate.rescale import folded_layer
 from lightning_quant.calls.calls import Call
+from lightning_quant.numerics.fake_quantize import least_error_scale
 from lightning_quant.numerics.grouped_gptq import GroupedCovariance, grouped_error, grouped_gptq
 from lightning_quant.simulate.prepared import Prepared
 
-_NUM_CANDIDATES = 50
 _KINDS = ("linear", "conv1d", "conv2d", "conv3d")
 # Inputs of an output that layers have at most: the matrix of n inputs takes 8 n² bytes, a few times over, and work of
 # order n³. Grids of few bits gain so much more that they get 1.3 GB and minutes where eight bits get 42 MB and seconds.
 _MOST_INPUTS, _MOST_INPUTS_FEW_BITS = 2304, 12_800
 # Outputs that a layer is rounded by, at least.
 _NUM_INPUTS = 8192
-
-
-@torch.no_grad()
-def least_error_scale(weight: Tensor, scale: Tensor, quant_max: int) -> Tensor:
-    """Return for each output channel the scale of least squared error, `(out_channels,)`, none above the given one.
-
-    Source: Choukroun et al. 2019, arXiv:1902.06822, equation 2, by search.
-
-    Args:
-        weight: `(out_channels, ...)`.
-        scale: `(out_channels,)`, by the largest magnitudes.
-        quant_max: highest integer of the grid.
-    """
-    flat = weight.flatten(1)
-    best, least = scale.clone(), torch.full_like(scale, float("inf"))
-    for share in torch.linspace(1, 0.3, _NUM_CANDIDATES):
-        candidate = (scale * share).unsqueeze(1)
-        rounded = torch.round(flat / candidate).clamp_(-quant_max, quant_max) * candidate
-        error = (rounded - flat).square().sum(1)
-        best = torch.where(error < least, candidate.squeeze(1), best)
-        least = torch.minimum(error, least)
-    return best
 
 
 @torch.no_grad()

@@ -86,6 +86,8 @@ def choose_weights(
     notes = callback.notes
     if (weights or callback.settings.weights) == "best" and not notes:
         notes = _load_best(callback, trainer, duplicate, model, with_ranges=with_ranges)
+    if with_ranges:
+        Prepared.of(model).anneal_bits(0.0)
     callback.group.share_tensors(duplicate)
     duplicate = copied_to(duplicate, HOST)
     bound = model.bound_to(resolve(duplicate, callback.path)).on_host()
@@ -116,10 +118,9 @@ def _load_best(
         return (f"weights are the last ones: the best checkpoint {path.name} {reason}",)
     state = state_of(callback, callback.settings, saved.get("callbacks", {})) or {}
     if with_ranges:
-        if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm"):
-            return (
-                f"weights are the last ones: the best checkpoint {path.name} was saved before fake quantization began",
-            )
+        before = "the recipe's bits were reached" if state.get("more_bits") else "fake quantization began"
+        if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm") or state.get("more_bits"):
+            return (f"weights are the last ones: the best checkpoint {path.name} was saved before {before}",)
         Prepared.of(model).load_state_dict(state)
     # What a module leaves out of its checkpoints, such as a backbone that stays as it is, has the last weights.
     duplicate.load_state_dict(saved["state_dict"], assign=True, strict=duplicate.strict_loading)

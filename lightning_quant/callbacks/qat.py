@@ -1,10 +1,9 @@
 """Quantization-aware training as a callback."""
 
 import copy
-import dataclasses
 import math
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -110,8 +109,9 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def hyperparameters(self) -> dict[str, Any]:
         """Return what an artifact is made with, and when the phases of training begin."""
-        points = {f"schedule/{name}": value for name, value in dataclasses.asdict(self.settings.schedule).items()}
-        return {**super().hyperparameters(), **{k: "never" if v == math.inf else v for k, v in points.items()}}
+        given = {name: value for name, value in asdict(self.settings.schedule).items() if value is not None}
+        points = {f"schedule/{name}": "never" if value == math.inf else value for name, value in given.items()}
+        return {**super().hyperparameters(), **points}
 
     def require_prepared(self) -> Prepared:
         """Return the prepared model, which has a graph: recipes of layers are refused."""
@@ -127,8 +127,7 @@ class QuantizationAwareTraining(QuantizationCallback):
             self.need = refused_in_callback(need_of, self, trainer, pl_module, self.settings.only_if_needed)
         refused_in_callback(self._begin, trainer)
         if self.settings.distill is not None and self._checkpoint is None:
-            is_asked, prepared = vars(self)["distill"] is not None, self.require_prepared()
-            refused_in_callback(teach, prepared, self.settings.distill, trainer, is_asked)
+            refused_in_callback(teach, self.require_prepared(), self.settings.distill, trainer, vars(self)["distill"])
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -141,6 +140,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         self._enter(phase, trainer)
         prepared = self.require_prepared()
         prepared.observing = True
+        prepared.anneal_bits(self.timeline.width(trainer))
         if prepared.quantizes:
             # Before the batch: what is compiled reads scales, and makes none.
             prepared.ranges.grids()

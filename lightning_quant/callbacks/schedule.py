@@ -26,6 +26,9 @@ class Schedule:
         freeze_batch_norm: start of BatchNorm using its running statistics, which then stay as they are; never by
             default. It wants a learning rate that has come down: at a constant one, networks have collapsed within an
             epoch, in float as well.
+        anneal_bits_until: point until which grids narrow: rounding then begins with eight bits for weights and
+            activations, and takes one away after another, in equal times, until here they have the recipe's. Learned
+            steps begin anew with each. None begins with the recipe's.
         unit: "fraction" of the run, in [0, 1]; "epochs", or "steps" of the optimizer, counted from the run's beginning.
     """
 
@@ -33,10 +36,11 @@ class Schedule:
     fake_quantize: float = 0.2
     freeze_observers: float = 0.8
     freeze_batch_norm: float = math.inf
+    anneal_bits_until: float | None = None
     unit: Unit = "fraction"
 
     def __post_init__(self) -> None:
-        points = (self.observe, self.fake_quantize, self.freeze_observers, self.freeze_batch_norm)
+        points = (self.observe, self.fake_quantize, self.narrow, self.freeze_observers, self.freeze_batch_norm)
         check_choice("schedule.unit", self.unit, get_args(UnitName))
         if any(isinstance(point, bool) or not isinstance(point, int | float) for point in points):
             raise QuantizationError(f"Expected the points of `schedule` to be numbers, but got {points}.")
@@ -46,12 +50,18 @@ class Schedule:
                 f"{self.fake_quantize} of it. Choose a fraction below 1, or say what it counts, as unit='epochs'."
             )
         if min(points) < 0 or list(points) != sorted(points):
-            names = ("observe", "fake_quantize", "freeze_observers", "freeze_batch_norm")
-            got = ", ".join(f"{name} {point:g}" for name, point in zip(names, points, strict=True))
+            names = ("observe", "fake_quantize", "anneal_bits_until", "freeze_observers", "freeze_batch_norm")
+            named = [(n, p) for n, p in zip(names, points, strict=True) if getattr(self, n) is not None]
+            got = ", ".join(f"{name} {point:g}" for name, point in named)
             default = f" Say in {self.unit} when `freeze_observers` is due." if self.freeze_observers == 0.8 else ""
             raise QuantizationError(
                 f"Expected the points of `schedule` to be positive and in order, but got {got}.{default}"
             )
+
+    @property
+    def narrow(self) -> float:
+        """From when on grids have the recipe's bits, where rounding has begun."""
+        return self.fake_quantize if self.anneal_bits_until is None else self.anneal_bits_until
 
 
 def read_schedule(given: Any) -> Schedule:
@@ -78,11 +88,13 @@ class Timeline:
         starts: phase to the position at which it begins.
         in_epochs: whether positions count epochs.
         end: of the run; infinite where nobody knows.
+        narrow: from when on grids have the recipe's bits.
     """
 
     starts: dict[str, float]
     in_epochs: bool
     end: float = math.inf
+    narrow: float = 0.0
 
     def phase(self, trainer: Any) -> str:
         """Return the phase of the batch that a trainer is about to run."""
@@ -97,6 +109,11 @@ class Timeline:
         """Return how much of the training through rounding is done, in [0, 1]; all of it where its end is unknown."""
         start = self.starts["fake_quantize"]
         return (self._position(trainer) - start) / (self.end - start) if math.isfinite(self.end) else 1.0
+
+    def width(self, trainer: Any) -> float:
+        """Return how much of the bits between the recipe's and eight grids still have, in [0, 1]."""
+        start, left = self.starts["fake_quantize"], self.narrow - self._position(trainer)
+        return min(left / (self.narrow - start), 1.0) if left > 0 and self.narrow > start else 0.0
 
     def _position(self, trainer: Any) -> float:
         return trainer.current_epoch if self.in_epochs else trainer.fit_loop.epoch_loop.total_batch_idx
@@ -128,6 +145,7 @@ def timeline_of(schedule: Schedule, trainer: Any) -> Timeline:
         "fake_quantize": schedule.fake_quantize,
         "frozen": schedule.freeze_observers,
         "frozen_batch_norm": schedule.freeze_batch_norm,
+        "narrow": schedule.narrow,
     }
     if schedule.unit == "steps":
         starts = {phase: _batches_of(point, trainer) for phase, point in points.items()}
@@ -142,7 +160,8 @@ def timeline_of(schedule: Schedule, trainer: Any) -> Timeline:
             f"Expected `schedule` to reach fake quantization in this run, but it begins at {schedule.fake_quantize:g} "
             f"{schedule.unit} and the run ends before. Train longer or begin earlier."
         )
-    return Timeline(starts, in_epochs, end)
+    narrow = starts.pop("narrow")
+    return Timeline(starts, in_epochs, end, narrow)
 
 
 def _start(point: float, factor: float) -> float:

@@ -8,7 +8,7 @@ from lightning_quant.simulate.distillation import Distill, Teacher
 from lightning_quant.simulate.prepared import Prepared
 
 
-def teach(prepared: Prepared, distill: Distill, trainer: Any, is_asked: bool = True) -> None:
+def teach(prepared: Prepared, distill: Distill, trainer: Any, asked: Any = True) -> None:
     """Have the module of a run taught, unless nobody can and only the recipe wants it.
 
     Raises:
@@ -16,7 +16,7 @@ def teach(prepared: Prepared, distill: Distill, trainer: Any, is_asked: bool = T
     """
     if trainer.lightning_module.automatic_optimization:
         prepared.learn_from(Teacher(distill, functools.partial(_factor, trainer)))
-    elif is_asked:
+    elif asked is not None:
         raise QuantizationError(
             "Expected automatic optimization with `distill`, but `training_step` calls `manual_backward` on losses of "
             "its own scale. Train without it."

@@ -17,6 +17,7 @@ BIAS_LIMIT = 2.0**30
 # Scale of a channel whose weights are all zero: any positive value is right, the bias decides.
 SMALLEST_SCALE = 1e-12
 _LARGEST_STRETCH = 1e20
+_NUM_CANDIDATES = 68
 
 
 def affine_parameters(low: Tensor, high: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
@@ -212,3 +213,25 @@ def weight_scale(
     folded = scale if gain is None else gain.detach().float().abs() * scale
     # Not a division by gamma: the quotient only enters where it exceeds one, and is bounded.
     return scale * (needed / folded.clamp(min=1e-37)).clamp(1, _LARGEST_STRETCH)
+
+
+@torch.no_grad()
+def least_error_scale(weight: Tensor, scale: Tensor, quant_max: int) -> Tensor:
+    """Return for each output channel the scale of least squared error, `(out_channels,)`, none above the given one.
+
+    Source: Choukroun et al. 2019, arXiv:1902.06822, equation 2, by search.
+
+    Args:
+        weight: `(out_channels, ...)`, any float dtype.
+        scale: `(out_channels,)`, by the largest magnitudes.
+        quant_max: highest integer of the grid.
+    """
+    flat = weight.detach().float().flatten(1)
+    best, least = scale.clone(), torch.full_like(scale, float("inf"))
+    for share in torch.linspace(1, 0.05, _NUM_CANDIDATES):
+        candidate = (scale * share).unsqueeze(1)
+        rounded = torch.round(flat / candidate).clamp_(-quant_max, quant_max) * candidate
+        error = (rounded - flat).square().sum(1)
+        best = torch.where(error < least, candidate.squeeze(1), best)
+        least = torch.minimum(error, least)
+    return best

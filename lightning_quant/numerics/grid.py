@@ -65,6 +65,12 @@ FEWER_THAN_8 = frozenset(activation_grid(bits, symmetric=s) for bits in range(2,
 INTEGERS_16 = frozenset({activation_grid(16), activation_grid(16, symmetric=True)})
 
 
+def widened(grid: Grid, more_bits: int) -> Grid:
+    """Return a grid of activations with so many bits more, up to eight."""
+    bits = grid.num_levels.bit_length() - 1
+    return activation_grid(max(bits, min(bits + more_bits, 8)), symmetric=grid.symmetric)
+
+
 def weight_grid(bits: int) -> Grid:
     """Return the grid of weights with so many bits: as many integers below zero as above it."""
     highest = 2 ** (bits - 1) - 1

@@ -1,10 +1,10 @@
 """Learned step sizes: the scales of weights, and of activations, are trained together with the weights.
 
-Source: Esser et al. 2020, arXiv:1902.08153, equations 1 to 3 and section 2.1 (the first step, 2 mean|w| / sqrt(Q)); of
-activations, whose zero point is learned too, Bhalgat et al. 2020 (LSQ+), arXiv:2004.09576, equations 4 to 7, and
-section 3.2 (the first range is that of least squared error). The logarithm of each step is what Adam moves, so that one
-learning rate suits steps of any size and none turns negative; the papers' gradient scales, 1 / sqrt(N Q), have the same
-purpose and cancel in Adam.
+Source: Esser et al. 2020, arXiv:1902.08153, equations 1 to 3; of activations, whose zero point is learned too, Bhalgat
+et al. 2020 (LSQ+), arXiv:2004.09576, equations 4 to 7, and section 3.2 (the first range is that of least squared
+error). Steps of weights begin likewise: the first paper's 2 mean|w| / sqrt(Q) is 1.7 times the best one of normal
+weights in four bits. The logarithm of each step is what Adam moves, so that one learning rate suits steps of any size
+and none turns negative; the papers' gradient scales, 1 / sqrt(N Q), have the same purpose and cancel in Adam.
 """
 
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_quant.numerics.fake_quantize import SMALLEST_SCALE, along
+from lightning_quant.numerics.fake_quantize import SMALLEST_SCALE, along, channel_maximum, least_error_scale
 from lightning_quant.numerics.grid import Grid
 
 
@@ -114,7 +114,7 @@ class LearnedSteps:
     def step_of(self, identity: str, weight: Tensor, quant_max: int) -> Tensor:
         """Return the steps of an operator's weight, `(out_channels,)`; the first time they follow from the weight."""
         if identity not in self.logarithms:
-            first = 2 * weight.detach().float().abs().flatten(1).mean(1) / quant_max**0.5
+            first = least_error_scale(weight, channel_maximum(weight) / quant_max, quant_max)
             self.logarithms[identity] = first.clamp(min=SMALLEST_SCALE).log().requires_grad_()
         return self.logarithms[identity].exp()
 
@@ -200,6 +200,12 @@ class LearnedSteps:
         """Load a saved state; may be called more than once."""
         self.logarithms = {name: v.to(device).clone().requires_grad_() for name, v in state["logarithms"].items()}
         self._optimizer, self._saved_optimizer = None, state.get("optimizer")
+
+    def clear(self) -> None:
+        """Forget what was learned."""
+        self.logarithms.clear()
+        self._new.clear()
+        self._optimizer = self._saved_optimizer = None
 
     def _clear(self) -> None:
         for logarithm in self.logarithms.values():

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_quant.numerics.fake_quantize import affine_parameters
+from lightning_quant.numerics.grid import widened
 
 if TYPE_CHECKING:
     from lightning_quant.ranges.ranges import Ranges
@@ -39,6 +40,14 @@ class Grids:
     numbers: list[tuple[float, float]] | None
     missing: frozenset[str]
     is_complete: bool
+
+
+def widen(ranges: "Ranges", more_bits: int) -> None:
+    """Round to grids with so many bits more than the recipe's, up to eight."""
+    grid, by_edge = ranges.narrow
+    ranges.more_bits, ranges.grid = more_bits, widened(grid, more_bits)
+    ranges.grids_by_edge = {identity: widened(own, more_bits) for identity, own in by_edge.items()}
+    ranges.forget_parameters()
 
 
 def joined(parts: Sequence[Seen]) -> Seen:

@@ -31,6 +31,7 @@ class Ranges:
         edges: identity to edge.
         rows: identity to its place in `Grids`.
         grid: the integers of every edge but the `wide` ones, which have eight bits; `grids_by_edge` has those of all.
+        more_bits: by how many bits grids are wider than the recipe's, which are `narrow`; those of weights as well.
         learned: steps and zero points that training has learned, which count before observers'; None without.
         needs_values: whether the observers look at more than extremes.
         waits: whether what is seen waits for `take_seen`: several processes count a batch only when the extremes of
@@ -45,11 +46,12 @@ class Ranges:
         self.edges, self.wide = edges, wide
         self.rows = {identity: row for row, identity in enumerate(edges)}
         self.grid = recipe.activation_grid
-        widened = replace(recipe, activation=replace(recipe.activation, bits=8)) if wide else recipe
-        self.grids_by_edge = {i: (widened if i in wide else recipe).activation_grid for i in edges}
+        wider = replace(recipe, activation=replace(recipe.activation, bits=8)) if wide else recipe
+        self.grids_by_edge = {i: (wider if i in wide else recipe).activation_grid for i in edges}
+        self.narrow, self.more_bits = (self.grid, self.grids_by_edge), 0
         self.learned: LearnedSteps | None = None
         self._observers = {
-            i: observers.build(observer, widened if i in wide else recipe) for i, edge in edges.items() if edge.observed
+            i: observers.build(observer, wider if i in wide else recipe) for i, edge in edges.items() if edge.observed
         }
         self.needs_values = observers.build(observer, recipe).needs_values
         self.waits = False
@@ -123,7 +125,8 @@ class Ranges:
 
     def begin_run(self, edges: Sequence[str], *, observing: bool) -> None:
         """Take in what was seen before a graph with these edges runs; islands of one pass are taken in together."""
-        if self._seen and not self.waits and not (observing and self._is_new(edges)):
+        is_new = not any(identity in seen.edges for seen in self._seen for identity in edges)
+        if self._seen and not self.waits and not (observing and is_new):
             self.settle()
 
     @contextmanager
@@ -268,9 +271,6 @@ class Ranges:
     def _forget(self, identity: str) -> None:
         self._parameters.pop(self._group[identity], None)
         self._grids = None
-
-    def _is_new(self, edges: Sequence[str]) -> bool:
-        return not any(identity in seen.edges for seen in self._seen for identity in edges)
 
     def _all_ends(self) -> tuple[Tensor, Tensor]:
         """Return the ends of all observers' ranges, `(observers,)` each."""

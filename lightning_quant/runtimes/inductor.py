@@ -110,7 +110,6 @@ class Inductor(Runtime):
     NAME = "inductor"
     REQUIRES = ("torchao",)
     MODEL_FILE = "model.pt2"
-    COMPILES = True
     TABLE = _TABLE
     INTEGER_OPERATORS = _KERNELS
 

@@ -3,6 +3,7 @@
 All of it lies outside the module, which owns every weight that this is about.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,6 +21,7 @@ from lightning_quant.numerics.fake_quantize import affine_parameters
 from lightning_quant.numerics.folding import Folded, fold, fold_adjusted, statistics, with_affine
 from lightning_quant.numerics.learned_steps import LearnedSteps, quantize_with_learned_range
 from lightning_quant.planned.overrides import override_weights, wide_edges
+from lightning_quant.ranges.grids import widen
 from lightning_quant.ranges.observers import least_error
 from lightning_quant.ranges.ranges import Ranges
 from lightning_quant.recipe.recipe import Recipe
@@ -195,7 +197,23 @@ class Quantizers:
 
     def weight_quant_max(self, identity: str) -> int:
         """Return the highest integer of an operator's weight, after overrides."""
-        return self.weight_quant_maxima.get(identity, self.recipe.weight_grid.high)
+        own = self.weight_quant_maxima.get(identity, self.recipe.weight_grid.high)
+        return max(own, min(((own + 1) << self.ranges.more_bits) - 1, 127))
+
+    def anneal_bits(self, width: float) -> None:
+        """Round to grids between the recipe's and those of eight bits; what is learned begins anew with each.
+
+        Args:
+            width: how much of the bits between them grids have, in [0, 1]; rounded up to whole bits.
+        """
+        bits = min(self.recipe.weight.bits, self.recipe.activation.bits)
+        self._widen(math.ceil(width * max(8 - bits, 0)))
+
+    def _widen(self, more_bits: int) -> None:
+        if more_bits != self.ranges.more_bits:
+            widen(self.ranges, more_bits)
+            if self.learned_steps is not None:
+                self.learned_steps.clear()
 
     @torch.no_grad()
     def correct_biases(self, means: InputMeans) -> None:
@@ -229,6 +247,7 @@ class Quantizers:
             "observers": self.ranges.state_dict(),
             "bias_corrections": dict(self.bias_corrections),
             **({} if self.learned_steps is None else {"learned_steps": self.learned_steps.state_dict()}),
+            **({} if self.ranges.more_bits == 0 else {"more_bits": self.ranges.more_bits}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -238,6 +257,7 @@ class Quantizers:
             QuantizationError: the state belongs to another model.
         """
         self.ranges.load_state_dict(state["observers"])
+        self._widen(state.get("more_bits", 0))
         device = device_of(self.root)
         self.bias_corrections.clear()
         self.bias_corrections.update(state["bias_corrections"])

@@ -43,7 +43,7 @@ class Runner:
         self, model: PlannedModel, simulation: Simulation, displaced: Callable[[], dict[str, nn.Module]]
     ) -> None:
         self._model, self._simulation, self._displaced = model, simulation, displaced
-        self._quantizers = simulation.quantizers
+        self._quantizers, self._more_bits = simulation.quantizers, 0
         self._graphs: dict[Any, Entry] = {}
         # Graphs of another binding of the same plan, which has run such calls before.
         self._known: dict[Any, Instrumented] = {}
@@ -59,6 +59,7 @@ class Runner:
         device = device_of(quantizers.root)
         if quantizers.ranges.device != device:
             quantizers.to(device)
+        self._follow_bits()
         module = resolve(quantizers.root, path)
         entry, tensors = self._find(path, module, args, kwargs)
         if not path:
@@ -75,7 +76,7 @@ class Runner:
         """Tell whether the graph of a call is there and compilers can look into it."""
         module, kinds = resolve(self._quantizers.root, path), _kinds(args, kwargs)
         key = (path, kinds, _flags(module))
-        if kinds is None or key not in self._calls:
+        if kinds is None or key not in self._calls or self._quantizers.ranges.more_bits != self._more_bits:
             return False
         entry, _ = self._calls[key]
         return is_traceable(self._simulation, entry.graph, entry.weights, module)
@@ -88,6 +89,13 @@ class Runner:
     def graph(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Instrumented:
         """Return the graph that runs an island on calls of this structure under the module's present flags."""
         return self._entry(path, spec, tensors).graph
+
+    def _follow_bits(self) -> None:
+        """Let entries, which know the grids of weights, be made anew where these have changed."""
+        if self._more_bits != self._quantizers.ranges.more_bits:
+            self._more_bits = self._quantizers.ranges.more_bits
+            self._known |= {key: entry.graph for key, entry in self._graphs.items()}
+            self._graphs, self._calls = {}, {}
 
     def _entry(self, path: str, spec: CallSpec, tensors: list[Tensor]) -> Entry:
         quantizers, module = self._quantizers, resolve(self._quantizers.root, path)

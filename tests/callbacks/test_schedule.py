@@ -33,6 +33,25 @@ class _EpochLoop:
     total_batch_idx: int = 0
 
 
+def test_bits_are_annealed_between_two_points_of_a_run() -> None:
+    schedule = Schedule(fake_quantize=0.2, anneal_bits_until=0.6, freeze_observers=0.8)
+    run = Run()
+    timeline = timeline_of(schedule, run)
+    widths = []
+    for run.fit_loop.epoch_loop.total_batch_idx in range(40):
+        widths.append(timeline.width(run))
+    assert widths[:9] == [1.0] * 9
+    assert widths[8:24] == pytest.approx([1 - i / 16 for i in range(16)])
+    assert widths[24:] == [0.0] * 16
+    assert timeline_of(Schedule(), run).width(run) == 0.0
+
+
+@pytest.mark.parametrize("point", [0.1, 0.9, "half"])
+def test_bits_are_annealed_while_ranges_are_free(point: Any) -> None:
+    with pytest.raises(QuantizationError, match="points of `schedule` to be"):
+        Schedule(anneal_bits_until=point)
+
+
 class Phases(Callback):
     """Records the phase of a schedule before every training batch."""
 
