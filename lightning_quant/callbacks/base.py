@@ -251,8 +251,10 @@ class QuantizationCallback(ScoredValidation):
         self.exported, captured = exported, exported.capture
         if settings.runtime == AUTO and not self.chosen_runtime:
             choose = functools.partial(choose_at_start, settings, trains=self.prepares_training)
-            self.chosen_runtime, note = self.group.on_first(choose, resolve(pl_module, captured.path), captured)
-            self.findings += (note,)
+            choice = self.group.on_first(choose, resolve(pl_module, captured.path), captured)
+            self.chosen_runtime = choice.runtime
+            self.findings += (choice.note,)
+            self.missing += choice.warnings
         self.prepared = self._plan(module := resolve(pl_module, captured.path), captured)
         self.planned = Planned(module)
         self.prepared.learns_from_captured = exported.otherwise

@@ -9,14 +9,14 @@ from lightning_quant.calibrate.calibrate import observe, settle
 from lightning_quant.capture.capture import Capture
 from lightning_quant.capture.loss_inputs import leave_out_labels
 from lightning_quant.doors.settings import Settings
-from lightning_quant.export.auto import choose_runtime
+from lightning_quant.export.auto import Choice, choose_runtime
 from lightning_quant.export.prepare import prepare
 from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.surgery.host import HOST, copied_to, moved_call
 
 
-def choose_at_start(settings: Settings, module: nn.Module, captured: Capture, *, trains: bool) -> tuple[str, str]:
+def choose_at_start(settings: Settings, module: nn.Module, captured: Capture, *, trains: bool) -> Choice:
     """Return the fastest correct runtime and what was measured, with ranges of the captured call alone.
 
     Training through rounding needs to know the runtime, which says what is rounded; and weights change neither how long

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
-from lightning_quant.report.float_peers import TIMING_S, FloatPeers
+from lightning_quant.export.float_peers import TIMING_S, FloatPeers
 
 Value = TypeVar("Value")
 

@@ -24,6 +24,7 @@ from lightning_quant.errors import CalibrationError, NoEffectWarning
 from lightning_quant.export.auto import choose_runtime
 from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
+from lightning_quant.export.float_peers import TIMING_S, FloatPeers
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
 from lightning_quant.machine.timed import timed
@@ -39,7 +40,6 @@ from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import notes_of_sizes
 from lightning_quant.planned.way_inside import way_inside
 from lightning_quant.recipe.recipe import LayerRecipe, Recipe
-from lightning_quant.report.float_peers import TIMING_S, FloatPeers
 from lightning_quant.report.make_report import make_report, with_section
 from lightning_quant.report.page import to_html
 from lightning_quant.search.judge import Judge
@@ -204,6 +204,7 @@ def _quantized(
     seconds: dict[str, float],
 ) -> Made:
     recipe, selection, notes = settings.recipe, settings.selection, tuple[str, ...]()
+    missing = list[str]()
     first = next(calls, None)
     if first is None:
         raise CalibrationError("Expected `calibration_data` to hold at least one call, but it is empty.")
@@ -212,8 +213,9 @@ def _quantized(
     if chosen == AUTO:
         data = list(calls)
         plan = lambda name: make(model, recipe, name, selection, iter(data), {})  # noqa: E731
-        chosen, note = choose_runtime(plan, settings.threads, settings.dynamic_shapes)
-        notes, calls = (note,), iter(data)
+        choice = choose_runtime(plan, settings.threads, settings.dynamic_shapes)
+        chosen, notes, calls = choice.runtime, (choice.note,), iter(data)
+        missing += choice.warnings
     # A recipe with accuracy steps holds one of its calls back for itself.
     held: list[Call] = []
     calls = held_back(calls, recipe.needed_calls, held)
@@ -223,7 +225,7 @@ def _quantized(
     quantized = make(model, recipe, chosen, selection, iter(seen) if seen else calls, seconds)
     for call in held:
         quantized.note_sizes(*call)
-    ranked, search, missing = None, None, list[str]()
+    ranked, search = None, None
     if settings.sensitivity:
         with noting(missing, "sensitivities are"):
             ranked = rank_operators(Prepared.of(quantized), few)

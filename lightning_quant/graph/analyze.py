@@ -26,6 +26,7 @@ UNREACHED = "the captured call never reaches it"
 # Of what is no part of an artifact.
 _APART = (UNREAD, UNREACHED, COMPUTED_ONCE)
 # Their forward hands the weights to a fused kernel; no graph of ours could change them there.
+INSIDE = "inside a layer that runs as a whole"
 _INDIVISIBLE = frozenset({"attention", "lstm", "gru", "rnn", "cell", "embedding", "bilinear"})
 
 
@@ -92,8 +93,8 @@ class _Splitter:
     def split(self, path: str) -> None:
         """Trace the module at a path; where that fails, the largest of its descendants that can be traced."""
         module = resolve(self.root, path)
-        if ops.kind_of(module) in _INDIVISIBLE and not is_expanded(module):
-            is_stored = ops.kind_of(module) in ops.STORED
+        if (ops.kind_of(module) in _INDIVISIBLE or isinstance(module, WHOLE)) and not is_expanded(module):
+            is_stored = ops.kind_of(module) in ops.STORED or isinstance(module, WHOLE)
             self._list(path, module, ops.STORED_REASON if is_stored else "it runs as a whole")
             return
         args, kwargs = self.observed.first[path]
@@ -241,8 +242,8 @@ def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
     for node in traced.graph.nodes:
         if node.op != "call_module":
             continue
-        kind = ops.describe(node, module).kind
-        if kind in ("other", "transformer") and has_weights(module.get_submodule(str(node.target))):
+        kind, child = ops.describe(node, module).kind, module.get_submodule(str(node.target))
+        if kind in ("other", "transformer") and has_weights(child) and not isinstance(child, WHOLE):
             paths.add(str(node.target))
     return paths
 
@@ -261,7 +262,7 @@ def _never_called(root: nn.Module, rows: list[Row], observed: ObservedCall) -> I
             continue
         is_layer = ops.kind_of(child) in ops.WEIGHTED or (path and path in observed.first and _has_own_weights(child))
         if is_layer and id(child) not in called and not _is_part(modules, path, listed):
-            reason = "inside a layer that runs as a whole"
+            reason = ", ".join([INSIDE, *[n for n in listed if path.startswith(f"{n}.")][:1]])
             if path not in observed.first and not any(path.startswith(f"{n}.") for n in listed):
                 reason = UNREACHED
             yield Claim(Row(path, type(child).__name__, "float", reason), path, "layer")

@@ -8,7 +8,7 @@ from torch import Tensor, fx, nn
 
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.affine import affine_parts, is_of_channels
-from lightning_quant.graph.constants import constant
+from lightning_quant.graph.constants import constant, is_of_parameters
 from lightning_quant.graph.norms import norm_of, normalizes_channels
 from lightning_quant.graph.plan import join
 from lightning_quant.graph.table import OperatorTable, Selection
@@ -224,6 +224,8 @@ class Candidates:
         if unwanted:
             return unwanted
         operands = ops.argument(node, 0, "tensors") if kind == "cat" else node.args[:2]
+        if kind == "matmul" and any(is_of_parameters(operand) for operand in operands):
+            return "it multiplies by a stack of matrices, which the runtime's integer kernels do not take"
         if kind in ("add", "mul", "matmul", "cat") and not all(ops.is_float(operand) for operand in operands):
             return "an operand is a constant or no float tensor"
         if kind == "avg_pool" and self.table.padded_average and ops.averages_padding(node, self.root):

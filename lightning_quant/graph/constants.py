@@ -4,6 +4,7 @@ In evaluation they are constants, so they are folded and quantized like weights.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, fx, nn
 
@@ -50,6 +51,11 @@ def ancestors(node: fx.Node) -> set[fx.Node]:
                 above.add(read)
                 left.append(read)
     return above
+
+
+def is_of_parameters(node: Any) -> bool:
+    """Tell whether a value is computed from parameters, buffers or nothing alone."""
+    return isinstance(node, fx.Node) and all(read.op != "placeholder" for read in ancestors(node))
 
 
 def _is_random(node: fx.Node, root: nn.Module) -> bool:

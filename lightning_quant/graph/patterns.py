@@ -7,12 +7,14 @@ result in integers.
 import functools
 from dataclasses import replace
 
+import torch
 from torch import Size, Tensor, fx, nn
 
 from lightning_quant.graph import operations as ops
 from lightning_quant.graph.candidates import Candidates, Unit
 from lightning_quant.graph.claims import Claim, claim_of
 from lightning_quant.graph.constants import ancestors, sources
+from lightning_quant.graph.expansions import WHOLE
 from lightning_quant.graph.joins import unlike_parts
 from lightning_quant.graph.plan import COMPUTED_ONCE, Edge, GraphPlan, Operator, Row
 from lightning_quant.graph.table import OperatorTable, Selection
@@ -228,12 +230,14 @@ class Matcher(Candidates):
             return self.reasons[node]
         if node.op == "call_module" and node.target in self.opaque:
             return self.opaque[str(node.target)]
-        if node.op == "call_module" and kind in ops.STORED:
+        if node.op == "call_module" and (kind in ops.STORED or isinstance(self._called(node), WHOLE)):
             return ops.STORED_REASON
         if kind in self.table.reasons:
             return self.table.reasons[kind]
         if kind == "interpolate":
             return "it computes values between those that it reads, in float"
+        if node.target is torch.einsum:
+            return "it is no product by one matrix, nor of two, as integer kernels compute it"
         if kind == "batch_norm":
             return "no convolution or linear layer directly before it to fold into"
         if kind in self.table.fused_activations:
@@ -259,7 +263,10 @@ class Matcher(Candidates):
         return tuple(sources(weight))
 
     def _holds_weights(self, node: fx.Node) -> bool:
-        return node.op == "call_module" and any(True for _ in self.root.get_submodule(str(node.target)).parameters())
+        return node.op == "call_module" and any(True for _ in self._called(node).parameters())
+
+    def _called(self, node: fx.Node) -> nn.Module:
+        return self.root.get_submodule(str(node.target))
 
 
 def _activations(graph: fx.Graph) -> set[fx.Node]:

@@ -5,7 +5,6 @@ clone under fake tensors: nothing of the user's module changes and nothing is co
 """
 
 import inspect
-import itertools
 import operator
 import os
 import sys
@@ -24,6 +23,7 @@ from lightning_quant.calls.calls import CallSpec, ResultSpec, rebuild_call
 from lightning_quant.calls.structures import register_structures
 from lightning_quant.errors import UntraceableError
 from lightning_quant.graph.constants import keep_constants
+from lightning_quant.graph.contractions import rewritten
 from lightning_quant.graph.counting import counted_by, multiply_add_counter
 from lightning_quant.graph.expansions import WHOLE, expansion_of, is_expanded, layer_read_by, transformers_traceable
 from lightning_quant.graph.normalize import functionalize
@@ -100,7 +100,7 @@ class _Tracer(fx.Tracer):
         return self.create_node("call_function", _rebuilding(type(a), treespec), (self.create_arg(leaves),), {})
 
     def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        if self.propagating or (m not in (self.submodule_paths or {}) and not _has_tensors(m)):
+        if self.propagating or (m not in (self.submodule_paths or {}) and not [*m.parameters(), *m.buffers()]):
             # What forward itself makes, `nn.GELU()(x)` say, is no child to be called by path.
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
@@ -152,6 +152,8 @@ class _Tracer(fx.Tracer):
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **options: Any) -> fx.Proxy:
         if not torch.is_grad_enabled():
             raise UntraceableError("it switches gradients off for a part of itself")
+        if kind.startswith("call_") and (equal := rewritten(target, args, kwargs, self.root)) is not None:
+            return equal
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
         try:
             proxy.node.meta["fake"] = self._propagate(kind, target, args, kwargs)
@@ -262,10 +264,6 @@ def trace(root: nn.Module, spec: CallSpec, tensors: list[Tensor], opaque: set[st
         if not tracer.failures:
             keep_constants(graph, copy, root)
             return Traced(graph, tracer.result_spec(), reasons)
-
-
-def _has_tensors(module: nn.Module) -> bool:
-    return next(itertools.chain(module.parameters(), module.buffers()), None) is not None
 
 
 def _reason(error: Exception) -> str:

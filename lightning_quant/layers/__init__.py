@@ -9,6 +9,7 @@ from torch import nn
 
 from lightning_quant.layers import grouped  # noqa: F401
 from lightning_quant.layers.attention import StoredAttention
+from lightning_quant.layers.derived import is_derived
 from lightning_quant.layers.embedding import StoredEmbedding, StoredEmbeddingBag, row_factor
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.linear import StoredLinear
@@ -27,7 +28,10 @@ _CLASSES: tuple[tuple[tuple[type[nn.Module], ...], type[StoredLayer]], ...] = (
 )
 
 # Kinds whose subclasses may compute what they like of their weights: those are float again when their forward runs.
-_OPEN = (nn.Linear, nn.Embedding, *_CONVOLUTIONS)
+_OPEN = (
+    *(nn.Linear, nn.Embedding, nn.LSTMCell, nn.GRUCell, nn.RNNCell, nn.MultiheadAttention),
+    *_CONVOLUTIONS,
+)
 
 KINDS = tuple(kind for kinds, _ in _CLASSES for kind in kinds)
 
@@ -53,7 +57,7 @@ def class_for(layer: nn.Module) -> type[StoredLayer] | None:
     """Return the class that can take a layer's place; None when there is none.
 
     A subclass with a forward of its own computes something else than its base: it gets its weights in float, unless it
-    is a table whose rows are scaled.
+    is a table whose rows are scaled, or calls the forward of a recurrence or a bag, which is that of the stored form.
     """
     kind = type(layer)
     if (kind.__name__, kind.__module__) == ("Conv1D", "transformers.pytorch_utils"):
@@ -67,4 +71,6 @@ def class_for(layer: nn.Module) -> type[StoredLayer] | None:
             return stored
     if isinstance(layer, nn.Embedding) and row_factor(layer) is not None:
         return StoredEmbedding
+    if is_derived(layer):
+        return next(stored for kinds, stored in _CLASSES if isinstance(layer, kinds))
     return StoredLayer if isinstance(layer, _OPEN) else None

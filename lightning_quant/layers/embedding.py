@@ -1,11 +1,12 @@
 """Embeddings and bags of them: a row of int8 and its scale for each token."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
+from lightning_quant.layers.derived import call_derived, is_derived
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.storage import Scheme, dequantize
 
@@ -46,7 +47,16 @@ class StoredEmbeddingBag(StoredLayer):
         """Return why a layer has no such form, or an empty text."""
         return StoredEmbedding.refusal(float_layer, scheme, group_size)
 
-    def forward(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Reduce bags of indices, in the forward of a subclass where the layer is of one."""
+        layer = self._float_layer
+        if not is_derived(layer):
+            return self._reduce(*args, **kwargs)
+        values = {name: dequantize(*self.stored(name)) for name in self.names}
+        values |= {name: getattr(self, attribute) for name, attribute in self.shared.items()}
+        return call_derived(layer, self._reduce, values, args, kwargs)
+
+    def _reduce(self, input: Tensor, offsets: Tensor | None = None, per_sample_weights: Tensor | None = None) -> Tensor:
         """Reduce bags of indices: `(bags, length)`, or `(number,)` with where each bag begins.
 
         Args:

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from lightning_quant.graph.analyze import UNREACHED
+from lightning_quant.graph.analyze import INSIDE, UNREACHED
 from lightning_quant.graph.expansions import is_expanded
 from lightning_quant.graph.plan import UNREAD, Plan, Row
 from lightning_quant.layers import class_for
@@ -37,6 +37,7 @@ def with_stored(root: nn.Module, plan: Plan, stored: Mapping[str, Row]) -> Plan:
     rows, known = [], set()
     for row in plan.rows:
         label = next((name for name in (_label(root, _path(row)), row.name.partition("#")[0]) if name in stored), None)
+        label = label or next((name for name, of in stored.items() if _holds(name, of, row)), None)
         other = None if label is None else stored[label]
         if other is None or row.action in ("int8", "fused") or (row.kind == "Parameter" and not other.is_quantized):
             rows.append(row)
@@ -49,6 +50,11 @@ def with_stored(root: nn.Module, plan: Plan, stored: Mapping[str, Row]) -> Plan:
         known.add(label)
     rows += [row for label, row in stored.items() if label not in known]
     return replace(plan, rows=tuple(rows))
+
+
+def _holds(label: str, stored: Row, row: Row) -> bool:
+    """Tell whether a row is of a part that is stored with the layer around it."""
+    return stored.is_quantized and row.name.startswith(f"{label}.") and row.reason.startswith(INSIDE)
 
 
 def _path(row: Row) -> str:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_quant.layers.derived import call_derived, is_derived
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.linear import linear
 from lightning_quant.layers.storage import Scheme, dequantize
@@ -32,17 +33,21 @@ _LIBRARY.define(
 class StoredRecurrent(StoredLayer):
     """An LSTM, GRU or RNN over sequences."""
 
-    def forward(self, input: Any, hx: Any = None) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the float layer's forward, with its sequence operator replaced by one on dequantized weights."""
         layer = self._float_layer
         values = {name: dequantize(*self.stored(name)) for name in self.names}
-        values |= {name: self.get_parameter(attribute) for name, attribute in self.shared.items()}
-        flat = [values[name] for name in layer._flat_weights_names]
+        values |= {name: getattr(self, attribute) for name, attribute in self.shared.items()}
+        inner = functools.partial(self._recur, [values[name] for name in layer._flat_weights_names])
+        return call_derived(layer, inner, values, args, kwargs) if is_derived(layer) else inner(*args, **kwargs)
+
+    def _recur(self, flat: list[Tensor], input: Any, hx: Any = None) -> Any:
+        layer = self._float_layer
         is_packed = isinstance(input, PackedSequence) and not is_padded(input)
         if is_packed or (isinstance(input, Tensor) and input.dim() == 2):
             layer._flat_weights = flat
             try:
-                return layer(input, hx)
+                return getattr(nn, layer.mode.partition("_")[0]).forward(layer, input, hx)
             finally:
                 layer._flat_weights = []
         return run(layer, flat, input, hx)

@@ -13,6 +13,7 @@ from lightning_quant.artifact import artifact as artifacts
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.calls.loaded import LoadedModule
 from lightning_quant.errors import QuantizationError
+from lightning_quant.export.float_peers import FloatPeers
 from lightning_quant.machine.latency import Timing, measure
 from lightning_quant.machine.machine import cpu_name
 from lightning_quant.machine.timed import timed
@@ -25,7 +26,6 @@ from lightning_quant.planned.planned_model import Compared, PlannedModel
 from lightning_quant.report.agreement import Agreement
 from lightning_quant.report.closer_look import closer_look
 from lightning_quant.report.coverage import Coverage
-from lightning_quant.report.float_peers import FloatPeers
 from lightning_quant.report.kept_limits import KeptLimits
 from lightning_quant.report.limits import NO_LIMITS, Limits, missed
 from lightning_quant.report.metrics import MetricRow, Metrics

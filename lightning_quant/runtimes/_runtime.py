@@ -33,6 +33,7 @@ class Runtime(abc.ABC):
         IN_PROCESS: whether the float peer of comparisons is the float module itself.
         FILLS_MODULES: whether it writes artifacts of layers without a program, which modules are filled with.
         KEEPS_EDGES: whether files keep the names of quantized edges, by which single operators can be run.
+        COMPILES: whether a compiler works for half a minute on each file.
     """
 
     NAME: ClassVar[str]
@@ -47,6 +48,7 @@ class Runtime(abc.ABC):
     IN_PROCESS: ClassVar[bool] = False
     FILLS_MODULES: ClassVar[bool] = False
     KEEPS_EDGES: ClassVar[bool] = False
+    COMPILES: ClassVar[bool] = False
 
     @abc.abstractmethod
     def export(self, module: nn.Module, call: CapturedCall, path: Path) -> None:

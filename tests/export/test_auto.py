@@ -8,6 +8,7 @@ from torch import nn
 
 from lightning_quant import load, quantize
 from lightning_quant.errors import QuantizationError
+from lightning_quant.export import auto as automatic
 from lightning_quant.export.auto import choose_runtime
 from lightning_quant.runtimes import openvino
 
@@ -16,6 +17,7 @@ pytestmark = [
     pytest.mark.usefixtures("unmeasured", "two"),
 ]
 
+FLOAT_PEER = automatic._float_peer
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 
 
@@ -37,6 +39,18 @@ def test_fastest_runtime_is_taken_and_the_report_says_what_was_measured(
     assert "onnxruntime 1" in note or "onnxruntime 9" in note
     assert "openvino 1" in note or "openvino 9" in note
     assert load(tmp_path)(X).shape == (16, 3)
+
+
+def test_the_report_says_that_float_in_another_runtime_is_faster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(automatic, "_float_peer", FLOAT_PEER)
+    faster(monkeypatch, "float in openvino")
+    artifact = quantize(model(), runtime="auto", calibration_data=[X], output_dir=tmp_path, threads=1)
+    assert all(f"float in {name} " in artifact.report["notes"][0] for name in ("torch", "onnxruntime", "openvino"))
+    (warning,) = [text for text in artifact.report["warnings"] if "slower" in text]
+    assert warning.startswith("every artifact is slower than float in openvino")
+    assert "9.00 times the time" in warning
 
 
 def test_fast_runtime_that_computes_something_else_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

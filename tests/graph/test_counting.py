@@ -108,10 +108,11 @@ def check_sums(model: nn.Module, plan: Plan, total: int) -> None:
     assert len({row.name for row in plan.rows}) == len(plan.rows)
 
 
-# Multiply-adds of the projections, which run in integers.
+# Multiply-adds of products with weights, which run in integers.
 INTEGER = {
     "attention": PLACES * 4 * WIDTH * WIDTH,
     "encoder": 2 * (PLACES * 4 * WIDTH * WIDTH + 2 * PLACES * WIDTH * HIDDEN),
+    **dict.fromkeys(("einsum", "matmul", "addmm"), PLACES * WIDTH * WIDTH),
 }
 # Layers whose weights are stored in eight bits, beside graphs or as their operators.
 STORED = ("lstm", "gru", "cells", *INTEGER)

@@ -2,9 +2,9 @@ import pytest
 import torch
 from lightning_models import ConvNet
 
+from lightning_quant.export import float_peers
+from lightning_quant.export.float_peers import FloatPeers
 from lightning_quant.export.prepare import prepare
-from lightning_quant.report import float_peers
-from lightning_quant.report.float_peers import FloatPeers
 
 
 def test_the_peer_of_a_runtime_is_written_once_and_answers_as_float(monkeypatch: pytest.MonkeyPatch) -> None:
