@@ -231,9 +231,30 @@ GUARDS = (
     Guard(
         "an interruption of a search loses nothing that was tried",
         "search/find.py",
-        '        search.record.ended = "an interruption"\n',
-        "        search.record.trials, search.record.ended = [], 'an interruption'\n",
+        '            record.ended = "an interruption"\n',
+        "            record.trials, record.ended = [], 'an interruption'\n",
         "search/test_find.py -k interrupted",
+    ),
+    Guard(
+        "what a part of validation promised is validated whole before it is taken",
+        "search/find.py",
+        "    for step in (search.run, search.confirm):\n",
+        "    for step in (search.run,):\n",
+        "search/test_find.py -k promised",
+    ),
+    Guard(
+        "an interim look decides with the confidence that several looks leave it",
+        "search/judge.py",
+        "    return 1 - (1 - confidence_of(look)) / len(SHARES)\n",
+        "    return confidence_of(look)\n",
+        "search/test_judge.py -k interim_look",
+    ),
+    Guard(
+        "validations in which the order of batches makes a difference are not cut short",
+        "callbacks/searching.py",
+        "        order = order if is_indifferent(floating, part, order, names) else []\n",
+        "",
+        "callbacks/test_searching.py -k depends_on_its_order",
     ),
     Guard(
         "random metrics are seen",

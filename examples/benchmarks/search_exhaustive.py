@@ -1,7 +1,7 @@
 """What was found for a task, and the exhaustive search that others are held against."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,14 +18,16 @@ from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
 from lightning_quant.measure.contributions import difference, of_samples
 from lightning_quant.search.candidates import Candidates
+from lightning_quant.search.cheapest import Part
 from lightning_quant.search.choice import FLOAT, HALF, STORED, Choice
 from lightning_quant.search.judge import confidence_of
-from lightning_quant.search.relaxations import relaxations
+from lightning_quant.search.relaxations import is_spared, relaxations, rounded_in
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
 
-# Operators that a net has at most, and sets that are simulated of it at most.
-MOST_OPERATORS, MOST_SETS = 6, 60
+# Operators that a net has at most, sets that are simulated of it as they would be exported, and sets that are looked
+# at on one batch with the ranges of the whole recipe, at most.
+MOST_OPERATORS, MOST_SETS, MOST_LOOKED_AT = 12, 60, 4000
 
 
 @torch.no_grad()
@@ -40,30 +42,44 @@ def correct(task: Task, name: str) -> Callable[[nn.Module], dict[str, Tensor]]:
     return evaluate
 
 
+@torch.no_grad()
+def correct_in_parts(task: Task) -> Callable[[nn.Module], Iterator[dict[str, Tensor]]]:
+    """Return what yields which samples of validation a module gets right, batch by batch."""
+    inputs, labels = task.data["validation"]
+
+    def evaluate(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+        for batch, expected in zip(inputs.split(BATCH), labels.split(BATCH), strict=True):
+            yield {"accuracy": (model(batch).argmax(1) == expected).float()}
+
+    return evaluate
+
+
 @dataclass
 class Outcome:
     """What one way has found for a task.
 
     Attributes:
-        validations: of files.
+        validations: how often all samples of validation were read for files.
         num_bytes: of the file.
         drop: fall of accuracy on unseen samples.
         validated_drop: on the samples of validation.
+        files: that were validated; as many as validations where that is not said.
     """
 
-    validations: int
+    validations: float
     num_bytes: int
     drop: float
     validated_drop: float
+    files: int = 0
 
 
-def outcome(task: Task, model: nn.Module, validations: int, num_bytes: int) -> Outcome:
+def outcome(task: Task, model: nn.Module, validations: float, num_bytes: int, files: int = 0) -> Outcome:
     """Measure what was found."""
     drops = {}
     for name in ("unseen", "validation"):
         evaluate = correct(task, name)
         drops[name] = float((evaluate(task.net)["accuracy"] - evaluate(model)["accuracy"]).mean())
-    return Outcome(validations, num_bytes, drops["unseen"], drops["validation"])
+    return Outcome(validations, num_bytes, drops["unseen"], drops["validation"], files)
 
 
 def prepared(task: Task) -> tuple[Prepared, list[Call]]:
@@ -99,21 +115,27 @@ def exhaustive(task: Task, folder: Path, look: int) -> Outcome | None:
     sets = sorted((s for s in sets if len(s) < len(ranked.operators)), key=lambda s: (ranked.price(dict(s)), len(s)))
     evaluate, inputs = correct(task, "validation"), task.data["validation"][0][:BATCH]
     floating, classes = evaluate(task.net)["accuracy"], task.net(inputs).argmax(1)
-    for number, kept in enumerate(sets[:MOST_SETS]):
+    number, parts = 0, rounded_in(whole)
+    for kept in sets[:MOST_LOOKED_AT]:
+        # Where a first batch shows that a set is far off, nothing more is made of it.
+        spared = {name: FLOAT if scheme == HALF else scheme for name, scheme in kept}
+        still = [one for one, users, is_weight in parts if not is_spared(Part(users, is_weight, 0.0), spared)]
+        with whole.simulation.quantizing_only(frozenset[str]().union(*still)), whole.attached("frozen"):
+            if float((task.net(inputs).argmax(1) != classes).float().mean()) > 10 * task.limit + 0.1:
+                continue
+        if (number := number + 1) > MOST_SETS:
+            return None
         try:
             model = makes.make(Choice(kept))
         except QuantizationError:
             continue
         with evaluation_mode(task.net), model.attached("frozen"):
-            # Where a first batch shows that a set is far off, the others are spared.
-            if float((task.net(inputs).argmax(1) != classes).float().mean()) > 10 * task.limit + 0.1:
-                continue
             simulated = evaluate(task.net)["accuracy"]
         if not keeps(task.limit, simulated, floating, look):
             continue
         artifact = export(model.on_host(), folder)
         if keeps(task.limit, evaluate(lq.load(folder))["accuracy"], floating, look):
-            return outcome(task, lq.load(folder), number + 1, artifact.size_bytes)
+            return outcome(task, lq.load(folder), number, artifact.size_bytes)
     return None
 
 

@@ -29,6 +29,7 @@ from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.changed_predictions import Predictions, alone
 from lightning_quant.measure.contributions import Metrics, differences
 from lightning_quant.measure.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
+from lightning_quant.measure.interim import Interim
 from lightning_quant.measure.rounded_parts import all_but
 from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.measure.thumbnails import tokenizer_of
@@ -239,11 +240,22 @@ def evaluate_artifact(
     *,
     contributions: bool = False,
     predictions: Predictions | None = None,
+    interim: Interim | None = None,
 ) -> tuple[Metrics, int | None]:
-    """Return the metrics of the file, and the number of samples that it saw where that is known."""
+    """Return the metrics of the file, and the number of samples that it saw where that is known.
+
+    Args:
+        callback: whose module and settings are meant.
+        trainer: whose validation runs.
+        deployment: the weights and the model.
+        own: the artifact.
+        contributions: as for `evaluate`, and so is `interim`.
+        predictions: are noted where one process sees all data.
+        interim: see there.
+    """
     pl_module, model, path = deployment.pl_module, deployment.model, callback.path
     how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "group": callback.group}
-    how["contributions"] = contributions
+    how |= {"contributions": contributions, "interim": interim}
     # Processes see shares of the data each.
     how["watch"] = (
         predictions.of_artifact if predictions is not None and callback.group.size == 1 else contextlib.nullcontext

@@ -20,15 +20,18 @@ from lightning_quant.callbacks.finish import digest, evaluate_artifact
 from lightning_quant.callbacks.float_metrics import float_metrics
 from lightning_quant.calls.calls import Call
 from lightning_quant.calls.recorded_calls import recorded_calls
+from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.contributions import Metrics
+from lightning_quant.measure.evaluate import evaluate
+from lightning_quant.measure.interim import Decides, Interim, PartialMetrics, is_indifferent, random_order
 from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.search.candidates import Candidates
 from lightning_quant.search.files import Files
-from lightning_quant.search.find import Budget, SearchRecord
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.objective import LATENCY
+from lightning_quant.search.progress import Budget, SearchRecord
 from lightning_quant.search.record import find_on_record, fingerprint
 from lightning_quant.search.relaxations import relaxations
 from lightning_quant.search.section import SearchSection
@@ -85,7 +88,7 @@ def searched(
     directions = watched(trainer, callback._checkpoint) | known.floating.higher_is_better
     judge = Judge(settings.limits, directions)
     objective = settings.objective or ""
-    files = _files(callback, trainer, deployment, recorded, known)
+    files = _files(callback, trainer, deployment, recorded, known, list(judge.drops(known.floating)))
     files.timed = judge.on_speed or objective == LATENCY
     mark = _mark(callback, deployment, known)
     budget, tell = Budget.of(settings.max_validations, settings.time_budget_s), functools.partial(_tell, callback)
@@ -104,15 +107,20 @@ def _files(
     deployment: Deployment,
     recorded: Recorded | None,
     known: Known,
+    names: list[str],
 ) -> Files:
     settings, root = callback.settings, deployment.model.root
+    order = functools.cache(functools.partial(_order, callback, trainer, deployment, known.floating, names))
 
-    def validate(model: PlannedModel, artifact: Artifact) -> Metrics:
+    def validate(model: PlannedModel, artifact: Artifact, decides: Decides | None) -> Metrics:
         if not known.floating:
             return Metrics()
         tried = dataclasses.replace(deployment, model=model)
-        known.files[digest(artifact)] = evaluate_artifact(callback, trainer, tried, artifact, contributions=True)
-        return known.files[digest(artifact)][0]
+        interim = None if decides is None or not order() else Interim(known.floating, decides, order())
+        metrics, number = evaluate_artifact(callback, trainer, tried, artifact, contributions=True, interim=interim)
+        if not isinstance(metrics, PartialMetrics):
+            known.files[digest(artifact)] = metrics, number
+        return metrics
 
     def on_host(made: Prepared) -> PlannedModel:
         return made.bound_to(root).on_host()
@@ -126,6 +134,21 @@ def _files(
     by_time = settings.objective == LATENCY
     rank = functools.partial(relaxations, recorded.prepared, recorded.to_rank, by_time=by_time)
     return Files(known.floating, validate, on_host, deployment.model, candidates, rank, **how)
+
+
+def _order(
+    callback: QuantizationCallback, trainer: Trainer, deployment: Deployment, floating: Metrics, names: list[str]
+) -> list[int]:
+    """Return the order in which batches come where validation may be cut short; none where it may not."""
+    order = random_order(trainer.val_dataloaders, floating, names) if callback.group.size == 1 else []
+    if order:
+        probe, part = Interim(floating, lambda _: True, order), Metrics()
+        how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "contributions": True}
+        # Whatever another order breaks: validations are whole then.
+        with noting([], "validations that are cut short are"):
+            part = evaluate(trainer, deployment.pl_module, callback.path, interim=probe, **how)
+        order = order if is_indifferent(floating, part, order, names) else []
+    return order
 
 
 def _mark(callback: QuantizationCallback, deployment: Deployment, known: Known) -> str:

@@ -4,8 +4,9 @@ import dataclasses
 import functools
 import math
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from lightning_quant.doors.settings import Settings
 from lightning_quant.errors import EvaluationError, NoEffectWarning, QuantizationError
 from lightning_quant.machine.timed import timed
 from lightning_quant.measure.contributions import Contributions, Metrics, differences, of_samples
+from lightning_quant.measure.interim import Decides, Interim
 from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe import recipe as recipes
@@ -25,9 +27,9 @@ from lightning_quant.report.metrics import MetricRow
 from lightning_quant.search.candidates import Candidates
 from lightning_quant.search.checks import check_metrics
 from lightning_quant.search.files import Files
-from lightning_quant.search.find import Budget
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.objective import LATENCY
+from lightning_quant.search.progress import Budget
 from lightning_quant.search.record import find_on_record, fingerprint
 from lightning_quant.search.relaxations import relaxations
 from lightning_quant.search.section import SearchSection
@@ -53,21 +55,27 @@ class Evaluated:
     floating: Metrics
     settings: Settings
 
-    def of_file(self, model: PlannedModel, artifact: Artifact) -> Metrics:
-        """Return the metrics of an exported file.
+    def of_file(self, model: PlannedModel, artifact: Artifact, decides: Decides | None = None) -> Metrics:
+        """Return the metrics of an exported file, of no more parts than decide where the function gives parts.
 
         Raises:
             EvaluationError: the function fails on it, or gives no metrics.
         """
         if self.function is None:
             return Metrics()
+        module = opened(model, artifact, self.settings.threads or torch.get_num_threads())
         try:
-            return metrics_of(self.function, opened(model, artifact, self.settings.threads or torch.get_num_threads()))
+            return metrics_of(self.function, module, self._interim(decides))
         except QuantizationError:
             raise
         # Whatever the user's own code raises: what was tried before must not be lost for it.
         except Exception as error:
             raise EvaluationError(f"Expected `evaluate` to take the exported module, but {error!r}.") from error
+
+    def _interim(self, decides: Decides | None) -> Interim | None:
+        numbers = [parts.number for parts in self.floating.contributions.values()]
+        # In the order that the function gives, of which nothing is known: what it promises is decided on all data.
+        return None if decides is None or not numbers else Interim(self.floating, decides, range(max(numbers)))
 
     def rows(self, model: PlannedModel, artifact: Artifact) -> tuple[tuple[MetricRow, ...], tuple[str, ...], Metrics]:
         """Return rows of a report, why there are none where the function fails, and the metrics of the file."""
@@ -103,27 +111,54 @@ def evaluated(function: Function | None, module: nn.Module, settings: Settings) 
 
 
 @torch.no_grad()
-def metrics_of(function: Function, module: nn.Module) -> Metrics:
-    """Return what a function gives: a number, values of all samples, or a dict of either.
+def metrics_of(function: Function, module: nn.Module, interim: Interim | None = None) -> Metrics:
+    """Return what a function gives: a number, values of all samples, or a dict of either; or yields, part by part.
+
+    Args:
+        function: of a module.
+        module: which it is called with.
+        interim: ends a function that yields parts where these decide.
 
     Raises:
         EvaluationError: it is something else.
     """
     with evaluation_mode(module):
         given = function(module)
-    named = given if isinstance(given, Mapping) else {METRIC: given}
-    values, parts = dict[str, float](), dict[str, Contributions]()
-    for name, value in named.items():
+        if isinstance(given, Iterator):
+            return _of_parts(given, interim)
+    numbers = _numbers(given)
+    values = {name: float(x.mean()) if x.numel() else math.nan for name, x in numbers.items()}
+    parts = {name: of_samples(x.flatten().tolist()) for name, x in numbers.items() if x.numel() > 1}
+    return Metrics(values, contributions=parts)
+
+
+def _of_parts(given: Iterator[Any], interim: Interim | None) -> Metrics:
+    values: dict[str, list[float]] = {}
+    for part in given:
+        for name, numbers in _numbers(part).items():
+            values.setdefault(name, []).extend(numbers.flatten().tolist())
+        number = max(map(len, values.values()), default=0)
+        if interim is not None and interim.look(number, functools.partial(_of_samples, values)):
+            break
+    if interim is not None and interim.metrics is not None:
+        return interim.metrics
+    return Metrics({name: fmean(whole) for name, whole in values.items() if whole}, contributions=_of_samples(values))
+
+
+def _of_samples(values: Mapping[str, list[float]]) -> dict[str, Contributions]:
+    return {name: of_samples(numbers) for name, numbers in values.items() if len(numbers) > 1}
+
+
+def _numbers(given: Any) -> dict[str, Tensor]:
+    numbers = {}
+    for name, value in (given if isinstance(given, Mapping) else {METRIC: given}).items():
         try:
-            numbers = value.detach().cpu().double() if isinstance(value, Tensor) else torch.as_tensor(value).double()
+            numbers[str(name)] = torch.as_tensor(value).detach().cpu().double()
         except (TypeError, ValueError, RuntimeError) as error:
             raise EvaluationError(
                 f"Expected `evaluate` to return numbers, values of samples, or a dict of them, but got {value!r:.60}."
             ) from error
-        values[str(name)] = float(numbers.mean()) if numbers.numel() else math.nan
-        if numbers.numel() > 1:
-            parts[str(name)] = of_samples(numbers.flatten().tolist())
-    return Metrics(values, contributions=parts)
+    return numbers
 
 
 def searched(

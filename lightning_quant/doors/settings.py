@@ -80,7 +80,7 @@ class Settings:
             few as the exported file's own validation asks for. Of `quantize`, metrics are those of its `evaluate`.
         objective: what the search makes best among all that keep the limits: "size", "latency", or a metric. By default
             "size" with limits by name, and no search with limits by the fields of `Limits`, which are checked alone.
-        max_validations: how often the search may validate an exported file; ceil(log2(n)) + 3 of n steps by default.
+        max_validations: readings of validation data that a search may take; ceil(log2(n)) + 3 of n steps by default.
         time_budget_s: seconds after which the search tries nothing more; the best so far is written then, as it is when
             the run is interrupted.
         show_samples: whether report.html shows samples whose prediction changed, an image small and tokens as text. The

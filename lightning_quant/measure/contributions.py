@@ -10,29 +10,16 @@ wide as that of the share of samples that do: C. J. Clopper and E. S. Pearson, "
 illustrated in the case of the binomial", Biometrika 26 (1934). Where none does, that is about 3 by their number.
 """
 
-import copy
-import dataclasses
 import math
-import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import fmean
-from typing import Any
-
-import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-from torchmetrics import Metric
 
 CONFIDENCE = 0.95
 # Fewer blocks than these say little of their spread; more than the others cost time and add nothing.
 MIN_BLOCKS, MAX_BLOCKS = 5, 64
-# Share by which a metric put together from its parts may be off the logged one.
+# Share of a sample that a value may be off for what floats round.
 _TOLERANCE = 1e-4
-# What the states of one metric may take, of all batches.
-_MAX_BYTES = 64 * 2**20
-# What metrics raise that are not defined on some of the data.
-_UNDEFINED = (ValueError, RuntimeError, LookupError, ArithmeticError)
 
 
 @dataclass(frozen=True)
@@ -44,12 +31,21 @@ class Contributions:
         of: from indices of parts to the metric of these alone.
         sizes: what tells parts of two models apart that are not of the same data; samples of each, where known.
         samples: in all parts; their number where nobody knows.
+        source: name of the module's metric that they are of; empty where they are of what was logged itself.
     """
 
     number: int
     of: Callable[[Sequence[int]], float]
     sizes: tuple[float, ...] = ()
     samples: int = 0
+    source: str = ""
+
+    def ordered(self, order: Sequence[int]) -> "Contributions":
+        """Return these parts, or some of them, in another order."""
+        sizes = tuple(self.sizes[i] for i in order) if self.sizes else ()
+        samples = round(math.fsum(sizes)) if sizes else self.samples * len(order) // self.number
+        of = self.of
+        return replace(self, number=len(order), of=lambda at: of([order[i] for i in at]), sizes=sizes, samples=samples)
 
 
 @dataclass(frozen=True)
@@ -178,119 +174,3 @@ def student_quantile(share: float, degrees: int) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, share))
-
-
-class Recorder:
-    """Notes what each batch adds to what a validation loop logs, and to the metrics that a module holds.
-
-    Args:
-        lists: whether metrics count that keep lists of all that they saw, and take long to compute again and again.
-    """
-
-    def __init__(self, *, lists: bool = True) -> None:
-        self._lists = lists
-        self._means: dict[str, list[tuple[float, float]]] = {}
-        self._metrics: dict[str, _States] = {}
-        self._samples = 0
-
-    def note(self, logged: Mapping[str, Any], metrics: Mapping[str, Metric], batch: Any = None) -> None:
-        """Read the running sums after a batch.
-
-        Args:
-            logged: name to Lightning's own record of what was logged.
-            metrics: name to metric, of all that the module holds.
-            batch: whose samples are counted, along the first size of its first tensor.
-        """
-        tensors = (leaf for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim())
-        self._samples += next(map(len, tensors), 0)
-        for name, item in logged.items():
-            if item.is_tensor and item.meta.is_mean_reduction:
-                reached = (float(item.value), float(item.cumulated_batch_size))
-                self._means.setdefault(name, []).append(reached)
-        for name, metric in metrics.items():
-            if self._lists or not any(isinstance(default, list) for default in metric._defaults.values()):
-                self._metrics.setdefault(name, _States(metric)).note()
-
-    def contributions(self, name: str, value: float, metric: Metric | None = None) -> Contributions | None:
-        """Return the parts of a logged metric; None where they do not make up its value.
-
-        Args:
-            name: as it was logged.
-            value: its value.
-            metric: what was logged under that name, where it was a metric and no number.
-        """
-        if name in self._means:
-            return _checked(_of_running(self._means[name]), value)
-        states = [s for s in self._metrics.values() if s.metric is metric] if metric is not None else None
-        fitting = [parts for s in (states or self._metrics.values()) if (parts := _checked(s.contributions(), value))]
-        return dataclasses.replace(fitting[0], samples=self._samples) if fitting else None
-
-
-def _of_running(reached: list[tuple[float, float]]) -> Contributions:
-    """Return the contributions of batches from running sums and numbers of samples."""
-    values, weights, before = [], [], (0.0, 0.0)
-    for total, number in reached:
-        weight = number - before[1]
-        if weight > 0:
-            values.append((total - before[0]) / weight)
-            weights.append(weight)
-        before = (total, number)
-    return of_means(values, weights)
-
-
-def _checked(parts: Contributions | None, value: float) -> Contributions | None:
-    if parts is None or not parts.number:
-        return None
-    whole = parts.of(range(parts.number))
-    return parts if abs(whole - value) <= _TOLERANCE * max(abs(value), _TOLERANCE) else None
-
-
-class _States:
-    """What each batch added to the states of a metric, where these are sums or lists of what was seen."""
-
-    def __init__(self, metric: Metric) -> None:
-        self.metric = metric
-        self._steps: list[dict[str, Any]] = []
-        self._lists: dict[str, list[Tensor]] = {}
-        self._room = _MAX_BYTES
-
-    def note(self) -> None:
-        states = {name: getattr(self.metric, name) for name in self.metric._defaults}
-        # A matrix for each of many batches, as of a thousand classes, would not fit into memory.
-        self._room -= sum(v.nbytes for v in states.values() if isinstance(v, Tensor))
-        if self._room < 0:
-            self._steps = []
-            return
-        self._steps.append({n: len(v) if isinstance(v, list) else v.detach().cpu().clone() for n, v in states.items()})
-        # The lists themselves are emptied when validation ends.
-        self._lists = {n: list(v) for n, v in states.items() if isinstance(v, list)}
-
-    def contributions(self) -> Contributions | None:
-        reductions = {name: getattr(kind, "__name__", "") for name, kind in self.metric._reductions.items()}
-        starts = {n: d.detach().cpu() for n, d in self.metric._defaults.items() if isinstance(d, Tensor)}
-        if not self._steps or not reductions or any(reductions[name] != "dim_zero_sum" for name in starts):
-            return None
-        added: list[dict[str, Any]] = []
-        before: dict[str, Any] = {**dict.fromkeys(self._lists, 0), **starts}
-        for step in self._steps:
-            added.append(
-                {n: self._lists[n][before[n] : v] if n in self._lists else v - before[n] for n, v in step.items()}
-            )
-            before = step
-        twin = copy.deepcopy(self.metric).cpu()
-
-        def of(parts: Sequence[int]) -> float:
-            for name in self._lists:
-                setattr(twin, name, [tensor.cpu() for i in parts for tensor in added[i][name]])
-            for name, start in starts.items():
-                setattr(twin, name, start + sum((added[i][name] for i in parts), torch.zeros_like(start)))
-            twin._computed, twin._update_count = None, len(parts)
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")
-                    value = twin.compute()
-            except _UNDEFINED:
-                return math.nan
-            return float(value) if isinstance(value, Tensor) and value.numel() == 1 else math.nan
-
-        return Contributions(len(added), of)

@@ -15,9 +15,11 @@ from lightning_quant.calls.recorded_calls import recorded_calls
 from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.capture.namespaces import is_overridden
 from lightning_quant.errors import EvaluationError
-from lightning_quant.measure.contributions import Metrics, Recorder
+from lightning_quant.measure.contributions import Metrics
 from lightning_quant.measure.evaluate_shares import merged, without_repetitions
+from lightning_quant.measure.interim import Interim
 from lightning_quant.measure.logged_values import LoggedValues
+from lightning_quant.measure.recorder import Recorder
 from lightning_quant.measure.validation_trainer import quiet, validation_trainer
 from lightning_quant.surgery.host import HOST, copied_to
 from lightning_quant.surgery.routing import Route, clone, resolve, route, unroute
@@ -58,6 +60,7 @@ def evaluate(
     seed: int = 0,
     contributions: bool = False,
     watch: Watch = nullcontext,
+    interim: Interim | None = None,
 ) -> Metrics:
     """Run the validation loop of a LightningModule and return its metrics.
 
@@ -77,6 +80,8 @@ def evaluate(
         contributions: whether to note what each batch adds to metrics that keep all they saw, too; to the others it
             is noted in any case, in one process.
         watch: is entered with the module of the copy while validation runs.
+        interim: says in which order batches come, and ends validation where it decides, in one process; the metrics
+            are those of a part of the data then.
 
     Raises:
         EvaluationError: validation never called the target, or ran a quantized layer in float beside it.
@@ -88,24 +93,33 @@ def evaluate(
     duplicate = _copy_to_evaluate(trainer, pl_module, device)
     module = resolve(duplicate, path)
     counted = target if target is None or isinstance(target, CountedCalls) else CountedCalls(target)
-    beside: set[str] = set()
-    if counted is not None:
-        unroute(module)
-        route(module, counted)
-        for name in quantized_layers:
-            module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: beside.add(name))
+    beside = set[str]() if counted is None else _routed(module, counted, quantized_layers)
     group = group or Group()
-    shares = LoggedValues(Recorder(lists=contributions) if group.size == 1 else None)
+    shares = LoggedValues(Recorder(lists=contributions) if group.size == 1 else None, interim)
     loaders = without_repetitions(loaders, group)
+    loaders = loaders if interim is None else interim.loader(loaders)
+    results: Sequence[Mapping[str, float]] = []
     # The same random numbers for every candidate: what differs then is the candidate.
     recording: AbstractContextManager[list[Call]] = nullcontext([]) if recorded is None else recorded_calls(module, 1)
-    with quiet(), isolated_rng(seed), shown("Evaluating"), watch(module), recording as calls:
+    ending = nullcontext() if interim is None else interim.ending()
+    with quiet(), isolated_rng(seed), shown("Evaluating"), watch(module), recording as calls, ending:
         evaluator = validation_trainer(trainer, device, limit_batches, group, shares)
         results = evaluator.validate(duplicate, dataloaders=loaders, verbose=False)
     if recorded is not None:
         recorded += calls
     group.together(_check_calls, counted, beside, path)
-    return _metrics(results, shares, group)
+    metrics = _metrics(results, shares, group)
+    return metrics if interim is None else interim.outcome(metrics)
+
+
+def _routed(module: nn.Module, counted: CountedCalls, quantized_layers: tuple[str, ...]) -> set[str]:
+    """Let a module's calls be counted and passed on; return what gets the names of layers that run beside that."""
+    unroute(module)
+    route(module, counted)
+    beside: set[str] = set()
+    for name in quantized_layers:
+        module.get_submodule(name).register_forward_pre_hook(lambda *_, name=name: beside.add(name))
+    return beside
 
 
 def _metrics(results: Sequence[Mapping[str, float]], shares: LoggedValues, group: Group) -> Metrics:

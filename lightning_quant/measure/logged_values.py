@@ -12,19 +12,27 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_quant.measure.attempts import noting
-from lightning_quant.measure.contributions import Contributions, Recorder
+from lightning_quant.measure.contributions import Contributions
 from lightning_quant.measure.evaluate_shares import Share
+from lightning_quant.measure.interim import Interim
+from lightning_quant.measure.recorder import Recorder
 
 
 class LoggedValues(Callback):
-    """Keeps what the validation loop of one process logged, with the number of samples behind each mean."""
+    """Keeps what the validation loop of one process logged, with the number of samples behind each mean.
 
-    def __init__(self, recorder: Recorder | None = None) -> None:
+    Args:
+        recorder: notes what each batch adds.
+        interim: looks at that as it goes.
+    """
+
+    def __init__(self, recorder: Recorder | None = None, interim: Interim | None = None) -> None:
         self.values: dict[str, Share] = {}
         self.higher_is_better: dict[str, bool] = {}
         self.draws = False
         self._before: Any = None
         self._recorder, self._logged, self._unread = recorder, dict[str, Any](), list[str]()
+        self._interim, self._num_batches = interim, 0
 
     def on_validation_batch_start(self, *_: Any) -> None:
         """Called when a validation step begins: see where the random numbers are."""
@@ -39,7 +47,14 @@ class LoggedValues(Callback):
             modules = pl_module.named_modules()
             with noting(self._unread, "contributions of batches are"):
                 self._recorder.note(logged_in(trainer), {n: m for n, m in modules if isinstance(m, Metric)}, batch)
+                self._look(self._recorder)
             self._recorder = None if self._unread else self._recorder
+
+    def _look(self, recorder: Recorder) -> None:
+        self._num_batches += 1
+        if self._interim is not None:
+            known = self._interim.floating.contributions
+            self._interim.look(self._num_batches, lambda: recorder.so_far(known))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when validation ends: read the results before they are reset."""

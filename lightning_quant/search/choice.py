@@ -44,6 +44,7 @@ class Measured:
         latency_ms: by batch size; empty where nothing asked for it.
         speedup: against the faster float peer, by batch size.
         transitions: tensors that are quantized for integers, or dequantized for float.
+        share: of the validation data that metrics and differences are of.
     """
 
     metrics: dict[str, float]
@@ -53,6 +54,7 @@ class Measured:
     latency_ms: dict[str, float] = field(default_factory=dict)
     speedup: dict[str, float] = field(default_factory=dict)
     transitions: int = 0
+    share: float = 1.0
 
     @property
     def relative_time(self) -> float:
@@ -103,6 +105,8 @@ class Trial:
         verdicts: one for each limit.
         seconds: how long all of it took.
         error: why it could not be made.
+        validations: how often the validation data were read: less than once where a part decided, and a whole time on
+            top of that where it then was to be the artifact.
     """
 
     choice: Choice
@@ -110,6 +114,12 @@ class Trial:
     verdicts: tuple[Verdict, ...]
     seconds: float
     error: str = ""
+    validations: float = 1.0
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether it was validated on all data, or could not be made."""
+        return self.measured is None or self.measured.share == 1
 
     @property
     def keeps_all(self) -> bool:

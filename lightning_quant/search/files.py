@@ -11,7 +11,8 @@ from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
 from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.machine.latency import measure
-from lightning_quant.measure.contributions import Difference, Metrics, difference
+from lightning_quant.measure.contributions import Difference, Metrics, differences
+from lightning_quant.measure.interim import Decides, PartialMetrics
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import ChosenShapes
 from lightning_quant.report.make_report import measure_latency, tensor_bytes
@@ -24,7 +25,7 @@ from lightning_quant.surgery.process import torch_threads
 
 # Seconds that files are timed for in turn.
 _TIMING_S = 0.5
-Validate = Callable[[PlannedModel, Artifact], Metrics]
+Validate = Callable[[PlannedModel, Artifact, Decides | None], Metrics]
 
 
 @dataclass
@@ -33,7 +34,7 @@ class Files:
 
     Attributes:
         floating: metrics of the float model, with contributions.
-        validate: gives those of a file.
+        validate: gives those of a file, of a part of the data where that decides.
         on_host: gives a model over the module that is exported, on the CPU.
         whole: the whole recipe, ready to be exported.
         candidates: makes the others; None where the recipe has no graph.
@@ -69,27 +70,24 @@ class Files:
             self.models[choice] = self.whole if whole else self.on_host(self.candidates.make(choice))  # type: ignore[union-attr]
         return self.models[choice]
 
-    def measure(self, choice: Choice) -> Measured:
-        """Export a choice and validate the file."""
+    def measure(self, choice: Choice, decides: Decides | None = None) -> Measured:
+        """Export a choice and validate the file, on no more data than decide."""
         model = self.model(choice)
         model.observe_unreached()
         with scratch_folder() as folder:
             artifact = export(model, folder / "trial", dynamic_shapes=self.dynamic_shapes, engine=self.engine)
-            metrics = self.validate(model, artifact)
+            metrics = self.validate(model, artifact, decides)
             latency, speedup = self._latency(model, artifact) if self.timed else ({}, {})
             size = artifact.size_bytes
-        parts, known = metrics.contributions, self.floating.contributions
-        # What rounds nothing differs by nothing that more data could show.
-        is_float = self.candidates is not None and not model.plan.num_quantized
-        differences = {
-            name: Difference(value - self.floating[name], 0.0)
-            if is_float
-            else difference(value, self.floating[name], parts.get(name), known.get(name))
-            for name, value in metrics.items()
-            if name in self.floating
-        }
+        floating, share = self.floating, 1.0
+        if isinstance(metrics, PartialMetrics):
+            floating, share = metrics.floating, metrics.share
+        apart = differences(metrics, floating)
+        if self.candidates is not None and not model.plan.num_quantized:
+            # What rounds nothing differs by nothing that more data could show.
+            apart = {name: Difference(one.value, 0.0) for name, one in apart.items()}
         ratio = size / tensor_bytes(model.root)
-        return Measured(dict(metrics), differences, size, ratio, latency, speedup, transitions(model.plan))
+        return Measured(dict(metrics), apart, size, ratio, latency, speedup, transitions(model.plan), share)
 
     def accurate(self) -> Choice | None:
         """Return the whole recipe with more done for accuracy; None where there is no more."""

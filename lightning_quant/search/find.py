@@ -1,18 +1,23 @@
 """The search itself: from the whole recipe to as few operators in float as the limits ask for, by validations alone.
 
 The number of steps of a ranking is bisected on validations of exported files. A set that is cheaper by the model of the
-ranking is tried with what is left.
+ranking is tried with what is left. A validation ends early where an interval on a part of the data decides already;
+the file that is taken is validated whole.
 """
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 from lightning_quant.errors import QuantizationError
-from lightning_quant.search.choice import Choice, Measured, Trial, Verdict
+from lightning_quant.measure.contributions import Difference
+from lightning_quant.measure.interim import SHARES, Decides
+from lightning_quant.search.choice import Choice, Measured, Trial
+from lightning_quant.search.judge import Judge
 from lightning_quant.search.objective import COSTS, LATENCY, SIZE
+from lightning_quant.search.progress import Budget, SearchRecord, SpentError, cost_of
 
 # Time by float's above which integers do not pay.
 _WORTH = 1.0
@@ -25,8 +30,8 @@ _BESIDE = 3
 class Space(Protocol):
     """What can be tried."""
 
-    def measure(self, choice: Choice) -> Measured:
-        """Export a choice and validate the file."""
+    def measure(self, choice: Choice, decides: Decides | None = None) -> Measured:
+        """Export a choice and validate the file, on no more data than decide."""
 
     def accurate(self) -> Choice | None:
         """Return the whole recipe with more done for accuracy; None where there is no more."""
@@ -47,72 +52,9 @@ class Space(Protocol):
         """Return the time of each choice's file, all timed in turn."""
 
 
-class SpentError(Exception):
-    """Nothing more may be tried."""
-
-
-@dataclass
-class Budget:
-    """What a search may spend.
-
-    Attributes:
-        max_validations: of exported files; None for as many as the bisection of its steps takes.
-        deadline: `time.monotonic()` after which nothing more is tried.
-    """
-
-    max_validations: int | None = None
-    deadline: float = math.inf
-
-    @classmethod
-    def of(cls, max_validations: int | None, seconds: float | None) -> "Budget":
-        """Return what may be spent from now on; None is without end."""
-        return cls(max_validations, math.inf if seconds is None else time.monotonic() + seconds)
-
-    def check(self, number: int) -> None:
-        """Raise once nothing is left after a number of validations."""
-        if self.max_validations is not None and number >= self.max_validations:
-            raise SpentError(f"its budget of validations spent, {self.max_validations}")
-        if time.monotonic() >= self.deadline:
-            raise SpentError("its time budget spent")
-
-
-@dataclass
-class SearchRecord:
-    """What a search has found out by now.
-
-    Attributes:
-        trials: in the order in which they were tried.
-        num_steps: of the ranking; 0 while it was not needed.
-        ended: why it ended, in words.
-        failed: whether that was an error.
-        quicker: what was quicker than the best by latency when both were timed in turn, at the end.
-    """
-
-    trials: list[Trial] = field(default_factory=list)
-    num_steps: int = 0
-    ended: str = ""
-    failed: bool = False
-    quicker: Choice | None = None
-
-    @property
-    def nothing(self) -> str:
-        """Why there is no file to choose, in words."""
-        return f"the search tried no file: {self.trials[-1].error if self.trials else self.ended}"
-
-    def best(self, objective: str, better: Callable[[str], bool | None]) -> Trial | None:
-        """Return the best by the objective of all that keep the limits; else the one that misses least."""
-        made = [trial for trial in self.trials if trial.measured is not None]
-        keeping = [trial for trial in made if trial.keeps_all]
-        if objective == LATENCY and (quicker := [trial for trial in keeping if trial.choice == self.quicker]):
-            return quicker[0]
-        if keeping:
-            return min(keeping, key=lambda trial: _cost(trial, objective, better))
-        return min(made, key=lambda trial: (*trial.misses, _cost(trial, SIZE, better)), default=None)
-
-
 def find(
     space: Space,
-    judge: Callable[[Measured, int], tuple[Verdict, ...]],
+    judge: Judge,
     objective: str = SIZE,
     budget: Budget | None = None,
     *,
@@ -123,52 +65,70 @@ def find(
 
     Args:
         space: what can be tried.
-        judge: gives a verdict for each limit, of what was measured as the so manieth on the same data.
+        judge: gives a verdict for each limit.
         objective: "size", "latency", or a metric.
         budget: what may be spent; by default as many validations as a bisection takes.
         record: gets the trials; those in it are known and not run again.
         note: called after every trial.
     """
-    search = _Search(space, judge, budget or Budget(), record if record is not None else SearchRecord(), note)
-    try:
-        search.record.ended = search.cheapest() if objective in COSTS else search.dearest()
-        if objective == LATENCY:
-            search.record.ended += search.quickest()
-            search.record.ended += search.rechecked()
-    except SpentError as spent:
-        search.record.ended = str(spent)
-    except KeyboardInterrupt:
-        search.record.ended = "an interruption"
-    # Libraries and the user's own code run in every trial: what was found before must not be lost for one of them.
-    except Exception as error:
-        search.record.ended, search.record.failed = f"an error: {error!r}", True
-    return search.record
+    record = SearchRecord() if record is None else record
+    search = _Search(space, judge, objective, budget or Budget(), record, note)
+    for step in (search.run, search.confirm):
+        try:
+            record.ended = step() or record.ended
+        except SpentError as spent:
+            record.ended = str(spent)
+        except KeyboardInterrupt:
+            record.ended = "an interruption"
+        # Libraries and the user's own code run in every trial: what was found before must not be lost for one of them.
+        except Exception as error:
+            record.ended, record.failed = f"an error: {error!r}", True
+    return record
 
 
 class _Search:
     def __init__(
         self,
         space: Space,
-        judge: Callable[[Measured, int], tuple[Verdict, ...]],
+        judge: Judge,
+        objective: str,
         budget: Budget,
         record: SearchRecord,
         note: Callable[[SearchRecord], None] | None,
     ) -> None:
-        self.space, self.judge, self.budget, self.record, self.note = space, judge, budget, record, note
+        self.space, self.judge, self.objective, self.budget = space, judge, objective, budget
+        self.record, self.note = record, note
         # What an interrupted search has tried is not tried again, but counts.
         self._known = {trial.choice: trial for trial in record.trials}
         record.trials = []
 
+    def run(self) -> str:
+        """Search, and return in words what ended it."""
+        if self.objective not in COSTS:
+            return self.dearest()
+        ended = self.cheapest()
+        if self.objective == LATENCY:
+            self.confirm()
+            ended += self.quickest()
+            ended += self.rechecked()
+        return ended
+
+    def confirm(self) -> str:
+        """Validate on all data what would be taken, until that keeps there what it kept on a part of them."""
+        while (best := self._best()) is not None and not best.is_whole:
+            self._complete(self.record.trials.index(best))
+        return ""
+
     def cheapest(self) -> str:
         """Find the first step at which the metrics keep their limits."""
-        whole = self._try(Choice())
+        whole = self._try(Choice(), (False,))
         if whole.keeps(on_metrics=True):
             return "the whole recipe keeps the limits on metrics"
         accurate = self.space.accurate()
-        if accurate is not None and self._try(accurate).keeps(on_metrics=True):
+        if accurate is not None and self._try(accurate, (False,)).keeps(on_metrics=True):
             return "the whole recipe keeps the limits on metrics with more done for accuracy"
         steps = self._steps()
-        at = self._bisect(steps, lambda trial: trial.keeps(on_metrics=True))
+        at = self._bisect(steps, lambda trial: trial.keeps(on_metrics=True), early=True)
         if at == len(steps):
             everything = self.space.all_float()
             if everything is not None and self._has_left() and self._try(everything).keeps(on_metrics=True):
@@ -176,7 +136,7 @@ class _Search:
             return "no number of steps keeps the limits on metrics"
         fails, keeps = (steps[at - 1] if at else Choice()), steps[at]
         while self._has_left() and (other := self.space.cheaper(fails, keeps)) is not None:
-            if self._try(other).keeps(on_metrics=True):
+            if self._try(other, (False,)).keeps(on_metrics=True):
                 keeps = other
             else:
                 fails = other
@@ -208,7 +168,7 @@ class _Search:
 
         What was measured of trials was measured at other times, and of some operators alone.
         """
-        best = self.record.best(LATENCY, lambda _: None)
+        best = self._best()
         if best is None or not best.keeps_all:
             return ""
         whole = [trial.choice for trial in self.record.trials if trial.choice == Choice() and trial.keeps_all]
@@ -228,7 +188,7 @@ class _Search:
 
     def _quickest_kept(self) -> Trial | None:
         keeping = [trial for trial in self.record.trials if trial.keeps(on_metrics=True)]
-        return min(keeping, key=lambda trial: _cost(trial, LATENCY, lambda _: None), default=None)
+        return min(keeping, key=lambda trial: cost_of(trial, LATENCY, lambda _: None), default=None)
 
     def _steps(self) -> Sequence[Choice]:
         steps = self.space.steps()
@@ -238,46 +198,68 @@ class _Search:
             self.budget.max_validations = math.ceil(math.log2(len(steps) + 1)) + _BESIDE
         return steps
 
-    def _bisect(self, steps: Sequence[Choice], is_far_enough: Callable[[Trial], bool]) -> int:
+    def _bisect(self, steps: Sequence[Choice], is_far_enough: Callable[[Trial], bool], *, early: bool = False) -> int:
         """Return the first index that is far enough, if all behind it are; their number where none is."""
         low, high = -1, len(steps)
         while high - low > 1:
             middle = (low + high) // 2
-            if is_far_enough(self._try(steps[middle])):
+            # The last of those that keep the limits is likely to be the artifact, and is validated whole at once.
+            ends = ((False,) if middle - low == 1 else (False, True)) if early else ()
+            if is_far_enough(self._try(steps[middle], ends)):
                 high = middle
             else:
                 low = middle
         return high
 
-    def _has_left(self) -> bool:
-        return self.budget.max_validations is None or len(self.record.trials) < self.budget.max_validations
+    def _best(self) -> Trial | None:
+        return self.record.best(self.objective, lambda _: None)
 
-    def _try(self, choice: Choice) -> Trial:
-        self.budget.check(len(self.record.trials))
-        trial = self._known.get(choice) or self._measure(choice)
-        if all(trial.choice != other.choice for other in self.record.trials):
-            self.record.trials.append(trial)
+    @property
+    def _spent(self) -> float:
+        """How often the data were read, and will be for what would be taken now."""
+        best = self._best()
+        return self.record.validations + (best is not None and not best.is_whole)
+
+    def _has_left(self) -> bool:
+        return self.budget.has_left(self._spent)
+
+    def _try(self, choice: Choice, early: tuple[bool, ...] = ()) -> Trial:
+        """Return the trial of a choice, which is made once.
+
+        Args:
+            choice: what is tried.
+            early: whether limits on metrics are kept: what ends its validation where a part of the data says so.
+        """
+        trials = self.record.trials
+        at = next((place for place, trial in enumerate(trials) if trial.choice == choice), len(trials))
+        if at == len(trials):
+            self.budget.check(self._spent)
+            # A part pays where there is room for it, for another file, and for this one on all data in the end.
+            room = self.budget.has_left(self.record.validations, SHARES[-1] + 2)
+            trials.append(self._known.get(choice) or self._measure(choice, at + 1, early if room else ()))
+        if not early:
+            self._complete(at)
         if self.note is not None:
             self.note(self.record)
-        return trial
+        return trials[at]
 
-    def _measure(self, choice: Choice) -> Trial:
+    def _complete(self, at: int) -> None:
+        """Validate on all data what was validated on a part of them."""
+        part = self.record.trials[at]
+        if not part.is_whole:
+            trial = self._measure(part.choice, at + 1)
+            seconds, read = part.seconds + trial.seconds, part.validations + trial.validations
+            self.record.trials[at] = replace(trial, seconds=seconds, validations=read)
+
+    def _measure(self, choice: Choice, look: int, early: tuple[bool, ...] = ()) -> Trial:
         started = time.monotonic()
+
+        def decides(differences: Mapping[str, Difference]) -> bool:
+            return self.judge.decides(differences, look) in early
+
         try:
-            measured = self.space.measure(choice)
+            measured = self.space.measure(choice, decides if early else None)
         except QuantizationError as error:
             return Trial(choice, None, (), time.monotonic() - started, str(error))
-        return Trial(choice, measured, self.judge(measured, len(self.record.trials) + 1), time.monotonic() - started)
-
-
-def _cost(trial: Trial, objective: str, better: Callable[[str], bool | None]) -> float:
-    measured = trial.measured
-    if measured is None:
-        return math.inf
-    if objective == LATENCY:
-        # Timed at other times, trials are comparable by what float took meanwhile.
-        return measured.relative_time
-    if objective == SIZE:
-        return measured.size_bytes
-    value = measured.metrics.get(objective, math.nan)
-    return math.inf if math.isnan(value) else -value if better(objective) is not False else value
+        verdicts = self.judge(measured, look)
+        return Trial(choice, measured, verdicts, time.monotonic() - started, validations=measured.share)

@@ -1,10 +1,11 @@
 """Whether what was measured keeps the limits: with a one-sided interval where the metric has parts."""
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from lightning_quant.measure.contributions import CONFIDENCE, Difference
+from lightning_quant.measure.interim import SHARES
 from lightning_quant.report.limits import Limits
 from lightning_quant.search.choice import Measured, Verdict
 
@@ -28,7 +29,39 @@ class Judge:
             measured: of a file.
             look: number of the file among those of one search that are judged on the same data, from 1.
         """
-        return (*self._on_metrics(measured, confidence_of(look)), *self._on_costs(measured))
+        confidence = confidence_of(look) if measured.share == 1 else interim_confidence_of(look)
+        verdicts = self._on_metrics(measured.differences, confidence)
+        if measured.share < 1:
+            part = f"{100 * measured.share:.3g}% of the validation data that decided"
+            verdicts = (replace(verdict, basis=f"{verdict.basis}, on the {part}") for verdict in verdicts)
+        return (*verdicts, *self._on_costs(measured))
+
+    def decides(self, differences: Mapping[str, Difference], look: int) -> bool | None:
+        """Return whether limits on metrics are kept, where an interim look says so already; None where it does not.
+
+        Args:
+            differences: of a file from float, on what was seen by now.
+            look: number of the file.
+        """
+        verdicts = list(self._on_metrics(differences, interim_confidence_of(look)))
+        if not verdicts or any(v.reached is None or differences[v.limit].margin is None for v in verdicts):
+            return None
+        # As far as the worst is from the estimate, the best is on its other side.
+        if any(2 * v.estimate - v.reached > v.allowed for v in verdicts):  # type: ignore[operator]
+            return False
+        return True if all(verdict.kept for verdict in verdicts) else None
+
+    def drops(self, names: Iterable[str]) -> dict[str, float]:
+        """Return metric to by how much it may get worse.
+
+        Args:
+            names: of metrics that there are, of which those with "acc" in their name may have a limit together.
+        """
+        together = self.limits.max_accuracy_drop
+        drops = dict(self.limits.max_drop)
+        if together is not None:
+            drops |= {name: together for name in names if "acc" in name.lower() and name not in drops}
+        return drops
 
     def direction(self, name: str) -> bool | None:
         """Return whether a metric is better when it is higher; None where nobody says so."""
@@ -41,16 +74,13 @@ class Judge:
         """Whether a limit is on speed."""
         return self.limits.min_speedup is not None or self.limits.max_latency_ms is not None
 
-    def _on_metrics(self, measured: Measured, confidence: float) -> Iterator[Verdict]:
-        drops = dict(self.limits.max_drop)
-        if self.limits.max_accuracy_drop is not None:
-            accuracies = [name for name in measured.differences if "acc" in name.lower()]
-            drops |= {name: self.limits.max_accuracy_drop for name in accuracies if name not in drops}
-            if not accuracies:
-                yield _unknown("max_accuracy_drop", self.limits.max_accuracy_drop, "no metric has `acc` in its name")
-        for name, allowed in drops.items():
+    def _on_metrics(self, differences: Mapping[str, Difference], confidence: float) -> Iterator[Verdict]:
+        together = self.limits.max_accuracy_drop
+        if together is not None and not any("acc" in name.lower() for name in differences):
+            yield _unknown("max_accuracy_drop", together, "no metric has `acc` in its name")
+        for name, allowed in self.drops(differences).items():
             higher = True if name not in self.limits.max_drop else self.direction(name)
-            difference = measured.differences.get(name)
+            difference = differences.get(name)
             if difference is None:
                 yield _unknown(name, allowed, "it was not measured of float and file")
             elif higher is None:
@@ -81,6 +111,16 @@ def confidence_of(look: int) -> float:
     error is spent look by look; that the sum bounds the whole is Bonferroni's inequality.
     """
     return 1 - (1 - CONFIDENCE) / (look * (look + 1))
+
+
+def interim_confidence_of(look: int) -> float:
+    """Return the confidence of each interim look at a file, so that all of one search together are wrong in 5 %.
+
+    That is beside the 5 % of looks at all data, since no interim look accepts a file: it ends the validation of one
+    that misses the limits, or of one that keeps them where a cheaper one is to come. What becomes the artifact was
+    validated whole and kept the limits there, with the confidence of `confidence_of`.
+    """
+    return 1 - (1 - confidence_of(look)) / len(SHARES)
 
 
 def _of_metric(

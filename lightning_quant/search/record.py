@@ -18,7 +18,9 @@ from lightning_quant.artifact.folder import SEARCH
 from lightning_quant.errors import ArtifactError
 from lightning_quant.measure.contributions import Difference
 from lightning_quant.search.choice import Choice, Measured, Trial, Verdict
-from lightning_quant.search.find import Budget, SearchRecord, Space, find
+from lightning_quant.search.find import Space, find
+from lightning_quant.search.judge import Judge
+from lightning_quant.search.progress import Budget, SearchRecord
 
 SCHEMA_VERSION = 2
 _MAX_BYTES = 64 * 2**20
@@ -54,7 +56,7 @@ def save(folder: Path, record: SearchRecord, objective: str, mark: str) -> None:
 
 def find_on_record(
     space: Space,
-    judge: Callable[[Measured, int], tuple[Verdict, ...]],
+    judge: Judge,
     objective: str,
     budget: Budget,
     folder: Path,
@@ -90,6 +92,7 @@ def as_dict(trial: Trial) -> dict[str, Any]:
         "verdicts": [dataclasses.asdict(verdict) for verdict in trial.verdicts],
         "keeps_all": trial.keeps_all,
         "seconds": round(trial.seconds, 3),
+        "validations": trial.validations,
         **({"error": trial.error} if trial.error else {}),
     }
 
@@ -122,7 +125,8 @@ def _trial(values: dict[str, Any]) -> Trial:
         measured = Measured(**{**measured, "metrics": metrics, "differences": differences})
     verdicts = tuple(Verdict(**verdict) for verdict in values["verdicts"])
     choice = Choice(tuple(values["kept"].items()), values.get("accurate", False))
-    return Trial(choice, measured, verdicts, values["seconds"], values.get("error", ""))
+    seconds, read = values["seconds"], values.get("validations", 1.0)
+    return Trial(choice, measured, verdicts, seconds, values.get("error", ""), read)
 
 
 def _number(value: float | None) -> float:

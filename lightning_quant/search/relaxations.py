@@ -54,7 +54,7 @@ class Relaxations:
 
     def error(self, kept: Mapping[str, str]) -> float:
         """Return the noise that is left, as the sum of its parts."""
-        return sum(part.error for part in self.parts if not _is_spared(part, _in_float(kept)))
+        return sum(part.error for part in self.parts if not is_spared(part, _in_float(kept)))
 
     def price(self, kept: Mapping[str, str]) -> float:
         """Return what a choice costs."""
@@ -95,7 +95,7 @@ class Relaxations:
         )
 
     def _next(self, kept: dict[str, str], whole: float) -> dict[str, str] | None:
-        left = [part for part in self.parts if not _is_spared(part, kept)]
+        left = [part for part in self.parts if not is_spared(part, kept)]
         of_user: dict[str, list[Part]] = {}
         for part in left:
             for name in part.users:
@@ -106,7 +106,7 @@ class Relaxations:
         def worth(option: Iterable[tuple[str, str]]) -> float:
             chosen = kept | dict(option)
             near = {id(part): part for name, _ in option for part in of_user.get(name, ())}
-            gain = sum(part.error for part in near.values() if _is_spared(part, chosen))
+            gain = sum(part.error for part in near.values() if is_spared(part, chosen))
             more = sum(self.prices[n, s] - (self.prices[n, kept[n]] if n in kept else 0) for n, s in option)
             newly = sum(name not in kept for name, _ in option)
             return gain / (more / whole + newly / len(self.operators) + _LEAST_PRICE)
@@ -141,7 +141,8 @@ class Refined(Sequence[Choice]):
         return self._found[index]
 
 
-def _is_spared(part: Part, kept: Mapping[str, str]) -> bool:
+def is_spared(part: Part, kept: Mapping[str, str]) -> bool:
+    """Tell whether nothing needs a part rounded any more, with some operators kept by their schemes."""
     if part.is_weight:
         return all(kept.get(name) == FLOAT for name in part.users)
     return all(name in kept for name in part.users)
@@ -164,7 +165,7 @@ def relaxations(prepared: Prepared, calls: list[Call], *, by_time: bool = False)
             with prepared.simulation.quantizing_only(rounded), prepared.attached("frozen"):
                 return error_of(exact, [prepared.root(*args, **kwargs) for args, kwargs in calls])
 
-        rounded = _rounded(prepared)
+        rounded = rounded_in(prepared)
         parts = tuple(
             Part(users, is_weight, error(identities))
             for identities, users, is_weight in tracked(rounded, "Ranking", "part")
@@ -195,7 +196,7 @@ def names_in_integers(prepared: Prepared) -> tuple[str, ...]:
     return tuple(dict.fromkeys((*(o.name for o in prepared.operators.values()), *layers_beside(prepared))))
 
 
-def _rounded(prepared: Prepared) -> list[tuple[frozenset[str], frozenset[str], bool]]:
+def rounded_in(prepared: Prepared) -> list[tuple[frozenset[str], frozenset[str], bool]]:
     """Return for each part what of it is rounded, the names of its users, and whether it is a weight."""
     candidates = []
     users: dict[str, set[str]] = {}

@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning_quant.report.section import Section
 from lightning_quant.search.choice import Measured, Trial, Verdict
-from lightning_quant.search.find import SearchRecord
+from lightning_quant.search.progress import SearchRecord
 from lightning_quant.search.record import as_dict
 from lightning_quant.terminal.tables import text_table
 
@@ -28,9 +28,11 @@ class SearchSection(Section):
         """Return what ended the search, and tables of limits, of trials, and of what relaxations would buy."""
         steps = f", over a ranking of {self.record.num_steps} steps" if self.record.num_steps else ""
         number = len(self.record.trials)
+        cut = sum(not trial.is_whole or trial.validations != 1 for trial in self.record.trials)
+        part = f", {cut} of them cut short, in {self.record.validations:.3g} readings of the data" if cut else ""
         head = (
             f"Searched for the best {self.objective} that keeps the limits, in {number} "
-            f"validation{'s' * (number != 1)} of exported files{steps}. It ended with {self.record.ended}. "
+            f"validation{'s' * (number != 1)} of exported files{part}{steps}. It ended with {self.record.ended}. "
             f"The artifact is {self.chosen.choice}{self._transitions()}."
         )
         parts = [head]
@@ -61,9 +63,10 @@ class SearchSection(Section):
         return [f"the search ended before it was through, with {self.record.ended}"] if self.record.failed else []
 
     def scalars(self) -> dict[str, float | None]:
-        """Return how often a file was validated, and how many operators are kept out of the recipe."""
+        """Return how many files were validated, how often that read the data, and how many operators are kept out."""
         return {
             "search_validations": float(len(self.record.trials)),
+            "search_readings": self.record.validations,
             "search_kept": float(len(self.chosen.choice.kept)),
         }
 
@@ -96,9 +99,12 @@ class SearchSection(Section):
             size = "-" if trial.measured is None else f"{trial.measured.size_bytes:,}"
             kept = "yes" if trial.keeps_all else f"not made: {trial.error[:60]}" if trial.error else "no"
             rows.append(
-                (str(trial.choice), kept, *(_number(reached.get(n)) for n in limits), size, f"{trial.seconds:.0f}")
+                (
+                    *(str(trial.choice), kept, *(_number(reached.get(n)) for n in limits), size),
+                    *(f"{trial.validations:.3g}", f"{trial.seconds:.0f}"),
+                )
             )
-        return text_table(("tried", "keeps all", *limits, "bytes", "s"), rows)
+        return text_table(("tried", "keeps all", *limits, "bytes", "of the data", "s"), rows)
 
 
 def relaxed(record: SearchRecord, chosen: Trial) -> list[tuple[str, ...]]:
@@ -133,8 +139,11 @@ def _price(trial: Trial, missed: Verdict) -> float:
 
 def _paid(before: Measured, after: Measured) -> str:
     words = [f"{after.size_bytes - before.size_bytes:+,} bytes"]
+    # Each of the same data as float, which may be a part of all.
     words += [
-        f"{name} {after.metrics[name] - value:+.4g}" for name, value in before.metrics.items() if name in after.metrics
+        f"{name} {after.differences[name].value - one.value:+.4g}"
+        for name, one in before.differences.items()
+        if name in after.differences
     ]
     for batch, ms in before.latency_ms.items():
         if batch in after.latency_ms:

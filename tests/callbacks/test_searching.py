@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,12 +9,13 @@ import torch.nn.functional as F  # noqa: N812
 from features import feature
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_models import NUM_CLASSES, Classifier, ConvNet, images
+from lightning_models import NUM_CLASSES, Classifier, ConvNet, fit, images
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks import searching
+from lightning_quant.measure.evaluate import evaluate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),
@@ -47,7 +49,7 @@ class Spoiled(Classifier):
         return DataLoader(images(64, seed=1), 8)
 
     def val_dataloader(self) -> Any:
-        return DataLoader(images(64, seed=2), 8)
+        return DataLoader(images(64, seed=2), 2)
 
     def on_train_end(self) -> None:
         self.net.spoil()  # type: ignore[operator]
@@ -71,13 +73,18 @@ def ptq(folder: Path, **arguments: Any) -> PostTrainingQuantization:
     return PostTrainingQuantization(output_dir=folder, calibration={"num_batches": 4}, **arguments)
 
 
+@feature("Trainer", "limits that are searched: a validation ends where a part of its data decides", only="PTQ")
 @pytest.mark.usefixtures("quick")
 def test_the_layer_that_costs_accuracy_is_kept_float_and_proven_on_the_file(tmp_path: Path) -> None:
     callback = ptq(tmp_path, limits={"val_accuracy": -0.15})
     run(callback)
     report = callback.artifact.report  # type: ignore[union-attr]
     search = json.loads((tmp_path / "search.json").read_text())
-    assert [trial["keeps_all"] for trial in search["trials"]][:1] == [False]
+    first = search["trials"][0]
+    assert first["keeps_all"] is False
+    # A part of the data was enough to know that, and what is exported was validated on all.
+    assert first["validations"] == first["measured"]["share"] < 1
+    assert report["scalars"]["quant/search_readings"] < len(search["trials"])
     # By the ranking nothing comes before it; the file may keep more, where that is smaller.
     assert "mid" in report["search"]["chosen"]["kept"]
     assert {"head": "int8_weight_only", "mid": "int8_weight_only"} in [trial["kept"] for trial in search["trials"]]
@@ -125,6 +132,28 @@ def test_a_missed_limit_costs_nothing_but_a_warning_and_says_what_would_keep_it(
     report = callback.artifact.report  # type: ignore[union-attr]
     assert report["search"]["ended"] == "its budget of validations spent, 1"
     assert [row[0] for row in report["search"]["relaxations"]] == ["val_accuracy", "speedup"]
+
+
+@pytest.mark.parametrize("metric", ["val_accuracy", "jump"])
+def test_a_validation_that_depends_on_its_order_is_not_cut_short(metric: str) -> None:
+    class Remembering(Spoiled):
+        """Logs what depends on the batch before."""
+
+        before = 0.0
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            now = float(batch[0].mean())
+            self.log("jump", now - self.before, batch_size=len(batch[0]))
+            self.before = now
+
+    model = Remembering()
+    trainer = fit(model, max_epochs=1)
+    floating = evaluate(trainer, model, "net", contributions=True)
+    settings = SimpleNamespace(limit_eval_batches=None)
+    callback: Any = SimpleNamespace(group=SimpleNamespace(size=1), settings=settings, path="net")
+    order = searching._order(callback, trainer, SimpleNamespace(pl_module=model), floating, [metric])  # type: ignore[arg-type]
+    assert bool(order) == (metric == "val_accuracy")
 
 
 def test_training_through_rounding_is_searched_with_its_own_ranges(tmp_path: Path) -> None:

@@ -38,6 +38,16 @@ def correct(model: nn.Module) -> Any:
     return {"equal": (model(inputs).argmax(1) == WithBadLayer()(inputs).argmax(1)).float()}
 
 
+read: list[int] = []
+
+
+def part_by_part(model: nn.Module) -> Any:
+    """Yield the same batch by batch."""
+    for values in correct(model)["equal"].split(32):
+        read.append(len(values))
+        yield {"equal": values}
+
+
 def searched(folder: Path, evaluate: Any = correct, **arguments: Any) -> Any:
     torch.manual_seed(0)
     model = WithBadLayer()
@@ -47,7 +57,8 @@ def searched(folder: Path, evaluate: Any = correct, **arguments: Any) -> Any:
 
 def test_what_keeps_the_limit_on_the_users_own_metric_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_quant.search.candidates.Candidates.accurate", lambda _: None)
-    artifact = searched(tmp_path, limits={"equal": -0.05})
+    read.clear()
+    artifact = searched(tmp_path, part_by_part, limits={"equal": -0.05})
     trials = json.loads((tmp_path / "search.json").read_text())["trials"]
     assert [trials[0]["keeps_all"], trials[0]["kept"]] == [False, {}]
     search = artifact.report["search"]
@@ -57,6 +68,12 @@ def test_what_keeps_the_limit_on_the_users_own_metric_is_found(tmp_path: Path, m
     assert row["float_value"] == 1.0
     assert 1.0 - row["artifact"] <= search["verdicts"][0]["reached"] <= 0.05
     assert artifact.report["failures"] == []
+    # A part was enough to see that the whole recipe misses the limit; what is exported was validated on all.
+    assert trials[0]["validations"] == trials[0]["measured"]["share"] == 0.125
+    assert "validation data" in trials[0]["verdicts"][0]["basis"]
+    assert "validation data" not in search["verdicts"][0]["basis"]
+    # Float and the report's own come on top.
+    assert sum(read) == 256 * (sum(trial["validations"] for trial in trials) + 2)
 
 
 def test_metrics_of_a_function_are_held_against_plain_limits(tmp_path: Path) -> None:
@@ -91,6 +108,13 @@ def test_a_recipe_of_layers_is_tried_as_a_whole(tmp_path: Path) -> None:
     artifact = searched(tmp_path, limits={"equal": -0.05}, recipe="int8_weight_only")
     assert len(artifact.report["search"]["trials"]) == 1
     assert artifact.report["search"]["verdicts"][0]["kept"]
+
+
+def test_parts_that_are_yielded_make_up_the_whole() -> None:
+    torch.manual_seed(0)
+    model = WithBadLayer()
+    assert metrics_of(part_by_part, model) == metrics_of(correct, model) == {"equal": 1.0}
+    assert metrics_of(lambda _: iter(()), model) == {}
 
 
 @pytest.mark.parametrize("given", [3, torch.tensor(3.0), [2.0, 4.0], torch.tensor([[2.0], [4.0]]), {"metric": 3.0}])

@@ -4,9 +4,9 @@ import pytest
 import torch
 from lightning_models import Classifier, fit
 
-from lightning_quant.measure.contributions import Recorder
 from lightning_quant.measure.evaluate import evaluate
 from lightning_quant.measure.logged_values import LoggedValues
+from lightning_quant.measure.recorder import Recorder
 
 
 class Drawing(Classifier):

@@ -24,7 +24,7 @@ def test_a_choice_is_measured_on_its_own_file(unmeasured: Any) -> None:
     calibrate(whole, steps_of(whole, calls))
     seen: list[int] = []
 
-    def validate(model: PlannedModel, artifact: Artifact) -> Metrics:
+    def validate(model: PlannedModel, artifact: Artifact, _: Any) -> Metrics:
         seen.append(artifact.size_bytes)
         return Metrics({"m": 0.5, "other": 1.0})
 
@@ -61,7 +61,7 @@ def test_everything_in_float_is_a_file_that_computes_what_the_module_does(unmeas
     calibrate(whole, steps_of(whole, calls))
     candidates, made = Candidates(whole, calls, Selection()), []
 
-    def validate(model: PlannedModel, artifact: Artifact) -> Metrics:
+    def validate(model: PlannedModel, artifact: Artifact, _: Any) -> Metrics:
         report = make_report(model, artifact)
         made.append(report.failures)
         return Metrics()

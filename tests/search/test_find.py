@@ -2,16 +2,19 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 
 from lightning_quant.errors import ExportError
-from lightning_quant.measure.contributions import Difference
+from lightning_quant.measure.contributions import Difference, Metrics, differences, of_samples
+from lightning_quant.measure.interim import Interim
 from lightning_quant.report.limits import Limits
 from lightning_quant.search.cheapest import Part
 from lightning_quant.search.choice import FLOAT, Choice, Measured
-from lightning_quant.search.find import Budget, SearchRecord, Space, find
+from lightning_quant.search.find import Space, find
 from lightning_quant.search.judge import Judge
+from lightning_quant.search.progress import Budget, SearchRecord
 from lightning_quant.search.relaxations import Refined, Relaxations
 from lightning_quant.search.section import SearchSection
 
@@ -34,7 +37,7 @@ class Simulated:
         prices = {(name, FLOAT): size for name, size in self.sizes.items()}
         self.ranked = Relaxations(parts, tuple(self.errors), frozenset(), prices)
 
-    def measure(self, choice: Choice) -> Measured:
+    def measure(self, choice: Choice, decides: Any = None) -> Measured:
         if len(self.tried) == self.stops_after:
             raise KeyboardInterrupt
         if len(self.tried) == self.breaks_after:
@@ -185,3 +188,91 @@ def test_everything_in_float_is_what_keeps_a_limit_that_nothing_else_does(number
     assert best is not None
     assert best.keeps_all
     assert len(best.choice.kept) == number
+
+
+@dataclass
+class Sampled(Simulated):
+    """Accuracy is that of samples, of which each operator in integers spoils its own share."""
+
+    number: int = 400
+    draw: int = 0
+    misleading: bool = False
+
+    def spoiled(self, choice: Choice) -> list[bool]:
+        generator = random.Random(self.draw)
+        drop = sum(error for name, error in self.errors.items() if name not in dict(choice.kept))
+        spoiled = [generator.random() < drop for _ in range(self.number)]
+        # All that is bad comes last, as in data that are sorted.
+        return sorted(spoiled) if self.misleading else spoiled
+
+    def measure(self, choice: Choice, decides: Any = None) -> Measured:
+        right = [1.0 - spoiled for spoiled in self.spoiled(choice)]
+        floating = Metrics({"acc": 1.0}, contributions={"acc": of_samples([1.0] * self.number)})
+        metrics, share = Metrics({"acc": sum(right) / self.number}, contributions={"acc": of_samples(right)}), 1.0
+        if decides is not None:
+            interim = Interim(floating, decides, range(self.number))
+            for seen in range(1, self.number + 1):
+                if interim.look(seen, lambda seen=seen: {"acc": of_samples(right[:seen])}):
+                    assert interim.metrics is not None
+                    metrics, floating, share = interim.metrics, interim.metrics.floating, interim.metrics.share
+                    break
+        size = round(100 + sum(self.sizes[name] for name, _ in choice.kept))
+        return Measured(dict(metrics), differences(metrics, floating), size, size / 1000, share=share)
+
+
+def sampled(draw: int, **options: Any) -> Sampled:
+    generator = random.Random(1000 + draw)
+    errors = {f"layer{i}": generator.choice([0.001, 0.01, 0.03, 0.2]) for i in range(12)}
+    return Sampled(errors, dict.fromkeys(errors, 10.0), draw=draw, **options)
+
+
+def test_validations_end_early_where_a_part_decides_and_what_is_taken_is_validated_whole() -> None:
+    space = sampled(0)
+    search = find(space, judge(acc=0.05))
+    assert search.trials[0].measured is not None
+    assert (search.trials[0].measured.share, search.trials[0].validations) == (0.125, 0.125)
+    assert "12.5% of the validation data" in search.trials[0].verdicts[0].basis
+    assert search.validations < len(search.trials)
+    best = search.best("size", {"acc": True}.get)
+    assert best is not None
+    assert best.is_whole
+    assert best.keeps_all
+    # No metric objective compares what was seen of different parts.
+    assert all(trial.is_whole for trial in find(space, judge(acc=0.05, max_size_ratio=0.15), "acc").trials)
+
+
+def test_what_a_part_promised_and_all_data_do_not_keep_is_not_taken() -> None:
+    space = sampled(1, misleading=True)
+    search = find(space, judge(acc=0.05))
+    best = search.best("size", {"acc": True}.get)
+    assert best is not None
+    assert best.is_whole
+    assert sum(space.spoiled(best.choice)) / space.number <= 0.05
+    # It was looked at again, on all data.
+    assert any(trial.validations > 1 and not trial.keeps_all for trial in search.trials)
+
+
+@pytest.mark.parametrize("number", [1, 2, 3, 5, 8])
+def test_a_budget_of_validations_is_one_of_readings_of_the_data(number: int) -> None:
+    for draw in range(3):
+        search = find(sampled(draw), judge(acc=0.05), budget=Budget(number))
+        assert search.validations <= number
+        best = search.best("size", {"acc": True}.get)
+        assert best is not None
+        assert best.is_whole
+
+
+@pytest.mark.slow
+def test_the_promise_of_intervals_holds_where_validations_end_early() -> None:
+    wrong, spent, whole, seen = 0, 0.0, 0, 300
+    for draw in range(seen):
+        space = sampled(draw)
+        search = find(space, judge(acc=0.05))
+        spent, whole = spent + search.validations, whole + len(search.trials)
+        best = search.best("size", {"acc": True}.get)
+        assert best is not None
+        drop = sum(error for name, error in space.errors.items() if name not in dict(best.choice.kept))
+        wrong += best.keeps_all and drop > 0.05
+        assert not best.keeps_all or sum(space.spoiled(best.choice)) / space.number <= 0.05
+    assert wrong / seen <= 0.05
+    assert spent < 0.8 * whole

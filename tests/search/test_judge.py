@@ -1,9 +1,10 @@
 import pytest
 
 from lightning_quant.measure.contributions import Difference
+from lightning_quant.measure.interim import SHARES
 from lightning_quant.report.limits import Limits, limits_from
 from lightning_quant.search.choice import Measured
-from lightning_quant.search.judge import Judge, confidence_of
+from lightning_quant.search.judge import Judge, confidence_of, interim_confidence_of
 
 
 def verdict(limits: Limits, difference: Difference, **known: bool | None) -> tuple[bool, float | None, str]:
@@ -52,3 +53,29 @@ def test_several_looks_at_the_same_data_are_wrong_no_more_often_than_one() -> No
     measured = Measured({"m": 0.0}, {"m": Difference(-0.008, 0.0015, degrees=63)}, 300, 0.3)
     judge = Judge(limits_from({"m": -0.01}), {})
     assert [judge(measured, look)[0].kept for look in (1, 2, 10)] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("value", "margin", "decided"),
+    [(-0.002, 0.001, True), (-0.03, 0.001, False), (-0.009, 0.001, None), (-0.011, 0.001, None), (-0.5, None, None)],
+)
+def test_an_interim_look_decides_where_its_interval_is_on_one_side_of_the_limit(
+    value: float, margin: float | None, decided: bool | None
+) -> None:
+    judge, apart = Judge(limits_from({"m": -0.01}), {}), {"m": Difference(value, margin, degrees=63)}
+    assert judge.decides(apart, 1) is decided
+    # All looks together, at any number of files, are wrong no more often than one.
+    looks = [1 - interim_confidence_of(look) for look in range(1, 10_000) for _ in SHARES]
+    assert sum(looks) == pytest.approx(0.05, abs=1e-5)
+
+
+def test_limits_on_several_metrics_are_kept_together_and_missed_alone() -> None:
+    judge = Judge(limits_from({"m": -0.01, "n": 0.01}), {})
+    good, bad, open_ = Difference(0.0, 0.001), Difference(0.5, 0.001), Difference(0.0105, 0.001)
+    assert judge.decides({"m": good, "n": good}, 1) is True
+    assert judge.decides({"m": good, "n": bad}, 1) is False
+    assert judge.decides({"m": good, "n": open_}, 1) is None
+    assert judge.decides({"m": good}, 1) is None
+    accuracies = Judge(Limits(max_accuracy_drop=0.01), {})
+    assert accuracies.drops(["val_acc", "loss"]) == {"val_acc": 0.01}
+    assert accuracies.decides({"loss": good}, 1) is None

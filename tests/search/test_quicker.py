@@ -82,10 +82,14 @@ def space(times: Times, keeps: Callable[[Choice], bool] = lambda _: True) -> Any
     """Return what a search of the least latency can try."""
     float_ms = times.of(floating(Choice(), times.names))
 
-    def measure(choice: Choice) -> Any:
+    def measure(choice: Choice, _: Any = None) -> Any:
         kept = keeps(choice)
         return SimpleNamespace(
-            latency_ms={"1": times.of(choice)}, relative_time=times.of(choice) / float_ms, kept=kept, metrics={}
+            latency_ms={"1": times.of(choice)},
+            relative_time=times.of(choice) / float_ms,
+            kept=kept,
+            share=1.0,
+            size_bytes=1,
         )
 
     return SimpleNamespace(

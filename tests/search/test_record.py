@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 from torch import nn
@@ -7,7 +8,7 @@ from torch import nn
 from lightning_quant.artifact.folder import SEARCH, check_folder
 from lightning_quant.measure.contributions import Difference
 from lightning_quant.search.choice import FLOAT, Choice, Measured, Trial, Verdict
-from lightning_quant.search.find import SearchRecord
+from lightning_quant.search.progress import SearchRecord
 from lightning_quant.search.record import fingerprint, load, save
 
 
@@ -19,7 +20,7 @@ def found() -> SearchRecord:
     trials = [
         Trial(Choice(), measured, (verdict,), 1.5),
         Trial(Choice((("b", FLOAT), ("a", FLOAT))), None, (), 0.5, "no file"),
-        Trial(Choice(accurate=True), measured, (verdict,), 2.0),
+        Trial(Choice(accurate=True), replace(measured, share=0.5), (verdict,), 2.0, validations=0.5),
     ]
     return SearchRecord(trials, 7, "an interruption")
 
@@ -33,6 +34,8 @@ def test_trials_are_read_back_as_they_were(tmp_path: Path) -> None:
     assert read.trials[0].measured.metrics["acc"] == 0.9
     assert math.isnan(read.trials[0].measured.metrics["odd"])
     assert read.trials[1].error == "no file"
+    assert (read.trials[0].validations, read.trials[2].validations) == (1.0, 0.5)
+    assert [one.is_whole for one in read.trials] == [True, True, False]
     # A search that was cut short leaves a folder that its next run may write to.
     assert check_folder(tmp_path / "new") == (tmp_path / "new").resolve()
 

@@ -1,8 +1,8 @@
 from lightning_quant.measure.contributions import Difference
 from lightning_quant.report.limits import limits_from
 from lightning_quant.search.choice import FLOAT, Choice, Measured, Trial
-from lightning_quant.search.find import SearchRecord
 from lightning_quant.search.judge import Judge
+from lightning_quant.search.progress import SearchRecord
 from lightning_quant.search.section import SearchSection, relaxed
 
 JUDGE = Judge(limits_from({"acc": -0.01, "size_ratio": 0.3}), {})
