@@ -7,9 +7,11 @@ dimension is channels, are all there; and a module may take one sample only.
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from lightning_quant.numerics.noise import signal_to_noise
 
@@ -48,6 +50,29 @@ class Batch:
             else t
             for name, t in zip(names, tensors, strict=True)
         ]
+
+
+def checked_states(root: nn.Module) -> nn.Module:
+    """Let the LSTMs of a module refuse states that do not fit a packed sequence, and return the module.
+
+    PyTorch does not check those, reads memory that is not theirs, and the process ends.
+    """
+
+    def check(layer: nn.LSTM, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = dict(zip(("input", "hx"), args, strict=False)) | kwargs
+        packed, states = given["input"], given.get("hx")
+        if isinstance(packed, PackedSequence) and states is not None:
+            wanted = [
+                size(packed.data, packed.batch_sizes)
+                for size in (layer.get_expected_hidden_size, layer.get_expected_cell_size)
+            ]
+            if [tuple(state.shape) for state in states] != wanted:
+                raise ValueError(f"Expected states of shapes {wanted}, but got {[tuple(s.shape) for s in states]}.")
+
+    for layer in root.modules():
+        if isinstance(layer, nn.LSTM):
+            layer.register_forward_pre_hook(check, with_kwargs=True)
+    return root
 
 
 def find_batch(run: Run, names: tuple[str, ...], tensors: list[Tensor]) -> Batch | None:

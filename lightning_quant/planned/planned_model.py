@@ -20,7 +20,7 @@ from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.errors import ExportError
 from lightning_quant.graph.plan import Plan
 from lightning_quant.numerics.adjustments import AccuracyStep
-from lightning_quant.planned.batch import Batch, find_batch
+from lightning_quant.planned.batch import Batch, checked_states, find_batch
 from lightning_quant.recipe.recipe import AnyRecipe
 from lightning_quant.runtimes import Runtime
 from lightning_quant.surgery.host import HOST, copied_to
@@ -111,7 +111,7 @@ class PlannedModel:
     def batch(self) -> Batch | None:
         """Where the samples of the captured call lie; None where the module takes the captured sizes alone."""
         if isinstance(self._batch, EllipsisType):
-            root = self._copy_of_root()
+            root = checked_states(self._copy_of_root())
 
             def run(tensors: list[Tensor]) -> list[Tensor]:
                 args, kwargs = self.call(tensors)

@@ -136,32 +136,65 @@ def _recurrent(
     op = _opset()
     directions = 2 if bidirectional else 1
     each = len(weights) // (num_layers * directions)
-    if each == 3 and state:
-        raise NotImplementedError("ONNX has no form of a projected state that is passed in")
     hidden = int(weights[0].shape[0]) // len(_GATES[mode])
     order = op.Constant(value_ints=[gate * hidden + row for gate in _GATES[mode] for row in range(hidden)])
     sequence = op.Transpose(x, perm=[1, 0, 2]) if batch_first else x
-    initial = [op.Split(tensor, axis=0, num_outputs=num_layers) for tensor in state]
+    initial = [[tensor] if num_layers == 1 else op.Split(tensor, axis=0, num_outputs=num_layers) for tensor in state]
     after: list[list[Any]] = [[] for _ in range(2 if mode == "LSTM" else 1)]
     ends = None if lengths is None else op.Cast(lengths, to=_INT32)
-    for layer in range(num_layers):
+    for layer, begin in enumerate(zip(*initial, strict=True) if state else [()] * num_layers):
         places = range(layer * directions, (layer + 1) * directions)
         own = [weights[place * each : (place + 1) * each] for place in places]
         # The state before its projection is what the gates see of it: both products by constants are one.
-        seen = [w[1] if each == 2 else op.MatMul(w[1], w[2]) for w in own]
-        stacked = [_stack(op, [op.Gather(w, order, axis=0) for w in side]) for side in ([w[0] for w in own], seen)]
+        sides = [[w[0] for w in own], [w[1] if each == 2 else op.MatMul(w[1], w[2]) for w in own]]
         bias = [_both_biases(op, biases[2 * place : 2 * place + 2], order) for place in places] if biases else []
-        begin = [tensor if num_layers == 1 else parts[layer] for tensor, parts in zip(state, initial, strict=True)]
+        if each == 3 and begin:
+            (sequence, sides[0]), begin = _with_state(op, sequence, begin[0], own, ends), (None, begin[1])
+        stacked = [_stack(op, [op.Gather(w, order, axis=0) for w in side]) for side in sides]
         inputs = (sequence, *stacked, _stack(op, bias) if bias else None, ends, *begin)
         output, *end = _node(op, mode, inputs, hidden, directions)
         if each == 3:
-            projection = _stack(op, [op.Transpose(w[2], perm=[1, 0]) for w in own])
-            output, end[0] = op.MatMul(output, projection), op.MatMul(end[0], projection)
+            output, end[0] = _projected(op, own, output, end[0])
         sequence = op.Reshape(op.Transpose(output, perm=[0, 2, 1, 3]), op.Constant(value_ints=[0, 0, -1]))
         for kept, tensor in zip(after, end, strict=True):
             kept.append(tensor)
     result = op.Transpose(sequence, perm=[1, 0, 2]) if batch_first else sequence
     return [result, *(op.Concat(*kept, axis=0) if num_layers > 1 else kept[0] for kept in after)]
+
+
+def _projected(op: Any, weights: list[Any], *states: Any) -> list[Any]:
+    projection = _stack(op, [op.Transpose(own[2], perm=[1, 0]) for own in weights])
+    return [op.MatMul(state, projection) for state in states]
+
+
+def _with_state(op: Any, x: Any, state: Any, weights: list[Any], ends: Any) -> tuple[Any, list[Any]]:
+    """Hand a projected state over as further features of the step at which a direction begins, zero at all others.
+
+    ONNX's state is the one before the projection, of which there may be many. The gates see the same of features that
+    are multiplied by the weights of the state.
+
+    Args:
+        op: the opset.
+        x: `(time, batch, features)`.
+        state: `(directions, batch, projected)`.
+        weights: of each direction: of the input, of the state, and of the projection.
+        ends: `(batch,)`, the lengths; None where all sequences are whole.
+
+    Returns:
+        the sequence, and for each direction the weights of its features.
+    """
+    zero, one = op.Constant(value_int=0), op.Constant(value_int=1)
+    length = op.Squeeze(op.Shape(x, start=0, end=1))
+    step = op.Unsqueeze(op.Range(zero, length, one), op.Constant(value_ints=[1, 2]))
+    last = op.Sub(length if ends is None else op.Cast(ends, to=_INT64), one)
+    first = op.Unsqueeze(last, op.Constant(value_ints=[0, 1] if ends is None else [1]))
+    parts, sides = [x], []
+    for place, own in enumerate(weights):
+        begins = op.Equal(step, zero if place == 0 else first)
+        parts.append(op.Where(begins, op.Gather(state, op.Constant(value_ints=[place]), axis=0), 0.0))
+        others = [own[1] if other == place else op.Mul(own[1], 0.0) for other in range(len(weights))]
+        sides.append(op.Concat(own[0], *others, axis=1))
+    return op.Concat(*parts, axis=2), sides
 
 
 def _both_biases(op: Any, biases: Sequence[Any], order: Any) -> Any:

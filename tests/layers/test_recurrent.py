@@ -81,6 +81,34 @@ def test_projected_state() -> None:
     check(nn.LSTM(16, 8, 2, proj_size=4, bidirectional=True), torch.randn(4, 3, 16), scheme=WEIGHT_ONLY)
 
 
+class Streaming(nn.Module):
+    """A projected LSTM both ways over packed sequences that goes on from a state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reads = nn.LSTM(16, 32, 2, proj_size=8, bidirectional=True, batch_first=True)
+
+    def forward(self, x: Tensor, hidden: Tensor, cell: Tensor, lengths: Tensor) -> list[Tensor]:
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        packed, state = self.reads(packed, (hidden, cell))
+        return [nn.utils.rnn.pad_packed_sequence(packed, batch_first=True, total_length=x.shape[1])[0], *state]
+
+
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.slow
+def test_a_projected_state_that_is_passed_in_is_exported(tmp_path: Path) -> None:
+    """As many layers and directions as samples: states that do not fit are tried on the way, and end no process."""
+    model = Streaming().eval()
+    call = torch.randn(4, 7, 16), torch.randn(4, 4, 8), torch.randn(4, 4, 32), torch.tensor([7, 5, 6, 2])
+    artifact = lq.quantize(model, "int8_weight_only", calibration_data=[call], output_dir=tmp_path)
+    loaded = lq.load(artifact, threads=1)
+    fewer = call[0][:2], call[1][:, :2], call[2][:, :2], call[3][:2]
+    with torch.no_grad():
+        assert all(decibels(a, b) > 35 for c in (call, fewer) for a, b in zip(model(*c), loaded(*c), strict=True))
+
+
 class Loop(nn.Module):
     def __init__(self, cell: nn.Module) -> None:
         super().__init__()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.capture.capture import isolated_rng
-from lightning_quant.planned.batch import Batch, find_batch
+from lightning_quant.planned.batch import Batch, checked_states, find_batch
 
 
 class Recurrent(nn.Module):
@@ -123,3 +123,13 @@ def test_the_module_is_run_on_few_samples() -> None:
 
     found(module, x=torch.randn(500, 3))
     assert max(sizes) <= 4
+
+
+def test_states_that_do_not_fit_a_packed_sequence_are_refused() -> None:
+    """PyTorch reads beyond them, which ends the process."""
+    layer = checked_states(nn.LSTM(4, 8, 2))
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 4), torch.randn(2, 4)])
+    state = torch.randn(2, 2, 8)
+    layer(packed, (state, state))
+    with pytest.raises(ValueError, match="Expected states of shapes"):
+        layer(packed, hx=(state, state[:1]))
