@@ -56,6 +56,7 @@ class Deployment:
         held: a call that took no part in the choice of ranges, where there is one.
         known: what was measured by now.
         search: how the model was found, where it was.
+        scored: these and other weights of the training, where their files were compared.
     """
 
     pl_module: LightningModule
@@ -66,6 +67,7 @@ class Deployment:
     held: HeldOut | None = None
     known: Known | None = None
     search: Section | None = None
+    scored: Section | None = None
 
 
 def choose_weights(

@@ -140,7 +140,8 @@ def _report(
         peers=callback.shared.peers,
     )
     looks = next((c.monitored for c in trainer.callbacks if isinstance(c, QuantizationMonitor)), None)  # type: ignore[attr-defined]
-    report = with_section(with_section(report, looks), deployment.search)
+    for section in (looks, deployment.scored, deployment.search):
+        report = with_section(report, section)
     artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
     # Known before it is told, since a warning may be an error to the user.
     callback.artifact = artifact

@@ -27,9 +27,11 @@ from lightning_quant.measure.contributions import Metrics, differences
 from lightning_quant.measure.evaluate import evaluate
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.report.limits import Limits
+from lightning_quant.report.scored_weights import ScoredWeights, WeightsSection
 from lightning_quant.search.checks import check_metrics
 from lightning_quant.search.choice import Measured, Verdict
 from lightning_quant.search.judge import Judge
+from lightning_quant.search.record import save_beside
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.host import moved
 from lightning_quant.surgery.routing import clone, resolve
@@ -49,11 +51,15 @@ class Tried:
         deployment: the weights and the model over them.
         verdicts: one for each limit.
         floating: metrics of the weights in float.
+        file: those of the file.
+        size_bytes: of the model files.
     """
 
     deployment: Deployment
     verdicts: tuple[Verdict, ...]
     floating: Metrics
+    file: Metrics
+    size_bytes: int
 
     @property
     def keeps(self) -> bool:
@@ -65,6 +71,11 @@ class Tried:
         """How much of the limits is missed, and used up where they are kept: less is better."""
         used = [math.inf if v.reached is None else v.reached / max(abs(v.allowed), 1e-9) for v in self.verdicts]
         return sum(verdict.miss for verdict in self.verdicts), max(used, default=0.0)
+
+    def row(self, *, is_artifact: bool) -> ScoredWeights:
+        """Return what a report says of these weights."""
+        words = " and ".join(self.deployment.notes) or "weights are the last ones"
+        return ScoredWeights(words, is_artifact, dict(self.file), str(self), self.keeps, self.size_bytes)
 
     def __str__(self) -> str:
         return ", ".join(
@@ -229,13 +240,13 @@ def better_weights(
     if any(note.startswith("weights are the best ones") for note in best.notes):
         tried.append(_measure(callback, trainer, best, need))
     kept = min(tried, key=lambda one: one.missed)
-    names = [" and ".join(one.deployment.notes) or "weights are the last ones" for one in tried]
-    rows = "; ".join(f"{name}: {one}" for name, one in zip(names, tried, strict=True))
     if kept is tried[0]:
         prepared.load_state_dict(state)
-    return dataclasses.replace(
-        kept.deployment, notes=(*kept.deployment.notes, f"of the files that were scored, {rows}")
+    scored = WeightsSection(
+        tuple(one.row(is_artifact=one is kept) for one in sorted(tried, key=lambda o: o is not kept))
     )
+    save_beside(callback.last_folder, scored.to_dict(), anew=not callback.settings.searches)
+    return dataclasses.replace(kept.deployment, scored=scored)
 
 
 def _measure(callback: "QuantizationAwareTraining", trainer: Trainer, deployment: Deployment, need: Need) -> Tried:
@@ -247,13 +258,13 @@ def _measure(callback: "QuantizationAwareTraining", trainer: Trainer, deployment
     with scratch_folder() as folder:
         artifact = export(model, folder / "trial", dynamic_shapes=settings.dynamic_shapes, engine=settings.engine)
         file = evaluate_artifact(callback, trainer, deployment, artifact, contributions=True)
-        known = Known(floating, calls, {digest(artifact): file})
+        known, size = Known(floating, calls, {digest(artifact): file}), artifact.size_bytes
     # Weights that were trained through rounding are held against those before it.
     directions = need.directions | watched(trainer, callback._checkpoint) | floating.higher_is_better
     need.looks += 1
     judged = _measured(file[0], need.before if need.needed else floating)
     verdicts = Judge(need.limits, directions)(judged, need.looks)
-    return Tried(dataclasses.replace(deployment, known=known), verdicts, floating)
+    return Tried(dataclasses.replace(deployment, known=known), verdicts, floating, file[0], size)
 
 
 def _measured(file: Metrics, floating: Metrics) -> Measured:

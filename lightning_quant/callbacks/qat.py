@@ -179,7 +179,7 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.need is not None and self.need.needed is False:
             self.artifact = finish(self, trainer, without_rounding(self, trainer, pl_module, self.need))
             return
-        deployment = choose_weights(self, trainer, pl_module, with_ranges=True)
+        deployment = choose_weights(self, trainer, pl_module, with_ranges=True, weights="last" * bool(self.need))
         self.trains_rounded = self.require_prepared().quantizes
         if not self.trains_rounded:
             note = "nothing was trained through rounding: the run ended before fake quantization began"

@@ -47,6 +47,24 @@ def save(folder: Path, record: SearchRecord, objective: str, mark: str) -> None:
         "ended": record.ended,
         "trials": [as_dict(trial) for trial in record.trials],
     }
+    _write(folder, content)
+
+
+def save_beside(folder: Path, more: dict[str, Any], *, anew: bool) -> None:
+    """Write something else that was tried into the record of a search.
+
+    Args:
+        folder: the artifact's.
+        more: key to what JSON can hold.
+        anew: whether there was no search, so that what stands there is of another run.
+    """
+    content: dict[str, Any] = {"schema_version": SCHEMA_VERSION, "trials": []}
+    with contextlib.suppress(ArtifactError, OSError, ValueError):
+        content = content if anew else parse_json(read_bytes(folder / SEARCH, _MAX_BYTES), _MAX_BYTES)
+    _write(folder, {**content, **more})
+
+
+def _write(folder: Path, content: dict[str, Any]) -> None:
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f".lightning_quant-{SEARCH}"

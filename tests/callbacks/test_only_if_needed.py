@@ -1,5 +1,6 @@
 """Training through rounding only where quantization without it misses a limit."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -95,17 +96,27 @@ def test_weights_of_the_trial_are_exported_where_the_last_miss_the_limit(
     assert any("weights are those of an earlier step" in note for note in finished[0].notes)
 
 
-def test_where_it_is_needed_rounding_begins_and_both_weights_are_scored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("weights", ["last", pytest.param("best", marks=pytest.mark.slow)])
+def test_where_it_is_needed_rounding_begins_and_both_weights_are_scored(weights: str, tmp_path: Path) -> None:
     checkpoints = ModelCheckpoint(tmp_path / "checkpoints", monitor="val_loss", mode="min", save_top_k=1)
-    callback, phases = training(tmp_path / "out", 1e-12)
+    # Whichever the user asked for, both are scored.
+    callback, phases = training(tmp_path / "out", 1e-12, weights=weights)
     fit(seeded(Linears), callback, phases, checkpoints, max_epochs=6, enable_checkpointing=True)
     assert phases.seen == ["observe"] * 8 + ["fake_quantize"] * len(phases.seen[8:])
     assert callback.need is not None
     assert callback.need.needed
     assert callback.need.gaps
-    notes = callback.artifact.report["notes"]  # type: ignore[union-attr]
-    (rows,) = [note for note in notes if note.startswith("of the files that were scored")]
-    assert "val_loss gets worse by" in rows
+    rows = callback.artifact.report["scored_weights"]  # type: ignore[union-attr]
+    assert [row["is_artifact"] for row in rows] == [True, False]
+    assert {row["weights"].split(" ones")[0] for row in rows} == {"weights are the last", "weights are the best"}
+    for row in rows:
+        assert "val_loss gets worse by" in row["limits"]
+        assert row["size_bytes"] > 0
+    metrics = {row["name"]: row["artifact"] for row in callback.artifact.report["metrics"]}  # type: ignore[union-attr]
+    assert rows[0]["metrics"]["val_loss"] == metrics["val_loss"]
+    # The other file was another one, and worse by the limit.
+    assert rows[1]["metrics"]["val_loss"] >= rows[0]["metrics"]["val_loss"]
+    assert json.loads((tmp_path / "out" / "search.json").read_text())["scored_weights"] == rows
 
 
 def test_training_through_rounding_ends_once_the_file_keeps_the_limit(
