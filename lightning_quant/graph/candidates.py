@@ -15,6 +15,8 @@ from lightning_quant.graph.table import OperatorTable, Selection
 from lightning_quant.numerics.folding import Affine, Norm
 from lightning_quant.surgery.routing import has_hooks
 
+UNKNOWN_SHAPES = "what it reads has a size that follows from values, such as of `nonzero`, so its shapes are unknown"
+
 
 @dataclass
 class Unit:
@@ -85,7 +87,7 @@ class Candidates:
         if not operation.weight and not self._is_constant(ops.argument(node, 1, "weight")):
             return "its weight is computed from an input in forward"
         if not ops.is_float(node):
-            return "its shapes are unknown"
+            return UNKNOWN_SHAPES
         if self.table.one_channel and operation.kind.startswith("conv") and _channels(node) == 1:
             return self.table.one_channel
         bias = ops.argument(node, 2, "bias")

@@ -6,6 +6,7 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_quant.graph.analyze import INSIDE, UNREACHED
+from lightning_quant.graph.candidates import UNKNOWN_SHAPES
 from lightning_quant.graph.expansions import is_expanded
 from lightning_quant.graph.plan import UNREAD, Plan, Row
 from lightning_quant.layers import class_for
@@ -25,7 +26,8 @@ def left_in_float(root: nn.Module, plan: Plan) -> frozenset[str]:
         path = _path(row)
         module = modules.get(path)
         # What was written out for a trace is no layer any more that something could take the place of.
-        if module is None or isinstance(module, _IN_TABLES) or (is_expanded(module) and not has_hooks(module)):
+        in_tables = isinstance(module, _IN_TABLES) and row.reason != UNKNOWN_SHAPES
+        if module is None or in_tables or (is_expanded(module) and not has_hooks(module)):
             continue
         if class_for(module) is not None or any(p.dim() > 1 for p in module.parameters(recurse=False)):
             labels.add(_label(root, path))

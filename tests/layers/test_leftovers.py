@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.graph.candidates import UNKNOWN_SHAPES
 from lightning_quant.graph.plan import UNREAD, GraphPlan, Plan, Row
 from lightning_quant.layers.leftovers import left_in_float, with_stored
 
@@ -25,12 +26,14 @@ def test_what_has_a_stored_form_and_nobody_refused_is_left() -> None:
     rows = (
         Row("table", "Embedding", "float", "no form"),
         # Why a linear layer stays float says the runtime's table.
-        Row("linear", "Linear", "float", "its shapes are unknown"),
+        Row("linear", "Linear", "float", "no integer kernel"),
         Row("unread", "Embedding", "float", UNREAD),
         Row("kept", "LSTM", "float", "excluded by name", excluded=True),
         Row("gain", "LayerNorm", "float", "no form"),
     )
     assert left_in_float(Net(), plan_of(*rows)) == {"table"}
+    # As the experts of a mixture, each of which reads the rows that `nonzero` found.
+    assert left_in_float(Net(), plan_of(Row("linear", "Linear", "float", UNKNOWN_SHAPES))) == {"linear"}
 
 
 def test_rows_of_stored_layers_take_the_place_of_float_ones_and_keep_their_multiply_adds() -> None:
