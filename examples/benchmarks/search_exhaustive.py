@@ -112,7 +112,8 @@ def exhaustive(task: Task, folder: Path, look: int) -> Outcome | None:
         tuple((name, scheme) for name, scheme in zip(ranked.operators, chosen, strict=True) if scheme)
         for chosen in itertools.product(*schemes)
     ]
-    sets = sorted((s for s in sets if len(s) < len(ranked.operators)), key=lambda s: (ranked.price(dict(s)), len(s)))
+    sets = [s for s in sets if len(s) < len(ranked.operators) or any(scheme != FLOAT for _, scheme in s)]
+    sets = sorted(sets, key=lambda s: (ranked.price(dict(s)), len(s)))
     evaluate, inputs = correct(task, "validation"), task.data["validation"][0][:BATCH]
     floating, classes = evaluate(task.net)["accuracy"], task.net(inputs).argmax(1)
     number, parts = 0, rounded_in(whole)

@@ -46,7 +46,7 @@ def cheapest(
 
     Args:
         parts: all that is rounded.
-        operators: names; at least one stays in integers.
+        operators: names; at least one computes in integers, or is stored in them.
         stored: names of those that may be stored.
         prices: name and scheme to price.
         allowed: error that may be left.
@@ -95,5 +95,5 @@ def _constraints(
         start = number if part.is_weight else 0
         rows += [({2 * number + index: 1.0, start + places[name]: -1.0}, -math.inf, 0.0) for name in part.users]
     rows.append(({2 * number + index: part.error / least for index, part in enumerate(spared)}, 1.0, math.inf))
-    rows.append((dict.fromkeys(range(number), 1.0), 0.0, number - 1.0))
+    rows.append((dict.fromkeys(range(number, 2 * number), 1.0), 0.0, number - 1.0))
     return rows

@@ -61,7 +61,7 @@ class Relaxations:
         return sum(self.prices[item] for item in _in_float(kept).items())
 
     def steps(self) -> list[Choice]:
-        """Return growing choices, what gains most by its price first; at least one operator stays in integers."""
+        """Return growing choices, what gains most by its price first; at least one operator is no float."""
         kept: dict[str, str] = {}
         whole = sum(self.prices[name, FLOAT] for name in self.operators) or 1.0
         choices = []
@@ -101,7 +101,8 @@ class Relaxations:
             for name in part.users:
                 of_user.setdefault(name, []).append(part)
         every = dict.fromkeys(tuple(sorted(self._sparing(part, kept).items())) for part in left)
-        options = [option for option in every if len(kept | dict(option)) < len(self.operators)]
+        floats = [list((kept | dict(option)).values()).count(FLOAT) for option in every]
+        options = [option for option, number in zip(every, floats, strict=True) if number < len(self.operators)]
 
         def worth(option: Iterable[tuple[str, str]]) -> float:
             chosen = kept | dict(option)

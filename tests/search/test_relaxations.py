@@ -45,13 +45,17 @@ def test_a_planted_bad_layer_is_found_first(bad: int) -> None:
     assert first == {f"layers.{bad}": STORED, f"layers.{bad + 1}": STORED}
 
 
-def test_steps_grow_leave_less_noise_and_one_operator_in_integers() -> None:
+def test_steps_grow_and_leave_less_noise_until_one_layer_alone_is_stored() -> None:
     found = ranked(Chain(6, 2))
     steps = found.steps()
     errors = [found.error(dict(step.kept)) for step in steps]
     assert errors == sorted(errors, reverse=True)
     assert all(set(dict(a.kept)) <= set(dict(b.kept)) for a, b in itertools.pairwise(steps))
-    assert len(steps[-1].kept) == len(found.operators) - 1
+    # Nothing computes in integers any more.
+    assert sorted(dict(steps[-1].kept).values()) == [HALF] * (len(found.operators) - 1) + [STORED]
+    stored = Choice(tuple((name, STORED) for name in found.operators))
+    assert found.at_most(found.error(dict(stored.kept))) is not None
+    assert any(set(dict(step.kept)) == set(found.operators) for step in steps[:-1])
     refined = Refined(found)
     assert len(refined) == len(steps)
     for step, cheap in zip(steps, [refined[i] for i in range(len(refined))], strict=True):
