@@ -119,12 +119,11 @@ def main(scenario: str, strategy: str, folder: Path) -> None:
     run(folder, "ptq", ptq, seeded(Uneven), strategy=strategy)
     smallest = PostTrainingQuantization(MIN_MAX, output_dir=folder / "min_max", calibration={"num_batches": 4})
     run(folder, "min_max", smallest, seeded(Uneven), strategy=strategy)
-    learned = QuantizationAwareTraining("int4_weights", output_dir=folder / "learned", schedule=SCHEDULE)
-    run(folder, "learned", learned, seeded(Uneven), strategy=strategy)
-    taught = QuantizationAwareTraining(
-        output_dir=folder / "taught", schedule=SCHEDULE, distill={"weight": 5.0, "layers": ["conv*"]}, evaluate=False
+    distill = {"weight": 5.0, "layers": ["conv*"]}
+    learned = QuantizationAwareTraining(
+        "int4_weights", output_dir=folder / "learned", schedule=SCHEDULE, distill=distill
     )
-    run(folder, "taught", taught, seeded(Uneven), strategy=strategy)
+    run(folder, "learned", learned, seeded(Uneven), strategy=strategy)
     unused = QuantizationAwareTraining(output_dir=folder / "unused", schedule=SCHEDULE)
     run(folder, "unused", unused, seeded(Uneven, net=Branching()), strategy=f"{strategy}_find_unused_parameters_true")
 
