@@ -2,7 +2,8 @@
 
 A factor moves the differences between channels into the weights that read them, as in `smoothing`, whose strength is
 chosen here group by group: what rounding the tensor and rounding its readers' weights does to their outputs is
-computed from a sample of what they read in the float model, without running the model for each candidate.
+computed from a sample of what they read in the float model, without running the model for each candidate. Before that
+tensors whose channels lie apart are centered: see `absorption`.
 Sources: Xiao et al. 2022, arXiv:2211.10438, equation 4 (the factors); Nagel et al. 2021, arXiv:2106.08295, section 3.1
 (errors of clipping and rounding).
 """
@@ -12,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_quant.calibrate.groups import ScalingGroup, scaling_groups
+from lightning_quant.calibrate.absorption import center_channels
+from lightning_quant.calibrate.groups import ScalingGroup
 from lightning_quant.calibrate.rescale import along_columns, folded_layer, rescale
 from lightning_quant.calibrate.smoothing import column_maximum, smoothing_factor, within_clip
 from lightning_quant.calls.calls import Call
@@ -77,21 +79,21 @@ class _Reader:
 
 
 @torch.no_grad()
-def choose_channels(prepared: Prepared, calls: list[Call]) -> int:
-    """Rescale every group by the factors of least error; return how many groups gain by any.
+def choose_channels(prepared: Prepared, every: list[ScalingGroup], calls: list[Call]) -> int:
+    """Center what can be, and rescale every group by the factors of least error; return how many times that gains.
 
     Groups that a float operator writes are left, for which every factor is a multiplication more: but for those of
     linear layers in nets with LayerNorm. Ranges and bias corrections belong to the old grids afterwards.
 
     Args:
         prepared: detached and calibrated.
+        every: from `scaling_groups`.
         calls: of the module; they give the activations.
     """
-    every = scaling_groups(prepared)
     has_norm = any(group.normalized for group in every)
     groups = [g for g in every if not g.from_float or (has_norm and not g.links and is_linear(prepared, g))]
+    changed = center_channels(prepared, groups, calls)
     samples = sample_edges(prepared, groups, calls)
-    changed = 0
     for group in groups:
         factor = best_factor(prepared, group, samples)
         if factor is not None:

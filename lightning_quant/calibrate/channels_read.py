@@ -18,13 +18,13 @@ Combine = Callable[[Tensor, Tensor], Tensor]
 def channels_read(
     prepared: Prepared, groups: list[ScalingGroup], calls: list[Call], measure: Measure, combine: Combine
 ) -> dict[ScalingGroup, Tensor]:
-    """Return a measure of each channel, `(channels,)`, of every group that a call reaches.
+    """Return a measure of each channel, `(..., channels)`, of every group that a call reaches.
 
     Args:
         prepared: detached and calibrated.
         groups: from `scaling_groups`.
         calls: of the module.
-        measure: from values and all their dimensions but the channels' to one number for each channel.
+        measure: from values and all their dimensions but the channels' to numbers for each channel.
         combine: of the numbers of two tensors.
     """
     readers = {identity: group for group in groups for identity in group.consumers}
@@ -47,6 +47,9 @@ def activation_maxima(prepared: Prepared, groups: list[ScalingGroup], calls: lis
     return channels_read(prepared, groups, calls, lambda x, places: x.abs().amax(places), torch.maximum)
 
 
-def activation_minima(prepared: Prepared, groups: list[ScalingGroup], calls: list[Call]) -> dict[ScalingGroup, Tensor]:
-    """Return the least value of each channel that the weighted readers of each group see, not below zero."""
-    return channels_read(prepared, groups, calls, lambda x, places: x.amin(places).clamp(min=0), torch.minimum)
+def activation_extremes(
+    prepared: Prepared, groups: list[ScalingGroup], calls: list[Call]
+) -> dict[ScalingGroup, tuple[Tensor, Tensor]]:
+    """Return the least and the highest value of each channel that the weighted readers of each group see."""
+    ends = channels_read(prepared, groups, calls, lambda x, d: torch.stack([-x.amin(d), x.amax(d)]), torch.maximum)
+    return {group: (-low, high) for group, (low, high) in ends.items()}

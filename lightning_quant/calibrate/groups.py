@@ -35,6 +35,7 @@ class ScalingGroup:
         clip: upper bound of a fused clipping activation; infinite without one.
         padded: whether a consumer pads with zeros, which rules a shift out.
         activated: whether all producers have a fused activation that is zero for negative values.
+        linear: whether producers have no activation at all, and consumers are all that reads the edges.
         normalized: whether a LayerNorm writes one of them.
     """
 
@@ -48,6 +49,7 @@ class ScalingGroup:
     clip: float
     padded: bool
     activated: bool
+    linear: bool
     normalized: bool
 
 
@@ -121,6 +123,9 @@ class _Finder:
         key = node.meta.get("key")
         return key in self.parent or any(key in (o.key, o.pad) for o in self.island.plan.operators)
 
+    def _only_on_grid(self, keys: list[str]) -> bool:
+        return all(self._reads_grid(user) for key in keys for user in self.nodes[key].users)
+
     def _kind(self, key: str) -> str:
         return ops.describe(self.nodes[key], self.root).kind
 
@@ -148,6 +153,7 @@ class _Finder:
             clip=min((high for _, high in limits), default=math.inf),
             padded=any(bool(o.pad) or self._pads(o) for o in readers),
             activated=bool(writers) and all(self._bounds(o)[0] == 0 for o in writers),
+            linear=bool(writers) and limits == [(-math.inf, math.inf)] * len(limits) and self._only_on_grid(keys),
             normalized=any(self._kind(key) == "layer_norm" for key in keys),
         )
 

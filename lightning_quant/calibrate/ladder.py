@@ -75,7 +75,7 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
             results.append(step)
     restore(prepared, plain)
     kept = [step.name for step in results if step.kept]
-    if kept and not _fit_to_all(prepared, kept, calls):
+    if kept and not _fit_to_all(prepared, kept, Fit(calls, groups=folds[0].fit.groups)):
         results = [replace(step, kept=False) for step in results]
     return tuple(results)
 
@@ -99,12 +99,13 @@ def check_steps(recipe: Recipe) -> None:
 
 
 def _folds(prepared: Prepared, calls: list[Call]) -> list[_Fold]:
-    folds = []
+    folds: list[_Fold] = []
     for number in range(_NUM_FOLDS):
         half = calls[number::_NUM_FOLDS]
         others = [call for place, call in enumerate(calls) if place % _NUM_FOLDS != number]
         recalibrate(prepared, half)
-        folds.append(_Fold(Fit(half), others, snapshot(prepared)))
+        fit = Fit(half, groups=folds[0].fit.groups) if folds else Fit(half)
+        folds.append(_Fold(fit, others, snapshot(prepared)))
     return folds
 
 
@@ -147,12 +148,13 @@ def helps(before: list[float], after: list[float]) -> bool:
     return sum(gains) > 0 and 2 * sum(gain < 0 for gain in gains) <= len(gains)
 
 
-def _fit_to_all(prepared: Prepared, kept: list[str], calls: list[Call]) -> bool:
+def _fit_to_all(prepared: Prepared, kept: list[str], fit: Fit) -> bool:
     """Fit the kept steps to all calls; undo them and return False where they raise the error there."""
-    plain, before, fit = snapshot(prepared), output_snr(prepared, calls), Fit(calls)
-    for name in kept:
-        STEPS[name].run(prepared, fit)
-    is_better = output_snr(prepared, calls) > before
+    plain, before = snapshot(prepared), output_snr(prepared, fit.calls)
+    for place, name in enumerate(kept):
+        if not any(name in STEPS[later].includes for later in kept[place:]):
+            STEPS[name].run(prepared, fit)
+    is_better = output_snr(prepared, fit.calls) > before
     if not is_better:
         restore(prepared, plain)
     return is_better

@@ -7,7 +7,6 @@ import torch
 from lightning_quant.calibrate.calibrate import observe, settle
 from lightning_quant.calls.calls import Call
 from lightning_quant.numerics.bias_correction import InputMeans
-from lightning_quant.ranges.ranges import Ranges
 from lightning_quant.simulate.prepared import Prepared
 
 
@@ -15,7 +14,7 @@ from lightning_quant.simulate.prepared import Prepared
 def recalibrate(prepared: Prepared, calls: list[Call]) -> None:
     """Forget all ranges and bias corrections, and learn them from calls; what none of these reaches keeps its range."""
     earlier = prepared.ranges.observers
-    prepared.ranges = Ranges(prepared.ranges.edges, prepared.recipe, prepared.observer)
+    prepared.ranges = prepared.ranges.anew(prepared.recipe, prepared.observer)
     means = InputMeans() if prepared.recipe.bias_correction else None
     steps = [functools.partial(prepared.root, *args, **kwargs) for args, kwargs in calls]
     number = observe(prepared, steps, means)

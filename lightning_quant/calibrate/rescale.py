@@ -38,18 +38,28 @@ def rescale(prepared: Prepared, group: ScalingGroup, factor: Tensor, shift: Tens
     shift = torch.zeros_like(factor) if shift is None else shift
     for identity in group.producers:
         layer = folded_layer(prepared, identity)
-        weight = layer.weight / along_rows(factor, layer.weight)
-        prepared.layers[identity] = replace(layer, weight=weight, bias=(layer.bias - shift) / factor)
+        prepared.layers[identity] = replace(_by_rows(layer, 1 / factor), bias=(layer.bias - shift) / factor)
     for identity in group.consumers:
         layer = folded_layer(prepared, identity)
         moved = (layer.weight * along_columns(shift, layer.weight)).flatten(1).sum(1)
-        weight = layer.weight * along_columns(factor, layer.weight)
-        prepared.layers[identity] = replace(layer, weight=weight, bias=layer.bias + moved)
+        factors = along_columns(factor, layer.weight)
+        if layer.weight.shape[1] == 1:
+            scaled = _by_rows(layer, factors.flatten())
+        else:
+            # Within a channel weights change by different factors: they have to be rounded anew.
+            scaled = replace(layer, weight=layer.weight * factors, scale=None, integers=None)
+        prepared.layers[identity] = replace(scaled, bias=layer.bias + moved)
     for edge in group.edges:
         old = prepared.channels.get(edge) or unscaled(group.channels, group.axis).to(factor.device)
         prepared.channels[edge] = ChannelScale(
             old.factor * factor, old.shift + old.factor * shift, group.axis, group.clip
         )
+
+
+def _by_rows(layer: FoldedLayer, factor: Tensor) -> FoldedLayer:
+    """Multiply each output channel's weights by a factor, `(out_channels,)`; their integers stay."""
+    scale = None if layer.scale is None else layer.scale * factor
+    return replace(layer, weight=layer.weight * along_rows(factor, layer.weight), scale=scale)
 
 
 def along_rows(values: Tensor, weight: Tensor) -> Tensor:

@@ -8,11 +8,13 @@ from lightning_quant.calibrate.adaround import adaround
 from lightning_quant.calibrate.channel_choice import choose_channels, is_linear
 from lightning_quant.calibrate.equalization import equalize
 from lightning_quant.calibrate.fit import Fit, output_snr, restore, snapshot
-from lightning_quant.calibrate.groups import ScalingGroup, scaling_groups
+from lightning_quant.calibrate.groups import ScalingGroup
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.range_choice import choose_ranges
+from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calibrate.smoothing import smooth
 from lightning_quant.calibrate.weight_rounding import gptq_layers, shrink_scales
+from lightning_quant.ranges.observers import Histogram
 from lightning_quant.simulate.prepared import Prepared
 
 # How much of the difficulty of an activation moves into the weights that read it.
@@ -26,10 +28,12 @@ class Step:
     Attributes:
         run: from the model and what to fit to, to how many layers or tensors it changed.
         passes: how often it runs every call, in float or rounded, about.
+        includes: steps before it whose work it does anew.
     """
 
     run: Callable[[Prepared, Fit], int]
     passes: int
+    includes: tuple[str, ...] = ()
 
 
 def is_depthwise(prepared: Prepared, group: ScalingGroup) -> bool:
@@ -43,14 +47,22 @@ def _correct_outputs(prepared: Prepared, fit: Fit) -> int:
 
 
 def _scale_channels(prepared: Prepared, fit: Fit) -> int:
-    number = choose_channels(prepared, fit.calls)
+    """Choose factors of channels, and for these ranges and rounding, without which they often gain nothing.
+
+    On a pretrained MobileNetV2 the factors alone cost 0.5 to 1.8 dB on held-back calls; all of it together gains 0.5 to
+    1.8 dB there over GPTQ, and 2 to 4 dB on other images when it is fitted to all calls.
+    """
+    number = choose_channels(prepared, fit.groups_of(prepared), fit.calls)
     if number:
-        fit.refresh(prepared)
+        recalibrate(prepared, fit.calls)
+        if all(isinstance(observer, Histogram) for observer in prepared.ranges.observers.values()):
+            choose_ranges(prepared, fit.calls[:2])
+        _gptq(prepared, fit)
     return number
 
 
 def _scale_depthwise(prepared: Prepared, fit: Fit) -> int:
-    groups = [g for g in scaling_groups(prepared) if not g.from_float and is_depthwise(prepared, g)]
+    groups = [g for g in fit.groups_of(prepared) if not g.from_float and is_depthwise(prepared, g)]
     number = smooth(prepared, groups, fit.calls)
     fit.refresh(prepared)
     return number
@@ -61,7 +73,7 @@ def _migrate(prepared: Prepared, fit: Fit) -> int:
 
     All at once, not one after the other: in a transformer the errors of all layers hide what one of them gains.
     """
-    groups = [g for g in scaling_groups(prepared) if g.from_float and not g.links and is_linear(prepared, g)]
+    groups = [g for g in fit.groups_of(prepared) if g.from_float and not g.links and is_linear(prepared, g)]
     if not any(group.normalized for group in groups):
         return 0
     few = fit.calls[:2]
@@ -79,13 +91,13 @@ def _migrate(prepared: Prepared, fit: Fit) -> int:
 
 
 def _equalize(prepared: Prepared, fit: Fit) -> int:
-    number = equalize(prepared, scaling_groups(prepared), fit.calls)
+    number = equalize(prepared, fit.groups_of(prepared), fit.calls)
     fit.refresh(prepared)
     return number
 
 
 def _absorb(prepared: Prepared, fit: Fit) -> int:
-    number = len(absorb(prepared, scaling_groups(prepared), fit.calls))
+    number = len(absorb(prepared, fit.groups_of(prepared), fit.calls))
     fit.refresh(prepared)
     return number
 
@@ -115,7 +127,7 @@ def _adaround(prepared: Prepared, fit: Fit) -> int:
 
 STEPS: dict[str, Step] = {
     "correct_outputs": Step(_correct_outputs, 2),
-    "scale_channels": Step(_scale_channels, 6),
+    "scale_channels": Step(_scale_channels, 16, ("gptq",)),
     "scale_depthwise": Step(_scale_depthwise, 4),
     "migrate": Step(_migrate, 4 * len(ALPHAS)),
     "equalize": Step(_equalize, 4),

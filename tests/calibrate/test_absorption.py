@@ -5,9 +5,12 @@ from models import CASES
 from torch import nn
 from uneven_chains import images, rescaled_function, uneven
 
-from lightning_quant.calibrate.absorption import absorb
+from lightning_quant.calibrate.absorption import absorb, center_channels
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.calibrate.fit import output_snr
 from lightning_quant.calibrate.groups import scaling_groups
+from lightning_quant.calibrate.recalibrate import recalibrate
+from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
 
 
@@ -43,3 +46,36 @@ def test_padding_readers_and_links_rule_absorption_out() -> None:
     for group in absorb(prepared, groups, calls):
         assert not group.padded
         assert not group.links
+
+
+def _bottleneck(*activation: nn.Module) -> nn.Module:
+    """Return a net of which the channels between two layers lie far apart, and vary little."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), *activation, nn.Conv2d(6, 8, 1), nn.ReLU()).eval()
+    with torch.no_grad():
+        model[0].bias.copy_(torch.tensor([-9.0, 9, -5, 5, 7, -7]))
+    return model
+
+
+def test_channels_that_lie_apart_are_centered_and_export() -> None:
+    model = _bottleneck()
+    calls = [((x,), {}) for x in images(32).split(8)]
+    prepared = prepare(model, (images(8),), recipe="int8", observer="mse")
+    calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
+    x = images(32, seed=7)
+    before = output_snr(prepared, [((x,), {})])
+    assert center_channels(prepared, scaling_groups(prepared), calls) == 1
+    recalibrate(prepared, calls)
+    assert output_snr(prepared, [((x,), {})]) > before + 3
+    assert check_agreement(prepared, convert(prepared), (x,), {}) > 40
+
+
+def test_what_pads_or_clips_or_is_read_in_float_is_not_centered() -> None:
+    padded = _bottleneck()
+    padded[1] = nn.Conv2d(6, 8, 3, padding=1)
+    for model in (padded, _bottleneck(nn.ReLU()), _bottleneck(nn.Tanh())):
+        calls = [((x,), {}) for x in images(16).split(8)]
+        prepared = prepare(model, (images(8),), recipe="int8", observer="mse")
+        calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
+        assert center_channels(prepared, scaling_groups(prepared), calls) == 0
+        assert not prepared.channels

@@ -7,6 +7,7 @@ from uneven_chains import Normalized, images, prepared_chain
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calibrate.channel_choice import choose_channels
 from lightning_quant.calibrate.fit import output_snr
+from lightning_quant.calibrate.groups import scaling_groups
 from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
@@ -17,7 +18,7 @@ def test_uneven_channels_are_evened_out_and_export() -> None:
     _, prepared, calls = prepared_chain(nn.ReLU6)
     x = images(32, seed=7)
     before = output_snr(prepared, [((x,), {})])
-    assert choose_channels(prepared, calls) == 2
+    assert choose_channels(prepared, scaling_groups(prepared), calls) == 2
     recalibrate(prepared, calls)
     assert output_snr(prepared, [((x,), {})]) > before + 3
     assert check_agreement(prepared, convert(prepared), (x,), {}) > 40
@@ -35,7 +36,7 @@ def test_even_channels_are_left_alone() -> None:
     x[::2] = 1.0
     prepared = prepare(model, (x[:8],), recipe=Recipe(), observer="mse")
     calibrate(prepared, steps_of(prepared, list(x.split(128))))
-    assert choose_channels(prepared, [((part,), {}) for part in x.split(128)]) == 0
+    assert choose_channels(prepared, scaling_groups(prepared), [((part,), {}) for part in x.split(128)]) == 0
     assert not prepared.channels
 
 
@@ -49,10 +50,10 @@ def test_what_a_float_operator_writes_is_scaled_in_nets_with_layer_norm_alone() 
     prepared = prepare(model, *calls[0], recipe=Recipe(), observer="mse")
     calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
     before = output_snr(prepared, calls)
-    assert choose_channels(prepared, calls) == 1
+    assert choose_channels(prepared, scaling_groups(prepared), calls) == 1
     recalibrate(prepared, calls)
     assert output_snr(prepared, calls) > before + 5
     loud = torch.randn(64, 8, generator=torch.Generator().manual_seed(1)) * torch.logspace(0, 2, 8)
     plain = prepare(nn.Sequential(nn.Linear(8, 4)).eval(), (loud,), recipe=Recipe(), observer="mse")
     calibrate(plain, steps_of(plain, list(loud.split(16))))
-    assert choose_channels(plain, [((part,), {}) for part in loud.split(16)]) == 0
+    assert choose_channels(plain, scaling_groups(plain), [((part,), {}) for part in loud.split(16)]) == 0

@@ -7,6 +7,7 @@ from uneven_chains import climbed
 from lightning_quant.calibrate import fit
 from lightning_quant.calibrate.channel_choice import choose_channels
 from lightning_quant.calibrate.fit import Fit, output_snr, output_snrs, restore, snapshot
+from lightning_quant.calibrate.groups import scaling_groups
 from lightning_quant.calibrate.lockstep import lockstep
 
 
@@ -14,7 +15,7 @@ def test_a_snapshot_can_be_put_back_more_than_once() -> None:
     _, prepared, calls = climbed(("correct_outputs",))
     before, saved = output_snrs(prepared, calls), snapshot(prepared)
     for _ in range(2):
-        choose_channels(prepared, calls)
+        choose_channels(prepared, scaling_groups(prepared), calls)
         Fit(calls, corrects_outputs=True).refresh(prepared)
         prepared.ranges.choose(":layers.2", torch.tensor(0.0), torch.tensor(0.1))
         assert output_snrs(prepared, calls) != before

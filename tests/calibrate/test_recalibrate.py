@@ -26,6 +26,18 @@ def test_ranges_and_corrections_are_those_of_the_new_calls_alone() -> None:
         torch.testing.assert_close(wide.bias_corrections[identity], correction)
 
 
+def test_tensors_at_the_ends_of_a_four_bit_network_keep_eight_bits() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).eval()
+    x = torch.rand(64, 6)
+    prepared = prepare(model, (x,), recipe="int4", trains=False)
+    calibrate(prepared, steps_of(prepared, list(x.split(16))))
+    before = {identity: prepared.ranges.grid_of(identity).high for identity in prepared.ranges.edges}
+    assert set(before.values()) == {15, 255}
+    recalibrate(prepared, [Call((part,)) for part in x.split(16)])
+    assert {identity: prepared.ranges.grid_of(identity).high for identity in before} == before
+
+
 class Either(nn.Module):
     """Goes one of two ways, by the sign of its input."""
 

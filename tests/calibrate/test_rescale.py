@@ -1,5 +1,7 @@
 """Factors and shifts move into the weights around a tensor: the function stays, with and without clips."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from models import CASES
@@ -9,7 +11,7 @@ from uneven_chains import images, prepared_chain, rescaled_function
 from lightning_quant.calibrate.equalization import equalize
 from lightning_quant.calibrate.groups import scaling_groups
 from lightning_quant.calibrate.recalibrate import recalibrate
-from lightning_quant.calibrate.rescale import along_columns, rescale
+from lightning_quant.calibrate.rescale import along_columns, along_rows, folded_layer, rescale
 from lightning_quant.calibrate.smoothing import smooth
 from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
@@ -51,3 +53,21 @@ def test_columns_of_grouped_weights() -> None:
     weight = torch.ones(4, 2, 1, 1)
     expected = torch.tensor([[1.0, 2], [1, 2], [3, 4], [3, 4]])
     assert torch.equal(along_columns(torch.tensor([1.0, 2, 3, 4]), weight).flatten(1), expected)
+
+
+def test_what_was_rounded_before_stays_where_whole_channels_are_rescaled_and_is_rounded_anew_elsewhere() -> None:
+    _, prepared, _ = prepared_chain(nn.ReLU)
+    for name in (":layers.0", ":layers.3", ":layers.6"):
+        layer, scale = folded_layer(prepared, name), prepared.folded(name).scale
+        prepared.layers[name] = replace(
+            layer, scale=scale, integers=torch.floor(layer.weight / along_rows(scale, layer.weight))
+        )
+    before = dict(prepared.layers)
+    (group,) = [group for group in scaling_groups(prepared) if group.consumers == (":layers.3",)]
+    rescale(prepared, group, torch.linspace(0.5, 1, 12))
+    for name, factor in ((":layers.0", 1 / torch.linspace(0.5, 1, 12)), (":layers.3", torch.linspace(0.5, 1, 12))):
+        assert torch.equal(prepared.layers[name].integers, before[name].integers)
+        torch.testing.assert_close(prepared.layers[name].scale, before[name].scale * factor)
+    (group,) = [group for group in scaling_groups(prepared) if group.consumers == (":layers.6",)]
+    rescale(prepared, group, torch.linspace(0.5, 1, 12))
+    assert prepared.layers[":layers.6"].integers is None
