@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 FLOAT, TWIN, OWN = "float", "twin", "own"
 # By default one batch of so many is scored: run with float weights and in integers, and with the ranges that are
-# learned before, it takes three tenths of a validation at most.
+# learned before, it took 0.1 to 0.4 of a validation of 64 batches.
 EVERY = 24
 
 

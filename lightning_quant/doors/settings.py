@@ -185,9 +185,9 @@ class CallbackSettings(Settings):
             "quant/twin/<metric>" and "quant/twin_delta/<metric>", the difference to float weights. Ranges are those of
             training; where it has none, of a training batch for each 64 of validation, four at most, no steps on top.
         score_batches: number or share of the validation batches that scores are of, evenly over each loader of known
-            length; float weights are run on these as well. One of 24 by default, one at least, for three tenths of a
-            validation; 1.0 takes all, for up to two. While training rounds, validation itself runs the integers:
-            metrics are then of all batches either way, and differences of these.
+            length; float weights are run on these as well. One of 24 by default, one at least, which cost 0.1 to 0.4
+            of a validation as measured; 1.0 takes all, for up to two. While training rounds, validation itself runs the
+            integers: metrics are then of all batches either way, and differences of these.
         score_with: "simulation", the exact arithmetic of integer kernels, or "runtime": a file is exported for each
             score, and run.
         name: what its keys in loggers begin with: "quant/<name>/". By default "quant/", and where a Trainer has several
