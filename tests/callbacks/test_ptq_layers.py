@@ -284,7 +284,7 @@ class OwnWeights(LightningModule):
             self.weights = nn.Parameter(torch.randn(3, 16, columns) / 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return torch.einsum("bi,eij->bej", x, self.weights)
+            return torch.einsum("ebi,eij->bej", x.expand(3, -1, -1), self.weights)
 
     def __init__(self, columns: int = 64) -> None:
         super().__init__()
