@@ -1,6 +1,10 @@
 """The operators against plain float formulas that are written out here."""
 
 import gc
+import json
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -200,6 +204,24 @@ def test_without_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
 
     torch.testing.assert_close(ours.linear_dynamic(x, weight, scale, bias), with_onednn, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("instructions", ["DEFAULT", "AVX512_CORE", "AVX2"])
+def test_large_integers_on_every_processor(instructions: str) -> None:
+    """Kernels without VNNI add two products in 16 bits; types without a kernel end in a reference, in seconds."""
+    code = """
+import torch
+import lightning_quant.layers.kernels
+x, weight = torch.full((5, 64), 1.0), torch.full((16, 64), 127, dtype=torch.int8)
+x[:, ::2] = -1.0
+weight[:, ::2] = -127
+print(torch.ops.lightning_quant.linear_dynamic(x, weight, torch.full((16,), 1 / 127), None).unique().tolist())
+"""
+    environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "ONEDNN_VERBOSE": "1"}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    *log, result = run.stdout.splitlines()
+    assert json.loads(result) == pytest.approx([64.0])
+    assert not [line for line in log if ",matmul,ref" in line]
 
 
 # --- weights only
