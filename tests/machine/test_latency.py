@@ -34,13 +34,13 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 def test_median_and_quartiles_in_milliseconds(clock: Clock) -> None:
-    samples = [0.005, 0.001, 0.002, 0.004, 0.003, 0.007, 0.006]
+    samples = [0.05, 0.01, 0.02, 0.04, 0.03, 0.07, 0.06]
     timing = measure({"a": clock.work(1.0, 1.0, *samples)}, min_rounds=7, max_rounds=7)["a"]
 
     assert timing.num_rounds == 7
     assert timing.median_ms == pytest.approx(statistics.median(samples) * 1000)
-    assert timing.low_ms == pytest.approx(2.5)
-    assert timing.high_ms == pytest.approx(5.5)
+    assert timing.low_ms == pytest.approx(25)
+    assert timing.high_ms == pytest.approx(55)
 
 
 def test_warm_up_does_not_count(clock: Clock) -> None:
@@ -50,10 +50,48 @@ def test_warm_up_does_not_count(clock: Clock) -> None:
 
 
 def test_contestants_take_turns() -> None:
-    order = []
-    measure({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, min_rounds=2, max_rounds=3)
+    calls = ""
 
-    assert order == ["a", "b"] * 5
+    def contestant(name: str) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal calls
+            calls += name
+
+        return call
+
+    measure({name: contestant(name) for name in "ab"}, min_rounds=2, max_rounds=8)
+    turns = {calls[at : at + 4] for at in range(0, len(calls), 4)}
+
+    assert len(calls) == 4 * 10
+    assert turns == {"aabb", "bbaa"}
+
+
+def test_quick_calls_do_not_depend_on_who_came_before(clock: Clock) -> None:
+    last = ""
+
+    def contestant(name: str, seconds: float) -> Callable[[], None]:
+        def call() -> None:
+            nonlocal last
+            clock.now += seconds if last == name else 2 * seconds
+            last = name
+
+        return call
+
+    quick = {"a": contestant("a", 1e-4), "b": contestant("b", 2e-4)}
+    medians = [measure({name: quick[name] for name in order}) for order in ("ab", "ba")]
+
+    assert [t["a"].median_ms for t in medians] == pytest.approx([0.1, 0.1])
+    assert [t["b"].median_ms for t in medians] == pytest.approx([0.2, 0.2])
+
+
+def test_calls_that_take_long_are_made_once_a_round(clock: Clock) -> None:
+    calls = []
+
+    def slow() -> None:
+        calls.append(None)
+        clock.now += 1.0
+
+    assert measure({"slow": slow}, min_rounds=2, max_rounds=2)["slow"].num_rounds == len(calls) - 2
 
 
 def test_rounds_end_with_the_budget_but_not_before_the_minimum(clock: Clock) -> None:
