@@ -33,6 +33,20 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "weights that few bits do not hold get eight before their layers are kept in float",
+        "search/wide_weights.py",
+        "prepared.weight_quant_max(identity) <= _SIX_BITS",
+        "prepared.weight_quant_max(identity) <= 0",
+        "search/test_wide_weights.py -k gets_eight_first",
+    ),
+    Guard(
+        "corrections of biases are not those of other bits",
+        "search/candidates.py",
+        "    others = [i for i in made.weight_quant_maxima if made.weight_quant_max(i) != whole.weight_quant_max(i)]\n",
+        "    others: list[str] = []\n",
+        "search/test_wide_weights.py -k corrections",
+    ),
+    Guard(
         "grids narrow to the recipe's bits while bits are annealed",
         "callbacks/qat.py",
         "        prepared.anneal_bits(self.timeline.width(trainer))\n",

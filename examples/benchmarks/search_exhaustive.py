@@ -21,7 +21,7 @@ from lightning_quant.search.candidates import Candidates
 from lightning_quant.search.cheapest import Part
 from lightning_quant.search.choice import FLOAT, HALF, STORED, Choice
 from lightning_quant.search.judge import confidence_of
-from lightning_quant.search.relaxations import is_spared, relaxations, rounded_in
+from lightning_quant.search.relaxations import relaxations, rounded_in
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
 
@@ -106,7 +106,7 @@ def exhaustive(task: Task, folder: Path, look: int) -> Outcome | None:
     if len(ranked.operators) > MOST_OPERATORS:
         return None
     exact = [HALF if name in ranked.halves else FLOAT for name in ranked.operators]
-    stored = [(STORED,) if name in ranked.stored else () for name in ranked.operators]
+    stored = [(STORED,) if (name, STORED) in ranked.prices else () for name in ranked.operators]
     schemes = [(None, one, *other) for one, other in zip(exact, stored, strict=True)]
     sets = [
         tuple((name, scheme) for name, scheme in zip(ranked.operators, chosen, strict=True) if scheme)
@@ -120,7 +120,7 @@ def exhaustive(task: Task, folder: Path, look: int) -> Outcome | None:
     for kept in sets[:MOST_LOOKED_AT]:
         # Where a first batch shows that a set is far off, nothing more is made of it.
         spared = {name: FLOAT if scheme == HALF else scheme for name, scheme in kept}
-        still = [one for one, users, is_weight in parts if not is_spared(Part(users, is_weight, 0.0), spared)]
+        still = [one for one, users, is_weight in parts if not Part(users, is_weight, 0.0).is_spared(spared)]
         with whole.simulation.quantizing_only(frozenset[str]().union(*still)), whole.attached("frozen"):
             if float((task.net(inputs).argmax(1) != classes).float().mean()) > 10 * task.limit + 0.1:
                 continue

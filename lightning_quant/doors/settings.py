@@ -76,8 +76,8 @@ class Settings:
             `lightning_quant.report.limits.Limits`; one that is missed is a warning, and exit code 1 of every command.
             By the names of what they are on, `{"val_f1": -0.01, "size_ratio": 0.3, "speedup": 1.5}`, they are searched:
             of a metric it is the change that is allowed, in its worse direction; "size_bytes" and "latency_ms" bound as
-            well. The whole recipe is tried first; where it misses one, the layers that cost most are kept in float, as
-            few as the exported file's own validation asks for. Of `quantize`, metrics are those of its `evaluate`.
+            well. The whole recipe is tried first; where it misses one, the layers that cost most go to eight bits or to
+            float, as few as the exported file's own validation asks for. Of `quantize`, metrics are of its `evaluate`.
         objective: what the search makes best among all that keep the limits: "size", "latency", or a metric. By default
             "size" with limits by name, and no search with limits by the fields of `Limits`, which are checked alone.
         max_validations: readings of validation data that a search may take; ceil(log2(n)) + 3 of n steps by default.

@@ -78,10 +78,11 @@ def _carried(whole: Prepared, made: Prepared) -> bool:
     """Give a model the ranges that another plan of the same module has learned; tell whether those are all it needs.
 
     Layers and channel scales that steps for accuracy have changed belong to the tensors around them, which another plan
-    may not round.
+    may not round, and corrections of biases to the bits of their weights.
     """
     known, wanted = whole.ranges.observers, made.ranges.observers
-    if whole.layers or whole.channels or not set(wanted) <= set(known):
+    others = [i for i in made.weight_quant_maxima if made.weight_quant_max(i) != whole.weight_quant_max(i)]
+    if whole.layers or whole.channels or others or not set(wanted) <= set(known):
         return False
     for identity, observer in wanted.items():
         observer.load_state(known[identity].state())

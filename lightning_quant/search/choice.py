@@ -5,7 +5,9 @@ from typing import Any
 
 from lightning_quant.measure.contributions import Difference
 
-FLOAT, HALF, STORED = "float", "float16", "int8_weight_only"
+FLOAT, HALF, STORED, WIDE = "float", "float16", "int8_weight_only", "int8_weights"
+OUT = (STORED, FLOAT)
+"""Schemes of operators that leave the integers, and the tensors around them with them: WIDE is of a weight alone."""
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,12 @@ class Choice:
     def __str__(self) -> str:
         if self.accurate:
             return "the whole recipe, with the steps of int8_accurate"
-        names = [name if scheme == FLOAT else f"{name} ({scheme})" for name, scheme in self.kept]
+        if not self.kept:
+            return "the whole recipe"
+        in_float = all(scheme == FLOAT for _, scheme in self.kept)
+        names = [name if in_float else f"{name} ({scheme})" for name, scheme in self.kept]
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-        return f"{', '.join(names[:3])}{more} kept float" if names else "the whole recipe"
+        return f"{', '.join(names[:3])}{more} kept {'float' if in_float else 'safer'}"
 
     def to_dict(self) -> dict[str, Any]:
         """Return what JSON can hold."""

@@ -140,7 +140,7 @@ class _Search:
                 keeps = other
             else:
                 fails = other
-        return "the least in float that keeps the limits on metrics"
+        return "the least in safer schemes that keeps the limits on metrics"
 
     def dearest(self) -> str:
         """Find the last step at which size and speed keep their limits: more in float is better by a metric."""

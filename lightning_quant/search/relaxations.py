@@ -7,7 +7,7 @@ neither hides the other. Weights can stay stored in eight bits where only tensor
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,8 @@ from lightning_quant.measure.rounded_parts import name_of, touched_edges
 from lightning_quant.numerics.exact import exact_arithmetic
 from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.search.cheapest import Part, cheapest
-from lightning_quant.search.choice import FLOAT, HALF, STORED, Choice
+from lightning_quant.search.choice import FLOAT, HALF, OUT, STORED, WIDE, Choice
+from lightning_quant.search.wide_weights import bytes_of_value, in_eight_bits
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
 from lightning_quant.terminal.progress import tracked
@@ -32,6 +33,8 @@ from lightning_quant.terminal.progress import tracked
 # Beside the gain of a step counts its price: shares of what everything in float would cost, of the operators that leave
 # the integers, and this on top, so that what costs nothing is no better than what gains many times as much.
 _LEAST_PRICE = 0.25
+# The cheapest first.
+_SAFER = (WIDE, STORED, FLOAT)
 
 
 @dataclass(frozen=True)
@@ -41,20 +44,18 @@ class Relaxations:
     Attributes:
         parts: all that is rounded.
         operators: names in the plan's order.
-        stored: names of those whose weights may stay in eight bits while they compute in float.
-        prices: name and scheme to what it costs, in bytes or in multiply-adds.
+        prices: name and scheme to what it costs, in bytes or in multiply-adds, of all schemes that are possible.
         halves: names of those whose weights float16 spares, which float then stands for.
     """
 
     parts: tuple[Part, ...]
     operators: tuple[str, ...]
-    stored: frozenset[str]
     prices: Mapping[tuple[str, str], float]
     halves: frozenset[str] = frozenset()
 
     def error(self, kept: Mapping[str, str]) -> float:
         """Return the noise that is left, as the sum of its parts."""
-        return sum(part.error for part in self.parts if not is_spared(part, _in_float(kept)))
+        return sum(part.remaining(_in_float(kept)) for part in self.parts)
 
     def price(self, kept: Mapping[str, str]) -> float:
         """Return what a choice costs."""
@@ -72,7 +73,7 @@ class Relaxations:
 
     def at_most(self, error: float) -> Choice | None:
         """Return the cheapest choice that leaves no more than some noise; None where that is not found."""
-        kept = cheapest(self.parts, self.operators, self.stored, self.prices, error * (1 + 1e-9))
+        kept = cheapest(self.parts, self.operators, self.prices, error * (1 + 1e-9))
         return None if kept is None else self._choice(kept)
 
     def refined(self, step: Choice) -> Choice:
@@ -95,30 +96,35 @@ class Relaxations:
         )
 
     def _next(self, kept: dict[str, str], whole: float) -> dict[str, str] | None:
-        left = [part for part in self.parts if not is_spared(part, kept)]
+        left = [part for part in self.parts if not part.is_spared(kept)]
         of_user: dict[str, list[Part]] = {}
         for part in left:
             for name in part.users:
                 of_user.setdefault(name, []).append(part)
-        every = dict.fromkeys(tuple(sorted(self._sparing(part, kept).items())) for part in left)
+        ways = [way for part in left for way in self._sparing(part, kept)]
+        every = dict.fromkeys(tuple(sorted(way.items())) for way in ways)
         floats = [list((kept | dict(option)).values()).count(FLOAT) for option in every]
         options = [option for option, number in zip(every, floats, strict=True) if number < len(self.operators)]
 
         def worth(option: Iterable[tuple[str, str]]) -> float:
             chosen = kept | dict(option)
             near = {id(part): part for name, _ in option for part in of_user.get(name, ())}
-            gain = sum(part.error for part in near.values() if is_spared(part, chosen))
+            gain = sum(part.remaining(kept) - part.remaining(chosen) for part in near.values())
             more = sum(self.prices[n, s] - (self.prices[n, kept[n]] if n in kept else 0) for n, s in option)
             newly = sum(name not in kept for name, _ in option)
             return gain / (more / whole + newly / len(self.operators) + _LEAST_PRICE)
 
         return kept | dict(max(options, key=worth)) if options else None
 
-    def _sparing(self, part: Part, kept: Mapping[str, str]) -> dict[str, str]:
-        """Return the least that has to be kept out of integers for a part to be spared."""
-        if part.is_weight:
-            return dict.fromkeys(part.users, FLOAT)
-        return {name: STORED if name in self.stored else FLOAT for name in part.users if name not in kept}
+    def _sparing(self, part: Part, kept: Mapping[str, str]) -> list[dict[str, str]]:
+        """Return the least that has to be in safer schemes for a part to be spared, or a weight to be less in error."""
+        if not part.is_weight:
+            users = [name for name in part.users if kept.get(name) not in OUT]
+            return [{name: STORED if (name, STORED) in self.prices else FLOAT for name in users}]
+        (name,) = part.users
+        now, safer = part.remaining(kept), _SAFER[_SAFER.index(kept[name]) + 1 if name in kept else 0 :]
+        ways = [{name: scheme} for scheme in safer if (name, scheme) in self.prices]
+        return [way for way in ways if part.is_spared(way) or part.remaining(way) < now]
 
 
 def _in_float(kept: Mapping[str, str]) -> dict[str, str]:
@@ -142,13 +148,6 @@ class Refined(Sequence[Choice]):
         return self._found[index]
 
 
-def is_spared(part: Part, kept: Mapping[str, str]) -> bool:
-    """Tell whether nothing needs a part rounded any more, with some operators kept by their schemes."""
-    if part.is_weight:
-        return all(kept.get(name) == FLOAT for name in part.users)
-    return all(name in kept for name in part.users)
-
-
 @torch.no_grad()
 @exact_arithmetic()
 def relaxations(prepared: Prepared, calls: list[Call], *, by_time: bool = False) -> Relaxations:
@@ -162,24 +161,32 @@ def relaxations(prepared: Prepared, calls: list[Call], *, by_time: bool = False)
     with evaluation_mode(prepared.root):
         exact = [prepared.root(*args, **kwargs) for args, kwargs in calls]
 
-        def error(rounded: frozenset[str]) -> float:
-            with prepared.simulation.quantizing_only(rounded), prepared.attached("frozen"):
+        def error(rounded: frozenset[str], plan: Prepared = prepared) -> float:
+            with plan.simulation.quantizing_only(rounded), plan.attached("frozen"):
                 return error_of(exact, [prepared.root(*args, **kwargs) for args, kwargs in calls])
 
-        rounded = rounded_in(prepared)
+        rounded, wide = rounded_in(prepared), in_eight_bits(prepared)
+
+        def left(identities: frozenset[str]) -> dict[str, float]:
+            """Return what a weight of fewer bits leaves in eight."""
+            if not identities <= wide.weight_quant_maxima.keys():
+                return {}
+            return dict.fromkeys((WIDE, STORED), error(identities, wide))
+
         parts = tuple(
-            Part(users, is_weight, error(identities))
+            Part(users, is_weight, error(identities), left(identities) if is_weight else {})
             for identities, users, is_weight in tracked(rounded, "Ranking", "part")
         )
         for name, layer in layers_beside(prepared).items():
             with placed(prepared.root, {name: layer}):
                 noise = error_of(exact, [prepared.root(*args, **kwargs) for args, kwargs in calls])
             parts += (Part(frozenset({name}), True, noise),)
-    operators = names_in_integers(prepared)
-    stored = _layers_in(prepared, STORED)
     # In half the bytes, and converted for every call.
     halves = frozenset() if by_time else _layers_in(prepared, HALF)
-    return Relaxations(parts, operators, stored, _prices(prepared, operators, halves, by_time=by_time), halves)
+    operators = names_in_integers(prepared)
+    wider = {name for part in parts if WIDE in part.left for name in part.users}
+    able = {WIDE: wider, STORED: _layers_in(prepared, STORED), FLOAT: operators}
+    return Relaxations(parts, operators, _prices(prepared, able, halves, by_time=by_time), halves)
 
 
 def layers_beside(prepared: Prepared) -> dict[str, nn.Module]:
@@ -234,17 +241,24 @@ def _layers_in(prepared: Prepared, recipe: str) -> frozenset[str]:
 
 
 def _prices(
-    prepared: Prepared, operators: tuple[str, ...], halves: frozenset[str], *, by_time: bool
+    prepared: Prepared, able: Mapping[str, Collection[str]], halves: frozenset[str], *, by_time: bool
 ) -> dict[tuple[str, str], float]:
-    macs = {row.name: row.macs for row in prepared.plan.rows}
-    numbers = {o.name: prepared.weight(i).numel() for i, o in prepared.operators.items() if o.weight}
-    beside = layers_beside(prepared)
-    numbers |= {row.name: row.weights for row in prepared.plan.rows if row.name in beside}
+    """Return what each scheme costs of the operators that can have it."""
+    options = [(name, scheme) for scheme, names in able.items() for name in names]
     if by_time:
-        return {(name, scheme): float(macs.get(name, 0)) for name in operators for scheme in (FLOAT, STORED)}
-    # Three bytes more for each value than in eight bits, and one in float16.
-    return {
-        (name, scheme): (1.0 if name in halves else 3.0) * numbers.get(name, 0) * (scheme == FLOAT)
-        for name in operators
-        for scheme in (FLOAT, STORED)
-    }
+        macs = {row.name: row.macs for row in prepared.plan.rows}
+        return {(name, scheme): float(macs.get(name, 0)) * (scheme in OUT) for name, scheme in options}
+    beside = layers_beside(prepared)
+    # Bytes in integers, and numbers that are stored.
+    stored = {row.name: (float(row.weights), row.weights) for row in prepared.plan.rows if row.name in beside}
+    for identity, operator in prepared.operators.items():
+        if operator.weight:
+            number = prepared.weight(identity).numel()
+            stored[operator.name] = number * bytes_of_value(prepared, identity), number
+    each = {WIDE: 1.0, STORED: 1.0, FLOAT: 4.0}
+    prices = {}
+    for name, scheme in options:
+        own, number = stored.get(name, (0.0, 0))
+        size = 2.0 if scheme == FLOAT and name in halves else each[scheme]
+        prices[name, scheme] = size * number - own
+    return prices

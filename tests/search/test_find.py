@@ -35,7 +35,7 @@ class Simulated:
     def __post_init__(self) -> None:
         parts = tuple(Part(frozenset({name}), is_weight=True, error=error) for name, error in self.errors.items())
         prices = {(name, FLOAT): size for name, size in self.sizes.items()}
-        self.ranked = Relaxations(parts, tuple(self.errors), frozenset(), prices)
+        self.ranked = Relaxations(parts, tuple(self.errors), prices)
 
     def measure(self, choice: Choice, decides: Any = None) -> Measured:
         if len(self.tried) == self.stops_after:

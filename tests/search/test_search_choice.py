@@ -12,7 +12,7 @@ def verdict(reached: float | None, *, kept: bool) -> Verdict:
 
 def test_a_choice_reads_as_what_it_keeps() -> None:
     assert str(Choice()) == "the whole recipe"
-    assert str(Choice((("a", FLOAT), ("b", STORED)))) == "a, b (int8_weight_only) kept float"
+    assert str(Choice((("a", FLOAT), ("b", STORED)))) == "a (float), b (int8_weight_only) kept safer"
     assert str(Choice(tuple((name, FLOAT) for name in "abcde"))) == "a, b, c and 2 more kept float"
 
 
