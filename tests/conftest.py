@@ -15,6 +15,7 @@ from quick_exports import make_exports_quick
 from slow_cases import is_slow
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
+from lightning_quant.report import speed
 
 # Fixtures that several files share; one conftest.py is all that doctests can tell apart.
 pytest_plugins = ("command_line", "small_artifacts")
@@ -25,6 +26,8 @@ collect_ignore_glob = ["clients/client_*.py", "clients/run_client.py"]
 torch.set_num_threads(1)
 make_exports_quick()
 quick_trials.make_trials_quick()
+# Nets this small are rarely much faster than float, and each report would write float for another runtime for a second.
+speed.CLOSE = 1.0
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +56,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 @pytest.fixture
 def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave the latencies out of reports, which take longer than all the rest of a run with a tiny net."""
-    monkeypatch.setattr("lightning_quant.report.make_report.measure_latency", lambda *_: ((), ()))
+    monkeypatch.setattr("lightning_quant.report.make_report.measure_latency", lambda *_, **__: ((), ()))
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -47,6 +47,20 @@ GUARDS = (
         "search/test_wide_weights.py -k corrections",
     ),
     Guard(
+        "what an artifact is timed beside is decided by no order",
+        "machine/latency.py",
+        "                if elapsed < _QUICK_S:\n                    elapsed = _seconds(contestants[name])\n",
+        "",
+        "machine/test_latency.py -k came_before",
+    ),
+    Guard(
+        "a report names the runtime in which float is faster",
+        "report/speed.py",
+        "**own, **self.elsewhere}",
+        "**own}",
+        "report/test_speed.py -k way_out",
+    ),
+    Guard(
         "grids narrow to the recipe's bits while bits are annealed",
         "callbacks/qat.py",
         "        prepared.anneal_bits(self.timeline.width(trainer))\n",

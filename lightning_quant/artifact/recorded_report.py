@@ -46,7 +46,13 @@ _METRIC = {
     "higher_is_better": _optional(lambda value: isinstance(value, bool)),
 }
 _TIMING = _has({"median_ms": lambda value: isinstance(value, float) and value > 0})
-_LATENCY = {"batch": _is_count(_MAX_BATCH), "torch_float": _TIMING, "runtime_float": _optional(_TIMING)}
+_LATENCY = {
+    "batch": _is_count(_MAX_BATCH),
+    "torch_float": _TIMING,
+    "runtime_float": _optional(_TIMING),
+    # Reports of earlier versions have none.
+    "elsewhere": _optional(lambda value: isinstance(value, dict) and all(map(_TIMING, value.values()))),
+}
 _PARTS: dict[str, Callable[[Any], bool]] = {
     "warnings": _are(_is_text),
     "size_ratio": _optional(_is_number),
@@ -57,3 +63,9 @@ _PARTS: dict[str, Callable[[Any], bool]] = {
     "metrics": _are(_has(_METRIC)),
     "latency": _are(_has(_LATENCY)),
 }
+
+
+def best_float_ms(row: dict[str, Any]) -> float:
+    """Return the median of the fastest float peer in a row of latencies."""
+    peers = [row["torch_float"], row.get("runtime_float"), *(row.get("elsewhere") or {}).values()]
+    return min(float(peer["median_ms"]) for peer in peers if peer is not None)

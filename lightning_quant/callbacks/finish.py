@@ -23,6 +23,7 @@ from lightning_quant.callbacks.held_out import held_out
 from lightning_quant.callbacks.monitor import QuantizationMonitor
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.calls.calls import Call
+from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
 from lightning_quant.machine.timed import timed
 from lightning_quant.measure.attempts import noting
@@ -138,6 +139,7 @@ def _report(
         limits=callback.settings.limits,
         predictions=predictions,
         peers=callback.shared.peers,
+        chosen=callback.settings.runtime == AUTO,
     )
     looks = next((c.monitored for c in trainer.callbacks if isinstance(c, QuantizationMonitor)), None)  # type: ignore[attr-defined]
     for section in (looks, deployment.scored, deployment.search):

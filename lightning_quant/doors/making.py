@@ -187,6 +187,7 @@ def _made_and_measured(
             limits=settings.limits,
             predictions=predictions,
             peers=peers,
+            chosen=str(settings.runtime) == AUTO,
         )
         report = with_section(report, made.search)
         artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)

@@ -21,6 +21,7 @@ from lightning_quant.planned.inside import load_inside
 from lightning_quant.planned.kept_sizes import sizes_forgotten
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import dynamic_dimensions
+from lightning_quant.runtimes import Runtime
 from lightning_quant.simulate.parity import PARITY_SAMPLES
 from lightning_quant.surgery.routing import as_exported, clone, evaluation_mode, without_fast_path
 
@@ -157,9 +158,8 @@ def float_outputs(model: PlannedModel, inputs: list[Tensor]) -> list[Tensor]:
         return leaves_of(model.root(*args, **kwargs))
 
 
-def export_float(model: PlannedModel, folder: Path) -> Path:
-    """Write the float model in the runtime's own format, as the peer of latency comparisons."""
-    runtime = model.runtime
+def export_float(model: PlannedModel, folder: Path, runtime: Runtime) -> Path:
+    """Write the float model in a runtime's own format, as the peer of latency comparisons."""
     root = clone(model.root).eval()
     path = folder / f"float_{runtime.MODEL_FILE}"
     with decided_as_captured(root, model.decided):

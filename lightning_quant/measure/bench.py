@@ -13,6 +13,7 @@ import torch
 
 from lightning_quant.artifact import golden
 from lightning_quant.artifact.artifact import open_model, private_copy, read
+from lightning_quant.artifact.recorded_report import best_float_ms
 from lightning_quant.calls.loaded import LoadedModule
 from lightning_quant.errors import DiskError, QuantizationError
 from lightning_quant.machine.latency import measure
@@ -112,8 +113,7 @@ def _recorded_float(report: dict[str, Any] | None, batch: int, threads: int) -> 
         return None
     for row in report.get("latency", []):
         if row["batch"] == batch:
-            peers = [row[name]["median_ms"] for name in ("torch_float", "runtime_float") if row.get(name)]
-            return min(peers)
+            return best_float_ms(row)
     return None
 
 

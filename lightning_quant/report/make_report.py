@@ -2,9 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -58,6 +56,7 @@ def make_report(
     limits: Limits | None = None,
     predictions: Predictions | None = None,
     peers: FloatPeers | None = None,
+    chosen: bool = False,
 ) -> Report:
     """Measure an artifact against the float module it came from.
 
@@ -77,6 +76,7 @@ def make_report(
         limits: what the artifact is to keep to.
         predictions: noted while validation ran.
         peers: float models that other artifacts of the same weights were timed beside.
+        chosen: whether the runtime was chosen as the fastest, and timed beside float in every other then.
     """
     seconds, threads, lacking = dict(seconds or {}), threads or torch.get_num_threads(), list(missing)
     loaded = opened(model, artifact, threads)
@@ -85,18 +85,17 @@ def make_report(
         parity = _parity(model, asked, artifact.model_path, lacking)
         noise, unfit = _noise(model, root, asked, held, lacking)
     with timed(seconds, "latency"):
-        latency, remarks = _latency(model, loaded, threads, peers, lacking)
+        latency, remarks = _latency(model, loaded, threads, peers, lacking, elsewhere=not chosen)
     with timed(seconds, "closer look"):
         look = closer_look(model, (root, asked), artifact.model_path, threads, held=held, predictions=predictions)
     sections: tuple[Section, ...] = (
         Metrics(metrics, trained),
         NoiseSection(noise, _way_out(model, sensitivity)),
         Size(tensor_bytes(model.root), checkpoint_bytes, artifact.size_bytes),
-        Speed(latency, model.plan.runtime, threads, cpu_name()),
+        Speed(latency, model.plan.runtime, threads, cpu_name(), chosen),
         *(Agreement(parity), look.changed),
         Notes((*notes, *_engine(artifact), *remarks, *unfit), tuple(lacking)),
-        *(Ranking(sensitivity), _coverage(model, artifact, step_share)),
-        *(look.numbers, Seconds(seconds)),
+        *(Ranking(sensitivity), _coverage(model, artifact, step_share), look.numbers, Seconds(seconds)),
     )
     head = model.recipe.name, model.plan.runtime, artifact.manifest["versions"]
     return with_limits(Report(*head, sections), limits or NO_LIMITS)
@@ -177,15 +176,21 @@ def tensor_bytes(module: nn.Module) -> int:
 
 
 def _latency(
-    model: PlannedModel, loaded: nn.Module, threads: int, peers: FloatPeers | None, lacking: list[str]
+    model: PlannedModel,
+    loaded: nn.Module,
+    threads: int,
+    peers: FloatPeers | None,
+    lacking: list[str],
+    *,
+    elsewhere: bool,
 ) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
     with noting(lacking, "latencies are"):
-        return measure_latency(model, loaded, threads, peers)
+        return measure_latency(model, loaded, threads, peers, elsewhere=elsewhere)
     return (), ()
 
 
 def measure_latency(
-    model: PlannedModel, loaded: nn.Module, threads: int, peers: FloatPeers | None = None
+    model: PlannedModel, loaded: nn.Module, threads: int, peers: FloatPeers | None = None, *, elsewhere: bool = False
 ) -> tuple[tuple[LatencyRow, ...], tuple[str, ...]]:
     """Time an artifact and its float peers in turn, at the smallest and the captured batch; add what stood in the way.
 
@@ -194,10 +199,11 @@ def measure_latency(
         loaded: the artifact.
         threads: of every contestant.
         peers: those of other artifacts of the same weights.
+        elsewhere: whether to time float in other runtimes, too, where it may be faster than the artifact.
     """
     if peers is None:
         with FloatPeers() as own:
-            return measure_latency(model, loaded, threads, own)
+            return measure_latency(model, loaded, threads, own, elsewhere=elsewhere)
     remarks: tuple[str, ...] = ()
     with torch_threads(threads), evaluation_mode(model.root):
         try:
@@ -207,13 +213,25 @@ def measure_latency(
                 runtime_float(*args, **kwargs)
         except QuantizationError as error:
             runtime_float, remarks = None, (f"the float model has no peer in {model.plan.runtime}: {error}",)
-        rows = []
-        for batch in dict.fromkeys((model.smallest, model.num_samples)):
-            args, kwargs = model.call(model.samples(batch))
-            contestants: dict[str, Callable[[], Any]] = {"torch": functools.partial(model.root, *args, **kwargs)}
-            if runtime_float is not None:
-                contestants["float"] = functools.partial(runtime_float, *args, **kwargs)
-            contestants["artifact"] = functools.partial(loaded, *args, **kwargs)
-            timings: dict[str, Timing] = measure(contestants, budget_s=peers.seconds)
-            rows.append(LatencyRow(batch, timings["torch"], timings.get("float"), timings["artifact"]))
-    return tuple(rows), remarks
+        own_float = {} if runtime_float is None else {"float": runtime_float}
+        contestants = {"torch": model.root, **own_float, "artifact": loaded}
+        rows = _timed(model, contestants, {}, peers.seconds)
+        if elsewhere and any(row.is_close for row in rows):
+            others, missing = peers.elsewhere(model, threads)
+            rows = _timed(model, contestants, others, peers.seconds) if others else rows
+            remarks += missing
+    return rows, remarks
+
+
+def _timed(
+    model: PlannedModel, contestants: dict[str, nn.Module], others: dict[str, nn.Module], seconds: float
+) -> tuple[LatencyRow, ...]:
+    rows = []
+    for batch in dict.fromkeys((model.smallest, model.num_samples)):
+        args, kwargs = model.call(model.samples(batch))
+        every = {**contestants, **{f"float in {name}": peer for name, peer in others.items()}}
+        calls = {name: functools.partial(contestant, *args, **kwargs) for name, contestant in every.items()}
+        timings: dict[str, Timing] = measure(calls, budget_s=seconds)
+        elsewhere = {name: timings[f"float in {name}"] for name in others}
+        rows.append(LatencyRow(batch, timings["torch"], timings.get("float"), timings["artifact"], elsewhere))
+    return tuple(rows)

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from lightning_quant.artifact.recorded_report import best_float_ms
 from lightning_quant.terminal.figures import fixed
 
 # What a failure or warning has in it to what helps; of several the first.
@@ -10,7 +11,7 @@ _NEXT = {
     "limits FAILED": 'try recipe="int8_accurate", keep the worst operators in float, or train through rounding',
     " FAILED": "look at what stays float and why, below",
     "larger than the float model": "look at what stays float, below; a toy's file holds more graph than weights",
-    "slower than float": 'try runtime="auto", and `lightning-quant bench` at your batch and number of threads',
+    "slower than float": "time it with `lightning-quant bench` at your batch and number of threads",
     "still run in float": "the figures hold for the file as it is",
 }
 # Share of a metric by which two artifacts may differ without a reader caring.
@@ -33,8 +34,7 @@ def verdict(report: dict[str, Any]) -> tuple[str, str]:
 
 def speedup(row: dict[str, Any]) -> float:
     """Return how many times faster than its best float peer an artifact is at one batch size."""
-    peers = [row[name]["median_ms"] for name in ("torch_float", "runtime_float") if row[name] is not None]
-    return min(peers) / row["artifact"]["median_ms"]
+    return best_float_ms(row) / float(row["artifact"]["median_ms"])
 
 
 def delta(row: dict[str, Any]) -> float | None:

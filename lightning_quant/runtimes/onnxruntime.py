@@ -143,6 +143,7 @@ class OnnxRuntime(Runtime):
     REQUIRES = ("onnxruntime", "onnx", "onnxscript")
     OPTIONS = ("threads", "providers")
     MODEL_FILE = "model.onnx"
+    QUICK_FLOAT = True
     # The CPU has no kernels for half precision: it is for storage, and weights become float when a session starts.
     HALF_ARITHMETIC = False
     LAYERS_IN_GRAPHS = True

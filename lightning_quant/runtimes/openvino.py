@@ -142,6 +142,7 @@ class OpenVino(Runtime):
     REQUIRES = ("openvino", "onnx", "onnxscript")
     OPTIONS = ("threads", "device")
     MODEL_FILE = "model.xml"
+    QUICK_FLOAT = True
     # Weights are stored in half precision; OpenVINO computes in the float32 that it is told.
     HALF_ARITHMETIC = False
     LAYERS_IN_GRAPHS = True

@@ -93,7 +93,7 @@ def test_limits_by_name_are_searched_from_yaml_and_from_the_command_line(
 def test_several_recipes_from_yaml_and_from_the_command_line(
     project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lightning_quant.report.make_report.measure_latency", lambda *_: ((), ()))
+    monkeypatch.setattr("lightning_quant.report.make_report.measure_latency", lambda *_, **__: ((), ()))
     content = yaml.safe_load((EXAMPLE / "quantize.yaml").read_text())
     content |= {"threads": 1, "recipe": ["int8_weight_only", "float16"], "evaluate": False}
     (project / "several.yaml").write_text(yaml.safe_dump(content))

@@ -1,5 +1,6 @@
 """What a report is made of is measured on the file itself."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ from reports import changed
 from torch import nn
 
 import lightning_quant as lq
+from lightning_quant.artifact.recorded_report import best_float_ms
 from lightning_quant.errors import NoEffectWarning
+from lightning_quant.export.float_peers import FloatPeers
 from lightning_quant.export.static_model import StaticModel
-from lightning_quant.report import make_report
+from lightning_quant.machine.latency import Timing
+from lightning_quant.report import make_report, speed
 from lightning_quant.report.limits import Limits
 from lightning_quant.report.make_report import tensor_bytes, with_limits
 
@@ -42,6 +46,27 @@ def test_a_comparison_that_fails_costs_no_artifact_and_is_a_failure(
     assert artifact.report["failures"] == [failure]
     assert any(text.startswith("the noise of the outputs is missing") for text in artifact.report["warnings"])
     assert lq.load(artifact.path)(torch.randn(4, 8)).shape == (4, 4)
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_an_artifact_hardly_faster_than_its_own_float_is_timed_beside_float_in_other_runtimes(
+    close: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    milliseconds = {"torch": 12.0, "float": 11.0, "artifact": 10.0, "float in openvino": 8.0}
+
+    def timed(contestants: dict[str, Any], **_: Any) -> dict[str, Timing]:
+        return {name: Timing(milliseconds[name], 1.0, 20.0, 7) for name in contestants}
+
+    monkeypatch.setattr(make_report, "measure", timed)
+    monkeypatch.setattr(speed, "CLOSE", 2.0 if close else 1.05)
+    monkeypatch.setattr(FloatPeers, "elsewhere", lambda *_: ({"openvino": nn.Identity()}, ("nothing else",)))
+    with pytest.warns(NoEffectWarning) if close else contextlib.nullcontext():
+        artifact = lq.quantize(nn.Linear(64, 64), calibration_data=[torch.randn(4, 64)], output_dir=tmp_path / "q")
+    assert artifact.report is not None
+    said = [text for text in artifact.report["warnings"] if "slower than float in openvino" in text]
+    assert len(said) == close
+    assert ("nothing else" in artifact.report["notes"]) == close
+    assert best_float_ms(artifact.report["latency"][0]) == (8.0 if close else 11.0)
 
 
 def test_a_report_is_held_against_limits_of_size_and_speed() -> None:
