@@ -115,6 +115,18 @@ class ShapedProxy(fx.Proxy):
     def __float__(self) -> float:
         raise self._number_asked("float")
 
+    # Of `range`, entries and slices of lists, and functions that take whole numbers alone.
+    def __index__(self) -> int:
+        if type(self.fake) is int:
+            raise UntraceableError(
+                "a size of an input says how often a loop runs or which entry of a list is taken, as in "
+                "`range(x.shape[1])`, and a graph is of one number of steps"
+            )
+        raise UntraceableError(
+            "a value of a tensor says how often a loop runs or which entry of a list is taken, as in "
+            "`range(lengths.max())`, and it differs from call to call"
+        )
+
     def _number_asked(self, kind: str) -> UntraceableError:
         vars(self.tracer)["numbers_asked"] = True
         return UntraceableError(f"a number is made of a tensor or a size by `{kind}`")

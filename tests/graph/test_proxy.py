@@ -3,6 +3,7 @@
 import collections.abc
 import copy
 import dataclasses
+import operator
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -222,3 +223,47 @@ def test_scripted_children_are_refused_by_name_where_graphs_are_made() -> None:
         prepare(Scripted(), (X,))
     with pytest.raises(QuantizationError, match=r"'scripted' is scripted or traced, which `torch\.export`"):
         quantize(Scripted(), "int8_dynamic", calibration_data=[X])
+
+
+def steps_of_a_size(y: Tensor) -> Tensor:
+    return sum((y[:, i : i + 1] for i in range(y.shape[1])), y)
+
+
+def entry_of_a_list(y: Tensor) -> Tensor:
+    return y * [1.0, 2.0, 3.0, 4.0, 5.0][y.shape[0]]
+
+
+def slice_of_a_list(y: Tensor) -> Tensor:
+    return y * len([1.0, 2.0, 3.0, 4.0, 5.0][: y.shape[0]])
+
+
+def whole_number(y: Tensor) -> Tensor:
+    return y * operator.index(y.shape[0])
+
+
+def steps_of_a_value(y: Tensor) -> Tensor:
+    return sum((y for _ in range((y > 0).sum().item())), y)
+
+
+@pytest.mark.parametrize(
+    ("ask", "what"),
+    [
+        *((ask, "a size of an input") for ask in (steps_of_a_size, entry_of_a_list, slice_of_a_list, whole_number)),
+        (steps_of_a_value, "a value of a tensor"),
+    ],
+)
+def test_numbers_that_only_a_call_knows_are_called_what_they_are(ask: Callable[[Any], Tensor], what: str) -> None:
+    body = nn.Sequential(nn.Linear(8, 8), nn.ReLU())
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head = body, nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(ask(self.body(x)))
+
+    rows = {row.name: row for row in prepare(Net().eval(), (X,), trains=False).plan.rows}
+
+    assert f"Net.forward cannot be traced: {what} says how often a loop runs" in rows["(forward)"].reason
+    assert rows["head"].action == "int8"
