@@ -33,6 +33,20 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "layers that four bits do not hold get eight before they are kept in float",
+        "search/layer_ranking.py",
+        "{STORED: left} if left < noise else {}",
+        "{}",
+        "search/test_layer_ranking.py -k gets_eight_first",
+    ),
+    Guard(
+        "overrides of a recipe of layers count",
+        "layers/trial.py",
+        "    return recipe if named is None or named.needs_calibration else named\n",
+        "    return recipe\n",
+        "planned/test_overrides.py -k recipe_of_layers",
+    ),
+    Guard(
         "weights that few bits do not hold get eight before their layers are kept in float",
         "search/wide_weights.py",
         "prepared.weight_quant_max(identity) <= _SIX_BITS",

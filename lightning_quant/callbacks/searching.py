@@ -27,13 +27,12 @@ from lightning_quant.measure.interim import Decides, Interim, PartialMetrics, is
 from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe import recipe as recipes
-from lightning_quant.search.candidates import Candidates
+from lightning_quant.search.candidates import candidates
 from lightning_quant.search.files import Files
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.objective import LATENCY
 from lightning_quant.search.progress import Budget, SearchRecord
 from lightning_quant.search.record import find_on_record, fingerprint
-from lightning_quant.search.relaxations import relaxations
 from lightning_quant.search.section import SearchSection
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
@@ -47,12 +46,13 @@ class Recorded:
     """What candidates are calibrated and ranked on.
 
     Attributes:
-        prepared: the whole recipe over a copy of the module on the device.
+        whole: the whole recipe over a copy of the module on the device; of a recipe of layers, which are made on the
+            CPU, over the module that is exported.
         calls: of that copy, which ranges were learned from.
         held: calls that chose nothing; where there are none, the last of the others.
     """
 
-    prepared: Prepared
+    whole: PlannedModel
     calls: list[Call]
     held: list[Call]
 
@@ -81,7 +81,7 @@ def searched(
         callback: whose settings say what is searched.
         trainer: whose validation counts.
         deployment: with the whole recipe.
-        recorded: None where the recipe has no graph, so that the whole is tried alone.
+        recorded: None where nothing was calibrated: layers are tried and ranked on the captured call.
     """
     started, settings = time.perf_counter(), callback.settings
     known = float_metrics(callback, trainer, deployment)
@@ -110,6 +110,8 @@ def _files(
     names: list[str],
 ) -> Files:
     settings, root = callback.settings, deployment.model.root
+    captured = Call(*deployment.model.call())
+    recorded = recorded or Recorded(deployment.model, [captured], [captured])
     order = functools.cache(functools.partial(_order, callback, trainer, deployment, known.floating, names))
 
     def validate(model: PlannedModel, artifact: Artifact, decides: Decides | None) -> Metrics:
@@ -122,18 +124,14 @@ def _files(
             known.files[digest(artifact)] = metrics, number
         return metrics
 
-    def on_host(made: Prepared) -> PlannedModel:
-        return made.bound_to(root).on_host()
+    def on_host(made: PlannedModel) -> PlannedModel:
+        return (made if made.root is root else made.bound_to(root)).on_host()
 
     how: dict[str, Any] = {"dynamic_shapes": settings.dynamic_shapes, "engine": settings.engine}
     how["threads"] = settings.threads
-    if recorded is None:
-        return Files(known.floating, validate, on_host, deployment.model, None, None, **how)
-    trained = callback.trains_rounded
-    candidates = Candidates(recorded.prepared, recorded.calls, settings.selection, trained)
-    by_time = settings.objective == LATENCY
-    rank = functools.partial(relaxations, recorded.prepared, recorded.to_rank, by_time=by_time)
-    return Files(known.floating, validate, on_host, deployment.model, candidates, rank, **how)
+    makes = candidates(recorded.whole, recorded.calls, settings.selection, trained=callback.trains_rounded)
+    rank = functools.partial(makes.ranked, recorded.to_rank, by_time=settings.objective == LATENCY)
+    return Files(known.floating, validate, on_host, deployment.model, makes, rank, **how)
 
 
 def _order(

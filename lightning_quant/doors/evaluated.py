@@ -24,16 +24,14 @@ from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.report.make_report import opened
 from lightning_quant.report.metrics import MetricRow
-from lightning_quant.search.candidates import Candidates
+from lightning_quant.search.candidates import candidates
 from lightning_quant.search.checks import check_metrics
 from lightning_quant.search.files import Files
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.objective import LATENCY
 from lightning_quant.search.progress import Budget
 from lightning_quant.search.record import find_on_record, fingerprint
-from lightning_quant.search.relaxations import relaxations
 from lightning_quant.search.section import SearchSection
-from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
 
 Function = Callable[[nn.Module], Any]
@@ -176,12 +174,9 @@ def searched(
     """
     settings = judged.settings
     judge, objective = Judge(settings.limits, {}), settings.objective or ""
-    candidates = rank = None
-    if isinstance(whole, Prepared):
-        candidates = Candidates(whole, calls, settings.selection)
-        by_time = objective == LATENCY
-        rank = functools.partial(relaxations, whole, (held or calls[-NUM_CALLS:])[:NUM_CALLS], by_time=by_time)
-    files = Files(judged.floating, judged.of_file, lambda made: made.on_host(), whole.on_host(), candidates, rank)
+    makes, few = candidates(whole, calls, settings.selection), (held or calls[-NUM_CALLS:])[:NUM_CALLS]
+    rank = functools.partial(makes.ranked, few, by_time=objective == LATENCY)
+    files = Files(judged.floating, judged.of_file, lambda made: made.on_host(), whole.on_host(), makes, rank)
     files.timed, files.threads = judge.on_speed or objective == LATENCY, settings.threads
     files.dynamic_shapes, files.engine = settings.dynamic_shapes, settings.engine
     said = settings.as_code(output_dir=None, threads=None, max_validations=None, time_budget_s=None)

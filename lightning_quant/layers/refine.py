@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calls.calls import Call, map_tensors
 from lightning_quant.layers.kernels import pack
-from lightning_quant.layers.layer import StoredLayer
+from lightning_quant.layers.layer import StoredLayer, plain
 from lightning_quant.layers.linear import StoredLinear
 from lightning_quant.layers.storage import dequantize
 from lightning_quant.numerics.gptq import Hessian, gptq, output_error
@@ -37,7 +37,7 @@ def refine(root: nn.Module, layers: dict[str, StoredLayer], calls: list[Call]) -
     errors: dict[str, tuple[float, float]] = {}
     for names in _affordable(root, list(chosen)):
         for name, hessian in _hessians(root, names, calls).items():
-            errors[name] = _refine(resolve(root, name), chosen[name], hessian.mean)
+            errors[name] = _refine(plain(resolve(root, name)), chosen[name], hessian.mean)
     return errors
 
 
@@ -46,7 +46,7 @@ def _affordable(root: nn.Module, names: list[str]) -> list[list[str]]:
     parts: list[list[str]] = []
     free = 0
     for name in names:
-        needed = 8 * StoredLinear.rows(resolve(root, name), "weight").shape[1] ** 2
+        needed = 8 * StoredLinear.rows(plain(resolve(root, name)), "weight").shape[1] ** 2
         if needed > free or not parts:
             parts.append([])
             free = HESSIAN_BYTES

@@ -8,14 +8,14 @@ from torch.nn.utils import parametrize
 
 from lightning_quant.calls.calls import Call
 from lightning_quant.errors import QuantizationError
-from lightning_quant.graph.table import Selection
+from lightning_quant.graph.table import Selection, matches
 from lightning_quant.layers import KINDS, class_for
 from lightning_quant.layers.layer import StoredLayer, computes_weight, from_float, plain
 from lightning_quant.layers.parameters import StoredParameters, child_of
 from lightning_quant.layers.products import multiplied
 from lightning_quant.layers.storage import SCHEMES, Scheme, dequantize
 from lightning_quant.numerics.noise import signal_to_noise
-from lightning_quant.recipe.recipe import LayerRecipe
+from lightning_quant.recipe.recipe import RECIPES, LayerRecipe
 
 _BITS = {"int4": 4, "int8": 8, "float16": 16, "bfloat16": 16}
 
@@ -49,20 +49,27 @@ class Trial:
         self._notes: list[str] = []
         self._num_calls = 0
 
-    def allow(self, stored_class: type[StoredLayer], schemes: list[Scheme]) -> None:
-        """Let the layer be tried with the schemes that its class has a form for."""
+    def allow(self, stored_class: type[StoredLayer], *, half_arithmetic: bool) -> None:
+        """Let the layer be tried with the schemes that its class has a form for.
+
+        Args:
+            stored_class: what it becomes.
+            half_arithmetic: whether the runtime computes in half precision; otherwise only weights are stored so.
+        """
         self._stored_class = stored_class
-        for scheme in schemes:
+        for scheme in (SCHEMES[name] for name in self._recipe.schemes):
+            if scheme.arithmetic == "half" and not half_arithmetic:
+                scheme = replace(scheme, arithmetic="float")
             refusal = stored_class.refusal(plain(self.float_layer), scheme, self._recipe.group_size)
             if refusal:
                 self._notes.append(f"{scheme.action}: {refusal}")
             else:
                 self._schemes.append(scheme)
 
-    def allow_parameters(self, names: list[str], schemes: list[Scheme]) -> None:
+    def allow_parameters(self, names: list[str], *, half_arithmetic: bool) -> None:
         """Let weights be stored that the module's own code multiplies by."""
         self.parameters = names
-        self.allow(StoredParameters, schemes)
+        self.allow(StoredParameters, half_arithmetic=half_arithmetic)
 
     @property
     def places(self) -> list[str]:
@@ -177,9 +184,6 @@ def trials(
         raise QuantizationError(f"Expected `schemes` to be out of {sorted(SCHEMES)}, but got {list(recipe.schemes)}.")
     if recipe.group_size < 1:
         raise QuantizationError(f"Expected `group_size` to be positive, but got {recipe.group_size}.")
-    schemes = [SCHEMES[name] for name in recipe.schemes]
-    if not half_arithmetic:
-        schemes = [replace(s, arithmetic="float") if s.arithmetic == "half" else s for s in schemes]
     known: dict[Any, Any] = {}
     by_module: dict[int, Trial] = {}
     inside: list[str] = []
@@ -193,18 +197,26 @@ def trials(
         has_weights = any(p.dim() > 1 for p in module.parameters(recurse=False))
         if stored_class is None and not has_weights:
             continue
-        trial = by_module[id(module)] = Trial(name, module, recipe, known)
+        trial = by_module[id(module)] = Trial(name, module, _own(recipe, name, module), known)
         if stored_class is not None:
             inside.append(name)
         excluded = selection.refusal(trial.label, trial.kind)
         trial.unwanted, trial.excluded = excluded or _refusal(module, stored_class), bool(excluded)
         if not trial.unwanted and stored_class is not None:
-            trial.allow(stored_class, schemes)
-    _allow_parameters(model, list(by_module.values()), schemes, call)
+            trial.allow(stored_class, half_arithmetic=half_arithmetic)
+    _allow_parameters(model, list(by_module.values()), call, half_arithmetic=half_arithmetic)
     return {trial.label: trial for trial in by_module.values()}
 
 
-def _allow_parameters(model: nn.Module, tried: list[Trial], schemes: list[Scheme], call: Call) -> None:
+def _own(recipe: LayerRecipe, name: str, module: nn.Module) -> LayerRecipe:
+    """Return the recipe of one layer: that of the first override which names it, or the recipe of all."""
+    kind = type(module).__name__.removeprefix("Parametrized")
+    targets = (target for pattern, target in recipe.overrides.items() if matches(pattern, name or kind, kind))
+    named = RECIPES.get(next(targets, ""))
+    return recipe if named is None or named.needs_calibration else named
+
+
+def _allow_parameters(model: nn.Module, tried: list[Trial], call: Call, *, half_arithmetic: bool) -> None:
     """Let weights of modules without a quantized form be stored, where the modules' code multiplies by them."""
     owners = [t for t in tried if class_for(t.float_layer) is None and not t.excluded]
     owners = [t for t in owners if not isinstance(t.float_layer, StoredLayer | parametrize.ParametrizationList)]
@@ -213,7 +225,7 @@ def _allow_parameters(model: nn.Module, tried: list[Trial], schemes: list[Scheme
         names = [name for name, p in trial.float_layer.named_parameters(recurse=False) if id(p) in read]
         if names:
             trial.unwanted = ""
-            trial.allow_parameters(names, schemes)
+            trial.allow_parameters(names, half_arithmetic=half_arithmetic)
 
 
 def _refusal(module: nn.Module, stored_class: type[StoredLayer] | None) -> str:

@@ -7,6 +7,7 @@ that is needed takes its place. Layers that stay float, and all that is no layer
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -31,6 +32,7 @@ from lightning_quant.layers.refine import refine
 from lightning_quant.layers.rows import rows_of
 from lightning_quant.numerics.noise import alike, signal_to_noise
 from lightning_quant.planned.layer_parity import LayerParity, check_layer_parity
+from lightning_quant.planned.overrides import select
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.refusals import check_runs
 from lightning_quant.planned.try_layers import try_layers
@@ -242,10 +244,10 @@ def quantize_layers(
     if parts := parts_of(call.args):
         join_parts(model)
     captured, opaque = _captured(model, call, runtime)
-    half = check_runs(runtime, chosen)
-    tried = try_layers(model, call, chosen, selection, half_arithmetic=half, parts=parts, only=only)
+    half, wanted = check_runs(runtime, chosen), select(selection, chosen)
+    tried = try_layers(model, call, chosen, wanted, half_arithmetic=half, parts=parts, only=only)
     rows = rows_of(model, list(tried.values()), *call)
-    check_patterns(selection, list(rows))
+    check_patterns(replace(selection, exclude=(*selection.exclude, *chosen.overrides)), list(rows))
     layers = {name: trial.layer for trial in tried.values() if trial.layer is not None for name in trial.places}
     plan = Plan(chosen.name, runtime, module, (), rows)
     if not layers:

@@ -4,22 +4,23 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 
-from lightning_quant.arguments.choice import did_you_mean
+from lightning_quant.arguments.choice import check_choice, did_you_mean
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.graph.analyze import Analysis
 from lightning_quant.graph.plan import Edge, Operator
 from lightning_quant.graph.table import Selection, matches
 from lightning_quant.recipe import recipe as recipes
-from lightning_quant.recipe.recipe import Recipe
+from lightning_quant.recipe.recipe import AnyRecipe, Recipe
 
 FLOAT = "float"
 _WEIGHTS = re.compile(r"int([2-8])_weights")
 
 
-def select(selection: Selection, recipe: Recipe) -> Selection:
+def select(selection: Selection, recipe: AnyRecipe) -> Selection:
     """Return a selection that leaves out what overrides keep in float or have stored by a recipe of layers."""
     kept = tuple(pattern for pattern, target in recipe.overrides.items() if target == FLOAT)
-    return replace(selection, exclude=(*selection.exclude, *kept), stored=tuple(stored_by(recipe).items()))
+    stored = tuple(stored_by(recipe).items()) if recipe.needs_calibration else ()
+    return replace(selection, exclude=(*selection.exclude, *kept), stored=stored)
 
 
 def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis: Analysis) -> dict[str, int]:
@@ -89,12 +90,17 @@ def stored_by(recipe: Recipe) -> dict[str, str]:
     return {p: r.name for p, r in recipe_of.items() if r and not r.needs_calibration and "dynamic" not in r.schemes}
 
 
-def check_targets(recipe: Recipe) -> None:
+def check_targets(recipe: AnyRecipe) -> None:
     """Make sure that overrides map to what there is.
 
     Raises:
         QuantizationError: one names no recipe, or one that needs other activations than this recipe's.
     """
+    if not recipe.needs_calibration:
+        able = [FLOAT, *(r.name for r in recipes.RECIPES.values() if not r.needs_calibration and not r.gptq)]
+        for pattern, target in recipe.overrides.items():
+            check_choice(f"overrides[{pattern!r}]", target, able)
+        return
     elsewhere = {FLOAT, *stored_by(recipe).values()}
     for pattern, target in recipe.overrides.items():
         if target not in elsewhere:

@@ -2,6 +2,7 @@
 
 from lightning_quant import runtimes
 from lightning_quant.errors import PlanError
+from lightning_quant.recipe import recipe as recipes
 from lightning_quant.recipe.recipe import LayerRecipe
 
 
@@ -17,7 +18,9 @@ def check_runs(runtime: str, recipe: LayerRecipe) -> bool:
             f"Expected `runtime` to run quantized layers for {recipe.name!r}, but {runtime!r} does not. Use runtime "
             f"{runtimes.that(lambda other: other.runs_layers(recipe.schemes))}, or recipe 'int8'."
         )
-    refused = next((name for name in recipe.schemes if name in where.LAYER_REFUSALS), None)
+    every = [recipe, *(recipes.RECIPES[target] for target in recipe.overrides.values() if target in recipes.RECIPES)]
+    schemes = [name for one in every if not one.needs_calibration for name in one.schemes]
+    refused = next((name for name in schemes if name in where.LAYER_REFUSALS), None)
     if refused is not None:
         reason = where.LAYER_REFUSALS[refused]
         raise PlanError(f"Expected a recipe that {runtime!r} runs, but got {recipe.name!r}: {reason}.")

@@ -1,11 +1,13 @@
 """WHAT is quantized where there is no graph: the numerics of weights, layer by layer."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 from lightning_quant.arguments.arguments import check_flag, check_number, check_positive, check_texts
 from lightning_quant.arguments.keywords import known_arguments
+from lightning_quant.errors import QuantizationError
 
 
 @known_arguments
@@ -27,6 +29,8 @@ class LayerRecipe:
             taken out of its bias.
         min_stored_share: share of the weights' values that must be stored with fewer bits, in [0, 1]; below it the
             report says that the recipe failed.
+        overrides: fnmatch pattern on qualified names or layer types to what these layers are instead: "float", or the
+            name of another recipe of layers, whose schemes and floor count; the first pattern that matches does.
     """
 
     needs_calibration: ClassVar[Literal[False]] = False
@@ -38,6 +42,7 @@ class LayerRecipe:
     gptq: bool = False
     bias_correction: bool = True
     min_stored_share: float = 0.75
+    overrides: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check_texts("schemes", self.schemes, "['weight_only']")
@@ -45,6 +50,10 @@ class LayerRecipe:
         check_number("min_stored_share", self.min_stored_share, 0, 1)
         check_positive("group_size", self.group_size)
         check_flag("gptq", self.gptq)
+        if not isinstance(self.overrides, Mapping):
+            raise QuantizationError(
+                f"Expected `overrides` to be a dict such as {{'head': 'float'}}, but got {self.overrides!r:.60}."
+            )
 
     @property
     def needed_calls(self) -> int:

@@ -21,6 +21,7 @@ def check_names(recipe: AnyRecipe) -> None:
     if not recipe.needs_calibration:
         for scheme in recipe.schemes:
             check_choice("recipe.schemes", scheme, SCHEMES)
+        check_targets(recipe)
         return
     check_choice("recipe.calibration_observer", recipe.calibration_observer, OBSERVERS)
     check_choice("recipe.training_observer", recipe.training_observer, OBSERVERS)

@@ -1,20 +1,112 @@
-"""A calibrated model with some operators kept out of integers: planned anew, with the ranges that are known."""
+"""A model with some operators or layers in safer schemes: planned anew, with what calibration has learned by then."""
 
 from dataclasses import dataclass, replace
+from typing import Protocol, TypeVar
 
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calls.calls import Call
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
-from lightning_quant.recipe.recipe import INT8_ACCURATE, Recipe
+from lightning_quant.planned.layerwise import Layerwise, quantize_layers
+from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.recipe.recipe import INT8_ACCURATE, LayerRecipe, Recipe
 from lightning_quant.search.choice import FLOAT, Choice
-from lightning_quant.search.relaxations import names_in_integers
+from lightning_quant.search.layer_ranking import places_of, rank_layers
+from lightning_quant.search.quicker import floating
+from lightning_quant.search.relaxations import Relaxations, names_in_integers, relaxations
 from lightning_quant.simulate.prepared import Prepared
+
+AnyKind = TypeVar("AnyKind", Recipe, LayerRecipe)
+
+
+class Makes(Protocol):
+    """Makes models of choices."""
+
+    def accurate(self) -> Choice | None:
+        """Return the whole recipe with more done for accuracy; None where there is no more."""
+
+    def operators(self) -> tuple[str, ...]:
+        """Return the names of what the whole recipe computes or stores in integers, in their order."""
+
+    def all_float(self) -> Choice | None:
+        """Return what keeps everything in float; None where no file holds that."""
+
+    def make(self, choice: Choice) -> PlannedModel:
+        """Return the model of a choice.
+
+        Raises:
+            QuantizationError: nothing is left to quantize, or a layer cannot be kept as chosen.
+        """
+
+    def ranked(self, calls: list[Call], *, by_time: bool) -> Relaxations:
+        """Measure on some calls what safer schemes gain, and what they cost."""
+
+
+def candidates(whole: PlannedModel, calls: list[Call], selection: Selection, *, trained: bool = False) -> Makes:
+    """Return what makes models of choices, over a whole recipe.
+
+    Args:
+        whole: calibrated, or its layers quantized.
+        calls: that it was calibrated on.
+        selection: which operators the user wants quantized.
+        trained: whether ranges were learned by training.
+    """
+    if isinstance(whole, Layerwise):
+        return LayerCandidates(whole, calls)
+    return Candidates(Prepared.of(whole), calls, selection, trained)
+
+
+@dataclass
+class LayerCandidates:
+    """Makes models of choices, of a recipe that quantizes layer by layer.
+
+    Attributes:
+        whole: with the whole recipe.
+        calls: that GPTQ learns from, where the recipe has it.
+    """
+
+    whole: Layerwise
+    calls: list[Call]
+
+    def accurate(self) -> Choice | None:
+        """Return nothing: there is no calibration of which more could be done."""
+        return None
+
+    def operators(self) -> tuple[str, ...]:
+        """Return the names of the quantized layers, in their order."""
+        return tuple(places_of(self.whole))
+
+    def all_float(self) -> Choice | None:
+        """Return nothing: an artifact of layers has one at least."""
+        return None
+
+    def make(self, choice: Choice) -> Layerwise:
+        """Return a model over the same module, its layers tried anew."""
+        whole = self.whole
+        if choice == Choice():
+            return whole
+        args, kwargs = whole.call()
+        made = quantize_layers(
+            whole.root,
+            args,
+            kwargs,
+            recipe=recipe_of(whole.recipe, choice),
+            runtime=whole.plan.runtime,
+            selection=whole.selection,
+            module=whole.plan.module,
+            calls=self.calls,
+        )
+        whole.share_sizes(made)
+        return made
+
+    def ranked(self, calls: list[Call], *, by_time: bool) -> Relaxations:
+        """Measure on some calls what safer schemes of layers gain, and what they cost."""
+        return rank_layers(self.whole, calls, by_time=by_time)
 
 
 @dataclass
 class Candidates:
-    """Makes models of choices.
+    """Makes models of choices, of a recipe that is calibrated.
 
     Attributes:
         whole: calibrated, with the whole recipe.
@@ -37,6 +129,14 @@ class Candidates:
         """Return the names of what the whole recipe computes or stores in integers, in their order."""
         return names_in_integers(self.whole)
 
+    def all_float(self) -> Choice | None:
+        """Return what keeps everything in float."""
+        return floating(Choice(), self.operators())
+
+    def ranked(self, calls: list[Call], *, by_time: bool) -> Relaxations:
+        """Measure on some calls what keeping operators out of integers gains, and what it costs."""
+        return relaxations(self.whole, calls, by_time=by_time)
+
     def make(self, choice: Choice) -> Prepared:
         """Return a model over the same module, calibrated.
 
@@ -48,6 +148,8 @@ class Candidates:
             return whole
         args, kwargs = whole.call()
         recipe = recipe_of(whole.recipe, choice)
+        if choice.accurate:
+            recipe = replace(recipe, accuracy_steps=INT8_ACCURATE.accuracy_steps)
         made = prepare(
             whole.root,
             args,
@@ -67,11 +169,10 @@ class Candidates:
         return made
 
 
-def recipe_of(recipe: Recipe, choice: Choice) -> Recipe:
+def recipe_of(recipe: AnyKind, choice: Choice) -> AnyKind:
     """Return a recipe that gives what a choice says; the user's own overrides count first."""
     overrides = {**recipe.overrides, **{n: s for n, s in choice.kept if n not in recipe.overrides}}
-    steps = INT8_ACCURATE.accuracy_steps if choice.accurate else recipe.accuracy_steps
-    return replace(recipe, overrides=overrides, accuracy_steps=steps)
+    return replace(recipe, overrides=overrides)
 
 
 def _carried(whole: Prepared, made: Prepared) -> bool:

@@ -16,11 +16,10 @@ from lightning_quant.measure.interim import Decides, PartialMetrics
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import ChosenShapes
 from lightning_quant.report.make_report import measure_latency, tensor_bytes
-from lightning_quant.search.candidates import Candidates
+from lightning_quant.search.candidates import Makes
 from lightning_quant.search.choice import Choice, Measured
-from lightning_quant.search.quicker import floating, quicker, transitions
+from lightning_quant.search.quicker import quicker, transitions
 from lightning_quant.search.relaxations import Refined, Relaxations
-from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.process import torch_threads
 
 # Seconds that files are timed for in turn.
@@ -37,8 +36,8 @@ class Files:
         validate: gives those of a file, of a part of the data where that decides.
         on_host: gives a model over the module that is exported, on the CPU.
         whole: the whole recipe, ready to be exported.
-        candidates: makes the others; None where the recipe has no graph.
-        rank: measures what keeping operators in float gains; None where the recipe has no graph.
+        candidates: makes the others.
+        rank: measures what safer schemes gain.
         timed: whether latencies are measured.
         threads: for those.
         dynamic_shapes: as for `export`.
@@ -48,10 +47,10 @@ class Files:
 
     floating: Metrics
     validate: Validate
-    on_host: Callable[[Prepared], PlannedModel]
+    on_host: Callable[[PlannedModel], PlannedModel]
     whole: PlannedModel
-    candidates: Candidates | None
-    rank: Callable[[], Relaxations] | None
+    candidates: Makes
+    rank: Callable[[], Relaxations]
     timed: bool = False
     threads: int | None = None
     dynamic_shapes: ChosenShapes = None
@@ -66,8 +65,8 @@ class Files:
             QuantizationError: nothing is left to quantize, or a layer cannot be kept as chosen.
         """
         if choice not in self.models:
-            whole = choice == Choice() or self.candidates is None
-            self.models[choice] = self.whole if whole else self.on_host(self.candidates.make(choice))  # type: ignore[union-attr]
+            whole = choice == Choice()
+            self.models[choice] = self.whole if whole else self.on_host(self.candidates.make(choice))
         return self.models[choice]
 
     def measure(self, choice: Choice, decides: Decides | None = None) -> Measured:
@@ -83,7 +82,7 @@ class Files:
         if isinstance(metrics, PartialMetrics):
             floating, share = metrics.floating, metrics.share
         apart = differences(metrics, floating)
-        if self.candidates is not None and not model.plan.num_quantized:
+        if not model.plan.num_quantized:
             # What rounds nothing differs by nothing that more data could show.
             apart = {name: Difference(one.value, 0.0) for name, one in apart.items()}
         ratio = size / tensor_bytes(model.root)
@@ -91,23 +90,23 @@ class Files:
 
     def accurate(self) -> Choice | None:
         """Return the whole recipe with more done for accuracy; None where there is no more."""
-        return None if self.candidates is None else self.candidates.accurate()
+        return self.candidates.accurate()
 
     def steps(self) -> Sequence[Choice]:
         """Return choices that keep more and more out of the recipe, ranked once."""
-        return [] if self.rank is None else Refined(self._ranked(self.rank))
+        return Refined(self._ranked())
 
     def cheaper(self, fails: Choice, keeps: Choice) -> Choice | None:
         """Return a choice that costs less by the ranking, and leaves hardly more noise."""
-        return None if self.rank is None else self._ranked(self.rank).cheaper(fails, keeps)
+        return self._ranked().cheaper(fails, keeps)
 
     def quicker(self, base: Choice) -> Choice | None:
         """Return a choice whose file takes less time, with what is slower in integers than in float kept in float."""
-        return None if self.candidates is None else quicker(self.candidates.operators(), base, self._time_ratio)
+        return quicker(self.candidates.operators(), base, self._time_ratio)
 
     def all_float(self) -> Choice | None:
         """Return what keeps everything in float; None where that is none of the choices."""
-        return None if self.candidates is None else floating(Choice(), self.candidates.operators())
+        return self.candidates.all_float()
 
     def times(self, choices: Sequence[Choice]) -> list[float]:
         """Return the milliseconds of each choice's file, of the captured call, all timed in turn."""
@@ -127,9 +126,9 @@ class Files:
         first, second = self.times((one, other))
         return first / second
 
-    def _ranked(self, rank: Callable[[], Relaxations]) -> Relaxations:
+    def _ranked(self) -> Relaxations:
         if self._relaxations is None:
-            self._relaxations = rank()
+            self._relaxations = self.rank()
         return self._relaxations
 
     def _latency(self, model: PlannedModel, artifact: Artifact) -> tuple[dict[str, float], dict[str, float]]:

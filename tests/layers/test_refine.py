@@ -107,3 +107,12 @@ def test_every_layer_of_a_transformer_has_less_output_error(bits: str) -> None:
         after = dequantize(*quantized.layers[name].stored("weight"))
         nearest, learned = (float((x @ (w - weight).T).square().sum()) for w in (before[name], after))
         assert learned < 0.9 * nearest
+
+
+def test_a_weight_that_is_computed_is_rounded_as_it_is() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(64, 64)), nn.Linear(64, 8))
+    quantized = quantize_layers(model, (correlated(0),), recipe="int4_weight_only")
+    before = {name: layer.stored("weight")[0].clone() for name, layer in quantized.layers.items()}
+    errors = refine(model, quantized.layers, [((correlated(0),), {})])  # type: ignore[list-item]
+    assert all(after < nearest for nearest, after in errors.values())
+    assert not any(torch.equal(before[name], layer.stored("weight")[0]) for name, layer in quantized.layers.items())

@@ -16,6 +16,7 @@ from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.measure.sensitivity import sensitivity
 from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.recipe.recipe import Recipe, get
 from lightning_quant.simulate.prepared import Prepared
 
@@ -229,3 +230,30 @@ def test_ends_and_what_no_product_reads_keep_eight_bits() -> None:
     assert most == {"first": 127, "second": 7, "third": 7, "last": 127}
     alike = prepare(net, call, recipe=get({"name": "int4", "wide_ends": False}))
     assert {alike.ranges.grid_of(identity).num_levels for identity in alike.ranges.edges} == {16}
+
+
+def test_a_recipe_of_layers_has_other_schemes_where_overrides_say_so() -> None:
+    model, call = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5))), (torch.randn(4, 64),)
+
+    def actions(**overrides: str) -> dict[str, str]:
+        plan = quantize_layers(model, call, recipe={"name": "int4_weight_only", "overrides": overrides}).plan
+        # What stays float because the user wants it counts for no share that a recipe must store.
+        assert plan.stored_share == 1.0
+        return {row.name: row.action for row in plan.rows}
+
+    said = {"0": "float", "2": "int8_weight_only", "3": "float16", "[2-4]": "int8_dynamic"}
+    assert list(actions(**said).values()) == ["float", "int4 weights", "int8 weights", "float16", "int8 dynamic"]
+    assert set(actions(Linear="int8_weight_only").values()) == {"int8 weights"}
+    for overrides, message in (
+        ({"5": "float"}, "matches nothing"),
+        ({"5": "float16"}, "matches nothing"),
+        ({"0": "int8"}, "int8_dynamic' or 'int8_weight_only'"),
+        ({"0": "int4_weight_only_gptq"}, "'int4_weight_only'"),
+    ):
+        with pytest.raises(QuantizationError, match=message):
+            actions(**overrides)
+    with pytest.raises(QuantizationError, match="to be a dict"):
+        get({"name": "int8_weight_only", "overrides": "float"})
+    rows = {"name": "int8_weight_only", "overrides": {"0": "int8_dynamic"}}
+    with pytest.raises(PlanError, match="'openvino' runs"):
+        quantize_layers(model, call, recipe=rows, runtime="openvino")

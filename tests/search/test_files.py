@@ -46,15 +46,6 @@ def test_a_choice_is_measured_on_its_own_file(unmeasured: Any) -> None:
     assert not small.latency_ms
 
 
-def test_a_recipe_without_a_graph_has_the_whole_alone() -> None:
-    files = Files(Metrics(), lambda *_: Metrics(), lambda made: made, None, None, None)  # type: ignore[arg-type]
-    assert files.accurate() is None
-    assert list(files.steps()) == []
-    assert files.cheaper(Choice(), Choice()) is None
-    assert files.quicker(Choice()) is None
-    assert files.all_float() is None
-
-
 def test_everything_in_float_is_a_file_that_computes_what_the_module_does(unmeasured: Any) -> None:
     calls = [Call((torch.randn(8, 1, 8, 8),)) for _ in range(2)]
     whole = prepare(ConvNet().eval(), calls[0].args, trains=False)
@@ -66,7 +57,7 @@ def test_everything_in_float_is_a_file_that_computes_what_the_module_does(unmeas
         made.append(report.failures)
         return Metrics()
 
-    files = Files(Metrics(), validate, lambda one: one.on_host(), whole, candidates, None)
+    files = Files(Metrics(), validate, lambda one: one.on_host(), whole, candidates, lambda: relaxations(whole, calls))
     choice = files.all_float()
     assert choice is not None
     assert files.measure(choice).transitions == 0
