@@ -7,6 +7,7 @@ epochs, without and with quantization-aware training. The test images are read o
 import argparse
 import logging
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from reference_models import fashion_cnn
 from results import publish
 from timing import bootstrap_mean, table
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_quant as lq
@@ -26,11 +27,11 @@ FLOAT, PTQ, QAT = "float", "post-training", "quantization-aware training"
 
 
 class FashionClassifier(LightningModule):
-    """Plain training of `fashion_cnn`: SGD with one learning-rate cycle."""
+    """Plain training of a network: SGD with one learning-rate cycle."""
 
-    def __init__(self, max_lr: float = 0.1) -> None:
+    def __init__(self, max_lr: float = 0.1, make_net: Callable[[], nn.Module] = fashion_cnn) -> None:
         super().__init__()
-        self.net = fashion_cnn()
+        self.net = make_net()
         self.max_lr = max_lr
 
     def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:

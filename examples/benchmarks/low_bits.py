@@ -1,10 +1,15 @@
 """FashionMNIST in four bits: post-training, trained through rounding, and beside LSQ as it was published.
 
-`python examples/benchmarks/low_bits.py` trains every contestant from the same random weights for the same number of
-epochs, on a part of the training images, with three seeds; rounding begins where the callback begins it. What keeps
-eight bits is the same for all: the first and the last layer. The test images are read once, after the last run. With
-`--split validation` the accuracy is that of training images that are held back, by which choices are made. What was
-trained is kept in `--runs`: a benchmark that was cut off goes on from there.
+`python examples/benchmarks/low_bits.py` trains every contestant from the same weights for the same number of epochs, on
+a part of the training images, with three seeds; rounding begins where the callback begins it. What keeps eight bits is
+the same for all: the first and the last layer. The nets, by `--cases`:
+- residual: a residual CNN from scratch;
+- mobilenet: a pretrained MobileNetV2 with a linear head, both fine-tuned, on images of 64 x 64;
+- resnet18: ResNet18's blocks at a quarter of its width, with a stem for images of 32 x 32, from scratch.
+
+The test images are read once, after the last run. With `--split validation` the accuracy is that of training images
+that are held back, by which choices are made. What was trained is kept in `--runs`: a benchmark that was cut off goes
+on from there.
 
 Brevitas takes part where it is installed (`pip install --no-deps brevitas dependencies==2.0.1 unfoldNd`). torchao does
 not: its quantization-aware training prepares Linear and Embedding, and refuses a convolution that it is given.
@@ -13,15 +18,25 @@ not: its quantization-aware training prepares Linear and Embedding, and refuses 
 import argparse
 import functools
 import importlib.util
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F  # noqa: N812
-from datasets import VALIDATION_IMAGES, classified_right, fashion_inputs, fashion_mnist
+from datasets import (
+    VALIDATION_IMAGES,
+    classified_right,
+    fashion_inputs,
+    fashion_mnist,
+    mobilenet_inputs,
+    mobilenet_probe,
+)
 from fashion_mnist import FashionClassifier
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from low_bits_peers import with_brevitas, with_lsq
+from reference_models import fashion_cnn, small_resnet18
 from results import publish
 from timing import bootstrap_mean, table
 from torch import Tensor, nn
@@ -36,92 +51,34 @@ PTQ = "lightning_quant int4, W4A4, post-training"
 ROUNDING_FROM = 0.2
 
 
-class Step(torch.autograd.Function):
-    """Equations 1 to 3 of Esser et al. 2020, arXiv:1902.08153."""
+class Case(NamedTuple):
+    """A network, what it reads, and how it is trained; learning rates are customary ones, which nothing chose."""
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, step: Tensor, low: int, high: int) -> Tensor:
-        """Round to multiples of a step."""
-        ctx.save_for_backward(x, step)
-        ctx.ends = low, high
-        return (x / step).round().clamp(low, high) * step
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        """Pass the gradient where nothing is clipped."""
-        (x, step), (low, high) = ctx.saved_tensors, ctx.ends
-        ratio = x / step
-        inside = (ratio > low) & (ratio < high)
-        slope = torch.where(inside, ratio.round() - ratio, ratio.clamp(low, high))
-        return grad * inside, (grad * slope).sum(), None, None
+    net: Callable[[], nn.Module]
+    to_inputs: Callable[[Tensor], Tensor]
+    max_lr: float
+    batch_size: int
 
 
-class LsqLayer(nn.Module):
-    """A layer with a learned step for its weight and one for what it reads; both are moved by the user's optimizer."""
-
-    def __init__(self, layer: nn.Module, bits: int, *, signed: bool) -> None:
-        super().__init__()
-        self.layer = layer
-        self.weight_ends = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
-        self.input_ends = self.weight_ends if signed else (0, 2**bits - 1)
-        weight: Any = layer.weight
-        self.weight_step = nn.Parameter(_first_step(weight.detach(), self.weight_ends[1]))
-        self.input_step = nn.Parameter(torch.ones(()))
-        self.register_buffer("has_begun", torch.tensor(False))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Call the layer with rounded input and weight."""
-        layer: Any = self.layer
-        if not self.has_begun:
-            self.has_begun.fill_(True)
-            self.input_step.data.copy_(_first_step(x.detach(), self.input_ends[1]))
-        x = _rounded(x, self.input_step, self.input_ends)
-        weight = _rounded(layer.weight, self.weight_step, self.weight_ends)
-        if isinstance(layer, nn.Linear):
-            return F.linear(x, weight, layer.bias)
-        return layer._conv_forward(x, weight, layer.bias)
+def padded(images: Tensor) -> Tensor:
+    """Normalize uint8 images `(N, 28, 28)` and add two pixels on every side: `(N, 1, 32, 32)`."""
+    return F.pad(fashion_inputs(images), (2, 2, 2, 2), mode="replicate")
 
 
-def _first_step(x: Tensor, high: int) -> Tensor:
-    return 2 * x.abs().mean() / high**0.5
+CASES = {
+    "residual": Case(fashion_cnn, fashion_inputs, 0.1, 64),
+    "mobilenet": Case(mobilenet_probe, functools.partial(mobilenet_inputs, size=64), 0.01, 32),
+    "resnet18": Case(small_resnet18, padded, 0.05, 32),
+}
 
 
-def _rounded(x: Tensor, step: Tensor, ends: tuple[int, int]) -> Tensor:
-    """Scale the gradient of the step as section 2.2 says."""
-    scale = (x.numel() * ends[1]) ** -0.5
-    return Step.apply(x, step * scale + (step - step * scale).detach(), *ends)
+class Run(NamedTuple):
+    """One training of a contestant."""
 
-
-def with_lsq(net: nn.Sequential) -> None:
-    """Put learned steps into a network: four bits, eight in the first and the last layer."""
-    layers = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    for place, (name, layer) in enumerate(layers):
-        is_end = place in (0, len(layers) - 1)
-        parent, _, own = name.rpartition(".")
-        setattr(net.get_submodule(parent), own, LsqLayer(layer, 8 if is_end else 4, signed=place == 0))
-
-
-def with_brevitas(net: nn.Sequential) -> None:
-    """Put layers of Brevitas into a network: scales per channel for weights, learned ones for what they read."""
-    from brevitas import nn as quantized
-    from brevitas import quant
-
-    layers = [(name, m) for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)]
-    for place, (name, layer) in enumerate(layers):
-        bits = 8 if place in (0, len(layers) - 1) else 4
-        read = quant.Int8ActPerTensorFloat if place == 0 else quant.Uint8ActPerTensorFloat
-        options: dict[str, Any] = {"weight_quant": quant.Int8WeightPerChannelFloat, "weight_bit_width": bits}
-        options |= {"input_quant": read, "input_bit_width": bits, "bias": layer.bias is not None}
-        if isinstance(layer, nn.Linear):
-            own = quantized.QuantLinear(layer.in_features, layer.out_features, **options)
-        else:
-            sizes = layer.in_channels, layer.out_channels, layer.kernel_size, layer.stride, layer.padding
-            own = quantized.QuantConv2d(*sizes, **options)
-        # The very parameters, which the optimizer knows.
-        own.weight, own.bias = layer.weight, layer.bias
-        own.weight_quant.init_tensor_quant()
-        parent, _, last = name.rpartition(".")
-        setattr(net.get_submodule(parent), last, own.train())
+    case: Case
+    seed: int
+    epochs: int
+    images: int
 
 
 class LsqClassifier(FashionClassifier):
@@ -146,59 +103,53 @@ class BrevitasClassifier(LsqClassifier):
     put_in = staticmethod(with_brevitas)
 
 
-def fit(classifier: LightningModule, seed: int, epochs: int, images: int, callbacks: list[Callback]) -> Any:
+def fit(run: Run, kind: type[FashionClassifier], callbacks: list[Callback]) -> Any:
     """Train on some of the first 50,000 training images, without validation."""
-    seed_everything(seed, verbose=False)
-    pixels, labels = (values[:images] for values in fashion_mnist("train"))
-    data = DataLoader(TensorDataset(fashion_inputs(pixels), labels), 64, shuffle=True)
+    seed_everything(run.seed, verbose=False)
+    classifier: LightningModule = kind(run.case.max_lr, run.case.net)
+    seed_everything(run.seed, verbose=False)
+    pixels, labels = (values[: run.images] for values in fashion_mnist("train"))
+    data = DataLoader(TensorDataset(run.case.to_inputs(pixels), labels), run.case.batch_size, shuffle=True)
     quiet = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
-    trainer = Trainer(max_epochs=epochs, accelerator="cpu", callbacks=callbacks, **dict.fromkeys(quiet, False))
-    trainer.fit(classifier, data)
+    trainer = Trainer(max_epochs=run.epochs, accelerator="cpu", callbacks=callbacks, **dict.fromkeys(quiet, False))
+    trainer.fit(classifier.train(), data)
     return classifier.eval()
 
 
-def contestant(seed: int, kind: type[FashionClassifier] = FashionClassifier) -> FashionClassifier:
-    """Return a network with the random weights of a seed."""
-    seed_everything(seed, verbose=False)
-    return kind()
-
-
-def trained(
-    recipe: str | dict[str, Any], options: dict[str, Any], folder: Path, seed: int, epochs: int, images: int
-) -> nn.Module:
+def trained(recipe: str | dict[str, Any], options: dict[str, Any], folder: Path, run: Run) -> nn.Module:
     """Train through rounding, unless that was done, and return the artifact."""
     path = folder / "artifact"
     if not (path / "manifest.json").exists():
         callback = lq.QuantizationAwareTraining(recipe, module="net", output_dir=path, threads=1, **options)
-        fit(contestant(seed), seed, epochs, images, [callback])
+        fit(run, FashionClassifier, [callback])
     return lq.load(path, threads=1)
 
 
-def post_training(recipe: str, folder: Path, *run: int) -> nn.Module:
+def post_training(recipe: str, folder: Path, run: Run) -> nn.Module:
     """Quantize the network of the float run."""
     path = folder / "artifact"
     if not (path / "manifest.json").exists():
-        calls = list(fashion_inputs(fashion_mnist("train")[0][:512]).split(64))
-        net = in_torch(FashionClassifier, folder, *run)
+        calls = list(run.case.to_inputs(fashion_mnist("train")[0][:128]).split(32))
+        net = in_torch(FashionClassifier, folder, run)
         lq.quantize(net, recipe, calibration_data=calls, output_dir=path, threads=1)
     return lq.load(path, threads=1)
 
 
-def in_torch(kind: type[FashionClassifier], folder: Path, seed: int, *sizes: int) -> nn.Module:
+def in_torch(kind: type[FashionClassifier], folder: Path, run: Run) -> nn.Module:
     """Train a network that stays in PyTorch; the weights of one that was trained are read."""
-    file = folder.parent / f"{kind.__name__}-{seed}.pt"
+    file = folder.parent / f"{kind.__name__}-{run.seed}.pt"
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(fit(contestant(seed, kind), seed, *sizes, []).net.state_dict(), file)
-    net = contestant(seed, kind).net
+        torch.save(fit(run, kind, []).net.state_dict(), file)
+    net = run.case.net()
     if issubclass(kind, LsqClassifier):
         kind.put_in(net)
     net.load_state_dict(torch.load(file))
-    return net
+    return net.eval()
 
 
 def contestants() -> dict[str, Callable[..., nn.Module]]:
-    """Return what gives a network of each kind for a folder, a seed, a number of epochs, and one of images."""
+    """Return what gives a network of each kind for a folder and a run."""
     has_brevitas = importlib.util.find_spec("brevitas") is not None
     return {
         FLOAT: functools.partial(in_torch, FashionClassifier),
@@ -210,6 +161,9 @@ def contestants() -> dict[str, Callable[..., nn.Module]]:
         PTQ: functools.partial(post_training, "int4"),
         "int4, trained with distillation": functools.partial(trained, "int4", {"distill": 0.5}),
         "int4, trained with damping": functools.partial(trained, {"name": "int4", "damping": 0.01}, {}),
+        "int4, trained with annealed bits": functools.partial(
+            trained, "int4", {"schedule": {"anneal_bits_until": 0.5}}
+        ),
     }
 
 
@@ -239,38 +193,60 @@ def summary(right: Mapping[str, list[Tensor]], title: str) -> str:
     return table(rows, header)
 
 
+def recovered(right: Mapping[str, list[Tensor]]) -> str:
+    """Return which share of what post-training quantization lost training through rounding wins back."""
+    rows = []
+    for bits, (before, after) in {"W4A8": (W4A8_PTQ, W4A8), "W4A4": (PTQ, OURS)}.items():
+        if before in right and after in right:
+            means = [torch.stack(right[kind]).double().mean(0) for kind in (FLOAT, before, after)]
+            lost, regained = 100 * (means[0] - means[1]), 100 * (means[2] - means[1])
+            cells = f"{bootstrap_mean(lost):.2f}", f"{bootstrap_mean(regained):.2f}"
+            rows.append((bits, *cells, f"{100 * regained.mean() / lost.mean():.0f} %" if lost.mean() > 0 else "-"))
+    return table(rows, ("", "post-training loses, points", "training regains, points", "share"))
+
+
+def measured(name: str, arguments: argparse.Namespace) -> None:
+    """Train all contestants of one case, and print its tables."""
+    case, size = CASES[name], (arguments.epochs, arguments.images)
+    wanted = (FLOAT, LSQ, *arguments.only) if arguments.only else ("",)
+    chosen = {kind: make for kind, make in contestants().items() if any(part in kind for part in wanted)}
+    nets: dict[str, list[nn.Module]] = {kind: [] for kind in chosen}
+    for seed in arguments.seeds:
+        for kind, make in chosen.items():
+            folder = arguments.runs / name / f"{kind}-{seed}".replace(" ", "_").replace(",", "")
+            nets[kind].append(make(folder, Run(case, seed, *size)).eval())
+            print(f"{name}, {kind}, seed {seed}: done after {time.process_time():.0f} s", flush=True)
+    images, labels = fashion_mnist("train" if arguments.split == "validation" else "test")
+    if arguments.split == "validation":
+        images, labels = images[VALIDATION_IMAGES], labels[VALIDATION_IMAGES]
+    images, labels = images[: arguments.num_samples], labels[: arguments.num_samples]
+    right = {
+        kind: [classified_right(net, images, labels, case.to_inputs) for net in of_seeds]
+        for kind, of_seeds in nets.items()
+    }
+    number = f"{len(arguments.seeds)} seeds, {arguments.epochs} epochs of {arguments.images:,} images"
+    text = summary(right, f"{name}, {number}, {len(labels):,} {arguments.split} images")
+    if arguments.split == "test":
+        publish("low_bits" if name == "residual" else f"low_bits-{name}", text, recovered(right))
+    else:
+        print(text, recovered(right), sep="\n\n")
+
+
 def main() -> None:
-    """Train all, and print one table."""
+    """Train the chosen networks, and print the tables of each."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--cases", nargs="+", default=["residual"], choices=CASES)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--images", type=int, default=3_000)
+    parser.add_argument("--num-samples", type=int, default=10_000, help="of the split, to score on")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--split", choices=("test", "validation"), default="test")
     parser.add_argument("--only", nargs="+", default=[], help="parts of names of the contestants beside float and LSQ")
     parser.add_argument("--runs", type=Path, default=Path("low_bits_runs"), help="folder of what was trained")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    wanted = (FLOAT, LSQ, *arguments.only) if arguments.only else ("",)
-    chosen = {kind: run for kind, run in contestants().items() if any(part in kind for part in wanted)}
-    nets: dict[str, list[nn.Module]] = {kind: [] for kind in chosen}
-    for seed in arguments.seeds:
-        for kind, run in chosen.items():
-            name = f"{kind}-{seed}".replace(" ", "_").replace(",", "")
-            nets[kind].append(run(arguments.runs / name, seed, arguments.epochs, arguments.images).eval())
-            print(f"{kind}, seed {seed}: trained", flush=True)
-    images, labels = fashion_mnist("train" if arguments.split == "validation" else "test")
-    if arguments.split == "validation":
-        images, labels = images[VALIDATION_IMAGES], labels[VALIDATION_IMAGES]
-    right = {
-        kind: [classified_right(net, images, labels, fashion_inputs) for net in of_seeds]
-        for kind, of_seeds in nets.items()
-    }
-    number = f"{len(arguments.seeds)} seeds, {arguments.epochs} epochs of {arguments.images:,} images"
-    text = summary(right, f"FashionMNIST, {number}, {len(labels):,} {arguments.split} images")
-    if arguments.split == "test":
-        publish("low_bits", text)
-    else:
-        print(text)
+    for name in arguments.cases:
+        measured(name, arguments)
 
 
 if __name__ == "__main__":

@@ -63,6 +63,20 @@ def resnet18(num_classes: int = 1000, in_channels: int = 3) -> ResNet18:
     return ResNet18(num_classes, in_channels)
 
 
+def small_resnet18(num_classes: int = 10, in_channels: int = 1, width: int = 16) -> nn.Sequential:
+    """Build ResNet18's blocks with a stem for small images, `(N, in_channels, 32, 32)`, and few channels.
+
+    Source: He et al. 2016, section 4.2, for the stem: one 3x3 convolution, and no pooling behind it.
+    """
+    layers = [*_conv_bn(in_channels, width, 3), nn.ReLU(inplace=True)]
+    channels = width
+    for stage in range(4):
+        out_channels = width * 2**stage
+        layers += [BasicBlock(channels, out_channels, 1 if stage == 0 else 2), BasicBlock(out_channels, out_channels)]
+        channels = out_channels
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+
 def _conv_bn(in_channels: int, out_channels: int, kernel: int, stride: int = 1, groups: int = 1) -> list[nn.Module]:
     """Convolve with same padding and normalize."""
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, groups=groups, bias=False)
