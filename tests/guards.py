@@ -82,6 +82,20 @@ GUARDS = (
         "numerics/test_learned_steps.py -k annealed_from_eight",
     ),
     Guard(
+        "a twin has the recipe's bits while training has more",
+        "simulate/prepared.py",
+        "        other.anneal_bits(0.0)\n",
+        "",
+        "callbacks/test_twin.py -k steps_of_the_twin",
+    ),
+    Guard(
+        "steps that a twin learns are no steps of the run",
+        "simulate/prepared.py",
+        "other.ranges, other.learned_steps = copied((self.ranges, self.learned_steps))",
+        "other.ranges = copied(self.ranges)",
+        "callbacks/test_twin.py -k steps_of_the_twin",
+    ),
+    Guard(
         "weights are rounded to the bits that grids have now",
         "simulate/running.py",
         "            self._graphs, self._calls = {}, {}\n",

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.callbacks.scored_validation import prefix_of
 from lightning_quant.callbacks.states import state_of
 from lightning_quant.callbacks.unplanned import stale
 from lightning_quant.calls.calls import Call
@@ -119,14 +120,20 @@ def _load_best(
     if reason := _misfit(duplicate, saved):
         return (f"weights are the last ones: the best checkpoint {path.name} {reason}",)
     state = state_of(callback, callback.settings, saved.get("callbacks", {})) or {}
+    early = ""
     if with_ranges:
-        before = "the recipe's bits were reached" if state.get("more_bits") else "fake quantization began"
-        if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm") or state.get("more_bits"):
-            return (f"weights are the last ones: the best checkpoint {path.name} was saved before {before}",)
+        if state.get("phase") not in ("fake_quantize", "frozen", "frozen_batch_norm"):
+            early = " was saved before fake quantization began"
+        elif state.get("more_bits"):
+            early = " was saved before the recipe's bits were reached"
+        # A twin's metric is of the recipe's bits at any time; what validation itself logs is of those of the moment.
+        is_scored = str(trainer.checkpoint_callback.monitor).startswith(f"{prefix_of(callback, trainer)}/twin")  # type: ignore[union-attr]
+        if early and not (is_scored and state.get("more_bits")):
+            return (f"weights are the last ones: the best checkpoint {path.name}{early}",)
         Prepared.of(model).load_state_dict(state)
     # What a module leaves out of its checkpoints, such as a backbone that stays as it is, has the last weights.
     duplicate.load_state_dict(saved["state_dict"], assign=True, strict=duplicate.strict_loading)
-    return (f"weights are the best ones, from {path.name}",)
+    return (f"weights are the best ones, from {path.name}{early and f', which{early}'}",)
 
 
 def _misfit(module: LightningModule, saved: Any) -> str:

@@ -187,7 +187,7 @@ def tried_with_ranges(
     """Export the weights of now with the ranges that training has learned, and validate the file."""
     with isolated_rng():
         duplicate = clone(pl_module, unrouted=True, convert=_copied)
-        bound = callback.require_prepared().bound_to(resolve(duplicate, callback.path)).on_host()
+        bound = callback.require_prepared().apart(resolve(duplicate, callback.path)).on_host()
         return _measure(callback, trainer, Deployment(duplicate, bound, None, ()), need)
 
 

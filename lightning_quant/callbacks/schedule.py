@@ -28,7 +28,7 @@ class Schedule:
             epoch, in float as well.
         anneal_bits_until: point until which grids narrow: rounding then begins with eight bits for weights and
             activations, and takes one away after another, in equal times, until here they have the recipe's. Learned
-            steps begin anew with each. None begins with the recipe's.
+            steps begin anew with each. None begins with the recipe's. Scores and files have the recipe's at any time.
         unit: "fraction" of the run, in [0, 1]; "epochs", or "steps" of the optimizer, counted from the run's beginning.
     """
 

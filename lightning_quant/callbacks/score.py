@@ -160,8 +160,10 @@ def _own(callback: "QuantizationCallback", pl_module: LightningModule) -> str:
     if not model.rounds_now:
         # Another callback may train through rounding.
         return "" if any(isinstance(c.__dict__.get("forward"), Route) for c in pl_module.modules()) else FLOAT
-    # Layers that are stored small beside the graph stand in the artifact alone.
-    return TWIN if settings.score_with == "simulation" and not Prepared.of(model).left else ""
+    prepared = Prepared.of(model)
+    # Layers that are stored small beside the graph stand in the artifact alone, and so do the recipe's bits at first.
+    differs = bool(prepared.left) or prepared.ranges.more_bits > 0
+    return TWIN if settings.score_with == "simulation" and not differs else ""
 
 
 def log_no_score(trainer: Trainer, pl_module: LightningModule, begins: str, watching: list[str]) -> None:

@@ -176,7 +176,7 @@ class CallbackSettings(Settings):
         example: what the call to export comes from: "train_batch", with the arguments that validation has where those
             differ; "predict_batch", with those of `predict_step`; or "example_input_array".
         weights: "last", or "best": those of ModelCheckpoint's best checkpoint, and with trained ranges these from the
-            same file.
+            same file; the last where that is from before rounding, or has more bits and was best by no twin's score.
         evaluate: whether to run the validation loop on the float, the simulated and the exported model.
         limit_eval_batches: number or share of validation batches for that; the trainer's limit by default.
         score_every: score every n-th validation in training, the first one among them, and each where a callback

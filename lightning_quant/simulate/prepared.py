@@ -178,13 +178,19 @@ class Prepared(Quantizers, PlannedModel):
         other = self.bound_to(root)
         other.ranges, other.varying = self.ranges.anew(self.recipe, self.observer), set(self.varying)
         other.bias_corrections, other.layers, other.channels = {}, {}, {}
+        if self.learned_steps is not None:
+            other.learned_steps = None
+            other.begin_learning()
         return other
 
     def apart(self, root: nn.Module) -> Self:
-        """Return the same over another module, with copies of the ranges, which are free to be moved and added to."""
+        """Return over another module what would be exported now, of the recipe's bits; what it learns stays its own."""
         other = self.bound_to(root)
-        other.ranges, other.varying = copied(self.ranges), set(self.varying)
+        # At once: ranges know the steps.
+        other.ranges, other.learned_steps = copied((self.ranges, self.learned_steps))
+        other.varying = set(self.varying)
         other.ranges.waits = False
+        other.anneal_bits(0.0)
         return other
 
     def know_graphs(self, other: "Prepared") -> None:

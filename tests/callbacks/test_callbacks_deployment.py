@@ -6,9 +6,10 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
-from lightning_models import Classifier, fit
+from lightning_models import Classifier, fit, seeded
+from scored_runs import TWIN, Seen, make
 
-from lightning_quant import PostTrainingQuantization
+from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks import ptq
 from lightning_quant.callbacks.deployment import Deployment
 
@@ -77,3 +78,28 @@ def test_a_best_checkpoint_without_all_weights_costs_no_artifact(strict: bool, t
         assert "has other weights: net.conv1.weight" in note
     else:
         assert note.startswith("weights are the best ones")
+
+
+@pytest.mark.parametrize(
+    ("monitor", "epoch", "note"),
+    [
+        pytest.param("score", 1, "weights are the last ones: the best checkpoint epoch=0", marks=pytest.mark.slow),
+        ("quant/twin/score", 0, "weights are the best ones, from epoch=0"),
+    ],
+)
+def test_a_best_checkpoint_of_more_bits_is_exported_where_it_was_scored_in_the_recipes(
+    monitor: str, epoch: int, note: str, tmp_path: Path
+) -> None:
+    points = {"fake_quantize": 0, "anneal_bits_until": 1, "freeze_observers": 2, "unit": "epochs"}
+    recipe = {"name": "int4", "batch_norm_batches": 0}
+    options = {"recipe": recipe, "schedule": points, "weights": "best", "threads": 1}
+    callback, seen = make(QuantizationAwareTraining, tmp_path, **options), Seen()
+    saving = ModelCheckpoint(tmp_path / "saved", monitor=monitor, mode="max", save_on_train_epoch_end=False)
+    fit(seeded(best_epoch=0), seen, callback, saving, max_epochs=2, enable_checkpointing=True)
+    (said,) = [note for note in callback.artifact.report["notes"] if note.startswith("weights are")]
+    assert said.startswith(note)
+    assert said.endswith("was saved before the recipe's bits were reached")
+    row = next(row for row in callback.artifact.report["metrics"] if row["name"] == "val_loss")
+    assert seen.metrics[epoch][TWIN] == pytest.approx(row["artifact"], abs=1e-6)
+    # The training itself had more bits then.
+    assert (seen.metrics[epoch]["val_loss"] == seen.metrics[epoch][TWIN]) == (epoch == 1)

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_models import Classifier, Recorder, equal_tensors, fit, images, seeded, tensors_of
+from scored_runs import trained
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -173,3 +174,33 @@ def test_limits_that_validation_does_not_tell_of_are_refused(limits: Any, messag
     with pytest.raises(MisconfigurationException, match=message):
         fit(Linears(), recorder, QuantizationAwareTraining(output_dir=tmp_path, only_if_needed=limits))
     assert recorder.num_batches == 0
+
+
+class Tries(Callback):
+    """Makes what would be exported at the end of each validation, as a look at the file does."""
+
+    def __init__(self, callback: QuantizationAwareTraining) -> None:
+        self.callback, self.bits = callback, list[tuple[int, int]]()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: Any) -> None:
+        own = self.callback.require_prepared()
+        tried: Any = only_if_needed.tried_with_ranges(self.callback, trainer, pl_module, None)  # type: ignore[arg-type]
+        self.bits.append((own.ranges.more_bits, tried.model.ranges.more_bits))
+        assert own.learned_steps is not None
+        assert own.learned_steps.logarithms
+        assert tried.model.learned_steps is not own.learned_steps
+
+
+def test_files_that_are_looked_at_have_the_recipes_bits_and_move_nothing_of_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(only_if_needed, "_measure", lambda callback, trainer, deployment, need: deployment)
+    points = {"fake_quantize": 0, "anneal_bits_until": 1, "freeze_observers": 2, "unit": "epochs"}
+    weights = []
+    for looks in (False, True):
+        callback = QuantizationAwareTraining("int4", output_dir=tmp_path, schedule=points)  # type: ignore[arg-type]
+        module, tries = seeded(Linears), Tries(callback)
+        trained(module, callback, *[tries] * looks, max_epochs=2)
+        weights.append(tensors_of(module))
+    assert tries.bits == [(1, 0), (0, 0)]
+    assert equal_tensors(*weights)

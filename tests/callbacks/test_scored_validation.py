@@ -11,9 +11,10 @@ from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
-from lightning_models import Classifier, WithoutValidation, equal_tensors, make_trainer, seeded, tensors_of
-from scored_runs import BOTH, DELTA, TWIN, Seen, make, trained
+from lightning_models import Classifier, WithoutValidation, equal_tensors, images, make_trainer, seeded, tensors_of
+from scored_runs import BOTH, DELTA, TWIN, Seen, make, trained, without_scores
 from torch import nn
+from torch.utils.data import DataLoader
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks.base import QuantizationCallback
@@ -46,8 +47,38 @@ def test_scores_are_those_of_the_artifact_and_the_run_is_the_same_without_them(
     assert found[1][0][DELTA] != 0
 
 
+class Drops(Classifier):
+    """Draws random numbers for its dropout and the order of its data."""
+
+    def __init__(self) -> None:
+        layers = nn.Flatten(), nn.Linear(64, 16), nn.ReLU(), nn.Dropout(0.5), nn.Linear(16, 4)
+        super().__init__(nn.Sequential(*layers))
+
+    def train_dataloader(self) -> DataLoader:
+        return DataLoader(images(24, seed=1), 8, shuffle=True)
+
+
 @BOTH
-def test_resumed_run_scores_as_an_uninterrupted_one(kind: type[QuantizationCallback], tmp_path: Path) -> None:
+@pytest.mark.parametrize("batches", [None, pytest.param(1, marks=pytest.mark.slow)])
+def test_run_is_the_same_where_a_part_of_the_batches_is_scored(
+    kind: type[QuantizationCallback], batches: int | None, tmp_path: Path
+) -> None:
+    runs, weights = [], []
+    for every in (None, 1):
+        module, only = seeded(Drops), {"score_batches": None if every is None else batches}
+        metrics = trained(module, make(kind, tmp_path, score_every=every, **only), max_epochs=3)
+        runs.append((without_scores(metrics), torch.get_rng_state().tolist(), random.getstate()))
+        weights.append(tensors_of(module))
+    assert all(DELTA in one for one in metrics)
+    assert runs[0] == runs[1]
+    assert equal_tensors(*weights)
+
+
+@BOTH
+@pytest.mark.parametrize("batches", [None, pytest.param(1.0, marks=pytest.mark.slow)])
+def test_resumed_run_scores_as_an_uninterrupted_one(
+    kind: type[QuantizationCallback], batches: float | None, tmp_path: Path
+) -> None:
     points = {"fake_quantize": 1, "freeze_observers": 3, "unit": "epochs"}
     schedule = {"schedule": points} if kind is QuantizationAwareTraining else {}
 
@@ -58,7 +89,7 @@ def test_resumed_run_scores_as_an_uninterrupted_one(kind: type[QuantizationCallb
             seeded(),
             stop,
             keep,
-            make(kind, tmp_path, score_every=2, **schedule),
+            make(kind, tmp_path, score_every=2, score_batches=batches, **schedule),
             max_epochs=epochs,
             enable_checkpointing=True,
             **options,

@@ -1,10 +1,11 @@
 """What stands in a module's place while its validation is scored."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
-from lightning_models import seeded
-from scored_runs import BOTH, DELTA, TWIN, make, trained
+from lightning_models import equal_tensors, seeded, tensors_of
+from scored_runs import BOTH, DELTA, TWIN, make, trained, without_scores
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks.base import QuantizationCallback
@@ -16,6 +17,23 @@ def test_before_training_learns_ranges_they_come_from_a_sample(tmp_path: Path) -
     late = {"observe": 1, "fake_quantize": 2, "freeze_observers": 2, "unit": "epochs"}
     found = trained(seeded(), make(QuantizationAwareTraining, tmp_path, schedule=late), max_epochs=3)
     assert all(one[DELTA] != 0 and abs(one[DELTA]) < 0.05 for one in found)
+
+
+@pytest.mark.parametrize(("until", "observe"), [(3, 0), (None, 1.5)])
+def test_steps_of_the_twin_are_none_of_the_run_that_has_none_yet(
+    until: int | None, observe: float, tmp_path: Path
+) -> None:
+    points = {"observe": observe, "fake_quantize": 2, "anneal_bits_until": until, "freeze_observers": 3}
+    options: Any = {"recipe": "int4_weights", "schedule": {**points, "unit": "epochs"}}
+    runs = []
+    for every in (None, 1):
+        module = seeded()
+        metrics = trained(module, make(QuantizationAwareTraining, tmp_path, score_every=every, **options), max_epochs=3)
+        runs.append((metrics, tensors_of(module)))
+    assert equal_tensors(runs[0][1], runs[1][1])
+    assert without_scores(runs[1][0]) == runs[0][0]
+    # The grids of the run are wider until the fourth epoch, those of a file never.
+    assert (runs[1][0][2][TWIN] == runs[1][0][2]["val_loss"]) == (until is None)
 
 
 @pytest.mark.parametrize("recipe", ["int8_dynamic", pytest.param("int4_weight_only", marks=pytest.mark.slow)])
