@@ -7,6 +7,7 @@ with names of examples that print a table, such as `lenet_all_ways`, it runs tho
 
 import datetime
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -58,7 +59,7 @@ def publish(name: str, *tables: str, packages: Sequence[str] = ()) -> None:
         packages: whose versions the numbers depend on, beside torch and ONNX Runtime.
     """
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
-    _keep(name, " ".join(["python", str(script), *sys.argv[1:]]), tables, packages)
+    _keep(name, shlex.join(["python", str(script), *sys.argv[1:]]), tables, packages)
 
 
 def run_example(name: str) -> None:
