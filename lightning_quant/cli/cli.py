@@ -17,8 +17,9 @@ from lightning_quant.artifact.artifact import Artifact, page_of, read
 from lightning_quant.cli.cli_options import NAME, limits_of, make_parser, require_cli_packages
 from lightning_quant.errors import QuantizationError
 from lightning_quant.machine.disk import lasting_scratch_folder
-from lightning_quant.report.limits import SCHEMA_VERSION, columns, failures_in, missed_limits, summary
+from lightning_quant.report.limits import failures_in, missed_limits
 from lightning_quant.report.page import comparison, to_html
+from lightning_quant.report.summary import SCHEMA_VERSION, columns, summary
 from lightning_quant.terminal.figures import figures
 from lightning_quant.terminal.shown_report import print_markdown
 from lightning_quant.terminal.tables import text_table

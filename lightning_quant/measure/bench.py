@@ -6,13 +6,15 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from lightning_quant.artifact import golden
-from lightning_quant.artifact.artifact import open_model, private_copy, read
+from lightning_quant.artifact.artifact import Artifact, open_model, private_copy, read
 from lightning_quant.artifact.recorded_report import best_float_ms
 from lightning_quant.calls.loaded import LoadedModule
 from lightning_quant.errors import DiskError, QuantizationError
@@ -103,6 +105,21 @@ def bench(
     return rows
 
 
+def peak_of(own: Artifact, threads: int) -> int:
+    """Return the bytes that a process of its own takes at its peak for loading an artifact and for one call of it.
+
+    That is on top of what the process has before, and in a call of the golden batch.
+
+    Args:
+        own: private copy of the artifact, or one that nobody else writes to.
+        threads: of the process.
+
+    Raises:
+        QuantizationError: it does not run by itself.
+    """
+    return _in_process([str(own.path)], [], threads, own=own.manifest)["peak_bytes"]
+
+
 def as_dict(row: BenchRow) -> dict[str, Any]:
     """Return a row with its speed-up, for JSON."""
     return {**asdict(row), "speedup": row.speedup}
@@ -117,8 +134,10 @@ def _recorded_float(report: dict[str, Any] | None, batch: int, threads: int) -> 
     return None
 
 
-def _in_process(names: list[str], batches: Sequence[int], threads: int) -> dict[str, Any]:
-    task = json.dumps({"names": names, "batches": list(batches), "threads": threads})
+def _in_process(
+    names: list[str], batches: Sequence[int], threads: int, own: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    task = json.dumps({"names": names, "batches": list(batches), "threads": threads, "own": own})
     environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     command = [sys.executable, "-c", _WORKER]
     try:
@@ -140,16 +159,19 @@ def _work() -> None:
     before = peak_bytes()
     contestants: dict[str, Callable[[], Any]] = {}
     for name in task["names"]:
-        with private_copy(name) as artifact:
+        own = task["own"] and Artifact(Path(name), task["own"])
+        with nullcontext(own) if own else private_copy(name) as artifact:
             inputs = golden.load(artifact.golden_path, artifact.signature).inputs
             model = open_model(artifact, threads=task["threads"])
+        if not task["batches"]:
+            _call(model, list(inputs))()
         for batch in task["batches"]:
             tensors = [
                 _repeated(tensor, batch) if info.shape and info.shape[0] == "batch" else tensor
                 for tensor, info in zip(inputs, artifact.signature.inputs, strict=True)
             ]
             contestants[f"{name}\n{batch}"] = _call(model, tensors)
-    timings = measure(contestants)
+    timings = measure(contestants) if contestants else {}
     results: dict[str, dict[str, Any]] = {}
     for key, timing in timings.items():
         name, _, batch = key.rpartition("\n")

@@ -16,6 +16,7 @@ BOUNDS = {
     "size_bytes": "max_size_bytes",
     "speedup": "min_speedup",
     "latency_ms": "max_latency_ms",
+    "peak_memory_mb": "max_peak_memory_mb",
 }
 """Name of what there is to bound beside metrics to the field that bounds it."""
 EXAMPLE = {"val_f1": -0.01, "size_ratio": 0.3}

@@ -1,4 +1,4 @@
-"""What an artifact must keep to, and what its report says in one line."""
+"""What an artifact must keep to, and what of that its report says is missed."""
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,13 +12,13 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.report.limit_names import EXAMPLE, are_by_name, as_fields
 from lightning_quant.terminal.figures import fixed
 
-SCHEMA_VERSION = 1
-"""Of the JSON that the command line prints; a key that goes or changes its meaning makes another."""
 _SPEEDUP = "quant/speedup/batch_"
 _LATENCY = "quant/latency_ms/batch_"
 # What the drop of a metric looks like, for those who write another thing.
 _DROP = {"val_f1": 0.01}
-_SINGLE = ("max_accuracy_drop", "max_size_ratio", "min_speedup", "max_size_bytes", "max_latency_ms")
+_BOUNDS = ("max_size_ratio", "min_speedup", "max_size_bytes", "max_latency_ms", "max_peak_memory_mb")
+_SINGLE = ("max_accuracy_drop", *_BOUNDS)
+_MEMORY = "quant/peak_memory_mb"
 
 
 def _check_names(argument: str, value: Any) -> None:
@@ -42,6 +42,8 @@ class Limits:
         min_speedup: against the faster float peer, at every measured batch size.
         max_size_bytes: of the artifact's model files.
         max_latency_ms: of one call, at every measured batch size.
+        max_peak_memory_mb: memory, in units of 2**20 bytes, that a process of its own takes at its peak for loading the
+            artifact and for a call of it, on top of what it had with torch alone.
         higher_is_better: metrics of which neither torchmetrics nor a ModelCheckpoint or EarlyStopping says so.
         lower_is_better: likewise.
     """
@@ -54,6 +56,7 @@ class Limits:
     lower_is_better: list[str] = field(default_factory=list)
     max_size_bytes: float | None = None
     max_latency_ms: float | None = None
+    max_peak_memory_mb: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("higher_is_better", "lower_is_better"):
@@ -153,8 +156,9 @@ def missed(report: Mapping[str, Any], limits: Limits) -> list[str]:
             lines.append(f"its size ratio is {cell(ratio)}, more than {limits.max_size_ratio}")
     lines += _bytes_missed(report, limits)
     lines += _latency_missed(report, limits)
+    lines += _memory_missed(report, limits)
     if limits.min_speedup is not None:
-        speedups = _speedups(report)
+        speedups = speedups_of(report)
         for batch, value in speedups.items():
             if not value >= limits.min_speedup:
                 lines.append(
@@ -186,48 +190,22 @@ def _latency_missed(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
         yield "no latency was measured"
 
 
+def _memory_missed(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
+    reached = report.get("scalars", {}).get(_MEMORY)
+    if limits.max_peak_memory_mb is None:
+        return
+    if reached is None:
+        yield "no peak of memory was measured"
+    elif not reached <= limits.max_peak_memory_mb:
+        yield f"a process takes {reached:.1f} MiB at its peak, more than {limits.max_peak_memory_mb}"
+
+
 def failures_in(report: dict[str, Any]) -> list[str]:
     """Return what a report says FAILED: its parity, or its recipe."""
     lines = [text for text in report.get("warnings", []) if " FAILED" in text]
     if report.get("scalars", {}).get("quant/parity_failed") and not any("parity" in text for text in lines):
         lines.append("parity FAILED")
     return lines
-
-
-def summary(artifact: Artifact) -> dict[str, Any]:
-    """Return what one compares artifacts by; the user's own metrics have a level of their own."""
-    report = artifact.report or {}
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "artifact": str(artifact.path),
-        "recipe": artifact.manifest["recipe"],
-        "runtime": artifact.manifest["runtime"],
-        "bytes": artifact.size_bytes,
-        "float_bytes": report.get("float_bytes"),
-        "size_ratio": report.get("size_ratio"),
-        "coverage": artifact.plan["coverage"],
-        "metrics": {
-            row["name"]: {
-                "float": row.get("float_value"),
-                "artifact": row.get("artifact"),
-                "delta": _delta(row),
-                "margin": row.get("margin"),
-                "higher_is_better": row.get("higher_is_better"),
-            }
-            for row in report.get("metrics", [])
-        },
-        "speedup": _speedups(report),
-        "warnings": report.get("warnings", []),
-    }
-
-
-def columns(summary: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """Return heading to cell of a table of summaries; headings are in two parts, so that no metric hides another."""
-    cells = {("", name): summary[name] for name in ("artifact", "recipe", "runtime", "bytes", "size_ratio", "coverage")}
-    for name, values in summary["metrics"].items():
-        cells |= {("metric", name): values["artifact"], ("delta", f"{name} - float"): values["delta"]}
-    cells |= {("speedup", f"times faster, batch {batch}"): value for batch, value in summary["speedup"].items()}
-    return {heading: cell(value) for heading, value in cells.items()}
 
 
 def cell(value: Any) -> str:
@@ -245,7 +223,7 @@ def _metrics_missed(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
         else:
             yield from _worse(rows[name], allowed, _direction(rows[name], limits))
     if limits.max_accuracy_drop is not None:
-        accuracies = [row for name, row in rows.items() if "acc" in name.lower() and _delta(row) is not None]
+        accuracies = [row for name, row in rows.items() if "acc" in name.lower() and delta_of(row) is not None]
         for row in accuracies:
             yield from _worse(row, limits.max_accuracy_drop, True)
         if not accuracies:
@@ -267,7 +245,7 @@ def _worse(row: Mapping[str, Any], allowed: float, higher_is_better: bool | None
 
 
 def _worse_than_float(row: Mapping[str, Any], allowed: float, higher_is_better: bool | None) -> Iterator[str]:
-    name, delta = row["name"], _delta(row)
+    name, delta = row["name"], delta_of(row)
     if delta is None:
         yield f"{name} was not measured of float and artifact, so it is not known to keep within the limit"
     elif higher_is_better is None:
@@ -286,12 +264,14 @@ def _direction(row: Mapping[str, Any], limits: Limits) -> bool | None:
     return row.get("higher_is_better")
 
 
-def _delta(row: Mapping[str, Any]) -> float | None:
+def delta_of(row: Mapping[str, Any]) -> float | None:
+    """Return what a metric of the artifact is minus that of float; None where one was not measured."""
     artifact, floating = row.get("artifact"), row.get("float_value")
     return artifact - floating if isinstance(artifact, int | float) and isinstance(floating, int | float) else None
 
 
-def _speedups(report: Mapping[str, Any]) -> dict[str, float]:
+def speedups_of(report: Mapping[str, Any]) -> dict[str, float]:
+    """Return batch size to how many times as fast as float."""
     return _by_batch(report, _SPEEDUP)
 
 

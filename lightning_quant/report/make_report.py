@@ -16,6 +16,7 @@ from lightning_quant.machine.latency import Timing, measure
 from lightning_quant.machine.machine import cpu_name
 from lightning_quant.machine.timed import timed
 from lightning_quant.measure.attempts import noting
+from lightning_quant.measure.bench import peak_of
 from lightning_quant.measure.changed_predictions import Predictions
 from lightning_quant.measure.output_noise import HeldOut, Noise, measure_noise
 from lightning_quant.measure.sensitivity import Sensitivity
@@ -26,6 +27,7 @@ from lightning_quant.report.closer_look import closer_look
 from lightning_quant.report.coverage import Coverage
 from lightning_quant.report.kept_limits import KeptLimits
 from lightning_quant.report.limits import NO_LIMITS, Limits, missed
+from lightning_quant.report.memory import Memory
 from lightning_quant.report.metrics import MetricRow, Metrics
 from lightning_quant.report.noise import NoiseSection
 from lightning_quant.report.ranking import Ranking
@@ -93,7 +95,7 @@ def make_report(
         NoiseSection(noise, _way_out(model, sensitivity)),
         Size(tensor_bytes(model.root), checkpoint_bytes, artifact.size_bytes),
         Speed(latency, model.plan.runtime, threads, cpu_name(), chosen),
-        *(Agreement(parity), look.changed),
+        *(*_memory(artifact, threads, limits, lacking), Agreement(parity), look.changed),
         Notes((*notes, *_engine(artifact), *remarks, *unfit), tuple(lacking)),
         *(Ranking(sensitivity), _coverage(model, artifact, step_share), look.numbers, Seconds(seconds)),
     )
@@ -118,6 +120,15 @@ def opened(model: PlannedModel, artifact: Artifact, threads: int) -> LoadedModul
     if model.into_only:
         return load_inside(model, artifact.path, artifact.model_files, artifact.signature, threads)
     return artifacts.open_model(artifact, threads=threads)
+
+
+def _memory(artifact: Artifact, threads: int, limits: Limits | None, lacking: list[str]) -> tuple[Section, ...]:
+    """Return the section of memory where a limit is on it; another process takes seconds to start."""
+    if limits is None or limits.max_peak_memory_mb is None:
+        return ()
+    with noting(lacking, "the peak of memory is"):
+        return (Memory(peak_of(artifact, threads) / 2**20),)
+    return ()
 
 
 def _parity(model: PlannedModel, loaded: nn.Module, path: Path, lacking: list[str]) -> Compared | None:

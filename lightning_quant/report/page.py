@@ -12,10 +12,10 @@ from markupsafe import Markup, escape
 
 from lightning_quant.artifact.manifest import REPORTS
 from lightning_quant.report import monitored
-from lightning_quant.report.limits import columns
 from lightning_quant.report.metrics import MARGIN
 from lightning_quant.report.network import bars, drawn
 from lightning_quant.report.scatter import Chart, Dot, scatter
+from lightning_quant.report.summary import columns
 from lightning_quant.report.verdict import delta, margin, speedup, verdict
 from lightning_quant.terminal.figures import figures, fixed
 
@@ -58,7 +58,7 @@ def comparison(summaries: list[dict[str, Any]], missed: list[str]) -> str:
     """Return a page of several artifacts side by side; every text is escaped.
 
     Args:
-        summaries: of each artifact, see `limits.summary`.
+        summaries: of each artifact, see `summary.summary`.
         missed: limits that artifacts miss, in words.
     """
     cells = [columns(summary) for summary in summaries]

@@ -50,6 +50,7 @@ class Measured:
         speedup: against the faster float peer, by batch size.
         transitions: tensors that are quantized for integers, or dequantized for float.
         share: of the validation data that metrics and differences are of.
+        peak_memory_mb: of a process that loads the file and calls it; None where nothing asked for it.
     """
 
     metrics: dict[str, float]
@@ -60,6 +61,7 @@ class Measured:
     speedup: dict[str, float] = field(default_factory=dict)
     transitions: int = 0
     share: float = 1.0
+    peak_memory_mb: float | None = None
 
     @property
     def relative_time(self) -> float:

@@ -2,15 +2,20 @@
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from lightning_quant.artifact import artifact as artifacts
 from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.errors import QuantizationError
 from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
 from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.machine.latency import measure
+from lightning_quant.measure.bench import peak_of
 from lightning_quant.measure.contributions import Difference, Metrics, differences
 from lightning_quant.measure.interim import Decides, PartialMetrics
 from lightning_quant.planned.planned_model import PlannedModel
@@ -39,6 +44,7 @@ class Files:
         candidates: makes the others.
         rank: measures what safer schemes gain.
         timed: whether latencies are measured.
+        weighed: whether the peak of memory is.
         threads: for those.
         dynamic_shapes: as for `export`.
         engine: likewise.
@@ -52,6 +58,7 @@ class Files:
     candidates: Makes
     rank: Callable[[], Relaxations]
     timed: bool = False
+    weighed: bool = False
     threads: int | None = None
     dynamic_shapes: ChosenShapes = None
     engine: str = AUTO
@@ -77,6 +84,7 @@ class Files:
             artifact = export(model, folder / "trial", dynamic_shapes=self.dynamic_shapes, engine=self.engine)
             metrics = self.validate(model, artifact, decides)
             latency, speedup = self._latency(model, artifact) if self.timed else ({}, {})
+            peak = self._peak(artifact) if self.weighed else None
             size = artifact.size_bytes
         floating, share = self.floating, 1.0
         if isinstance(metrics, PartialMetrics):
@@ -86,7 +94,7 @@ class Files:
             # What rounds nothing differs by nothing that more data could show.
             apart = {name: Difference(one.value, 0.0) for name, one in apart.items()}
         ratio = size / tensor_bytes(model.root)
-        return Measured(dict(metrics), apart, size, ratio, latency, speedup, transitions(model.plan), share)
+        return Measured(dict(metrics), apart, size, ratio, latency, speedup, transitions(model.plan), share, peak)
 
     def accurate(self) -> Choice | None:
         """Return the whole recipe with more done for accuracy; None where there is no more."""
@@ -130,6 +138,11 @@ class Files:
         if self._relaxations is None:
             self._relaxations = self.rank()
         return self._relaxations
+
+    def _peak(self, artifact: Artifact) -> float | None:
+        with suppress(QuantizationError):  # One without a program runs in no process of its own.
+            return peak_of(artifact, self.threads or torch.get_num_threads()) / 2**20
+        return None
 
     def _latency(self, model: PlannedModel, artifact: Artifact) -> tuple[dict[str, float], dict[str, float]]:
         threads = self.threads or 1

@@ -74,6 +74,11 @@ class Judge:
         """Whether a limit is on speed."""
         return self.limits.min_speedup is not None or self.limits.max_latency_ms is not None
 
+    @property
+    def on_memory(self) -> bool:
+        """Whether a limit is on memory."""
+        return self.limits.max_peak_memory_mb is not None
+
     def _on_metrics(self, differences: Mapping[str, Difference], confidence: float) -> Iterator[Verdict]:
         together = self.limits.max_accuracy_drop
         if together is not None and not any("acc" in name.lower() for name in differences):
@@ -96,6 +101,8 @@ class Judge:
             yield _at_most("size_bytes", limits.max_size_bytes, measured.size_bytes)
         if limits.max_latency_ms is not None:
             yield _at_most("latency_ms", limits.max_latency_ms, max(measured.latency_ms.values(), default=None))
+        if limits.max_peak_memory_mb is not None:
+            yield _at_most("peak_memory_mb", limits.max_peak_memory_mb, measured.peak_memory_mb)
         if limits.min_speedup is not None:
             least = min(measured.speedup.values(), default=None)
             kept = least is not None and least >= limits.min_speedup

@@ -1,8 +1,13 @@
 """Rows of the bench command, and what they know of float from an artifact's report."""
 
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
+from features import feature
 
+from lightning_quant import quantize
 from lightning_quant.errors import QuantizationError
 from lightning_quant.measure import bench as module
 from lightning_quant.measure.bench import BenchRow, _recorded_float, _repeated, as_dict, bench
@@ -33,3 +38,21 @@ def test_samples_are_repeated_to_any_batch() -> None:
 def test_a_folder_that_is_no_artifact_is_refused_before_anything_is_timed(tmp_path: object) -> None:
     with pytest.raises(QuantizationError, match="artifact"):
         bench([str(tmp_path)])
+
+
+@pytest.mark.slow
+@feature("Trainer", "limits on the peak of memory, measured in a process of its own", only="PTQ")
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+@pytest.mark.usefixtures("unmeasured")
+def test_the_peak_of_a_larger_file_is_higher_and_held_against_its_limit(tmp_path: Path) -> None:
+    peaks = []
+    for width in (8, 2048):
+        model, x = torch.nn.Sequential(torch.nn.Linear(width, width)), torch.randn(4, width)
+        how: dict[str, Any] = {"calibration_data": [x], "output_dir": tmp_path / str(width)}
+        artifact = quantize(model, "int8_weight_only", "torch", **how, limits={"peak_memory_mb": 1.0})
+        report: Any = artifact.report
+        peaks.append(report["scalars"]["quant/peak_memory_mb"])
+        assert report["search"]["trials"][0]["measured"]["peak_memory_mb"] == pytest.approx(peaks[-1], abs=4.0)
+        assert any("at its peak, more than 1" in text for text in report["failures"])
+    # At least by the weights, a byte each.
+    assert peaks[1] - peaks[0] > 3.5

@@ -17,7 +17,7 @@ from lightning_quant import PostTrainingQuantization, quantize
 from lightning_quant.cli import cli
 from lightning_quant.errors import NoEffectWarning, QuantizationError
 from lightning_quant.measure.evaluate import evaluate
-from lightning_quant.report.limits import Limits, columns, limits_from, missed_limits, summary
+from lightning_quant.report.limits import Limits, limits_from, missed, missed_limits
 from lightning_quant.report.metrics import MetricRow
 
 
@@ -155,22 +155,15 @@ def test_limits_of_a_function_without_validation_are_on_size_and_speed(tmp_path:
         PostTrainingQuantization(evaluate=False, limits={"max_accuracy_drop": 0.1})
 
 
-def test_users_metrics_cannot_hide_what_the_summary_says() -> None:
-    metrics = (row("bytes", 1.0, 2.0), row("runtime", 3.0, 4.0), row("schema_version", 5.0, 6.0))
-    found = summary(artifact(*metrics))
-
-    assert (found["schema_version"], found["bytes"], found["runtime"]) == (1, 1234, "onnxruntime")
-    assert found["metrics"]["bytes"] == {
-        "float": 1.0,
-        "artifact": 2.0,
-        "delta": 1.0,
-        "margin": None,
-        "higher_is_better": None,
-    }
-    assert found["speedup"] == {"1": 1.5}
-    cells = columns(found)
-    assert cells["", "bytes"] == "1,234"
-    assert cells["metric", "bytes"] == "2.0000"
+def test_a_peak_of_memory_is_held_against_its_limit() -> None:
+    limits = limits_from({"peak_memory_mb": 20})
+    assert limits == Limits(max_peak_memory_mb=20)
+    for scalars, said in (
+        ({"quant/peak_memory_mb": 19.5}, []),
+        ({"quant/peak_memory_mb": 20.6}, ["a process takes 20.6 MiB at its peak, more than 20"]),
+        ({}, ["no peak of memory was measured"]),
+    ):
+        assert missed({"scalars": scalars}, limits) == said
 
 
 # --- directions

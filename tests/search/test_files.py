@@ -12,13 +12,15 @@ from lightning_quant.graph.table import Selection
 from lightning_quant.measure.contributions import Metrics
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.report.make_report import make_report
+from lightning_quant.search import files as module
 from lightning_quant.search.candidates import Candidates
 from lightning_quant.search.choice import FLOAT, Choice
 from lightning_quant.search.files import Files
 from lightning_quant.search.relaxations import relaxations
 
 
-def test_a_choice_is_measured_on_its_own_file(unmeasured: Any) -> None:
+@pytest.mark.usefixtures("unmeasured")
+def test_a_choice_is_measured_on_its_own_file(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = [Call((torch.randn(8, 1, 8, 8),)) for _ in range(2)]
     whole = prepare(ConvNet(width=64), calls[0].args, trains=False)
     calibrate(whole, steps_of(whole, calls))
@@ -36,7 +38,10 @@ def test_a_choice_is_measured_on_its_own_file(unmeasured: Any) -> None:
         Candidates(whole, calls, Selection()),
         lambda: relaxations(whole, calls),
     )
-    small, large = files.measure(Choice()), files.measure(Choice((("head", FLOAT),)))
+    monkeypatch.setattr(module, "peak_of", lambda artifact, threads: 2**20 * (artifact.path / "manifest.json").exists())
+    small, files.weighed = files.measure(Choice()), True
+    large = files.measure(Choice((("head", FLOAT),)))
+    assert (small.peak_memory_mb, large.peak_memory_mb) == (None, 1.0)
     assert [small.size_bytes, large.size_bytes] == seen
     assert large.size_bytes - small.size_bytes == pytest.approx(3 * 4 * 1024, rel=0.2)
     assert small.differences["m"].value == -0.25

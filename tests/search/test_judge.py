@@ -8,7 +8,8 @@ from lightning_quant.search.judge import Judge, confidence_of, interim_confidenc
 
 
 def verdict(limits: Limits, difference: Difference, **known: bool | None) -> tuple[bool, float | None, str]:
-    measured = Measured({"m": 0.0}, {"m": difference}, 300, 0.3, {"1": 2.0}, {"1": 1.2, "8": 1.6})
+    times = {"latency_ms": {"1": 2.0}, "speedup": {"1": 1.2, "8": 1.6}}
+    measured = Measured({"m": 0.0}, {"m": difference}, 300, 0.3, **times, peak_memory_mb=20.0)  # type: ignore[arg-type]
     (found,) = Judge(limits, known)(measured)
     return found.kept, found.reached, found.basis
 
@@ -40,7 +41,13 @@ def test_a_metric_without_a_direction_keeps_no_limit() -> None:
 
 @pytest.mark.parametrize(
     ("name", "kept", "missed"),
-    [("size_ratio", 0.3, 0.29), ("size_bytes", 300, 299), ("latency_ms", 2, 1.9), ("speedup", 1.2, 1.3)],
+    [
+        ("size_ratio", 0.3, 0.29),
+        ("size_bytes", 300, 299),
+        ("latency_ms", 2, 1.9),
+        ("speedup", 1.2, 1.3),
+        ("peak_memory_mb", 20, 19),
+    ],
 )
 def test_bounds_of_size_and_speed(name: str, kept: float, missed: float) -> None:
     assert verdict(limits_from({name: kept}), Difference(0.0))[0]
