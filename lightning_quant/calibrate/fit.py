@@ -11,11 +11,11 @@ from lightning_quant.calibrate.groups import ScalingGroup, scaling_groups
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calls.calls import Call
-from lightning_quant.numerics.noise import alike, signal_to_noise
+from lightning_quant.numerics.noise import alike, sample_ratios
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
 
-# What equal outputs count as, in decibels.
+# What equal outputs count as, in decibels, and as much below zero what is all noise.
 _EQUAL_DB = 200.0
 # Outputs of the float module that are kept from one judgement to the next, at most.
 _MOST_BYTES = 2**28
@@ -68,7 +68,10 @@ def restore(prepared: Prepared, saved: tuple[Any, ...]) -> None:
 
 @torch.no_grad()
 def output_snrs(prepared: Prepared, calls: list[Call], known: list[Any] | None = None) -> list[float]:
-    """Return signal over noise of the quantized module's output on each call, in decibels of at most 200.
+    """Return signal over noise of the quantized module's output on each sample, in decibels of at most 200.
+
+    A call whose outputs have no samples in common counts as one. Samples and not calls: in the power over a call the
+    few samples with the largest errors would decide, and in few calls chance.
 
     Args:
         prepared: detached and calibrated.
@@ -84,8 +87,8 @@ def output_snrs(prepared: Prepared, calls: list[Call], known: list[Any] | None =
                 known.append(pytree.tree_map_only(Tensor, torch.clone, exact))
             with prepared.attached("frozen"):
                 quantized = prepared.root(*args, **kwargs)
-            ratios.append(min(signal_to_noise(*alike(exact, quantized)), _EQUAL_DB))
-    return ratios
+            ratios += sample_ratios(*alike(exact, quantized))
+    return [max(-_EQUAL_DB, min(ratio, _EQUAL_DB)) for ratio in ratios]
 
 
 def _num_bytes(values: Any) -> int:
@@ -94,6 +97,6 @@ def _num_bytes(values: Any) -> int:
 
 
 def output_snr(prepared: Prepared, calls: list[Call]) -> float:
-    """Return the mean over calls of the signal-to-noise ratio of the quantized module's output, in decibels."""
+    """Return the mean over samples of the signal-to-noise ratio of the quantized module's output, in decibels."""
     ratios = output_snrs(prepared, calls)
     return sum(ratios) / len(ratios)

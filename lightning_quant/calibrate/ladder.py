@@ -110,7 +110,7 @@ def _folds(prepared: Prepared, calls: list[Call]) -> list[_Fold]:
 
 
 def _judge(prepared: Prepared, folds: list[_Fold], states: Sequence[tuple[Any, ...]]) -> list[float]:
-    """Return the signal-to-noise ratio of every call, of the model that was not fitted to it."""
+    """Return the signal-to-noise ratio of every sample, of the model that was not fitted to it."""
     ratios = []
     for fold, state in zip(folds, states, strict=True):
         restore(prepared, state)
@@ -138,10 +138,10 @@ def _try(prepared: Prepared, name: str, folds: list[_Fold], before: list[float])
 
 
 def helps(before: list[float], after: list[float]) -> bool:
-    """Tell whether calls gain on the whole, and not a few of them at the expense of most.
+    """Tell whether samples gain on the whole, and not a few of them at the expense of most.
 
     Args:
-        before: signal-to-noise ratio of each call in decibels.
+        before: signal-to-noise ratio of each sample in decibels.
         after: the same after a step.
     """
     gains = [new - old for old, new in zip(before, after, strict=True)]

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_quant.calibrate.absorption import absorb
+from lightning_quant.calibrate.absorption import absorb, center_channels
 from lightning_quant.calibrate.adaround import adaround
 from lightning_quant.calibrate.channel_choice import choose_channels, is_linear
 from lightning_quant.calibrate.equalization import equalize
@@ -58,6 +58,13 @@ def _scale_channels(prepared: Prepared, fit: Fit) -> int:
         if all(isinstance(observer, Histogram) for observer in prepared.ranges.observers.values()):
             choose_ranges(prepared, fit.calls[:2])
         _gptq(prepared, fit)
+    return number
+
+
+def _center_channels(prepared: Prepared, fit: Fit) -> int:
+    number = center_channels(prepared, fit.groups_of(prepared), fit.calls)
+    if number:
+        fit.refresh(prepared)
     return number
 
 
@@ -126,6 +133,7 @@ def _adaround(prepared: Prepared, fit: Fit) -> int:
 
 
 STEPS: dict[str, Step] = {
+    "center_channels": Step(_center_channels, 4),
     "correct_outputs": Step(_correct_outputs, 2),
     "scale_channels": Step(_scale_channels, 16, ("gptq",)),
     "scale_depthwise": Step(_scale_depthwise, 4),

@@ -24,14 +24,43 @@ def signal_to_noise(reference: Any, other: Any) -> float:
             # Part by part: a whole embedding in double precision would be a multiple of the model.
             parts = (tensor.detach().reshape(-1).split(_PART) for tensor in (expected, actual))
             for a, b in zip(*parts, strict=True):
-                a, b = a.cpu().double(), b.cpu().double()
-                masked = ~a.isfinite() & ((a == b) | (a.isnan() & b.isnan()))
-                a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
-                signal += a.square().sum().item()
-                noise += (a - b).square().sum().item()
+                power, error = _powers(a, b)
+                signal += power.sum().item()
+                noise += error.sum().item()
     if noise == 0:
         return float("inf")
     return float(10 * torch.log10(torch.tensor(signal / noise, dtype=torch.float64)))
+
+
+def sample_ratios(reference: list[Tensor], other: list[Tensor]) -> list[float]:
+    """Return `signal_to_noise` of each sample, where all tensors have as many in dimension 0; else of all in one.
+
+    Args:
+        reference: exact values.
+        other: of the same sizes, see `alike`.
+    """
+    pairs = [(a, b) for a, b in zip(reference, other, strict=True) if a.is_floating_point()]
+    sizes = {len(a) if a.dim() else 0 for a, _ in pairs}
+    if len(sizes) != 1 or min(sizes) < 2 or not all(a.numel() for a, _ in pairs):
+        return [signal_to_noise(reference, other)]
+    signal, noise = torch.zeros(2, sizes.pop(), dtype=torch.float64)
+    for pair in pairs:
+        rows = [tensor.detach().reshape(len(tensor), -1) for tensor in pair]
+        number = max(1, _PART // rows[0].shape[1])
+        parts = (tensor.split(number) for tensor in rows)
+        powers = [_powers(a, b) for a, b in zip(*parts, strict=True)]
+        signal += torch.cat([power.sum(1) for power, _ in powers])
+        noise += torch.cat([error.sum(1) for _, error in powers])
+    ratios = torch.where(noise == 0, float("inf"), 10 * torch.log10(signal / noise))
+    return [float(ratio) for ratio in ratios]
+
+
+def _powers(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the squares of the first and of the difference; zeros where both hold the same infinity or NaN."""
+    a, b = a.cpu().double(), b.cpu().double()
+    masked = ~a.isfinite() & ((a == b) | (a.isnan() & b.isnan()))
+    a, b = a.masked_fill(masked, 0.0), b.masked_fill(masked, 0.0)
+    return a.square(), (a - b).square()
 
 
 def unequal_integers(reference: Any, other: Any) -> float | None:

@@ -1,4 +1,4 @@
-"""State is taken and put back whole, and a mean of decibels is over calls."""
+"""State is taken and put back whole, and a mean of decibels is over samples."""
 
 import pytest
 import torch
@@ -24,10 +24,11 @@ def test_a_snapshot_can_be_put_back_more_than_once() -> None:
         assert not prepared.channels
 
 
-def test_every_call_counts_alike_and_equal_outputs_have_a_bound() -> None:
+def test_every_sample_counts_alike_and_equal_outputs_have_a_bound() -> None:
     _, prepared, calls = climbed(())
     ratios = output_snrs(prepared, calls)
-    assert output_snr(prepared, calls) == pytest.approx(sum(ratios) / len(calls))
+    assert len(ratios) == sum(len(args[0]) for args, _ in calls)
+    assert output_snr(prepared, calls) == pytest.approx(sum(ratios) / len(ratios))
     with prepared.simulation.quantizing_only(frozenset()):
         assert output_snr(prepared, calls) == 200.0
 

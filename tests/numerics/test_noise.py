@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lightning_quant.numerics.noise import signal_to_noise, unequal_integers
+from lightning_quant.numerics.noise import sample_ratios, signal_to_noise, unequal_integers
 
 
 def test_signal_to_noise_is_its_definition() -> None:
@@ -23,3 +23,20 @@ def test_share_of_integers_that_differ() -> None:
 
     assert unequal_integers(first, other) == 0.5
     assert unequal_integers(first[2:3], other[2:3]) is None
+
+
+def test_each_sample_has_its_ratio() -> None:
+    reference = [torch.randn(5, 3, 4), torch.randn(5, 2)]
+    other = [x + 0.1 * torch.randn_like(x) for x in reference]
+    other[0][2], other[1][2] = reference[0][2], reference[1][2]
+    ratios = sample_ratios(reference, other)
+    alone = [signal_to_noise([x[i] for x in reference], [x[i] for x in other]) for i in range(5)]
+    assert ratios == pytest.approx(alone)
+    assert ratios[2] == float("inf")
+
+
+@pytest.mark.parametrize("sizes", [[(5, 3), (4, 3)], [(1, 3)], [()], [(3, 0)]])
+def test_tensors_without_samples_in_common_have_one_ratio(sizes: list[tuple[int, ...]]) -> None:
+    reference = [torch.randn(size) for size in sizes]
+    other = [x + 0.1 for x in reference]
+    assert sample_ratios(reference, other) == [signal_to_noise(reference, other)]
