@@ -10,7 +10,7 @@ from lightning_quant.errors import PlanError
 from lightning_quant.export.static_model import StaticModel
 from lightning_quant.graph.analyze import analyze
 from lightning_quant.graph.table import Selection
-from lightning_quant.layers.leftovers import left_in_float
+from lightning_quant.layers.leftovers import kept_as_whole, left_in_float
 from lightning_quant.planned.overrides import select
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.recipe.recipe import AnyRecipe
@@ -62,7 +62,9 @@ def prepare(
     where: dict[str, Any] = {"recipe": chosen.name, "runtime": runtime, "module": module}
     analysis = analyze(on_cpu, args, kwargs, table, selection, **where, trains=trains)
     if trains and analysis.nothing:
-        raise PlanError(f"{analysis.nothing}{_stored_alone(left_in_float(on_cpu, analysis.plan))}")
+        raise PlanError(
+            f"{analysis.nothing}{_stored_alone(left_in_float(on_cpu, kept_as_whole(on_cpu, analysis.plan)))}"
+        )
     prepared = StaticModel(model, analysis, chosen, observer or chosen.training_observer)
     # What can be refused is refused now; the layers themselves are made of the weights that will be exported.
     prepared.plan = prepared.bound_to(on_cpu).stored_plan()

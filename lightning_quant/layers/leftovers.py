@@ -1,6 +1,6 @@
 """Layers that a plan of graphs leaves in float and recipes of layers can store, and the rows of those."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from torch import nn
@@ -18,20 +18,45 @@ _IN_TABLES = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 def left_in_float(root: nn.Module, plan: Plan) -> frozenset[str]:
     """Return the labels of layers and modules with weights that a graph's plan leaves in float for want of a form."""
+    return frozenset(_label(root, _path(row)) for row in _storable(root, plan))
+
+
+def kept_as_whole(root: nn.Module, plan: Plan) -> Plan:
+    """Return a plan in which what would be stored together with an excluded row is excluded as well.
+
+    A layer's weights are stored for all of its calls, and with those of the layers inside it; parameters of a module
+    with all that its own code multiplies by.
+    """
+    excluded = [row for row in plan.rows if row.excluded]
+    kept = {}
+    for row in _storable(root, plan):
+        path = _path(row)
+        other = next((r for r in excluded if _path(r) == path or _is_part(r, row, path)), None)
+        if other is not None:
+            reason = f"{other.name} is excluded, and is stored together with it"
+            kept[row.name] = replace(row, excluded=True, reason=reason)
+    return replace(plan, rows=tuple(kept.get(row.name, row) for row in plan.rows))
+
+
+def _is_part(excluded: Row, row: Row, path: str) -> bool:
+    """Tell whether an excluded row is of a layer inside that of another row, or of a product with its parameters."""
+    if row.kind == "Parameter" and excluded.kind.islower() and excluded.macs:
+        return excluded.name.rpartition(".")[0] == path
+    return bool(path) and excluded.name.startswith(f"{path}.") and excluded.reason.startswith(INSIDE)
+
+
+def _storable(root: nn.Module, plan: Plan) -> Iterator[Row]:
     modules = dict(root.named_modules(remove_duplicate=False))
-    labels = set()
     for row in plan.rows:
         if row.action != "float" or row.excluded or row.reason in (UNREAD, UNREACHED):
             continue
-        path = _path(row)
-        module = modules.get(path)
+        module = modules.get(_path(row))
         # What was written out for a trace is no layer any more that something could take the place of.
         in_tables = isinstance(module, _IN_TABLES) and row.reason != UNKNOWN_SHAPES
         if module is None or in_tables or (is_expanded(module) and not has_hooks(module)):
             continue
         if class_for(module) is not None or any(p.dim() > 1 for p in module.parameters(recurse=False)):
-            labels.add(_label(root, path))
-    return frozenset(labels)
+            yield row
 
 
 def with_stored(root: nn.Module, plan: Plan, stored: Mapping[str, Row]) -> Plan:

@@ -1,5 +1,6 @@
 """Which scheme a layer can bear: tried where the float model calls the layer, on what it reads there."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ from torch.nn.utils import parametrize
 
 from lightning_quant.calls.calls import Call
 from lightning_quant.errors import QuantizationError
+from lightning_quant.graph.plan import join
 from lightning_quant.graph.table import Selection, matches
 from lightning_quant.layers import KINDS, class_for
 from lightning_quant.layers.layer import StoredLayer, computes_weight, from_float, plain
@@ -48,6 +50,12 @@ class Trial:
         self._schemes: list[Scheme] = []
         self._notes: list[str] = []
         self._num_calls = 0
+
+    def inside(self) -> Iterator[tuple[str, str]]:
+        """Yield name and kind of every module inside the layer."""
+        for name, module in self.float_layer.named_modules():
+            if name:
+                yield join(self.place, name), type(module).__name__
 
     def allow(self, stored_class: type[StoredLayer], *, half_arithmetic: bool) -> None:
         """Let the layer be tried with the schemes that its class has a form for.
@@ -201,6 +209,8 @@ def trials(
         if stored_class is not None:
             inside.append(name)
         excluded = selection.refusal(trial.label, trial.kind)
+        if stored_class is not None and not excluded:
+            excluded = next(iter(_excluded_inside(trial, selection)), "")
         trial.unwanted, trial.excluded = excluded or _refusal(module, stored_class), bool(excluded)
         if not trial.unwanted and stored_class is not None:
             trial.allow(stored_class, half_arithmetic=half_arithmetic)
@@ -214,6 +224,13 @@ def _own(recipe: LayerRecipe, name: str, module: nn.Module) -> LayerRecipe:
     targets = (target for pattern, target in recipe.overrides.items() if matches(pattern, name or kind, kind))
     named = RECIPES.get(next(targets, ""))
     return recipe if named is None or named.needs_calibration else named
+
+
+def _excluded_inside(trial: Trial, selection: Selection) -> Iterator[str]:
+    """Yield why a layer stays float that would be stored with layers inside it which the user wants in float."""
+    for name, kind in trial.inside():
+        if any(matches(pattern, name, kind) for pattern in selection.exclude):
+            yield f"{name} is excluded, and is stored together with it"
 
 
 def _allow_parameters(model: nn.Module, tried: list[Trial], call: Call, *, half_arithmetic: bool) -> None:

@@ -1,5 +1,7 @@
 """Layers that recipes of layers store inside a model whose graphs run in integers."""
 
+from typing import Any
+
 from torch import nn
 
 from lightning_quant import runtimes
@@ -46,7 +48,11 @@ def store_layers(
         )
     for pattern, name in stored.items():
         chosen = Selection(include=(pattern,))
-        layerwise = quantize_layers(model.root, args, kwargs, recipe=name, runtime=plan.runtime, selection=chosen)
+        where: dict[str, Any] = {"recipe": name, "runtime": plan.runtime, "selection": chosen}
+        try:
+            layerwise = quantize_layers(model.root, args, kwargs, **where)
+        except PlanError as error:
+            raise PlanError(f"Of `overrides`, {pattern!r} is to be stored by {name!r}: {error}") from error
         named = {row.name: row for row in layerwise.plan.rows if matches(pattern, row.name, row.kind)}
         plan = with_stored(model.root, plan, {label: row for label, row in named.items() if label not in layers})
         layers = {**layerwise.layers, **layers}

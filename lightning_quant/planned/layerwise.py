@@ -7,7 +7,6 @@ that is needed takes its place. Layers that stay float, and all that is no layer
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,6 +29,7 @@ from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.placement import place, placed
 from lightning_quant.layers.refine import refine
 from lightning_quant.layers.rows import rows_of
+from lightning_quant.layers.trial import Trial
 from lightning_quant.numerics.noise import alike, signal_to_noise
 from lightning_quant.planned.layer_parity import LayerParity, check_layer_parity
 from lightning_quant.planned.overrides import select
@@ -247,7 +247,7 @@ def quantize_layers(
     half, wanted = check_runs(runtime, chosen), select(selection, chosen)
     tried = try_layers(model, call, chosen, wanted, half_arithmetic=half, parts=parts, only=only)
     rows = rows_of(model, list(tried.values()), *call)
-    check_patterns(replace(selection, exclude=(*selection.exclude, *chosen.overrides)), list(rows))
+    _check_patterns(wanted, chosen, rows, tried)
     layers = {name: trial.layer for trial in tried.values() if trial.layer is not None for name in trial.places}
     plan = Plan(chosen.name, runtime, module, (), rows)
     if not layers:
@@ -261,6 +261,13 @@ def quantize_layers(
     _give_up_program(quantized, call, opaque)
     quantized.compare()
     return quantized
+
+
+def _check_patterns(wanted: Selection, recipe: LayerRecipe, rows: tuple[Row, ...], tried: dict[str, Trial]) -> None:
+    """Make sure that patterns name layers; those of what stays float, also what is inside one that is stored whole."""
+    inside = (Row(name, kind, "float") for trial in tried.values() for name, kind in trial.inside())
+    check_patterns(wanted, [*rows, *inside])
+    check_patterns(Selection(exclude=tuple(p for p in recipe.overrides if p not in wanted.exclude)), list(rows))
 
 
 def _give_up_program(quantized: Layerwise, call: Call, opaque: str) -> None:

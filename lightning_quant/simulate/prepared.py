@@ -20,7 +20,7 @@ from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.analyze import Analysis
 from lightning_quant.graph.instrument import Instrumented
 from lightning_quant.graph.plan import Plan
-from lightning_quant.layers.leftovers import left_in_float
+from lightning_quant.layers.leftovers import kept_as_whole, left_in_float
 from lightning_quant.layers.placement import placed
 from lightning_quant.planned.in_graphs import store_layers
 from lightning_quant.planned.planned_model import PlannedModel
@@ -73,14 +73,14 @@ class Prepared(Quantizers, PlannedModel):
 
     def __init__(self, root: nn.Module, analysis: Analysis, recipe: Recipe, observer: str) -> None:
         super().__init__(root, analysis, recipe, observer)
-        self.plan, self.captured = analysis.plan, analysis.captured
+        self.plan, self.captured = kept_as_whole(root, analysis.plan), analysis.captured
         # What runs in deep copies of the routed module: target networks, teachers.
         self._twins: weakref.WeakSet[Prepared] = weakref.WeakSet()
         self.varying: set[tuple[str, int]] = set()
         self._stored: tuple[dict[str, nn.Module], Plan] | None = None
         self.teacher: Teacher | None = None
         self.taught: set[str] = set()
-        self.left = left_in_float(root, analysis.plan)
+        self.left = left_in_float(root, self.plan)
         # Float layers whose places stored ones have taken; graphs are traced with them.
         self.displaced: dict[str, nn.Module] = {}
         self.simulation = Simulation(self)
