@@ -159,7 +159,7 @@ def _work() -> None:
     before = peak_bytes()
     contestants: dict[str, Callable[[], Any]] = {}
     for name in task["names"]:
-        own = task["own"] and Artifact(Path(name), task["own"])
+        own = task.get("own") and Artifact(Path(name), task["own"])
         with nullcontext(own) if own else private_copy(name) as artifact:
             inputs = golden.load(artifact.golden_path, artifact.signature).inputs
             model = open_model(artifact, threads=task["threads"])
