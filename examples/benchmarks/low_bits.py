@@ -202,7 +202,7 @@ def recovered(right: Mapping[str, list[Tensor]]) -> str:
             lost, regained = 100 * (means[0] - means[1]), 100 * (means[2] - means[1])
             cells = f"{bootstrap_mean(lost):.2f}", f"{bootstrap_mean(regained):.2f}"
             rows.append((bits, *cells, f"{100 * regained.mean() / lost.mean():.0f} %" if lost.mean() > 0 else "-"))
-    return table(rows, ("", "post-training loses, points", "training regains, points", "share"))
+    return table(rows, ("", "post-training loses, points", "training regains, points", "share")) if rows else ""
 
 
 def measured(name: str, arguments: argparse.Namespace) -> None:
@@ -227,7 +227,7 @@ def measured(name: str, arguments: argparse.Namespace) -> None:
     number = f"{len(arguments.seeds)} seeds, {arguments.epochs} epochs of {arguments.images:,} images"
     text = summary(right, f"{name}, {number}, {len(labels):,} {arguments.split} images")
     if arguments.split == "test":
-        publish("low_bits" if name == "residual" else f"low_bits-{name}", text, recovered(right))
+        publish("low_bits" if name == "residual" else f"low_bits-{name}", *filter(None, (text, recovered(right))))
     else:
         print(text, recovered(right), sep="\n\n")
 
