@@ -33,6 +33,20 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "a correction of means holds what calls agree on",
+        "calibrate/output_correction.py",
+        "return mean * (1 - noise / power).clamp(min=0)",
+        "return mean",
+        "calibrate/test_output_correction.py -k agree",
+    ),
+    Guard(
+        "integer kernels that saturate are not used",
+        "layers/kernels.py",
+        "torch.backends.mkldnn.is_available() and _is_exact()",
+        "torch.backends.mkldnn.is_available()",
+        "layers/test_kernels.py -k every_processor",
+    ),
+    Guard(
         "a limit on memory is about what a file takes in a process of its own",
         "search/files.py",
         "peak = self._peak(artifact) if self.weighed else None",

@@ -213,14 +213,13 @@ def test_large_integers_on_every_processor(instructions: str) -> None:
 import torch
 import lightning_quant.layers.kernels
 x, weight = torch.full((5, 64), 1.0), torch.full((16, 64), 127, dtype=torch.int8)
-x[:, ::2] = -1.0
-weight[:, ::2] = -127
+x[:, :2] = -1.0
 print(torch.ops.lightning_quant.linear_dynamic(x, weight, torch.full((16,), 1 / 127), None).unique().tolist())
 """
     environment = {**os.environ, "ONEDNN_MAX_CPU_ISA": instructions, "ONEDNN_VERBOSE": "1"}
     run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     *log, result = run.stdout.splitlines()
-    assert json.loads(result) == pytest.approx([64.0])
+    assert json.loads(result) == pytest.approx([60.0])
     assert not [line for line in log if ",matmul,ref" in line]
 
 
