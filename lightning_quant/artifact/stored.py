@@ -8,7 +8,7 @@ import html
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 from lightning_quant import runtimes
 from lightning_quant.arguments.reading import copy_hashed, read_bytes
 from lightning_quant.artifact import golden
-from lightning_quant.artifact.commit import current, version
+from lightning_quant.artifact.commit import current, locked, version
 from lightning_quant.artifact.folder import hash_file
 from lightning_quant.artifact.manifest import (
     BESIDE_MODEL,
@@ -213,16 +213,20 @@ def _folder_of(path: str | os.PathLike[str] | Artifact) -> Path:
 def _taking(
     path: str | os.PathLike[str] | Artifact, take: Callable[[Artifact, Path], None], key: Key | None = None
 ) -> Artifact:
-    """Read a manifest and take the files that it names; begin anew where another version came between."""
+    """Read a manifest and take the files that it names; begin anew where another version came between.
+
+    The last time no other is let come: a reader that the system starves can be too slow for a busy writer each time.
+    """
     folder = _folder_of(path)
     for tries_left in reversed(range(_TRIES)):
         before = version(folder)
-        where = current(folder)
         try:
-            artifact = _read_manifest(folder, where, key)
-            if isinstance(path, Artifact) and not is_same_model(artifact.manifest, path.manifest):
-                raise replaced(folder)
-            take(artifact, where)
+            with nullcontext() if tries_left else locked(folder):
+                where = current(folder)
+                artifact = _read_manifest(folder, where, key)
+                if isinstance(path, Artifact) and not is_same_model(artifact.manifest, path.manifest):
+                    raise replaced(folder)
+                take(artifact, where)
         except ArtifactError:
             if not tries_left or version(folder) == before:
                 raise

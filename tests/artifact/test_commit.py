@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from written_folders import ONE, TWO, named, names, publish
 
+from lightning_quant.artifact import stored
 from lightning_quant.artifact.artifact import private_copy, read
 
 
@@ -33,7 +34,11 @@ def write_often(folder: Path, until: threading.Event) -> None:
         publish(folder, [ONE, TWO, {"model.onnx": b"two" * 1000}][number % 3], report=True)
 
 
-def test_readers_beside_a_writer_see_whole_artifacts(tmp_path: Path) -> None:
+@pytest.mark.parametrize("tries", [20, 1])
+def test_readers_beside_a_writer_see_whole_artifacts(
+    tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stored, "_TRIES", tries)
     known = [publish(tmp_path / str(n), files).model_path.read_bytes() for n, files in enumerate((ONE, TWO))]
     done = threading.Event()
     publish(tmp_path / "q", ONE)
@@ -41,7 +46,7 @@ def test_readers_beside_a_writer_see_whole_artifacts(tmp_path: Path) -> None:
     writer.start()
     try:
         seen = set()
-        for _ in range(200):
+        for _ in range(5 * tries):
             with private_copy(tmp_path / "q") as own:
                 seen.add(own.model_path.read_bytes())
                 assert all((own.path / name).is_file() for name in own.manifest["files"].values())

@@ -49,7 +49,7 @@ def test_the_first_that_works_is_taken_and_what_did_not_is_kept_with_its_reason(
 
 def test_the_float_peer_is_a_file_of_the_same_runtime(model: Any, tmp_path: Path) -> None:
     model.exported = BATCH
-    path = export_float(model, tmp_path)
+    path = export_float(model, tmp_path, model.runtime)
 
     assert path.name == f"float_{model.runtime.MODEL_FILE}"
     assert not any("Quantize" in name for name in model.runtime.count_operators(path))
