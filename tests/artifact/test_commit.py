@@ -7,6 +7,8 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,8 @@ from written_folders import ONE, TWO, named, names, publish
 
 from lightning_quant.artifact import stored
 from lightning_quant.artifact.artifact import private_copy, read
+from lightning_quant.artifact.commit import locked
+from lightning_quant.errors import ArtifactError
 
 
 def test_where_files_cannot_have_two_names_they_are_copied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,11 +38,28 @@ def write_often(folder: Path, until: threading.Event) -> None:
         publish(folder, [ONE, TWO, {"model.onnx": b"two" * 1000}][number % 3], report=True)
 
 
-@pytest.mark.parametrize("tries", [20, 1])
-def test_readers_beside_a_writer_see_whole_artifacts(
-    tries: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(stored, "_TRIES", tries)
+def test_a_reader_that_is_always_too_late_waits_for_the_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[Path] = []
+
+    @contextmanager
+    def noted(path: Path) -> Iterator[None]:
+        with locked(path):
+            held.append(path)
+            yield
+
+    def check(*_: object) -> None:
+        if not held:
+            raise ArtifactError("another version came between")
+
+    versions = itertools.count()
+    monkeypatch.setattr(stored, "version", lambda _: next(versions))
+    monkeypatch.setattr(stored, "locked", noted)
+    monkeypatch.setattr(stored, "_check_files", check)
+    assert read(publish(tmp_path, ONE)).size_bytes > 0
+    assert held == [tmp_path]
+
+
+def test_readers_beside_a_writer_see_whole_artifacts(tmp_path: Path) -> None:
     known = [publish(tmp_path / str(n), files).model_path.read_bytes() for n, files in enumerate((ONE, TWO))]
     done = threading.Event()
     publish(tmp_path / "q", ONE)
@@ -46,7 +67,7 @@ def test_readers_beside_a_writer_see_whole_artifacts(
     writer.start()
     try:
         seen = set()
-        for _ in range(5 * tries):
+        for _ in range(100):
             with private_copy(tmp_path / "q") as own:
                 seen.add(own.model_path.read_bytes())
                 assert all((own.path / name).is_file() for name in own.manifest["files"].values())
