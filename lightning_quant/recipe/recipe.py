@@ -187,8 +187,9 @@ RECIPES: dict[str, AnyRecipe] = {
             weight=IntegerSpec(bits=4, symmetric=True, per_channel=True),
             activation=IntegerSpec(bits=4),
             accuracy_steps=("migrate", "shrink_scales", "gptq", "correct_outputs", "scale_depthwise"),
-            # Chosen on validation images of the low-bit benchmark, three seeds, out of two rates.
-            learned_step_rate=1e-2,
+            # Chosen on held-back training images of the low-bit benchmark, out of 1e-3, 3e-3 and 1e-2, which ended a
+            # MobileNetV2 at 42 % where 3e-3 reached 76.
+            learned_step_rate=3e-3,
             learned_ranges=True,
             wide_ends=True,
             batch_norm_batches=16,
