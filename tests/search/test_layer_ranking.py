@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from coarse_nets import Coarse
 from features import feature
 from lightning_models import Classifier, fit
 from torch import Tensor, nn
@@ -21,25 +22,6 @@ from lightning_quant.search.layer_ranking import bytes_of, places_of, rank_layer
 FOUR_BITS = {"name": "int4_weight_only", "floor_db": -50.0}
 
 
-class Coarse(nn.Module):
-    """Layers in a row, one of which has a weight in each group, of an input that is zero, that widens its grid."""
-
-    def __init__(self, bad: int = 2) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(32, 32) for _ in range(4))
-        self.spoil(bad)
-
-    @torch.no_grad()
-    def spoil(self, bad: int) -> None:
-        self.layers[bad - 1].weight[0] = self.layers[bad - 1].bias[0] = 0.0
-        self.layers[bad].weight[:, 0] = 4.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = F.relu(layer(x)) if layer is not self.layers[-1] else layer(x)
-        return x
-
-
 def layerwise(model: nn.Module, recipe: Any = FOUR_BITS) -> Layerwise:
     return quantize_layers(model, (torch.randn(16, 32),), recipe=recipe)
 
@@ -47,14 +29,14 @@ def layerwise(model: nn.Module, recipe: Any = FOUR_BITS) -> Layerwise:
 @pytest.mark.parametrize("bad", [1, 2, 3])
 def test_the_layer_that_four_bits_do_not_hold_gets_eight_first(bad: int) -> None:
     torch.manual_seed(0)
-    found = rank_layers(layerwise(Coarse(bad)), [Call((torch.randn(16, 32),))])
+    found = rank_layers(layerwise(Coarse(32, bad)), [Call((torch.randn(16, 32),))])
     assert found.steps()[0].kept == ((f"layers.{bad}", STORED),)
     (part,) = (part for part in found.parts if part.users == {f"layers.{bad}"})
     assert part.remaining({f"layers.{bad}": STORED}) < 0.02 * part.error
 
 
 def test_prices_are_bytes_of_files_and_float16_stands_for_float() -> None:
-    whole = layerwise(Coarse())
+    whole = layerwise(Coarse(32))
     found = rank_layers(whole, [Call((torch.randn(4, 32),))])
     # A row of 32 values is one group: as many scales in four bits as in eight.
     assert found.prices["layers.0", STORED] == 32 * 32 / 2
@@ -68,16 +50,16 @@ def test_prices_are_bytes_of_files_and_float16_stands_for_float() -> None:
 def test_time_is_what_leaves_the_integers() -> None:
     call = [Call((torch.randn(4, 32),))]
     assert (
-        rank_layers(layerwise(Coarse(), "int8_dynamic"), call, by_time=True).prices["layers.0", FLOAT] == 16 * 32 * 32
+        rank_layers(layerwise(Coarse(32), "int8_dynamic"), call, by_time=True).prices["layers.0", FLOAT] == 16 * 32 * 32
     )
-    weights = rank_layers(layerwise(Coarse(), "int8_weight_only"), call, by_time=True)
+    weights = rank_layers(layerwise(Coarse(32), "int8_weight_only"), call, by_time=True)
     assert set(weights.prices.values()) == {0.0}
     # Eight bits are no safer than eight bits.
     assert {scheme for _, scheme in weights.prices} == {FLOAT}
 
 
 def test_layers_that_share_a_weight_are_one_and_what_the_user_says_is_no_matter_of_a_search() -> None:
-    model = Coarse()
+    model = Coarse(32)
     model.layers[1].weight = model.layers[0].weight
     whole = layerwise(model, {**FOUR_BITS, "overrides": {"layers.3": "int8_weight_only"}})
     assert places_of(whole) == {"layers.0": ["layers.0", "layers.1"], "layers.2": ["layers.2"]}
@@ -94,7 +76,7 @@ def test_layers_that_share_a_weight_are_one_and_what_the_user_says_is_no_matter_
 class Images(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.rest, self.head = nn.Linear(64, 32), Coarse(), nn.Linear(32, 4)
+        self.first, self.rest, self.head = nn.Linear(64, 32), Coarse(32), nn.Linear(32, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.rest(F.relu(self.first(x.flatten(1)))))
@@ -129,7 +111,7 @@ def test_a_search_over_four_bits_of_layers_keeps_the_limit_in_fewer_bytes_than_e
         artifact: Any = callback.artifact
         bad, of_all = "rest.layers.2", 6
     else:
-        model, inputs = Coarse(), torch.randn(256, 32)
+        model, inputs = Coarse(32), torch.randn(256, 32)
         exact = model(inputs)
 
         def close(module: nn.Module) -> Any:

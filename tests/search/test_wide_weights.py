@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+from coarse_nets import Coarse
 from features import feature
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_quant import quantize
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
@@ -20,26 +20,10 @@ from lightning_quant.search.relaxations import Relaxations, relaxations
 FOUR_BITS = {"name": "int4_weights", "accuracy_steps": []}
 
 
-class Coarse(nn.Module):
-    """Layers in a row, one of which has a weight in each row, of an input that is zero, that widens its grid."""
-
-    def __init__(self, bad: int) -> None:
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(4))
-        with torch.no_grad():
-            self.layers[bad - 1].weight[0] = self.layers[bad - 1].bias[0] = 0.0
-            self.layers[bad].weight[:, 0] = 4.0
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers:
-            x = F.relu(layer(x)) if layer is not self.layers[-1] else layer(x)
-        return x
-
-
 def ranked(recipe: Any, bad: int = 2) -> Relaxations:
     torch.manual_seed(0)
     calls = [Call((torch.randn(16, 16),)) for _ in range(3)]
-    prepared = prepare(Coarse(bad), calls[0].args, recipe=recipe, trains=False)
+    prepared = prepare(Coarse(16, bad), calls[0].args, recipe=recipe, trains=False)
     calibrate(prepared, steps_of(prepared, calls[:2]))
     return relaxations(prepared, calls[2:])
 
@@ -64,7 +48,7 @@ def test_only_weights_of_few_bits_that_nobody_spoke_for_are_widened() -> None:
 def test_corrections_of_biases_are_those_of_the_bits_that_weights_have() -> None:
     torch.manual_seed(0)
     calls = [Call((torch.randn(16, 16),)) for _ in range(3)]
-    whole = prepare(Coarse(2), calls[0].args, recipe=FOUR_BITS, trains=False)
+    whole = prepare(Coarse(16, 2), calls[0].args, recipe=FOUR_BITS, trains=False)
     calibrate(whole, steps_of(whole, calls))
     made = Candidates(whole, calls, Selection()).make(Choice((("layers.2", WIDE),)))
     few, many = (model.bias_corrections[":layers.2"].norm() for model in (whole, made))
@@ -80,7 +64,7 @@ def test_a_search_over_four_bits_ends_with_eight_where_they_are_needed(
 ) -> None:
     monkeypatch.setattr(Candidates, "accurate", lambda _: None)
     torch.manual_seed(0)
-    model, inputs = Coarse(2), torch.randn(256, 16)
+    model, inputs = Coarse(16, 2), torch.randn(256, 16)
     exact = model(inputs)
 
     def close(module: nn.Module) -> Any:
