@@ -41,10 +41,12 @@ class LoadedModule(nn.Module):
             was moved to, while the model stays where its runtime runs. It is in no state dict.
         shared: names of the attributes that copies share.
         unread: names of the inputs that the file does not read.
+        precision: in which float layers are computed.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
     unread: frozenset[str] = frozenset()
+    precision: str = "f32"
 
     def __init__(self, signature: Signature) -> None:
         super().__init__()
