@@ -34,7 +34,6 @@ from lightning_quant.capture.loss_inputs import LossInputs, leave_out_labels
 from lightning_quant.capture.namespaces import trainer_class
 from lightning_quant.doors.settings import CallbackSettings
 from lightning_quant.export.engines import AUTO
-from lightning_quant.export.export import trial_export
 from lightning_quant.export.prepare import prepare
 from lightning_quant.machine.timed import timed
 from lightning_quant.planned.layerwise import quantize_layers
@@ -97,7 +96,8 @@ class QuantizationCallback(ScoredValidation):
     @property
     @override
     def state_key(self) -> str:
-        return self._generate_state_key(**identity_of(self.settings))
+        # Read around every hook, which is too often to check all settings anew.
+        return self._generate_state_key(**identity_of(self))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -277,10 +277,11 @@ class QuantizationCallback(ScoredValidation):
 
     def _try_export(self, model: PlannedModel) -> tuple[Any, ...]:
         """Try the end, and return what was found out of the sizes."""
-        size = trial_export(model, dynamic_shapes=self.settings.dynamic_shapes, engine=self.settings.engine)
-        if self.settings.searches:
-            check_size(self.settings.limits, model, size)
-        return model.found_sizes()
+        settings = self.settings
+        size, sizes = self.shared.tried(model, dynamic_shapes=settings.dynamic_shapes, engine=settings.engine)
+        if settings.searches:
+            check_size(settings.limits, model, size)
+        return sizes
 
     def _take_sizes(
         self, trainer: Trainer, pl_module: LightningModule, model: PlannedModel, sizes: tuple[Any, ...]

@@ -89,7 +89,8 @@ def searched(
     judge = Judge(settings.limits, directions)
     objective = settings.objective or ""
     files = _files(callback, trainer, deployment, recorded, known, list(judge.drops(known.floating)))
-    files.timed, files.weighed = judge.on_speed or objective == LATENCY, judge.on_memory
+    files.timed = judge.on_speed or objective == LATENCY
+    files.weighed, files.weighs_float = judge.on_memory, settings.limits.max_peak_memory_ratio is not None
     mark = _mark(callback, deployment, known)
     budget, tell = Budget.of(settings.max_validations, settings.time_budget_s), functools.partial(_tell, callback)
     record = find_on_record(files, judge, objective, budget, callback.last_folder, mark, tell)

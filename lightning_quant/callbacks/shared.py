@@ -3,7 +3,9 @@
 from collections.abc import Callable, Hashable
 from typing import Any, TypeVar
 
+from lightning_quant.export.export import trial_export
 from lightning_quant.export.float_peers import TIMING_S, FloatPeers
+from lightning_quant.planned.planned_model import PlannedModel
 
 Value = TypeVar("Value")
 
@@ -24,6 +26,19 @@ class Shared:
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
+
+    def tried(self, model: PlannedModel, **how: Any) -> tuple[int, tuple[Any, ...]]:
+        """Export a model on trial, once for all that export alike; return its bytes, and what was found of its sizes.
+
+        Args:
+            model: of one module, which all have in common.
+            how: as `trial_export` takes it, and all have it.
+        """
+
+        def attempt() -> tuple[int, tuple[Any, ...]]:
+            return trial_export(model, **how), model.found_sizes()
+
+        return self.once(("tried", model.plan.runtime, repr(model.recipe.exported)), attempt)
 
     def clear(self) -> None:
         """Give it all up."""

@@ -7,11 +7,12 @@ from typing import Any
 from lightning.pytorch import Callback
 
 from lightning_quant.doors.settings import CallbackSettings
+from lightning_quant.recipe import recipe as recipes
 
 
-def identity_of(settings: CallbackSettings) -> dict[str, Any]:
-    """Return what makes a callback's state its own."""
-    return {"recipe": settings.recipe.name, "module": settings.module, "runtime": settings.runtime}
+def identity_of(settings: Any) -> dict[str, Any]:
+    """Return what makes a callback's state its own, of its settings or of itself, which has them as attributes."""
+    return {"recipe": recipes.get(settings.recipe).name, "module": settings.module, "runtime": settings.runtime}
 
 
 def state_of(callback: Callback, settings: CallbackSettings, states: Mapping[str, Any]) -> dict[str, Any] | None:

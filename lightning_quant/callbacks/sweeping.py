@@ -68,6 +68,14 @@ class SweepingQuantization(PostTrainingQuantization):
         first = next(iter(self._settings().values()))
         return dataclasses.replace(first, output_dir=self.output_dir, name=self.name)
 
+    @property
+    @override
+    def state_key(self) -> str:
+        first = [given[0] if isinstance(given, list | tuple) else given for given in (self.recipe, self.runtime)]
+        return self._generate_state_key(
+            recipe=recipes.get(first[0]).name, module=vars(self)["module"], runtime=first[1]
+        )
+
     @override
     def __repr__(self) -> str:
         return f"PostTrainingQuantization({self._code()})"

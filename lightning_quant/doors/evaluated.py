@@ -178,7 +178,7 @@ def searched(
     rank = functools.partial(makes.ranked, few, by_time=objective == LATENCY)
     files = Files(judged.floating, judged.of_file, lambda made: made.on_host(), whole.on_host(), makes, rank)
     files.timed, files.threads = judge.on_speed or objective == LATENCY, settings.threads
-    files.weighed = judge.on_memory
+    files.weighed, files.weighs_float = judge.on_memory, settings.limits.max_peak_memory_ratio is not None
     files.dynamic_shapes, files.engine = settings.dynamic_shapes, settings.engine
     said = settings.as_code(output_dir=None, threads=None, max_validations=None, time_budget_s=None)
     mark = fingerprint(whole.root, said, recipes.spelled(settings.recipe), whole.plan.runtime, judged.floating)

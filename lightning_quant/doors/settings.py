@@ -75,9 +75,9 @@ class Settings:
         limits: what the artifact must keep to, such as `{"max_drop": {"val_f1": 0.01}, "max_size_ratio": 0.3}`, see
             `lightning_quant.report.limits.Limits`; one that is missed is a warning, and exit code 1 of every command.
             By the names of what they are on, `{"val_f1": -0.01, "size_ratio": 0.3, "speedup": 1.5}`, they are searched:
-            of a metric it is the change that is allowed, in its worse direction; "size_bytes", "latency_ms" and
-            "peak_memory_mb" bound as well. The whole recipe comes first; where it misses one, the layers that cost most
-            go to eight bits or float, as few as the exported file's validation asks for. `quantize` has `evaluate`.
+            of a metric the change that is allowed, in its worse direction; "size_bytes", "latency_ms", "peak_memory_mb"
+            and "peak_memory_ratio" bound as well. The whole recipe comes first; where it misses one, what costs
+            most goes to eight bits or float, as little as the file's validation asks for. `quantize` has `evaluate`.
         objective: what the search makes best among all that keep the limits: "size", "latency", or a metric. By default
             "size" with limits by name, and no search with limits by the fields of `Limits`, which are checked alone.
         max_validations: readings of validation data that a search may take; ceil(log2(n)) + 3 of n steps by default.

@@ -56,6 +56,11 @@ class LayerRecipe:
             )
 
     @property
+    def exported(self) -> "LayerRecipe":
+        """The recipe itself: there is nothing that models of another one export alike with."""
+        return self
+
+    @property
     def needed_calls(self) -> int:
         """Number of calls that are needed: one, to try the layers on."""
         return 1

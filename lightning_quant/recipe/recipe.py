@@ -113,6 +113,11 @@ class Recipe:
         return activation_grid(self.activation.bits, symmetric=self.activation.symmetric)
 
     @property
+    def exported(self) -> "Recipe":
+        """The same without what changes numbers alone: models of recipes that are equal in this export alike."""
+        return replace(self, name="", accuracy_steps=(), max_passes=0.0)
+
+    @property
     def needed_calls(self) -> int:
         """Least number of calls to calibrate on: accuracy steps are judged on others than they learn from."""
         return 2 if self.accuracy_steps else 1

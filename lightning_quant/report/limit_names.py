@@ -17,6 +17,7 @@ BOUNDS = {
     "speedup": "min_speedup",
     "latency_ms": "max_latency_ms",
     "peak_memory_mb": "max_peak_memory_mb",
+    "peak_memory_ratio": "max_peak_memory_ratio",
 }
 """Name of what there is to bound beside metrics to the field that bounds it."""
 EXAMPLE = {"val_f1": -0.01, "size_ratio": 0.3}

@@ -16,9 +16,10 @@ _SPEEDUP = "quant/speedup/batch_"
 _LATENCY = "quant/latency_ms/batch_"
 # What the drop of a metric looks like, for those who write another thing.
 _DROP = {"val_f1": 0.01}
-_BOUNDS = ("max_size_ratio", "min_speedup", "max_size_bytes", "max_latency_ms", "max_peak_memory_mb")
+_MEMORY_BOUNDS = ("max_peak_memory_mb", "max_peak_memory_ratio")
+_BOUNDS = ("max_size_ratio", "min_speedup", "max_size_bytes", "max_latency_ms", *_MEMORY_BOUNDS)
 _SINGLE = ("max_accuracy_drop", *_BOUNDS)
-_MEMORY = "quant/peak_memory_mb"
+_MEMORY = "quant/peak_memory_"
 
 
 def _check_names(argument: str, value: Any) -> None:
@@ -44,6 +45,7 @@ class Limits:
         max_latency_ms: of one call, at every measured batch size.
         max_peak_memory_mb: memory, in units of 2**20 bytes, that a process of its own takes at its peak for loading the
             artifact and for a call of it, on top of what it had with torch alone.
+        max_peak_memory_ratio: the same by that of a process for the float model in the runtime's own format.
         higher_is_better: metrics of which neither torchmetrics nor a ModelCheckpoint or EarlyStopping says so.
         lower_is_better: likewise.
     """
@@ -57,6 +59,7 @@ class Limits:
     max_size_bytes: float | None = None
     max_latency_ms: float | None = None
     max_peak_memory_mb: float | None = None
+    max_peak_memory_ratio: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("higher_is_better", "lower_is_better"):
@@ -81,6 +84,11 @@ class Limits:
     def on_metrics(self) -> bool:
         """Whether validation has to run to know whether they are kept."""
         return bool(self.max_drop) or self.max_accuracy_drop is not None
+
+    @property
+    def on_memory(self) -> bool:
+        """Whether a process of its own has to be measured."""
+        return any(getattr(self, name) is not None for name in _MEMORY_BOUNDS)
 
 
 NO_LIMITS = Limits()
@@ -191,13 +199,18 @@ def _latency_missed(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
 
 
 def _memory_missed(report: Mapping[str, Any], limits: Limits) -> Iterator[str]:
-    reached = report.get("scalars", {}).get(_MEMORY)
-    if limits.max_peak_memory_mb is None:
-        return
-    if reached is None:
+    scalars = report.get("scalars", {})
+    peak, ratio = scalars.get(f"{_MEMORY}mb"), scalars.get(f"{_MEMORY}ratio")
+    if peak is None and limits.on_memory:
         yield "no peak of memory was measured"
-    elif not reached <= limits.max_peak_memory_mb:
-        yield f"a process takes {reached:.1f} MiB at its peak, more than {limits.max_peak_memory_mb}"
+        return
+    if limits.max_peak_memory_mb is not None and not peak <= limits.max_peak_memory_mb:
+        yield f"a process takes {peak:.1f} MiB at its peak, more than {limits.max_peak_memory_mb}"
+    if limits.max_peak_memory_ratio is not None:
+        if ratio is None:
+            yield "no peak of memory of float was measured"
+        elif not ratio <= limits.max_peak_memory_ratio:
+            yield f"a process takes {ratio:.3f} of float's memory at its peak, more than {limits.max_peak_memory_ratio}"
 
 
 def failures_in(report: dict[str, Any]) -> list[str]:

@@ -18,6 +18,7 @@ from lightning_quant.machine.timed import timed
 from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.bench import peak_of
 from lightning_quant.measure.changed_predictions import Predictions
+from lightning_quant.measure.float_memory import float_peak_of
 from lightning_quant.measure.output_noise import HeldOut, Noise, measure_noise
 from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.planned.inside import Answers, load_inside
@@ -95,7 +96,7 @@ def make_report(
         NoiseSection(noise, _way_out(model, sensitivity)),
         Size(tensor_bytes(model.root), checkpoint_bytes, artifact.size_bytes),
         Speed(latency, model.plan.runtime, threads, cpu_name(), chosen),
-        *(*_memory(artifact, threads, limits, lacking), Agreement(parity), look.changed),
+        *(*_memory(model, artifact, threads, limits, lacking), Agreement(parity), look.changed),
         Notes((*notes, *_engine(artifact), *remarks, *unfit), tuple(lacking)),
         *(Ranking(sensitivity), _coverage(model, artifact, step_share), look.numbers, Seconds(seconds)),
     )
@@ -122,13 +123,19 @@ def opened(model: PlannedModel, artifact: Artifact, threads: int) -> LoadedModul
     return artifacts.open_model(artifact, threads=threads)
 
 
-def _memory(artifact: Artifact, threads: int, limits: Limits | None, lacking: list[str]) -> tuple[Section, ...]:
+def _memory(
+    model: PlannedModel, artifact: Artifact, threads: int, limits: Limits | None, lacking: list[str]
+) -> tuple[Section, ...]:
     """Return the section of memory where a limit is on it; another process takes seconds to start."""
-    if limits is None or limits.max_peak_memory_mb is None:
+    if limits is None or not limits.on_memory:
         return ()
+    peak, floating = None, None
     with noting(lacking, "the peak of memory is"):
-        return (Memory(peak_of(artifact, threads) / 2**20),)
-    return ()
+        peak = peak_of(artifact, threads) / 2**20
+    if peak is not None and limits.max_peak_memory_ratio is not None:
+        with noting(lacking, "the peak of memory of float is"):
+            floating = float_peak_of(model, artifact, threads) / 2**20
+    return () if peak is None else (Memory(peak, floating),)
 
 
 def _parity(model: PlannedModel, loaded: nn.Module, path: Path, lacking: list[str]) -> Compared | None:

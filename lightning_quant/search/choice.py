@@ -50,7 +50,9 @@ class Measured:
         speedup: against the faster float peer, by batch size.
         transitions: tensors that are quantized for integers, or dequantized for float.
         share: of the validation data that metrics and differences are of.
-        peak_memory_mb: of a process that loads the file and calls it; None where nothing asked for it.
+        peak_memory_mb: of a process that loads the file and calls it; None where nothing asked for it, or it failed.
+        peak_memory_ratio: the same by that of float.
+        no_peak: why there is none though a limit asked for it.
     """
 
     metrics: dict[str, float]
@@ -62,6 +64,8 @@ class Measured:
     transitions: int = 0
     share: float = 1.0
     peak_memory_mb: float | None = None
+    peak_memory_ratio: float | None = None
+    no_peak: str = ""
 
     @property
     def relative_time(self) -> float:

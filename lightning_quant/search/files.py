@@ -2,7 +2,6 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.machine.latency import measure
 from lightning_quant.measure.bench import peak_of
 from lightning_quant.measure.contributions import Difference, Metrics, differences
+from lightning_quant.measure.float_memory import float_peak_of
 from lightning_quant.measure.interim import Decides, PartialMetrics
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import ChosenShapes
@@ -45,6 +45,7 @@ class Files:
         rank: measures what safer schemes gain.
         timed: whether latencies are measured.
         weighed: whether the peak of memory is.
+        weighs_float: whether that of float is, too.
         threads: for those.
         dynamic_shapes: as for `export`.
         engine: likewise.
@@ -59,11 +60,13 @@ class Files:
     rank: Callable[[], Relaxations]
     timed: bool = False
     weighed: bool = False
+    weighs_float: bool = False
     threads: int | None = None
     dynamic_shapes: ChosenShapes = None
     engine: str = AUTO
     models: dict[Choice, PlannedModel] = field(default_factory=dict)
     _relaxations: Relaxations | None = None
+    _float_peak: int | None = None
 
     def model(self, choice: Choice) -> PlannedModel:
         """Return the model of a choice, made once.
@@ -84,7 +87,7 @@ class Files:
             artifact = export(model, folder / "trial", dynamic_shapes=self.dynamic_shapes, engine=self.engine)
             metrics = self.validate(model, artifact, decides)
             latency, speedup = self._latency(model, artifact) if self.timed else ({}, {})
-            peak = self._peak(artifact) if self.weighed else None
+            memory = self._memory(model, artifact) if self.weighed else {}
             size = artifact.size_bytes
         floating, share = self.floating, 1.0
         if isinstance(metrics, PartialMetrics):
@@ -94,7 +97,8 @@ class Files:
             # What rounds nothing differs by nothing that more data could show.
             apart = {name: Difference(one.value, 0.0) for name, one in apart.items()}
         ratio = size / tensor_bytes(model.root)
-        return Measured(dict(metrics), apart, size, ratio, latency, speedup, transitions(model.plan), share, peak)
+        times = latency, speedup, transitions(model.plan)
+        return Measured(dict(metrics), apart, size, ratio, *times, share, **memory)
 
     def accurate(self) -> Choice | None:
         """Return the whole recipe with more done for accuracy; None where there is no more."""
@@ -139,10 +143,17 @@ class Files:
             self._relaxations = self.rank()
         return self._relaxations
 
-    def _peak(self, artifact: Artifact) -> float | None:
-        with suppress(QuantizationError):  # One without a program runs in no process of its own.
-            return peak_of(artifact, self.threads or torch.get_num_threads()) / 2**20
-        return None
+    def _memory(self, model: PlannedModel, artifact: Artifact) -> dict[str, Any]:
+        """Return what `Measured` holds of memory, or why there is none: one without a program runs in no process."""
+        threads, peak, ratio = self.threads or torch.get_num_threads(), None, None
+        try:
+            peak = peak_of(artifact, threads)
+            if self.weighs_float:
+                self._float_peak = self._float_peak or float_peak_of(model, artifact, threads)
+                ratio = peak / self._float_peak
+        except QuantizationError as error:
+            return {"peak_memory_mb": peak and peak / 2**20, "no_peak": str(error)}
+        return {"peak_memory_mb": peak / 2**20, "peak_memory_ratio": ratio}
 
     def _latency(self, model: PlannedModel, artifact: Artifact) -> tuple[dict[str, float], dict[str, float]]:
         threads = self.threads or 1

@@ -77,7 +77,7 @@ class Judge:
     @property
     def on_memory(self) -> bool:
         """Whether a limit is on memory."""
-        return self.limits.max_peak_memory_mb is not None
+        return self.limits.on_memory
 
     def _on_metrics(self, differences: Mapping[str, Difference], confidence: float) -> Iterator[Verdict]:
         together = self.limits.max_accuracy_drop
@@ -102,7 +102,11 @@ class Judge:
         if limits.max_latency_ms is not None:
             yield _at_most("latency_ms", limits.max_latency_ms, max(measured.latency_ms.values(), default=None))
         if limits.max_peak_memory_mb is not None:
-            yield _at_most("peak_memory_mb", limits.max_peak_memory_mb, measured.peak_memory_mb)
+            peak, why_not = measured.peak_memory_mb, measured.no_peak
+            yield _at_most("peak_memory_mb", limits.max_peak_memory_mb, peak, why_not)
+        if limits.max_peak_memory_ratio is not None:
+            ratio, why_not = measured.peak_memory_ratio, measured.no_peak
+            yield _at_most("peak_memory_ratio", limits.max_peak_memory_ratio, ratio, why_not)
         if limits.min_speedup is not None:
             least = min(measured.speedup.values(), default=None)
             kept = least is not None and least >= limits.min_speedup
@@ -146,5 +150,6 @@ def _unknown(name: str, allowed: float, why: str) -> Verdict:
     return Verdict(name, allowed, None, None, kept=False, basis=why, on_metric=True)
 
 
-def _at_most(name: str, allowed: float, reached: float | None) -> Verdict:
-    return Verdict(name, allowed, reached, reached, reached is not None and reached <= allowed, "measured")
+def _at_most(name: str, allowed: float, reached: float | None, why_not: str = "") -> Verdict:
+    basis = "measured" if reached is not None else f"not measured: {why_not or 'nothing was timed'}"
+    return Verdict(name, allowed, reached, reached, reached is not None and reached <= allowed, basis)

@@ -74,18 +74,28 @@ def test_limits_in_yaml_are_those_of_the_command_line(
 
 
 def test_limits_by_name_are_searched_from_yaml_and_from_the_command_line(
-    project: Path, capsys: pytest.CaptureFixture[str]
+    project: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    for place in ("report.make_report", "search.files"):
+        monkeypatch.setattr(f"lightning_quant.{place}.peak_of", lambda *_: 3 * 2**20)
+        monkeypatch.setattr(f"lightning_quant.{place}.float_peak_of", lambda *_: 4 * 2**20)
     content = {**yaml.safe_load((EXAMPLE / "quantize.yaml").read_text()), "threads": 1, "max_validations": 2}
-    content["limits"] = {"val_accuracy": -0.5, "speedup": 1e6}
+    content["limits"] = {"val_accuracy": -0.5, "speedup": 1e6, "peak_memory_ratio": 0.5}
     (project / "searched.yaml").write_text(yaml.safe_dump(content))
     arguments = ["quantize", "--config", "searched.yaml", "--output", "searched", "--num_batches=2"]
-    assert run_in(project, *arguments, "--limits", '{"val_accuracy": -0.5}', "--objective", "size") == 0
+    limits = '{"val_accuracy": -0.5, "peak_memory_ratio": 0.75}'
+    assert run_in(project, *arguments, "--limits", limits, "--objective", "size") == 0
     search = read(project / "searched").report["search"]  # type: ignore[index]
-    assert [search["objective"], len(search["trials"]), search["verdicts"][0]["kept"]] == ["size", 1, True]
+    assert [search["objective"], len(search["trials"])] == ["size", 1]
+    assert [(verdict["limit"], verdict["kept"]) for verdict in search["verdicts"]] == [
+        ("val_accuracy", True),
+        ("peak_memory_ratio", True),
+    ]
     capsys.readouterr()
     assert run_in(project, *arguments) == 1
-    assert "times as fast as float, less than 1000000.0" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "times as fast as float, less than 1000000.0" in said
+    assert "a process takes 0.750 of float's memory at its peak, more than 0.5" in said
     assert run_in(project, *arguments, "--limits", '{"val_acuracy": -0.5}') == 2
     assert "'val_accuracy' was probably meant" in capsys.readouterr().err
 

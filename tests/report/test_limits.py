@@ -1,6 +1,7 @@
 """Limits on any metric, by name and direction, and the summary that machines read."""
 
 import dataclasses
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,6 +165,26 @@ def test_a_peak_of_memory_is_held_against_its_limit() -> None:
         ({}, ["no peak of memory was measured"]),
     ):
         assert missed({"scalars": scalars}, limits) == said
+
+
+def test_a_ratio_of_memory_is_held_against_its_limit() -> None:
+    limits = limits_from({"peak_memory_ratio": 0.5})
+    assert limits == Limits(max_peak_memory_ratio=0.5)
+    for scalars, said in (
+        ({"quant/peak_memory_mb": 9.0, "quant/peak_memory_ratio": 0.5}, []),
+        (
+            {"quant/peak_memory_mb": 9.0, "quant/peak_memory_ratio": 0.75},
+            ["a process takes 0.750 of float's memory at its peak, more than 0.5"],
+        ),
+        ({"quant/peak_memory_mb": 9.0}, ["no peak of memory of float was measured"]),
+        ({}, ["no peak of memory was measured"]),
+    ):
+        assert missed({"scalars": scalars}, limits) == said
+    for wrong in (0, -0.5, math.inf):
+        with pytest.raises(QuantizationError, match=r"limits\.peak_memory_ratio.* above zero"):
+            limits_from({"peak_memory_ratio": wrong})
+    with pytest.raises(QuantizationError, match="Did you mean 'peak_memory_ratio'"):
+        limits_from({"peak_memory_rati": 0.5})
 
 
 # --- directions

@@ -7,6 +7,7 @@ from lightning_models import ConvNet
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calls.calls import Call
+from lightning_quant.errors import QuantizationError
 from lightning_quant.export.prepare import prepare
 from lightning_quant.graph.table import Selection
 from lightning_quant.measure.contributions import Metrics
@@ -39,9 +40,11 @@ def test_a_choice_is_measured_on_its_own_file(monkeypatch: pytest.MonkeyPatch) -
         lambda: relaxations(whole, calls),
     )
     monkeypatch.setattr(module, "peak_of", lambda artifact, threads: 2**20 * (artifact.path / "manifest.json").exists())
-    small, files.weighed = files.measure(Choice()), True
+    monkeypatch.setattr(module, "float_peak_of", lambda model, artifact, threads: 2**22)
+    small, files.weighed, files.weighs_float = files.measure(Choice()), True, True
     large = files.measure(Choice((("head", FLOAT),)))
     assert (small.peak_memory_mb, large.peak_memory_mb) == (None, 1.0)
+    assert (small.peak_memory_ratio, large.peak_memory_ratio, large.no_peak) == (None, 0.25, "")
     assert [small.size_bytes, large.size_bytes] == seen
     assert large.size_bytes - small.size_bytes == pytest.approx(3 * 4 * 1024, rel=0.2)
     assert small.differences["m"].value == -0.25
@@ -49,6 +52,16 @@ def test_a_choice_is_measured_on_its_own_file(monkeypatch: pytest.MonkeyPatch) -
     assert files.model(Choice()) is whole
     assert len(files.steps()) > 0
     assert not small.latency_ms
+
+
+def test_a_process_that_does_not_run_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(artifact: Artifact, threads: int) -> int:
+        raise QuantizationError("it does not run by itself")
+
+    monkeypatch.setattr(module, "peak_of", failing)
+    nothing: Any = None
+    files = Files(Metrics(), nothing, nothing, nothing, nothing, nothing, weighed=True)
+    assert files._memory(nothing, nothing) == {"peak_memory_mb": None, "no_peak": "it does not run by itself"}
 
 
 def test_everything_in_float_is_a_file_that_computes_what_the_module_does(unmeasured: Any) -> None:

@@ -9,7 +9,8 @@ from lightning_quant.search.judge import Judge, confidence_of, interim_confidenc
 
 def verdict(limits: Limits, difference: Difference, **known: bool | None) -> tuple[bool, float | None, str]:
     times = {"latency_ms": {"1": 2.0}, "speedup": {"1": 1.2, "8": 1.6}}
-    measured = Measured({"m": 0.0}, {"m": difference}, 300, 0.3, **times, peak_memory_mb=20.0)  # type: ignore[arg-type]
+    memory = {"peak_memory_mb": 20.0, "peak_memory_ratio": 0.5}
+    measured = Measured({"m": 0.0}, {"m": difference}, 300, 0.3, **times, **memory)  # type: ignore[arg-type]
     (found,) = Judge(limits, known)(measured)
     return found.kept, found.reached, found.basis
 
@@ -47,11 +48,19 @@ def test_a_metric_without_a_direction_keeps_no_limit() -> None:
         ("latency_ms", 2, 1.9),
         ("speedup", 1.2, 1.3),
         ("peak_memory_mb", 20, 19),
+        ("peak_memory_ratio", 0.5, 0.4),
     ],
 )
 def test_bounds_of_size_and_speed(name: str, kept: float, missed: float) -> None:
     assert verdict(limits_from({name: kept}), Difference(0.0))[0]
     assert not verdict(limits_from({name: missed}), Difference(0.0))[0]
+
+
+@pytest.mark.parametrize("name", ["peak_memory_mb", "peak_memory_ratio"])
+def test_a_peak_that_was_not_measured_misses_its_limit_and_says_why(name: str) -> None:
+    measured = Measured({}, {}, 300, 0.3, no_peak="it has no program")
+    (found,) = Judge(limits_from({name: 0.5}), {})(measured)
+    assert (found.kept, found.reached, found.basis) == (False, None, "not measured: it has no program")
 
 
 def test_several_looks_at_the_same_data_are_wrong_no_more_often_than_one() -> None:
