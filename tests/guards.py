@@ -49,8 +49,8 @@ GUARDS = (
     Guard(
         "a limit on memory is about what a file takes in a process of its own",
         "search/files.py",
-        "peak = self._peak(artifact) if self.weighed else None",
-        "peak = None",
+        "memory = self._memory(model, artifact) if self.weighed else {}",
+        "memory: dict[str, Any] = {}",
         "search/test_files.py -k own_file",
     ),
     Guard(
