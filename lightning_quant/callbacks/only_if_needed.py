@@ -39,6 +39,7 @@ from lightning_quant.surgery.routing import clone, resolve
 if TYPE_CHECKING:
     from lightning_quant.callbacks.qat import QuantizationAwareTraining
 
+WITHOUT_TRAINING = "weights are those with which rounding began, quantized without training"
 # Training batches that ranges are learned from.
 NUM_BATCHES = 32
 
@@ -91,7 +92,7 @@ class Need:
     Attributes:
         limits: that the file is to keep.
         needed: None until quantization after training was tried.
-        tried: what came of that, where its file keeps the limits.
+        tried: what came of that, unless it failed or the run was resumed since.
         before: metrics in float at that point.
         directions: metric to whether it is better when higher, where that is known.
         looks: files that were judged on the validation data.
@@ -151,7 +152,7 @@ class Need:
             self.before = Metrics({name: float(value) for name, value in trainer.callback_metrics.items()})
             return
         self.needed, self.before = not tried.keeps, tried.floating
-        self.tried = tried if tried.keeps else None
+        self.tried = tried
         outcome = "training through rounding begins" if self.needed else "the run goes on in float"
         rank_zero_info(f"QuantizationAwareTraining: quantized without it, {tried}: {outcome}.")
 
@@ -232,14 +233,18 @@ def without_rounding(
 def better_weights(
     callback: "QuantizationAwareTraining", trainer: Trainer, pl_module: LightningModule, last: Deployment, need: Need
 ) -> Deployment:
-    """Return the last weights or those of the best checkpoint, whichever file keeps the limits better."""
+    """Return the last weights, the best, or those of before rounding, whichever file keeps the limits better."""
     tried = [_measure(callback, trainer, last, need)]
     prepared = callback.require_prepared()
     state = copy.deepcopy(prepared.state_dict())
     best = choose_weights(callback, trainer, pl_module, with_ranges=True, weights="best")
     if any(note.startswith("weights are the best ones") for note in best.notes):
         tried.append(_measure(callback, trainer, best, need))
+    if (first := need.tried) is not None:
+        untrained = dataclasses.replace(first.deployment, notes=(WITHOUT_TRAINING,))
+        tried.append(dataclasses.replace(first, deployment=untrained))
     kept = min(tried, key=lambda one: one.missed)
+    callback.trains_rounded = WITHOUT_TRAINING not in kept.deployment.notes
     if kept is tried[0]:
         prepared.load_state_dict(state)
     scored = WeightsSection(

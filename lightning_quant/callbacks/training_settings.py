@@ -30,8 +30,8 @@ class TrainingSettings(CallbackSettings):
         only_if_needed: limits by the names of metrics, such as `{"val_acc": -0.005}`. Where the schedule would begin
             rounding, the weights are quantized without training, and the exported file is validated. When it keeps the
             limits, the run goes on in float, and the artifact is made without training through rounding; else that
-            begins, with a forecast, and ends once the exported file keeps them. The last and the best weights are
-            scored then, and the better are kept.
+            begins, with a forecast, and ends once the exported file keeps them. The last weights, the best ones and
+            those of before rounding, quantized without training, are scored then, and the better are kept.
     """
 
     recipe: Recipe = field(default_factory=Recipe)

@@ -108,16 +108,37 @@ def test_where_it_is_needed_rounding_begins_and_both_weights_are_scored(weights:
     assert callback.need.needed
     assert callback.need.gaps
     rows = callback.artifact.report["scored_weights"]  # type: ignore[union-attr]
-    assert [row["is_artifact"] for row in rows] == [True, False]
-    assert {row["weights"].split(" ones")[0] for row in rows} == {"weights are the last", "weights are the best"}
+    assert [row["is_artifact"] for row in rows] == [True, False, False]
+    names = {"weights are the last", "weights are the best", only_if_needed.WITHOUT_TRAINING}
+    assert {row["weights"].split(" ones")[0] for row in rows} == names
     for row in rows:
         assert "val_loss gets worse by" in row["limits"]
         assert row["size_bytes"] > 0
     metrics = {row["name"]: row["artifact"] for row in callback.artifact.report["metrics"]}  # type: ignore[union-attr]
     assert rows[0]["metrics"]["val_loss"] == metrics["val_loss"]
-    # The other file was another one, and worse by the limit.
-    assert rows[1]["metrics"]["val_loss"] >= rows[0]["metrics"]["val_loss"]
+    # The other files were others, and worse by the limit.
+    assert all(row["metrics"]["val_loss"] >= rows[0]["metrics"]["val_loss"] for row in rows[1:])
     assert json.loads((tmp_path / "out" / "search.json").read_text())["scored_weights"] == rows
+
+
+def test_weights_of_before_rounding_are_the_artifact_where_training_made_them_worse(tmp_path: Path) -> None:
+    """The learning rate rises a thousandfold with the first batch that is rounded."""
+
+    class Spoiling(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if callback.require_prepared().quantizes:
+                trainer.optimizers[0].param_groups[0]["lr"] = 100.0
+
+    callback, _ = training(tmp_path, 1e-12)
+    fit(seeded(Linears), callback, Spoiling(), max_epochs=4)
+    assert callback.artifact is not None
+    rows = callback.artifact.report["scored_weights"]
+    assert rows[0]["weights"] == only_if_needed.WITHOUT_TRAINING
+    assert rows[1]["weights"].startswith("weights are the last ones")
+    assert rows[1]["metrics"]["val_loss"] > 2 * rows[0]["metrics"]["val_loss"]
+    metrics = {row["name"]: row["artifact"] for row in callback.artifact.report["metrics"]}
+    assert rows[0]["metrics"]["val_loss"] == metrics["val_loss"]
+    assert not callback.trains_rounded
 
 
 def test_training_through_rounding_ends_once_the_file_keeps_the_limit(
