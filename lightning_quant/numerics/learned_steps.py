@@ -1,9 +1,9 @@
 """Learned step sizes: the scales of weights, and of activations, are trained together with the weights.
 
 Source: Esser et al. 2020, arXiv:1902.08153, equations 1 to 3; of activations, whose zero point is learned too, Bhalgat
-et al. 2020 (LSQ+), arXiv:2004.09576, equations 4 to 7, and section 3.2 (the first range is that of least squared
-error). Steps of weights begin likewise: the first paper's 2 mean|w| / sqrt(Q) is 1.7 times the best one of normal
-weights in four bits. The logarithm of each step is what Adam moves, so that one learning rate suits steps of any size
+et al. 2020 (LSQ+), arXiv:2004.09576, equations 4 to 7. Steps of weights begin with the least squared error (section 3.2
+of that): the first paper's 2 mean|w| / sqrt(Q) is 1.7 times the best one of normal weights in four bits. Activations
+begin with the first paper's step, since what is clipped passes no gradient to any layer before it. The logarithm of each step is what Adam moves, so that one learning rate suits steps of any size
 and none turns negative; the papers' gradient scales, 1 / sqrt(N Q), have the same purpose and cancel in Adam.
 """
 
@@ -55,8 +55,9 @@ class _LearnedRange(torch.autograd.Function):
         lowest = lowest.clamp(min=0) if relu else lowest
         y = (x.float() / scale).round_().clamp_(lowest, highest).mul_(scale)
         ctx.save_for_backward(x, y, scale, lowest, highest)
-        # Where zero is the end of the range, or its middle, it stays so.
-        ctx.moves = 0.0 if grid.symmetric or relu else float(grid.high - grid.low)
+        # Where zero is the end of the range, or its middle, it stays so: below zero would be integers of no use.
+        is_inside = (values[1] > 0) & (values[1] < 1)
+        ctx.moves = 0.0 if grid.symmetric or relu else is_inside * float(grid.high - grid.low)
         ctx.relu = relu
         return y.to(x.dtype)
 
@@ -82,6 +83,23 @@ def quantize_with_learned_range(x: Tensor, values: Tensor, grid: Grid, relu: boo
         relu: whether to round what a ReLU makes of x.
     """
     return _LearnedRange.apply(x, values, grid, relu)
+
+
+def first_range(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    """Return the range that learning begins with: that of a step of 2 mean|x| / sqrt(Q), and never wider than the data.
+
+    Source: Esser et al. 2020, arXiv:1902.08153, section 2.1, where Q is the highest integer.
+
+    Args:
+        x: the first batch, any shape and float dtype.
+        grid: the integers.
+    """
+    lowest, highest = torch.aminmax(x.detach().float())
+    steps, lowest = grid.high - grid.low, lowest.clamp(max=0)
+    above_zero = torch.where(lowest < 0, steps // 2, steps)
+    step = 2 * x.detach().float().abs().mean() / above_zero.sqrt()
+    low = torch.maximum(lowest, (above_zero - steps) * step)
+    return low, torch.minimum(low + steps * step, highest)
 
 
 def _scale_and_zero_point(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

@@ -179,13 +179,6 @@ class MeanSquaredError(Histogram):
         return torch.lerp(ends[0], low.clamp(max=0), share), torch.lerp(ends[1], high.clamp(min=0), share)
 
 
-def least_error(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return the range in which rounding a tensor to a grid makes the least squared error."""
-    observer = MeanSquaredError(grid)
-    observer.update(x)
-    return observer.range()
-
-
 OBSERVERS: dict[str, Callable[[Recipe], Observer]] = {
     "min_max": lambda recipe: MinMax(),
     "moving_average": lambda recipe: MovingAverage(),

@@ -19,10 +19,9 @@ from lightning_quant.numerics.adjustments import AccuracyStep, ChannelScale, Fol
 from lightning_quant.numerics.bias_correction import InputMeans, bias_correction
 from lightning_quant.numerics.fake_quantize import affine_parameters
 from lightning_quant.numerics.folding import Folded, fold, fold_adjusted, statistics, with_affine
-from lightning_quant.numerics.learned_steps import LearnedSteps, quantize_with_learned_range
+from lightning_quant.numerics.learned_steps import LearnedSteps, first_range, quantize_with_learned_range
 from lightning_quant.planned.overrides import override_weights, wide_edges
 from lightning_quant.ranges.grids import widen
-from lightning_quant.ranges.observers import least_error
 from lightning_quant.ranges.ranges import Ranges
 from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.surgery.routing import device_of, evaluation_mode, fetch, resolve
@@ -110,9 +109,16 @@ class Quantizers:
 
     @property
     def learns_ranges(self) -> bool:
-        """Whether gradients move the ranges of activations now."""
+        """Whether gradients move ranges of activations now."""
         learning = self.ranges.learned is not None and self.phase == "fake_quantize" and not self.is_twin
         return learning and self.root.training and torch.is_grad_enabled()
+
+    def learns_range(self, identity: str) -> bool:
+        """Tell whether they move that of an edge: of those with few bits.
+
+        Where eight are kept beside them, nearly nothing depends on the range, and Adam moves it by noise all the same.
+        """
+        return self.learns_ranges and identity not in self.ranges.wide
 
     def begin_learning(self) -> None:
         """Learn the steps of weights, and the ranges of activations, as the recipe says."""
@@ -133,7 +139,7 @@ class Quantizers:
 
         def first() -> tuple[Tensor, Tensor]:
             with torch.no_grad():
-                return affine_parameters(*least_error(F.relu(x) if relu else x, grid), grid)
+                return affine_parameters(*first_range(F.relu(x) if relu else x, grid), grid)
 
         values = learned.range_of(self.ranges.edges[identity].shared, first, grid)
         return quantize_with_learned_range(x, values, grid, relu)

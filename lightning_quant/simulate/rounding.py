@@ -134,7 +134,7 @@ class Rounding:
         return self._simulation.run_functional_batch_norm(identity, x, *args, **kwargs)
 
     def _round(self, grids: Grids, identity: str, x: Tensor, seen_row: int | None, *, relu: bool = False) -> Tensor:
-        if self._learns:
+        if self._learns and identity not in self._ranges.wide:
             return self._simulation.quantizers.round_learning(identity, x, relu=relu)
         row, grid = self._ranges.rows[identity], self._ranges.grids_by_edge[identity]
         if kernels.serve_values(x):

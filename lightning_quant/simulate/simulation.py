@@ -59,7 +59,7 @@ class Simulation(Looks):
             self.quantizers.ranges.observe(identity, visible(seen, self.hidden))
         if self.watcher is not None:
             self.watcher(identity, x)
-        if not self.rounds(identity) or self.quantizers.learns_ranges:
+        if not self.rounds(identity) or self.quantizers.learns_range(identity):
             return self.quantizers.round_learning(identity, x) if self.rounds(identity) else x
         scale, zero_point = self.quantizers.ranges.parameters(identity)
         grid, integers = self.quantizers.ranges.grid_of(identity), self.integers.pop(identity, None)
