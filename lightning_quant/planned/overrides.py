@@ -54,12 +54,15 @@ def override_weights(recipe: Recipe, operators: Mapping[str, Operator], analysis
 def ends(recipe: Recipe, operators: Mapping[str, Operator]) -> list[str]:
     """Return the weighted operators that keep eight bits where the recipe says so: the first ones and the last one.
 
+    Where there are no others none does: nothing would have the recipe's bits.
+
     Source: Esser et al. 2020, arXiv:1902.08153, section 3 (as do nearly all results with few bits).
     """
     weighted = [operator for operator in operators.values() if operator.weight]
     if not recipe.wide_ends or not weighted:
         return []
-    return [o.identity for o in weighted if o.reads[0] == weighted[0].reads[0] or o is weighted[-1]]
+    kept = [o.identity for o in weighted if o.reads[0] == weighted[0].reads[0] or o is weighted[-1]]
+    return kept if len(kept) < len(weighted) else []
 
 
 def wide_edges(recipe: Recipe, operators: Mapping[str, Operator], edges: Mapping[str, Edge]) -> frozenset[str]:
@@ -67,7 +70,7 @@ def wide_edges(recipe: Recipe, operators: Mapping[str, Operator], edges: Mapping
 
     Fewer bits make products cheaper, and sums and pools no cheaper. What shares a scale has as many bits.
     """
-    if not recipe.wide_ends:
+    if not recipe.wide_ends or recipe.activation.bits >= 8:
         return frozenset()
     at_ends = ends(recipe, operators)
 

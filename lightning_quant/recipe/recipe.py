@@ -52,9 +52,9 @@ class Recipe:
             quantization-aware training, under rounding and with the final weights, and kept where the loss on other
             batches is less with them; 0 keeps those of training. See `lightning_quant.calibrate.batch_norm`.
         learned_ranges: whether `learned_step_rate` also moves scales and zero points of activations, until the schedule
-            freezes ranges.
+            freezes ranges; not of those that keep eight bits by `wide_ends`.
         wide_ends: whether eight bits are kept by the first and the last weighted operator and what they read, and by
-            what no product reads at all, such as the terms of a sum.
+            what no product reads at all, such as the terms of a sum; not where there is no other weighted operator.
         damping: how strongly learned weights are drawn to the integers that they are rounded to, growing over the run:
             those that lie between two would go to and fro.
         distill: weight of the float module as a teacher in training, where the callback says none itself.
@@ -176,6 +176,8 @@ RECIPES: dict[str, AnyRecipe] = {
             weight=IntegerSpec(bits=4, symmetric=True, per_channel=True),
             accuracy_steps=("migrate", "shrink_scales", "gptq", "correct_outputs", "scale_depthwise"),
             learned_step_rate=1e-3,
+            wide_ends=True,
+            batch_norm_batches=16,
         ),
         # Three values for each weight, which few networks bear without training. Stored in four bits.
         Recipe(

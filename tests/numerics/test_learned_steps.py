@@ -16,6 +16,7 @@ import lightning_quant as lq
 from lightning_quant.numerics.grid import activation_grid
 from lightning_quant.numerics.learned_steps import (
     LearnedSteps,
+    first_range,
     quantize_with_learned_range,
     quantize_with_learned_step,
 )
@@ -68,6 +69,28 @@ def test_gradients_of_a_range_are_those_of_the_paper() -> None:
     for expected, actual in zip(*results, strict=True):
         torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
     assert bool((results[1][1] == 0).any()), "some values must be clipped for this test to say anything"
+
+
+def test_the_first_range_has_the_papers_step_and_ends_where_the_data_does() -> None:
+    x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
+    mean = float(x.abs().mean())
+    low, high = (float(end) for end in first_range(x.relu() + 0.01, activation_grid(4)))
+    assert low == 0
+    assert high == pytest.approx(15 * 2 * (mean / 2 + 0.01) / 15**0.5, rel=0.05)
+    low, high = (float(end) for end in first_range(torch.cat([x, torch.tensor([-9.0, 9.0])]), activation_grid(4)))
+    assert (high - low) / 15 == pytest.approx(2 * mean / 7**0.5, rel=0.02)
+    assert -low == pytest.approx(high * 8 / 7)
+    assert first_range(x, activation_grid(8)) == (x.min(), x.max())
+
+
+@pytest.mark.parametrize(("x", "share"), [(torch.linspace(0, 5, 90), 0.0), (torch.linspace(-5, 0, 90), 1.0)])
+def test_zero_stays_at_the_end_of_a_range(x: Tensor, share: float) -> None:
+    """Behind a ReLU, integers below zero would stand for nothing."""
+    values = torch.tensor([math.log(0.2), share]).requires_grad_()
+    (quantize_with_learned_range(x, values, activation_grid(4)) - x).square().sum().backward()
+    assert values.grad is not None
+    assert float(values.grad[0]) != 0
+    assert float(values.grad[1]) == 0
 
 
 def test_processes_begin_with_the_mean_of_their_ranges_and_stay_alike() -> None:
@@ -179,9 +202,9 @@ def test_a_fit_owns_its_steps_and_leaves_the_users_state_alone(tmp_path: Path) -
     prepared = callback.require_prepared()
     for identity in weighted:
         folded = prepared.folded(identity)
-        step = steps.step_of(identity, prepared.weight(identity), 7).detach()
+        step = steps.step_of(identity, prepared.weight(identity), prepared.weight_quant_max(identity)).detach()
         torch.testing.assert_close(folded.unfolded_scale, step)
-        assert int(prepared.weight_integers(identity, folded).abs().max()) <= 7
+        assert int(prepared.weight_integers(identity, folded).abs().max()) <= prepared.weight_quant_max(identity)
 
 
 def test_ranges_are_learned_until_they_are_frozen_and_the_file_has_them(tmp_path: Path) -> None:
@@ -207,8 +230,11 @@ def test_ranges_are_learned_until_they_are_frozen_and_the_file_has_them(tmp_path
     prepared = callback.require_prepared()
     for identity, edge in prepared.ranges.edges.items():
         scale, _ = prepared.ranges.parameters(identity)
-        torch.testing.assert_close(scale.log(), frozen[-1][f"edges {edge.shared}"][0])
-        assert prepared.ranges.grid_of(identity).num_levels in (16, 256)
+        learned = frozen[-1].get(f"edges {edge.shared}")
+        # Those that keep eight bits follow the data.
+        assert prepared.ranges.grid_of(identity).num_levels == (256 if learned is None else 16)
+        if learned is not None:
+            torch.testing.assert_close(scale.log(), learned[0])
     assert {prepared.ranges.grid_of(identity).num_levels for identity in prepared.ranges.edges} == {16, 256}
     assert callback.artifact is not None
     assert callback.artifact.report["parity"]["worst_share"] == 1.0

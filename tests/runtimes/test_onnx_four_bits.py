@@ -20,7 +20,7 @@ def test_four_bits_are_stored_in_four_and_computed_in_eight(tmp_path: Path, runt
         nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 32, 3), nn.ReLU(), nn.Flatten(), nn.Linear(512, 4)
     )
     data = [torch.randn(4, 3, 8, 8) for _ in range(2)]
-    recipe = {"name": "int4_weights", "accuracy_steps": []}
+    recipe = {"name": "int4_weights", "accuracy_steps": [], "wide_ends": False}
     artifact = lq.quantize(net, recipe, runtime, calibration_data=data, output_dir=tmp_path / "a", threads=1)
 
     parity = artifact.report["parity"]

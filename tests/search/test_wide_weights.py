@@ -16,8 +16,8 @@ from lightning_quant.search.candidates import Candidates
 from lightning_quant.search.choice import FLOAT, STORED, WIDE, Choice
 from lightning_quant.search.relaxations import Relaxations, relaxations
 
-# Without the steps for accuracy, which are no matter of the ranking.
-FOUR_BITS = {"name": "int4_weights", "accuracy_steps": []}
+# Without the steps for accuracy, which are no matter of the ranking, and with four bits in every layer.
+FOUR_BITS = {"name": "int4_weights", "accuracy_steps": [], "wide_ends": False}
 
 
 def ranked(recipe: Any, bad: int = 2) -> Relaxations:
