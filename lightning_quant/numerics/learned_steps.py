@@ -3,8 +3,9 @@
 Source: Esser et al. 2020, arXiv:1902.08153, equations 1 to 3; of activations, whose zero point is learned too, Bhalgat
 et al. 2020 (LSQ+), arXiv:2004.09576, equations 4 to 7. Steps of weights begin with the least squared error (section 3.2
 of that): the first paper's 2 mean|w| / sqrt(Q) is 1.7 times the best one of normal weights in four bits. Activations
-begin with the first paper's step, since what is clipped passes no gradient to any layer before it. The logarithm of each step is what Adam moves, so that one learning rate suits steps of any size
-and none turns negative; the papers' gradient scales, 1 / sqrt(N Q), have the same purpose and cancel in Adam.
+begin with the first paper's step, since what is clipped passes no gradient to any layer before it. The logarithm of
+each step is what Adam moves, so that one learning rate suits steps of any size and none turns negative; the papers'
+gradient scales, 1 / sqrt(N Q), have the same purpose and cancel in Adam.
 """
 
 from collections.abc import Callable
