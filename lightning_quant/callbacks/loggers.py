@@ -36,49 +36,57 @@ class Entry:
 
     def figures(self) -> dict[str, Any]:
         """Return name to picture; none where matplotlib is not installed."""
-        if importlib.util.find_spec("matplotlib") is None:
-            return {}
-        return {f"{self.prefix}/{name}": draw() for name, draw in self.report.figures().items()}
+        return _drawn(self.prefix, self.report.figures())
 
 
 def write_down(logger: Any, entry: Entry) -> None:
-    """Write what a logger holds beside numbers, in its own way; hyperparameters alone where that is not known.
+    """Write what a logger holds beside numbers, in its own way; hyperparameters and pictures where that is not known.
 
     Args:
         logger: one of Lightning's, of either of its names, or any other.
         entry: what there is to write.
     """
-    write = next((_WAYS[base.__name__] for base in type(logger).__mro__ if base.__name__ in _WAYS), None)
-    if write is None:
-        logger.log_hyperparams(entry.params)
-    else:
-        write(logger, entry)
+    kind = _kind(logger)
+    _OWN.get(kind, _hyperparameters)(logger, entry)
+    _write(logger, kind, {f"{entry.prefix}/report": entry.report.to_markdown()}, entry.figures(), entry.step)
 
 
 def write_table(logger: Any, key: str, text: str, figures: Mapping[str, Callable[[], Any]], step: int) -> None:
     """Write a table over several artifacts, and its figures, where a logger takes texts and pictures.
 
     Args:
-        logger: one of Lightning's, or any other, which gets nothing.
+        logger: one of Lightning's, or any other.
         key: what the table is found by.
         text: the table as Markdown.
         figures: name to what draws a picture with matplotlib.
         step: the Trainer's global step.
     """
-    kind = next((base.__name__ for base in type(logger).__mro__ if base.__name__ in _WAYS), "")
-    drawn = {} if importlib.util.find_spec("matplotlib") is None else {f"{key}/{n}": d() for n, d in figures.items()}
-    if kind == "TensorBoardLogger":
-        logger.experiment.add_text(key, text, step)
-        for name, figure in drawn.items():
-            logger.experiment.add_figure(name, figure, step)
-    elif kind == "WandbLogger":
-        logger.log_text(key, ["sweep.md"], [[text]], step=step)
-        for name, figure in drawn.items():
-            logger.log_image(name, [figure], step=step)
-    elif kind == "MLFlowLogger":
-        logger.experiment.log_text(logger.run_id, text, f"{key}.md")
-        for name, figure in drawn.items():
-            logger.experiment.log_figure(logger.run_id, figure, f"{name}.png")
+    _write(logger, _kind(logger), {key: text}, _drawn(key, figures), step)
+
+
+def _kind(logger: Any) -> str:
+    """Return the name of the known class that a logger is of, from either of Lightning's packages; empty for others."""
+    return next((base.__name__ for base in type(logger).__mro__ if base.__name__ in _TEXT), "")
+
+
+def _drawn(prefix: str, figures: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
+    """Return name to picture; none where matplotlib is not installed."""
+    if importlib.util.find_spec("matplotlib") is None:
+        return {}
+    return {f"{prefix}/{name}": draw() for name, draw in figures.items()}
+
+
+def _write(logger: Any, kind: str, texts: Mapping[str, str], figures: Mapping[str, Any], step: int) -> None:
+    for key, text in texts.items() if kind else ():
+        _TEXT[kind](logger, key, text, step)
+    show = _FIGURE.get(kind) or (_logged_image if callable(getattr(logger, "log_image", None)) else None)
+    if show is not None:
+        for key, figure in figures.items():
+            show(logger, key, figure, step)
+
+
+def _hyperparameters(logger: Any, entry: Entry) -> None:
+    logger.log_hyperparams(entry.params)
 
 
 def _tensorboard(logger: Any, entry: Entry) -> None:
@@ -88,9 +96,6 @@ def _tensorboard(logger: Any, entry: Entry) -> None:
     logger.log_hyperparams({**logger.hparams, **entry.params}, metrics, entry.step)
     table = text_table(("hyperparameter", "value"), [(name, str(value)) for name, value in entry.params.items()])
     logger.experiment.add_text(f"{entry.prefix}/hyperparameters", table, entry.step)
-    logger.experiment.add_text(f"{entry.prefix}/report", entry.report.to_markdown(), entry.step)
-    for name, figure in entry.figures().items():
-        logger.experiment.add_figure(name, figure, entry.step)
 
 
 def _wandb(logger: Any, entry: Entry) -> None:
@@ -100,9 +105,6 @@ def _wandb(logger: Any, entry: Entry) -> None:
     columns = ["name", "kind", "action", "reason", "macs", "weights"]
     table = [[row[column] for column in columns] for row in rows]
     logger.log_table(f"{entry.prefix}/plan", columns, table, step=entry.step)
-    logger.log_text(f"{entry.prefix}/report", ["report.md"], [[entry.report.to_markdown()]], step=entry.step)
-    for name, figure in entry.figures().items():
-        logger.log_image(name, [figure], step=entry.step)
     if logger._log_model:
         import wandb
 
@@ -117,9 +119,6 @@ def _mlflow(logger: Any, entry: Entry) -> None:
     client, run = logger.experiment, logger.run_id
     for name in ("recipe", "runtime"):
         client.set_tag(run, f"{entry.prefix}/{name}", entry.hyperparameters[name])
-    client.log_text(run, entry.report.to_markdown(), f"{entry.prefix}/report.md")
-    for name, figure in entry.figures().items():
-        client.log_figure(run, figure, f"{name}.png")
     if not logger._log_model:
         return
     client.log_artifacts(run, str(entry.artifact.path), f"{entry.prefix}/artifact")
@@ -133,8 +132,27 @@ def _mlflow(logger: Any, entry: Entry) -> None:
             client.log_artifacts(run, str(flavour), f"{entry.prefix}/mlflow_model")
 
 
-_WAYS: dict[str, Callable[[Any, Entry], None]] = {
+def _logged_image(logger: Any, key: str, figure: Any, step: int) -> None:
+    """Show a picture by the method that W&B's logger, and others after its pattern, have."""
+    logger.log_image(key, [figure], step=step)
+
+
+_OWN: dict[str, Callable[[Any, Entry], None]] = {
     "TensorBoardLogger": _tensorboard,
     "WandbLogger": _wandb,
     "MLFlowLogger": _mlflow,
+}
+# How a logger takes a text of Markdown, and a picture, by a key.
+_TEXT: dict[str, Callable[[Any, str, str, int], Any]] = {
+    "TensorBoardLogger": lambda logger, key, text, step: logger.experiment.add_text(key, text, step),
+    "WandbLogger": lambda logger, key, text, step: logger.log_text(
+        key, [f"{key.rpartition('/')[2]}.md"], [[text]], step=step
+    ),
+    "MLFlowLogger": lambda logger, key, text, step: logger.experiment.log_text(logger.run_id, text, f"{key}.md"),
+    "CometLogger": lambda logger, key, text, step: logger.experiment.log_text(text, step, {"name": key}),
+}
+_FIGURE: dict[str, Callable[[Any, str, Any, int], Any]] = {
+    "TensorBoardLogger": lambda logger, key, figure, step: logger.experiment.add_figure(key, figure, step),
+    "MLFlowLogger": lambda logger, key, figure, step: logger.experiment.log_figure(logger.run_id, figure, f"{key}.png"),
+    "CometLogger": lambda logger, key, figure, step: logger.experiment.log_figure(key, figure, step=step),
 }

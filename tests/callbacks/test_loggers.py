@@ -4,12 +4,18 @@ import json
 import math
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from features import feature
 from lightning.pytorch.loggers import CSVLogger, MLFlowLogger, TensorBoardLogger, WandbLogger
 from lightning_models import Classifier, WithoutValidation, fit, seeded
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
+from lightning_quant.artifact.artifact import Artifact
+from lightning_quant.callbacks.loggers import write_table
+from lightning_quant.search.pareto import Point
+from lightning_quant.search.sweep import swept
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore"),
@@ -108,3 +114,69 @@ def test_a_logger_that_fails_loses_neither_artifact_nor_fit(
     assert trainer.state.finished
     assert json.loads((tmp_path / "artifact" / "manifest.json").read_text())["report"]
     assert any("Broken did not take all of the report" in str(item.message) for item in recwarn)
+
+
+def table_in(logger: Any, folder: Path) -> None:
+    """Write the table and the figure of a sweep as its callback does."""
+    artifacts = [Artifact(folder / name, {"recipe": name, "runtime": "torch"}) for name in ("int8", "float16")]
+    sizes, metrics = (5, 10), ({"val_acc": 0.9}, {"val_acc": 0.95})
+    points = [
+        Point(a.path.name, a.path.name, "torch", a, "", m, size_bytes=n)
+        for a, n, m in zip(artifacts, sizes, metrics, strict=True)
+    ]
+    made = swept(folder, points, {"val_acc": True})
+    write_table(logger, "quant/sweep/table", made.text(), made.figures(), 7)
+
+
+@feature("Several artifacts", "the table and the figure in every logger that takes texts and pictures", only="PTQ")
+def test_the_table_of_a_sweep_is_in_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    logger = TensorBoardLogger(tmp_path / "logs")
+    table_in(logger, tmp_path)
+    logger.finalize("success")
+    events = EventAccumulator(logger.log_dir)
+    events.Reload()
+    (text,) = events.Tensors("quant/sweep/table/text_summary")
+    assert text.tensor_proto.string_val[0].startswith(b"# 2 artifacts of one training")
+    (image,) = events.Images("quant/sweep/table/pareto")
+    assert (image.step, text.step) == (7, 7)
+
+
+def test_the_table_of_a_sweep_is_in_mlflow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    logger = MLFlowLogger("run", tracking_uri=f"file:{tmp_path / 'logs'}")
+    table_in(logger, tmp_path)
+    client = logger.experiment
+    text = Path(client.download_artifacts(logger.run_id, "quant/sweep/table.md", str(tmp_path))).read_text()
+    assert text.startswith("# 2 artifacts of one training")
+    assert "quant/sweep/table/pareto.png" in {
+        item.path for item in client.list_artifacts(logger.run_id, "quant/sweep/table")
+    }
+
+
+@pytest.mark.parametrize("kind", ["WandbLogger", "CometLogger", "AnotherLogger"])
+def test_the_table_of_a_sweep_is_in_loggers_of_other_services(kind: str, tmp_path: Path) -> None:
+    logger = type(kind, (mock.MagicMock,), {})()
+    table_in(logger, tmp_path)
+    calls = [*logger.method_calls]
+    names = [call[0] for call in calls]
+    assert (
+        names
+        == {
+            "WandbLogger": ["log_text", "log_image"],
+            "CometLogger": ["experiment.log_text", "experiment.log_figure"],
+            "AnotherLogger": ["log_image"],
+        }[kind]
+    )
+    assert "quant/sweep/table/pareto" in calls[-1].args
+    if len(calls) > 1:
+        assert "# 2 artifacts of one training" in repr(calls[0].args)
+        assert "quant/sweep/table" in repr(calls[0])
+
+
+def test_a_logger_without_texts_and_pictures_gets_none(tmp_path: Path) -> None:
+    class Numbers:
+        """Takes numbers alone."""
+
+    table_in(Numbers(), tmp_path)
