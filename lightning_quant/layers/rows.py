@@ -8,6 +8,7 @@ from torch import nn
 from lightning_quant.graph.claims import Claim, settle
 from lightning_quant.graph.counting import observe_call
 from lightning_quant.graph.plan import Row, join
+from lightning_quant.layers.products import MIN_VALUES
 from lightning_quant.layers.trial import Trial
 from lightning_quant.surgery.routing import evaluation_mode
 
@@ -24,7 +25,8 @@ def rows_of(model: nn.Module, tried: list[Trial], args: tuple[Any, ...], kwargs:
         row = replace(row, weights=sum(weight.numel() for weight in weights))
         claims.append(Claim(row, trial.place, "whole", apart=trial.apart))
         for name, weight in trial.others:
-            row = Row(join(trial.place, name), "Parameter", "float", "no product reads it", weights=weight.numel())
+            why = f"it has fewer than {MIN_VALUES} values" if weight.numel() < MIN_VALUES else "no product reads it"
+            row = Row(join(trial.place, name), "Parameter", "float", why, weights=weight.numel())
             claims.append(Claim(row, row.name, "layer"))
     with evaluation_mode(model):
         return tuple(settle(claims, observe_call(model, args, kwargs)))

@@ -86,3 +86,24 @@ def test_recurrent_layers_store_half_precision_and_are_refused_integers(tmp_path
 def test_what_openvino_would_not_carry_out_is_refused(recipe: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(PlanError, match=rf"a recipe that 'openvino' runs, but got '{recipe}': .*{reason}"):
         quantize_layers(mlp(), (X,), recipe=recipe, runtime="openvino")
+
+
+class Right(nn.Module):
+    """Multiplies by a parameter of its own from the right, which is stored with a scale for each input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(64, 32, generator=torch.Generator().manual_seed(0)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight
+
+
+def test_scales_of_inputs_are_right_for_few_rows_and_integers_in_memory(tmp_path: Path) -> None:
+    quantized, artifact = saved(Right().eval(), "int8_weight_only", tmp_path / "artifact", x=X[:, :64])
+    loaded = load(artifact.path, threads=1)
+    for number in (1, 2, 3, 4):
+        x = X[:number, :64]
+        with torch.no_grad():
+            torch.testing.assert_close(loaded(x), quantized.quantized()(x), rtol=0, atol=1e-4)
+    assert "i8" in constants(artifact)
