@@ -9,6 +9,7 @@ a constant, which lets an embedding and an output layer share one stored weight,
 with weights that are cast and scaled are as fast as float ones, since that is folded, too.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,6 +19,8 @@ import torch
 _FLOAT, _UINT8, _INT32, _INT64 = 1, 2, 6, 7
 # ONNX's order of the gates by PyTorch's: LSTM i f g o to i o f g, GRU r z n to z r n.
 _GATES = {"LSTM": (0, 3, 1, 2), "GRU": (1, 0, 2), "RNN_TANH": (0,), "RNN_RELU": (0,)}
+# Sizes that values decide, and none that the caller does, in expressions of PyTorch's.
+_FROM_DATA = re.compile(r"\bu\d+\b")
 
 
 def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
@@ -47,6 +50,10 @@ def _linear_dynamic(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
     op = _opset()
     last = op.Constant(value_ints=[-1])
     low, high = op.ReduceMin(x, last), op.ReduceMax(x, last)
+    if _may_have_no_rows(x):
+        # ONNX Runtime 1.31 reduces (0, features) to itself.
+        start, end = op.Constant(value_ints=[0]), op.Constant(value_ints=[1])
+        low, high = (op.Slice(extreme, start, end, last) for extreme in (low, high))
     smallest = op.Constant(value_float=torch.finfo(torch.float32).tiny)
     # Scaled before they are added: the range of a row may be wider than float32.
     levels, half = op.Constant(value_float=1 / 254), op.Constant(value_float=0.5)
@@ -61,6 +68,11 @@ def _linear_dynamic(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:
     product = op.Mul(op.Mul(op.Cast(sums, to=_FLOAT), scale), step)
     result = op.Add(product, op.Mul(offset, op.Mul(op.Cast(weight_sums, to=_FLOAT), scale)))
     return result if bias is None else op.Add(result, bias)
+
+
+def _may_have_no_rows(x: Any) -> bool:
+    """Tell whether the data decides how many rows there are, as for an expert of a mixture: PyTorch names that u0."""
+    return any(_FROM_DATA.search(str(size)) for size in x.shape or () if not isinstance(size, int))
 
 
 def _linear_weight_only(x: Any, weight: Any, scale: Any, bias: Any = None) -> Any:

@@ -74,6 +74,28 @@ def test_dynamic_rows_of_one_value(value: float, tmp_path: Path) -> None:
         assert decibels(model(x), result) > 30
 
 
+class Chosen(nn.Module):
+    """A layer of the rows that a router gives it, if any."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.where(x[:, 0] > 0)[0]
+        return torch.zeros(len(x), 32).index_add_(0, rows, self.layer(x[rows]))
+
+
+def test_dynamic_layers_may_get_no_rows(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net, x = Chosen(), torch.randn(8, 64)
+    _, artifact = save(net, {"x": x}, tmp_path / "artifact", "int8_dynamic")
+    loaded = load(artifact.path)
+    for call in (x, x[:3], x[:1]):
+        assert decibels(net(call).detach(), loaded(call)) > 35
+    assert torch.equal(loaded(-x.abs()), torch.zeros(8, 32))
+
+
 def test_weight_only_is_the_product_with_the_rounded_weight(tmp_path: Path) -> None:
     model, x = Pair(), torch.randn(2, 5, 64)
     recipe = LayerRecipe("int8_weight_only", ("weight_only",), bias_correction=False)
