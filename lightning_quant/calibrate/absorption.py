@@ -8,6 +8,7 @@ any constant may move: the middle of each channel's range makes that of the tens
 """
 
 import torch
+from torch import Tensor
 
 from lightning_quant.calibrate.channels_read import activation_extremes
 from lightning_quant.calibrate.groups import ScalingGroup
@@ -54,10 +55,16 @@ def center_channels(prepared: Prepared, groups: list[ScalingGroup], calls: list[
         groups: from `scaling_groups`.
         calls: of the module.
     """
-    wanted = [g for g in groups if g.linear and not (g.padded or g.links or g.from_float)]
     number = 0
-    for group, (low, high) in activation_extremes(prepared, wanted, calls).items():
-        if (high - low).amax() < _NARROWER * (high.amax() - low.amin()):
-            rescale(prepared, group, torch.ones_like(low), (low + high) / 2)
+    for group, (low, high) in activation_extremes(prepared, [g for g in groups if g.can_shift], calls).items():
+        shift = middle(low, high)
+        if shift is not None:
+            rescale(prepared, group, torch.ones_like(low), shift)
             number += 1
     return number
+
+
+def middle(low: Tensor, high: Tensor) -> Tensor | None:
+    """Return the middle of each channel's range, `(channels,)`; None where the tensor's becomes no narrower by it."""
+    is_narrower = (high - low).amax() < _NARROWER * (high.amax() - low.amin())
+    return (low + high) / 2 if bool(is_narrower) else None

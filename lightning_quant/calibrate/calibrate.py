@@ -21,7 +21,7 @@ from lightning_quant.terminal.progress import tracked
 def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
     """Observe every quantized tensor while steps run the module in eval mode; return the number of steps.
 
-    A recipe with `accuracy_steps` keeps the calls in memory and climbs the ladder on them.
+    Where channels can be aligned, or the recipe has `accuracy_steps`, calls are kept in memory for that.
 
     Args:
         prepared: detached; its observers are updated.
@@ -30,17 +30,17 @@ def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
     Raises:
         CalibrationError: there was no step, or a tensor was never seen or is not finite.
     """
-    means = InputMeans() if prepared.recipe.bias_correction else None
-    if not prepared.recipe.accuracy_steps:
-        number = observe(prepared, steps, means)
-        settle(prepared, number, means)
-        return number
+    from lightning_quant.calibrate.alignment import align_channels, alignable
     from lightning_quant.calibrate.ladder import climb
 
-    with recorded_calls(prepared.root) as calls:
+    recipe = prepared.recipe
+    means = InputMeans() if recipe.bias_correction else None
+    groups = alignable(prepared) if recipe.align_channels else []
+    with recorded_calls(prepared.root, None if groups or recipe.accuracy_steps else 0) as calls:
         number = observe(prepared, steps, means)
     settle(prepared, number, means)
-    prepared.accuracy_steps = climb(prepared, calls)
+    aligned = (align_channels(prepared, groups, calls),) if groups else ()
+    prepared.accuracy_steps = aligned + (climb(prepared, calls) if recipe.accuracy_steps else ())
     return number
 
 

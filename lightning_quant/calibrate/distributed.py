@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calibrate.calibrate import observe, settle
 from lightning_quant.calls.calls import map_tensors
+from lightning_quant.calls.recorded_calls import recorded_calls
 from lightning_quant.errors import QuantizationError
 from lightning_quant.numerics.bias_correction import InputMeans
 from lightning_quant.ranges.observer_merge import merged
@@ -118,13 +119,27 @@ def calibrate_together(group: Group, prepared: Prepared, steps: Callable[[], Ite
     """Calibrate on the data of all processes: the statistics are those of all of it together.
 
     Minima and maxima are exact. Histograms can be added where they divide the same span, so the data is read twice:
-    once to find the span, once to count.
+    once to find the span, once to count; and twice more where channels are aligned.
 
     Args:
         group: the processes, each with data of its own.
         prepared: as for `calibrate`.
         steps: returns the steps of this process, the same ones each time; there may be none.
     """
+    from lightning_quant.calibrate.alignment import align_channels, alignable
+
+    def again() -> None:
+        prepared.ranges = prepared.ranges.anew(prepared.recipe, prepared.observer)
+        _calibrate_once(group, prepared, steps)
+
+    groups = alignable(prepared) if prepared.recipe.align_channels else []
+    with recorded_calls(prepared.root, None if groups else 0) as calls:
+        _calibrate_once(group, prepared, steps)
+    if groups:
+        prepared.accuracy_steps = (align_channels(prepared, groups, calls, again, group),)
+
+
+def _calibrate_once(group: Group, prepared: Prepared, steps: Callable[[], Iterable[Callable[[], Any]]]) -> None:
     ranges = prepared.ranges
     if any(isinstance(observer, Histogram) for observer in ranges.observers.values()):
         scout = prepared.bound_to(prepared.root)

@@ -52,6 +52,16 @@ class ScalingGroup:
     linear: bool
     normalized: bool
 
+    @property
+    def can_shift(self) -> bool:
+        """Whether a constant for each channel can move into the next bias, whatever it is."""
+        return self.linear and not (self.padded or self.links or self.from_float)
+
+
+def is_depthwise(prepared: Prepared, group: ScalingGroup) -> bool:
+    """Tell whether each reader of a group has one input channel for each output: scaling costs its weights nothing."""
+    return all(prepared.weight(identity).shape[1] == 1 for identity in group.consumers) and group.channels > 1
+
 
 def scaling_groups(prepared: Prepared) -> list[ScalingGroup]:
     """Return the groups of a prepared model that at least one weighted operator reads."""

@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lightning_quant.calibrate.absorption import absorb, center_channels
+from lightning_quant.calibrate.absorption import absorb
 from lightning_quant.calibrate.adaround import adaround
 from lightning_quant.calibrate.channel_choice import choose_channels, is_linear
 from lightning_quant.calibrate.equalization import equalize
 from lightning_quant.calibrate.fit import Fit, output_snr, restore, snapshot
-from lightning_quant.calibrate.groups import ScalingGroup
+from lightning_quant.calibrate.groups import is_depthwise
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.range_choice import choose_ranges
 from lightning_quant.calibrate.recalibrate import recalibrate
@@ -36,11 +36,6 @@ class Step:
     includes: tuple[str, ...] = ()
 
 
-def is_depthwise(prepared: Prepared, group: ScalingGroup) -> bool:
-    """Tell whether each reader of a group has one input channel for each output: scaling costs its weights nothing."""
-    return all(prepared.weight(identity).shape[1] == 1 for identity in group.consumers) and group.channels > 1
-
-
 def _correct_outputs(prepared: Prepared, fit: Fit) -> int:
     fit.corrects_outputs = True
     return correct_outputs(prepared, fit.calls)
@@ -58,13 +53,6 @@ def _scale_channels(prepared: Prepared, fit: Fit) -> int:
         if all(isinstance(observer, Histogram) for observer in prepared.ranges.observers.values()):
             choose_ranges(prepared, fit.calls[:2])
         _gptq(prepared, fit)
-    return number
-
-
-def _center_channels(prepared: Prepared, fit: Fit) -> int:
-    number = center_channels(prepared, fit.groups_of(prepared), fit.calls)
-    if number:
-        fit.refresh(prepared)
     return number
 
 
@@ -133,7 +121,6 @@ def _adaround(prepared: Prepared, fit: Fit) -> int:
 
 
 STEPS: dict[str, Step] = {
-    "center_channels": Step(_center_channels, 4),
     "correct_outputs": Step(_correct_outputs, 2),
     "scale_channels": Step(_scale_channels, 16, ("gptq",)),
     "scale_depthwise": Step(_scale_depthwise, 4),

@@ -1,5 +1,6 @@
 """The integer twin of weights in training: what would run if fit ended now, in the place of a copy's own module."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -9,14 +10,13 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_quant.artifact import artifact as artifacts
-from lightning_quant.calibrate.calibrate import observe, settle
+from lightning_quant.calibrate.calibrate import calibrate
 from lightning_quant.calibrate.distributed import calibrate_together
 from lightning_quant.callbacks.kept_batches import KeptBatches
 from lightning_quant.callbacks.training_data import working_copy
 from lightning_quant.export.export import export
 from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.measure.beside import Beside
-from lightning_quant.numerics.bias_correction import InputMeans
 from lightning_quant.planned.parts import in_parts
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.simulate.prepared import Prepared
@@ -74,7 +74,7 @@ def runs_on(callback: "QuantizationCallback", trainer: Trainer) -> torch.device:
 def _calibrated(
     callback: "QuantizationCallback", trainer: Trainer, pl_module: LightningModule, sample: KeptBatches
 ) -> Prepared:
-    """Return ranges of the present weights, from the user's own step on a few batches; no accuracy step is taken."""
+    """Return ranges of the present weights, from the user's own step on a few batches, without accuracy steps."""
     model = Prepared.of(callback.require_prepared())
     # As after training: steps may take gradients.
     with torch.inference_mode(False), torch.enable_grad():
@@ -82,11 +82,11 @@ def _calibrated(
         unroute_all(duplicate)
         prepared = model.anew(resolve(duplicate, callback.path))
         prepared.know_graphs(model)
+        prepared.recipe = dataclasses.replace(prepared.recipe, accuracy_steps=())
         if callback.group.size > 1:
             calibrate_together(callback.group, prepared, lambda: sample.steps(duplicate))
         else:
-            means = InputMeans() if prepared.recipe.bias_correction else None
-            settle(prepared, observe(prepared, sample.steps(duplicate), means), means)
+            calibrate(prepared, sample.steps(duplicate))
     model.know_graphs(prepared)
     return prepared
 

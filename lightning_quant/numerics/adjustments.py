@@ -77,11 +77,12 @@ class AccuracyStep:
 
     Attributes:
         name: of the step.
-        before_db: signal-to-noise ratio of the output on held-back calls before it, in decibels.
+        before_db: signal-to-noise ratio of the output before it, in decibels.
         after_db: the same after it.
         kept: whether the step was kept.
         changed: number of operators or tensors that it changed.
         seconds: how long it took.
+        held_back: whether it was judged on calls that it was not fitted to.
     """
 
     name: str
@@ -90,11 +91,12 @@ class AccuracyStep:
     kept: bool
     changed: int
     seconds: float
+    held_back: bool = True
 
     def __str__(self) -> str:
-        verdict = "kept" if self.kept else "undone"
+        verdict, data = "kept" if self.kept else "undone", "held-back calibration" if self.held_back else "calibration"
         return (
-            f"{self.name}: {self.before_db:.1f} to {self.after_db:.1f} dB on held-back calibration data, {verdict} "
+            f"{self.name}: {self.before_db:.1f} to {self.after_db:.1f} dB on {data} data, {verdict} "
             f"({self.changed} changed, {self.seconds:.0f} s)"
         )
 

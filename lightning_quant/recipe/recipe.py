@@ -35,6 +35,8 @@ class Recipe:
             `lightning_quant.ranges.observers`: "min_max", "moving_average", "percentile" or "mse".
         training_observer: the same for quantization-aware training.
         bias_correction: whether calibration takes the mean of the weights' rounding error out of the biases.
+        align_channels: whether calibration centers and scales the channels of a tensor where that costs the weights
+            around it nothing, and brings the output nearer to float's. See `lightning_quant.calibrate.alignment`.
         overrides: fnmatch pattern on qualified names or layer types to what these layers are instead: "float";
             "int4_weights" to "int8_weights", or another recipe with the same activations, for another grid of the
             weights, where the first pattern that matches counts; or a recipe of layers that leaves activations float
@@ -69,6 +71,7 @@ class Recipe:
     calibration_observer: Observers = "mse"
     training_observer: Observers = "moving_average"
     bias_correction: bool = True
+    align_channels: bool = True
     overrides: dict[str, str] = field(default_factory=dict)
     accuracy_steps: tuple[str, ...] = ()
     max_passes: float = 1000.0
@@ -96,6 +99,7 @@ class Recipe:
         if not 50 < self.percentile <= 100:
             raise QuantizationError(f"Expected `percentile` to be in (50, 100], but got {self.percentile}.")
         check_flag("bias_correction", self.bias_correction)
+        check_flag("align_channels", self.align_channels)
         check_texts("accuracy_steps", self.accuracy_steps, "['adaround']")
         if not isinstance(self.overrides, Mapping):
             raise QuantizationError(
@@ -162,8 +166,7 @@ AnyRecipe = Recipe | LayerRecipe
 # A minute where `int8` takes seconds; the cheapest steps first.
 INT8_ACCURATE = Recipe(
     name="int8_accurate",
-    # What costs the weights nothing comes first.
-    accuracy_steps=("center_channels", "scale_depthwise", "correct_outputs", "migrate", "gptq", "scale_channels"),
+    accuracy_steps=("correct_outputs", "migrate", "gptq", "scale_channels"),
 )
 RECIPES: dict[str, AnyRecipe] = {
     recipe.name: recipe

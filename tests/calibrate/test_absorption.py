@@ -12,6 +12,7 @@ from lightning_quant.calibrate.groups import scaling_groups
 from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
+from lightning_quant.recipe.recipe import Recipe
 
 
 def test_absorption_is_exact_where_the_constant_stays_below_the_activation() -> None:
@@ -19,7 +20,7 @@ def test_absorption_is_exact_where_the_constant_stays_below_the_activation() -> 
     with torch.no_grad():
         model.layers[4].bias[:6] = 6.0
     calls = [((x,), {}) for x in images().split(4)]
-    prepared = prepare(model, (images(4),), recipe="int8", observer="mse")
+    prepared = prepare(model, (images(4),), recipe=Recipe(align_channels=False), observer="mse")
     calibrate(prepared, steps_of(prepared, [call[0] for call in calls]))
     absorbed = absorb(prepared, scaling_groups(prepared), calls)
     assert len(absorbed) == 2
@@ -38,7 +39,7 @@ def test_padding_readers_and_links_rule_absorption_out() -> None:
     case = next(case for case in CASES if case.name == "depthwise")
     model = case.build()
     args, _ = case.call(4)
-    prepared = prepare(model, args, recipe="int8", observer="mse")
+    prepared = prepare(model, args, recipe=Recipe(align_channels=False), observer="mse")
     calls = [(case.call(4)[0], {}) for _ in range(3)]
     calibrate(prepared, steps_of(prepared, [call[0] for call in calls]))
     groups = scaling_groups(prepared)
@@ -60,7 +61,7 @@ def _bottleneck(*activation: nn.Module) -> nn.Module:
 def test_channels_that_lie_apart_are_centered_and_export() -> None:
     model = _bottleneck()
     calls = [((x,), {}) for x in images(32).split(8)]
-    prepared = prepare(model, (images(8),), recipe="int8", observer="mse")
+    prepared = prepare(model, (images(8),), recipe=Recipe(align_channels=False), observer="mse")
     calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
     x = images(32, seed=7)
     before = output_snr(prepared, [((x,), {})])
@@ -75,7 +76,7 @@ def test_what_pads_or_clips_or_is_read_in_float_is_not_centered() -> None:
     padded[1] = nn.Conv2d(6, 8, 3, padding=1)
     for model in (padded, _bottleneck(nn.ReLU()), _bottleneck(nn.Tanh())):
         calls = [((x,), {}) for x in images(16).split(8)]
-        prepared = prepare(model, (images(8),), recipe="int8", observer="mse")
+        prepared = prepare(model, (images(8),), recipe=Recipe(align_channels=False), observer="mse")
         calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
         assert center_channels(prepared, scaling_groups(prepared), calls) == 0
         assert not prepared.channels

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from uneven_chains import prepared_chain
 
-from lightning_quant.calibrate.groups import scaling_groups
+from lightning_quant.calibrate.groups import is_depthwise, scaling_groups
 from lightning_quant.export.prepare import prepare
 
 
@@ -61,3 +61,10 @@ def test_what_is_added_before_rounding_is_in_no_group() -> None:
     """OpenVINO's convolutions add another tensor to their sums, which are no edge."""
     prepared = prepare(Sum(2).eval(), (torch.randn(2, 3, 8, 8),), runtime="openvino")
     assert all(":one" not in group.producers for group in scaling_groups(prepared) if len(group.producers) > 1)
+
+
+def test_scaling_costs_nothing_where_a_reader_has_a_channel_for_each_output() -> None:
+    _, prepared, _ = prepared_chain(nn.ReLU)
+    groups = {group.consumers: group for group in scaling_groups(prepared)}
+    assert is_depthwise(prepared, groups[(":layers.3",)])
+    assert not is_depthwise(prepared, groups[(":layers.6",)])

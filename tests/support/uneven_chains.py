@@ -46,7 +46,7 @@ def images(number: int = 16, seed: int = 1) -> Tensor:
 def prepared_chain(activation: type[nn.Module]) -> tuple[nn.Module, Prepared, list]:
     model = uneven(activation)
     calls = [((x,), {}) for x in images().split(4)]
-    prepared = prepare(model, (images(4),), recipe="int8", observer="mse")
+    prepared = prepare(model, (images(4),), recipe=Recipe(align_channels=False), observer="mse")
     calibrate(prepared, steps_of(prepared, [call[0] for call in calls]))
     return model, prepared, calls
 
@@ -73,7 +73,7 @@ def smooth_like(x: Tensor, seed: int) -> Tensor:
 def climbed(steps: tuple[str, ...], **fields) -> tuple[nn.Module, Prepared, list]:
     model = uneven(nn.ReLU6)
     calls = [((x,), {}) for x in images(64).split(8)]
-    recipe = Recipe(accuracy_steps=steps, **fields)
+    recipe = Recipe(accuracy_steps=steps, align_channels=False, **fields)
     prepared = prepare(model, (images(8),), recipe=recipe, observer="mse")
     calibrate(prepared, steps_of(prepared, [args for args, _ in calls]))
     return model, prepared, calls

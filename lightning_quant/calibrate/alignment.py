@@ -1,0 +1,132 @@
+"""Bring the channels of a tensor closer together where that costs the weights around it nothing.
+
+One range for a tensor wastes the grid on channels that lie apart or are small. What no activation bounds is centered
+channel by channel, and what only depthwise convolutions read is scaled channel by channel: their weights have a scale
+for each channel, so no factor makes these coarser. Sources: Wei et al. 2023, arXiv:2304.09145 (shifting), and Xiao et
+al. 2022, arXiv:2211.10438, equation 4, of whose magnitudes the square root is taken: the full ratio leaves the channels
+no room for values above those that calibration saw. On a pretrained MobileNetV2 whose `int8` had 17 to 18 dB of 8
+images, the full ratio came to 14 to 17 and the root to 20 to 23; of 128 images both came to 22.
+"""
+
+import time
+from collections.abc import Callable
+from itertools import chain
+from statistics import mean
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_quant.calibrate.absorption import middle
+from lightning_quant.calibrate.distributed import Group
+from lightning_quant.calibrate.fit import helps, output_snrs, restore, snapshot
+from lightning_quant.calibrate.groups import ScalingGroup, is_depthwise, scaling_groups
+from lightning_quant.calibrate.recalibrate import recalibrate
+from lightning_quant.calibrate.rescale import rescale
+from lightning_quant.calibrate.smoothing import smoothing_factor, within_clip
+from lightning_quant.calls.calls import Call
+from lightning_quant.graph.plan import Operator
+from lightning_quant.numerics.adjustments import AccuracyStep
+from lightning_quant.numerics.exact import exact_arithmetic
+from lightning_quant.simulate.prepared import Prepared
+from lightning_quant.surgery.routing import device_of, evaluation_mode
+
+_STRENGTH = 0.5
+# Calls that judge it.
+_NUM_JUDGES = 2
+
+
+def alignable(prepared: Prepared) -> list[ScalingGroup]:
+    """Return the groups of tensors that can be centered or scaled for nothing; finding any traces the module."""
+    if not any(_may_be_read_or_written(prepared, i, o) for i, o in prepared.operators.items()):
+        return []
+    return [g for g in scaling_groups(prepared) if g.can_shift or (is_depthwise(prepared, g) and not g.from_float)]
+
+
+def _may_be_read_or_written(prepared: Prepared, identity: str, operator: Operator) -> bool:
+    if not operator.weight:
+        return False
+    return prepared.weight(identity).shape[1] == 1 or (operator.quantized_output and not operator.activation)
+
+
+@exact_arithmetic()
+def align_channels(
+    prepared: Prepared,
+    groups: list[ScalingGroup],
+    calls: list[Call],
+    again: Callable[[], None] | None = None,
+    processes: Group | None = None,
+) -> AccuracyStep:
+    """Center and scale groups, and calibrate again; all of it is undone where most samples, and the mean, are worse.
+
+    Args:
+        prepared: detached and calibrated.
+        groups: from `alignable`.
+        calls: of the module, which ranges are learned from.
+        again: calibrates again, on these calls where nothing else is said.
+        processes: those that have calls; this one alone where nothing is said.
+    """
+    processes = processes or Group()
+    started, judges, plain = time.monotonic(), calls[:_NUM_JUDGES], snapshot(prepared)
+    exact: list[Any] = []
+    before = list(chain(*processes.gather(output_snrs(prepared, judges, exact))))
+    changed = move(prepared, groups, processes.maximum(extremes(prepared, groups, calls)))
+    after = before
+    if changed:
+        again() if again else recalibrate(prepared, calls)
+        after = list(chain(*processes.gather(output_snrs(prepared, judges, exact))))
+    kept = changed > 0 and not helps(after, before)
+    if not kept:
+        restore(prepared, plain)
+    seconds = time.monotonic() - started
+    return AccuracyStep("align_channels", mean(before), mean(after), kept, changed, seconds, held_back=False)
+
+
+@torch.no_grad()
+def extremes(prepared: Prepared, groups: list[ScalingGroup], calls: list[Call]) -> Tensor:
+    """Return minus the least and the highest value of all channels in turn, `(2, channels)`; -inf where none was seen.
+
+    Args:
+        prepared: detached and calibrated.
+        groups: whose tensors these are.
+        calls: of the module, one after the other.
+    """
+    owners = {edge: group for group in groups for edge in group.edges}
+    device = device_of(prepared.root)
+    seen = {group: torch.full((2, group.channels), -torch.inf, device=device) for group in groups}
+
+    def watch(identity: str, x: Tensor) -> None:
+        group = owners.get(identity)
+        if group is not None and x.numel():
+            rows = prepared.on_grid(identity, x.float(), clipped=True).movedim(group.axis, -1).flatten(0, -2)
+            seen[group] = torch.maximum(seen[group], torch.stack([-rows.amin(0), rows.amax(0)]))
+
+    with evaluation_mode(prepared.root), prepared.simulation.watching(watch), prepared.attached("off"):
+        for args, kwargs in calls:
+            prepared.root(*args, **kwargs)
+    return torch.cat(list(seen.values()), 1)
+
+
+@torch.no_grad()
+def move(prepared: Prepared, groups: list[ScalingGroup], ends: Tensor) -> int:
+    """Center and scale groups by their extremes; return how many.
+
+    Ranges and bias corrections belong to the old grids afterwards.
+    """
+    changed = 0
+    for group, (below, high) in zip(groups, ends.split([group.channels for group in groups], 1), strict=True):
+        if not bool(high.isfinite().all()):
+            continue
+        low = -below
+        shift = middle(low, high) if group.can_shift else None
+        factor = _factor(group, low, high, shift) if is_depthwise(prepared, group) else torch.ones_like(low)
+        if shift is not None or bool((factor != 1).any()):
+            rescale(prepared, group, factor, shift)
+            changed += 1
+    return changed
+
+
+def _factor(group: ScalingGroup, low: Tensor, high: Tensor, shift: Tensor | None) -> Tensor:
+    maximum = torch.maximum(low.abs(), high.abs()) if shift is None else (high - low) / 2
+    maximum = maximum.clamp(max=group.clip)
+    return within_clip(smoothing_factor(maximum, torch.ones_like(maximum), _STRENGTH), maximum, group.clip)
