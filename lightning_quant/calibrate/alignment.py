@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lightning_quant.calibrate.absorption import middle
 from lightning_quant.calibrate.distributed import Group
-from lightning_quant.calibrate.fit import helps, output_snrs, restore, snapshot
+from lightning_quant.calibrate.fit import output_snrs, restore, snapshot
 from lightning_quant.calibrate.groups import ScalingGroup, is_depthwise, scaling_groups
 from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calibrate.rescale import rescale
@@ -57,7 +57,7 @@ def align_channels(
     again: Callable[[], None] | None = None,
     processes: Group | None = None,
 ) -> AccuracyStep:
-    """Center and scale groups, and calibrate again; all of it is undone where most samples, and the mean, are worse.
+    """Center and scale groups, and calibrate again; all of it is undone where the output is no nearer to float's.
 
     Args:
         prepared: detached and calibrated.
@@ -75,7 +75,7 @@ def align_channels(
     if changed:
         again() if again else recalibrate(prepared, calls)
         after = list(chain(*processes.gather(output_snrs(prepared, judges, exact))))
-    kept = changed > 0 and not helps(after, before)
+    kept = mean(after) > mean(before)
     if not kept:
         restore(prepared, plain)
     seconds = time.monotonic() - started

@@ -100,14 +100,3 @@ def output_snr(prepared: Prepared, calls: list[Call]) -> float:
     """Return the mean over samples of the signal-to-noise ratio of the quantized module's output, in decibels."""
     ratios = output_snrs(prepared, calls)
     return sum(ratios) / len(ratios)
-
-
-def helps(before: list[float], after: list[float]) -> bool:
-    """Tell whether samples gain on the whole, and not a few of them at the expense of most.
-
-    Args:
-        before: signal-to-noise ratio of each sample in decibels.
-        after: the same after a step.
-    """
-    gains = [new - old for old, new in zip(before, after, strict=True)]
-    return sum(gains) > 0 and 2 * sum(gain < 0 for gain in gains) <= len(gains)

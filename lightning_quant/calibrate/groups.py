@@ -94,7 +94,7 @@ class _Finder:
         for operator in self.island.plan.operators:
             if operator.quantized_output:
                 self.written.add(operator.output)
-            if operator.moved:
+            if operator.moved and operator.output in self.parent:
                 self.blocked.add(operator.output)
             if not operator.weight:
                 self._link(operator)

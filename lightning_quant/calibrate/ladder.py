@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lightning_quant.arguments.choice import did_you_mean
-from lightning_quant.calibrate.fit import Fit, helps, output_snr, output_snrs, restore, snapshot
+from lightning_quant.calibrate.fit import Fit, output_snr, output_snrs, restore, snapshot
 from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calibrate.steps import STEPS
 from lightning_quant.calls.calls import Call
@@ -135,6 +135,17 @@ def _try(prepared: Prepared, name: str, folds: list[_Fold], before: list[float])
     number, seconds = len(before), time.monotonic() - started
     step = AccuracyStep(name, sum(before) / number, sum(after) / number, kept, changed, seconds)
     return step, after if kept else before
+
+
+def helps(before: list[float], after: list[float]) -> bool:
+    """Tell whether samples gain on the whole, and not a few of them at the expense of most.
+
+    Args:
+        before: signal-to-noise ratio of each sample in decibels.
+        after: the same after a step.
+    """
+    gains = [new - old for old, new in zip(before, after, strict=True)]
+    return sum(gains) > 0 and 2 * sum(gain < 0 for gain in gains) <= len(gains)
 
 
 def _fit_to_all(prepared: Prepared, kept: list[str], fit: Fit) -> bool:

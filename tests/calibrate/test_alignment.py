@@ -81,7 +81,7 @@ def test_what_an_activation_bounds_and_dense_layers_read_stays(middle: nn.Module
     assert prepared.accuracy_steps == ()
 
 
-def test_it_is_undone_where_most_samples_are_worse(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_is_undone_where_outputs_are_no_nearer(monkeypatch: pytest.MonkeyPatch) -> None:
     data = list(images(16).split(4))
     calls = [((x,), {}) for x in data]
     plain = calibrated(uneven(nn.ReLU), data, align_channels=False)

@@ -63,6 +63,26 @@ def test_what_is_added_before_rounding_is_in_no_group() -> None:
     assert all(":one" not in group.producers for group in scaling_groups(prepared) if len(group.producers) > 1)
 
 
+class Flattening(nn.Module):
+    """A BatchNorm behind a linear layer, with reshapes between, read in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm, self.head = nn.Linear(6, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.linear(x)
+        y = self.norm(y.flatten(0, 1)).reshape_as(y)
+        return self.head(torch.sin(y))
+
+
+def test_what_is_moved_and_read_in_float_is_in_no_group() -> None:
+    prepared = prepare(Flattening().eval(), (torch.randn(2, 5, 6),), recipe="int8")
+    assert prepared.operators[":linear"].moved
+    assert not prepared.operators[":linear"].quantized_output
+    assert {reader for group in scaling_groups(prepared) for reader in group.consumers} == {":linear", ":head"}
+
+
 def test_scaling_costs_nothing_where_a_reader_has_a_channel_for_each_output() -> None:
     _, prepared, _ = prepared_chain(nn.ReLU)
     groups = {group.consumers: group for group in scaling_groups(prepared)}

@@ -86,6 +86,14 @@ def test_a_step_that_fits_one_call_and_harms_the_others_is_undone(monkeypatch: p
     assert output_snrs(prepared, calls) == output_snrs(plain, calls)
 
 
+def test_most_calls_must_not_pay_for_a_few() -> None:
+    assert ladder.helps([10.0, 10.0, 10.0, 10.0], [11.0, 11.0, 9.5, 9.5])
+    assert not ladder.helps([10.0, 10.0, 10.0, 10.0], [90.0, 9.0, 9.0, 9.0])
+    assert not ladder.helps([10.0, 10.0], [11.0, 8.0])
+    assert not ladder.helps([10.0, 10.0], [float("nan"), 20.0])
+    assert not ladder.helps([10.0, 10.0], [10.0, 10.0])
+
+
 def test_what_else_the_machine_does_changes_no_result(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = RECIPES["int8_accurate"].accuracy_steps
     _, quiet, calls = climbed(steps)
