@@ -18,8 +18,10 @@ from lightning_quant.recipe.recipe import Recipe
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.terminal.progress import bar
 
-# Fitted to one half of the calls and judged on the other, each way round.
+# Fitted to three quarters of the calls and judged on the other, with two of the quarters; or to halves of fewer calls. On
+# halves, steps that need data were undone: those of a pretrained MobileNetV2 ended 1.5 dB lower with two of three draws.
 _NUM_FOLDS = 2
+_NUM_PARTS = 4
 
 
 @dataclass
@@ -43,9 +45,9 @@ class _Fold:
 def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
     """Try the recipe's accuracy steps in order; return what came of each.
 
-    Every step is fitted to each half of the calls and judged on the other half, so that each call judges and none
-    judges what was fitted to it. Those that are kept are then fitted to all calls, from the ranges that the model came
-    with; should that raise the error, all of them are undone.
+    Every step is fitted to most of the calls and judged on the others, twice; no call judges what was fitted to it.
+    Those that are kept are then fitted to all calls, from the ranges that the model came with; should that raise the
+    error, all of them are undone.
 
     Args:
         prepared: detached and calibrated; keeps what the kept steps changed.
@@ -66,8 +68,8 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
     left = prepared.recipe.max_passes
     progress = bar("Accuracy", "step", items=prepared.recipe.accuracy_steps)
     for name in progress:
-        # Once on the halves, once on all, and the judgement, float and rounded.
-        passes = 2 * STEPS[name].passes + 2
+        # Twice on three quarters of the calls, on all where it is kept, and the judgement, float and rounded.
+        passes = 2.5 * STEPS[name].passes + 2
         if passes <= left:
             left -= passes
             progress.set_postfix_str(name)
@@ -100,12 +102,13 @@ def check_steps(recipe: Recipe) -> None:
 
 def _folds(prepared: Prepared, calls: list[Call]) -> list[_Fold]:
     folds: list[_Fold] = []
+    parts = max(_NUM_FOLDS, min(_NUM_PARTS, len(calls)))
     for number in range(_NUM_FOLDS):
-        half = calls[number::_NUM_FOLDS]
-        others = [call for place, call in enumerate(calls) if place % _NUM_FOLDS != number]
-        recalibrate(prepared, half)
-        fit = Fit(half, groups=folds[0].fit.groups) if folds else Fit(half)
-        folds.append(_Fold(fit, others, snapshot(prepared)))
+        judged = calls[number::parts]
+        others = [call for place, call in enumerate(calls) if place % parts != number]
+        recalibrate(prepared, others)
+        fit = Fit(others, groups=folds[0].fit.groups) if folds else Fit(others)
+        folds.append(_Fold(fit, judged, snapshot(prepared)))
     return folds
 
 
