@@ -265,7 +265,7 @@ GUARDS = (
     ),
     Guard(
         "OpenVINO makes no kernels of attention that answer otherwise in the second call",
-        "runtimes/openvino.py",
+        "runtimes/_openvino_compiled.py",
         '{"SNIPPETS_MODE": "DISABLE"}',
         "{}",
         "runtimes/test_openvino_graph.py -k every_call",

@@ -4,8 +4,9 @@
 `lq.quantize` for ONNX Runtime and OpenVINO, by onnxruntime's `quantize_static`, and by NNCF where that is installed
 (`pip install nncf`). Noise is that of held-back inputs. Shares in integers are read from what the engines make of the
 files: multiply-adds from ONNX Runtime's profile and OpenVINO's compiled layers, weights from the constants.
-Times are CPU time for one sample, one thread, interleaved rounds. `--only NAME ...` runs some; what has run is kept in
-`--state` and not run again.
+Times are CPU time for one sample, one thread, interleaved rounds, of bare sessions: ours are those that `load` opens,
+called as the peers' are. Slower is what is so in 95 % of all drawings of the rounds. `--only NAME ...` runs some; what
+has run is kept in `--state` and not run again.
 """
 
 import argparse
@@ -31,9 +32,9 @@ import networks_tables
 import torch
 from integer_shares import Shares, onnxruntime_shares, openvino_shares
 from network_cases import Case, settled
-from peers import OrtModel, nncf_quantize, openvino_float, ort_float, ort_quantize_static
+from peers import OrtModel, nncf_quantize, openvino_float, ort_float, ort_quantize_static, results_of
 from results import publish
-from timing import interleaved, median_ms, table
+from timing import bootstrap_ratio, interleaved, median_ms, table
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -44,6 +45,8 @@ from lightning_quant.errors import NoEffectWarning, QuantizationError
 from lightning_quant.export.export import export
 from lightning_quant.export.prepare import prepare
 from lightning_quant.numerics.noise import signal_to_noise
+from lightning_quant.runtimes.onnxruntime import OnnxRuntimeModule
+from lightning_quant.runtimes.openvino import OpenVinoModule
 
 OURS = ("onnxruntime", "openvino")
 FLOATS = ("eager", "float, ONNX Runtime", "float, OpenVINO")
@@ -88,19 +91,35 @@ def run(name: str, rounds: int, *, auto: bool) -> dict[str, Any]:
             fixed = case.one_size or any(map(_is_of_one_size, calls.values()))
             found["batch"] = BATCH if fixed else 1
             one = held_back[0][: found["batch"]]
-            found["ms"] = _timed(calls, one, rounds)
+            found["ms"], found["times"] = _timed(calls, one, rounds)
             if auto and _slower(found):
                 build = functools.partial(_ours, case, net, calibration, Path(folder), "auto", reported=True)
                 found["cells"]["auto"], predict = _attempt("auto", build, held_back, references)
                 if predict is not None:
                     floats = {tool: call for tool, call in calls.items() if tool in FLOATS}
-                    found["auto_ms"] = _timed(floats | {"auto": predict}, one, rounds)
+                    found["auto_ms"], found["auto_times"] = _timed(floats | {"auto": predict}, one, rounds)
     return found
 
 
-def _timed(calls: dict[str, Callable[[Tensor], Any]], inputs: Tensor, rounds: int) -> dict[str, float]:
-    contestants = {tool: functools.partial(call, inputs) for tool, call in calls.items()}
-    return {tool: median_ms(seconds) for tool, seconds in interleaved(contestants, rounds=rounds).items()}
+def _timed(
+    calls: dict[str, Callable[[Tensor], Any]], inputs: Tensor, rounds: int
+) -> tuple[dict[str, float], dict[str, tuple[float, ...]]]:
+    """Return milliseconds of each call, and how many times those of the best float peer, with its interval."""
+    contestants = {tool: functools.partial(_bare(call), inputs) for tool, call in calls.items()}
+    seconds = interleaved(contestants, rounds=rounds, warm=True)
+    ms = {tool: median_ms(values) for tool, values in seconds.items()}
+    best = seconds[_best_float(ms)]
+    return ms, {tool: tuple(bootstrap_ratio(values, best)) for tool, values in seconds.items()}
+
+
+def _bare(call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+    """Return the engine's own call of a loaded artifact, as those of the peers are."""
+    if isinstance(call, OnnxRuntimeModule):
+        session, name = call.session, call.session.get_inputs()[0].name
+        return lambda inputs: results_of(session.run(None, {name: inputs.numpy()}))
+    if isinstance(call, OpenVinoModule):
+        return lambda inputs: results_of([result.copy() for result in call.compiled(inputs.numpy()).values()])
+    return call
 
 
 def _is_of_one_size(call: Any) -> bool:
@@ -109,8 +128,8 @@ def _is_of_one_size(call: Any) -> bool:
 
 def _slower(found: dict[str, Any]) -> bool:
     ms = found.get("ms", {})
-    ours = [ms[tool] for tool in OURS if tool in ms]
-    return bool(ours) and min(ours) > ms[_best_float(ms)]
+    ours = [tool for tool in OURS if tool in ms]
+    return bool(ours) and found["times"][min(ours, key=lambda tool: ms[tool])][1] > 1
 
 
 def _tools(
@@ -237,7 +256,8 @@ def _auto(result: dict[str, Any]) -> str:
     ms, cells = result.get("auto_ms"), result["cells"].get("auto", {})
     if ms is None:
         return _cell(cells, "", 1)
-    return f"{ms[_best_float(ms)] / ms['auto']:.2f} ({cells['runtime']})"
+    said = ", said" * (_said(cells) == "yes")
+    return f"{ms[_best_float(ms)] / ms['auto']:.2f} ({cells['runtime']}{said})"
 
 
 def main() -> None:
@@ -248,7 +268,7 @@ def main() -> None:
     parser.add_argument(
         "--no-auto", action="store_true", help='leave out `runtime="auto"` where ours is slower than float'
     )
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=51)
     parser.add_argument("--state", type=Path, help="JSON file of what has run")
     parser.add_argument("--found", action="store_true", help="run nothing, and take what the state holds")
     parser.add_argument("--no-publish", action="store_true", help="print the table only")

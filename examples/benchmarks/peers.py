@@ -47,7 +47,7 @@ class OrtModel:
 
     def __call__(self, inputs: Tensor) -> Any:
         """Run one batch of any size."""
-        return _results(self._session.run(None, {self._input_name: inputs.numpy()}))
+        return results_of(self._session.run(None, {self._input_name: inputs.numpy()}))
 
 
 class OpenVinoModel:
@@ -65,7 +65,13 @@ class OpenVinoModel:
 
     def __call__(self, inputs: Tensor) -> Any:
         """Run one batch of any size."""
-        return _results([result.copy() for result in self._compiled(inputs.numpy()).values()])
+        return results_of([result.copy() for result in self._compiled(inputs.numpy()).values()])
+
+
+def results_of(outputs: Sequence[Any]) -> Any:
+    """Return an engine's arrays as tensors, one alone where there is one."""
+    tensors = [torch.from_numpy(output) for output in outputs]
+    return tensors[0] if len(tensors) == 1 else tensors
 
 
 def ort_float(model: nn.Module, example: Tensor, path: Path, threads: int = 1, *, one_size: bool = False) -> OrtModel:
@@ -216,11 +222,6 @@ def operator_counts(model_path: Path, optimized_path: Path) -> Counter[str]:
     options.log_severity_level = 3  # it warns that the optimized file suits this machine only, which is the point
     onnxruntime.InferenceSession(str(model_path), options, providers=["CPUExecutionProvider"])
     return Counter(node.op_type for node in onnx.load(str(optimized_path)).graph.node)
-
-
-def _results(outputs: Sequence[Any]) -> Any:
-    tensors = [torch.from_numpy(output) for output in outputs]
-    return tensors[0] if len(tensors) == 1 else tensors
 
 
 def _export(model: nn.Module, example: Tensor, path: Path, *, one_size: bool = False) -> Path:

@@ -35,6 +35,8 @@ def interleaved(
     warmup: int = 3,
     clock: Callable[[], float] = time.process_time,
     seed: int = 0,
+    *,
+    warm: bool = False,
 ) -> dict[str, list[float]]:
     """Call every contestant once per round, in a new random order each round.
 
@@ -44,6 +46,8 @@ def interleaved(
         warmup: rounds before the first timed one.
         clock: `time.process_time` for CPU time over all threads, `time.thread_time`, or `time.perf_counter`.
         seed: of the order.
+        warm: whether each call follows one of its own that is not timed, as in reports: what another contestant left
+            of the caches decides a call of microseconds.
 
     Returns:
         Seconds per call by name; entry `i` of every list comes from round `i`.
@@ -54,6 +58,8 @@ def interleaved(
     for index in range(warmup + rounds):
         shuffle(order)
         for name in order:
+            if warm:
+                contestants[name]()
             start = clock()
             contestants[name]()
             elapsed = clock() - start

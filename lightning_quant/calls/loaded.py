@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -40,10 +41,12 @@ class LoadedModule(nn.Module):
             was moved to, while the model stays where its runtime runs. It is in no state dict.
         shared: names of the attributes that copies share.
         unread: names of the inputs that the file does not read.
+        precision: in which float layers are computed.
     """
 
     shared: ClassVar[tuple[str, ...]] = ()
     unread: frozenset[str] = frozenset()
+    precision: str = "f32"
 
     def __init__(self, signature: Signature) -> None:
         super().__init__()
@@ -98,6 +101,20 @@ class LoadedModule(nn.Module):
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any) -> None:
         """Expect nothing."""
+
+
+def to_numpy(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
+    """Return a tensor as a contiguous array of a type, its own memory where that serves."""
+    if tensor.dtype is not dtype or tensor.requires_grad or not tensor.is_cpu:
+        tensor = tensor.detach().to("cpu", dtype)
+    return tensor.contiguous().numpy()
+
+
+def beside(inputs: list[Tensor], outputs: list[Tensor]) -> list[Tensor]:
+    """Return outputs that were computed on the CPU on the device of the inputs."""
+    if not inputs or inputs[0].is_cpu:
+        return outputs
+    return [output.to(inputs[0].device) for output in outputs]
 
 
 def into_how(plan: Mapping[str, Any]) -> str:

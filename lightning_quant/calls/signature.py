@@ -1,6 +1,7 @@
 """The call signature of an artifact: what goes in and comes out, in JSON, without need of the user's code."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_quant.calls.call_checks import DTYPES, TensorInfo, as_captured, check_named_sizes, difference
 from lightning_quant.calls.calls import CapturedCall, constant_names, context_of, flatten_call, unique_names
+from lightning_quant.calls.flat_call import FlatCall, flat_call
 from lightning_quant.calls.result import build, decode, freeze, indices, plain, structure_of, text
 from lightning_quant.calls.structures import reachable_tensors
 from lightning_quant.errors import ArtifactError, ExportError, FixedSizesError, QuantizationError
@@ -50,9 +52,10 @@ class Signature:
         Raises:
             QuantizationError: the call does not fit what was captured; the message says where.
         """
-        tensors = self._positional_tensors(args) if not kwargs else None
-        if tensors is None:
-            tensors = self._flatten_any(args, kwargs)
+        quick = None if self._flat is None else self._flat.bind(args, kwargs)
+        if quick is not None:
+            return quick
+        tensors = self._flatten_any(args, kwargs)
         tensors = [as_captured(info, tensor) for info, tensor in zip(self.inputs, tensors, strict=True)]
         check_named_sizes(self.inputs, tensors)
         return tensors
@@ -110,12 +113,9 @@ class Signature:
                 given[info.name] = torch.zeros(shape, dtype=getattr(torch, info.dtype))
         return [given[name] for name in names]
 
-    def _positional_tensors(self, args: tuple[Any, ...]) -> list[Tensor] | None:
-        """Return the arguments where they are all that a call consists of, which takes far less time to see."""
-        positional = [name for name, kind, _ in self.parameters if kind.startswith("POSITIONAL")]
-        if self.constants or len(args) != len(positional) or positional != [info.name for info in self.inputs]:
-            return None
-        return list(args) if all(isinstance(argument, Tensor) for argument in args) else None
+    @functools.cached_property
+    def _flat(self) -> FlatCall | None:
+        return flat_call(self.parameters, self.inputs, self.constants)
 
     def unflatten(self, tensors: list[Tensor]) -> Any:
         """Return the result that these output tensors make up."""
@@ -127,8 +127,10 @@ class Signature:
         Raises:
             FixedSizesError: the call decides otherwise.
         """
+        if not self.decisions:
+            return
         numbers = [output for output in outputs if output.is_floating_point() and output.numel()]
-        if self.decisions and numbers and all(bool(output.isnan().all()) for output in numbers):
+        if numbers and all(bool(output.isnan().all()) for output in numbers):
             raise FixedSizesError(
                 f"Expected a call in which {' and '.join(self.decisions)}, as in the captured one, but got another: "
                 "what follows from that is part of the exported model. Export again from such a call."

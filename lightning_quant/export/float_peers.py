@@ -106,4 +106,4 @@ def _load(model: PlannedModel, folder: Path, threads: int, runtime: Runtime) -> 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         output = model.root(*args, **kwargs)
     signature = make_signature(replace(model.captured, dynamic=model.exported or {}), output)
-    return runtime.load(folder, artifacts.model_files(path), signature, threads=threads)
+    return runtime.load_float(folder, artifacts.model_files(path), signature, threads)

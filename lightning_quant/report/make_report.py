@@ -238,7 +238,18 @@ def measure_latency(
             others, missing = peers.elsewhere(model, threads)
             rows = _timed(model, contestants, others, peers.seconds) if others else rows
             remarks += missing
-    return rows, remarks
+            own_float |= others
+    return rows, remarks + _precisions(own_float, model.plan.runtime)
+
+
+def _precisions(floats: dict[str, nn.Module], own: str) -> tuple[str, ...]:
+    """Say which float peers an engine computes in less than float32 unless it is told otherwise."""
+    lower = {
+        own if name == "float" else name: peer.precision
+        for name, peer in floats.items()
+        if isinstance(peer, LoadedModule) and peer.precision != "f32"
+    }
+    return tuple(f"float in {name} was timed in {kind}, which it takes by itself here" for name, kind in lower.items())
 
 
 def _timed(

@@ -76,6 +76,10 @@ class Runtime(abc.ABC):
             ArtifactError: the engine refuses the file, or its inputs and outputs are not those of the signature.
         """
 
+    def load_float(self, folder: Path, files: dict[str, str], signature: Signature, threads: int) -> LoadedModule:
+        """Load a float model as the engine runs it by itself, to be timed beside artifacts."""
+        return self.load(folder, files, signature, threads=threads)
+
     @abc.abstractmethod
     def standalone(self, files: dict[str, str], signature: Signature) -> str:
         """Return lines that run an artifact's model without this package, in the artifact's folder."""

@@ -23,7 +23,7 @@ from torch.func import functional_call
 
 from lightning_quant.calls.call_checks import DTYPES
 from lightning_quant.calls.calls import CapturedCall
-from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.loaded import LoadedModule, beside
 from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError
 from lightning_quant.layers import StoredLayer
@@ -66,8 +66,7 @@ class TorchLayersModule(LoadedModule):
         values = [tensor.detach().to("cpu", dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         with torch_threads(self.threads):
             outputs = self.program(values)
-        device = tensors[0].device if tensors else torch.device("cpu")
-        return [output.to(device) for output in outputs]
+        return beside(tensors, outputs)
 
 
 class _Functional(nn.Module):

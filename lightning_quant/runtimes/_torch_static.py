@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calls.call_checks import DTYPES
 from lightning_quant.calls.calls import CapturedCall
-from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.loaded import LoadedModule, beside
 from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.named_edges import EdgeNames, check_common
@@ -72,8 +72,7 @@ class TorchStaticModule(LoadedModule):
         values = [tensor.detach().to("cpu", dtype) for tensor, dtype in zip(tensors, dtypes, strict=True)]
         with torch_threads(self.threads), _running(resizes=self.resizes):
             outputs = self.program(values)
-        device = tensors[0].device if tensors else torch.device("cpu")
-        return [output.contiguous().to(device) for output in outputs]
+        return beside(tensors, [output.contiguous() for output in outputs])
 
 
 def export(module: nn.Module, call: CapturedCall, path: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calls.call_checks import DTYPES
 from lightning_quant.calls.calls import CapturedCall
-from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.loaded import LoadedModule, beside
 from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
@@ -86,7 +86,6 @@ class ExecuTorchModule(LoadedModule):
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the program's method."""
-        device = tensors[0].device if tensors else torch.device("cpu")
         for info, tensor, limit in zip(self.signature.inputs, tensors, self.limits, strict=True):
             if any(size > most for size, most in zip(tensor.shape, limit, strict=True)):
                 raise QuantizationError(
@@ -100,7 +99,7 @@ class ExecuTorchModule(LoadedModule):
         # Results lie in the program's own memory, which the next call overwrites.
         with self._lock:
             outputs = [output.clone() for output in self.method.execute(inputs)]
-        return [output.to(device) for output in outputs]
+        return beside(tensors, outputs)
 
 
 class ExecuTorch(Runtime):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calls.call_checks import DTYPES
 from lightning_quant.calls.calls import CapturedCall
-from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.loaded import LoadedModule, beside
 from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError, MissingRuntimeError
 from lightning_quant.graph.moves import MOVING
@@ -95,13 +95,12 @@ class InductorModule(LoadedModule):
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the package."""
-        device = tensors[0].device if tensors else torch.device("cpu")
         dtypes = [DTYPES[info.dtype] for info in self.signature.inputs]
         # Generated code reads memory by the strides of the example.
         inputs = [t.detach().to("cpu", dtype).contiguous() for t, dtype in zip(tensors, dtypes, strict=True)]
         with torch.no_grad(), torch_threads(self.threads):
             outputs = self.package(*inputs)
-        return [output.to(device) for output in outputs]
+        return beside(tensors, outputs)
 
 
 class Inductor(Runtime):

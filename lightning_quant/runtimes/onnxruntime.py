@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from lightning_quant.calls.call_checks import DTYPES
 from lightning_quant.calls.calls import CapturedCall
-from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.loaded import LoadedModule, beside, to_numpy
 from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
@@ -113,22 +113,22 @@ class OnnxRuntimeModule(LoadedModule):
         # An input that the result does not depend on is no input of the graph.
         known = {info.name for info in self.session.get_inputs()}
         self.unread = frozenset(info.name for info in signature.inputs) - known
+        self._outputs = [info.name for info in signature.outputs]
         self._inputs = [
             (index, info.name, DTYPES[info.dtype]) for index, info in enumerate(signature.inputs) if info.name in known
         ]
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run the session."""
-        named = {name: _to_numpy(tensors[index], dtype) for index, name, dtype in self._inputs}
+        named = {name: to_numpy(tensors[index], dtype) for index, name, dtype in self._inputs}
         try:
-            outputs = [torch.from_numpy(output) for output in self.session.run(None, named)]
+            outputs = [torch.from_numpy(output) for output in self.session.run(self._outputs, named)]
         except _refusals() as error:
             raise QuantizationError(
                 "Expected inputs that the model can take, such as sequences that it has positions for, but "
                 f"{first_line(error)}"
             ) from error
-        device = tensors[0].device if tensors else torch.device("cpu")
-        return [output.to(device) for output in outputs]
+        return beside(tensors, outputs)
 
 
 class OnnxRuntime(Runtime):
@@ -288,7 +288,3 @@ def _check_fits(running: Any, signature: Signature, path: Path) -> None:
 
 def _form(name: str, kind: str, shape: Any) -> tuple[str, str, list[int | None]]:
     return name, kind, [size if isinstance(size, int) else None for size in shape]
-
-
-def _to_numpy(tensor: Tensor, dtype: torch.dtype) -> np.ndarray:
-    return np.ascontiguousarray(tensor.detach().to("cpu", dtype).numpy())

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from lightning_quant.arguments.reading import opened
 from lightning_quant.calls.call_checks import DTYPES
 from lightning_quant.calls.calls import CapturedCall
-from lightning_quant.calls.loaded import LoadedModule
+from lightning_quant.calls.loaded import LoadedModule, beside, to_numpy
 from lightning_quant.calls.signature import Signature, TensorInfo
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.moves import MOVING
@@ -35,6 +35,7 @@ from lightning_quant.graph.table import OperatorTable
 from lightning_quant.machine.disk import check_room, scratch_folder
 from lightning_quant.numerics.grid import FEWER_THAN_8, INTEGERS_8
 from lightning_quant.runtimes._onnx_export import export_onnx
+from lightning_quant.runtimes._openvino_compiled import AS_SIMULATED, CPU_ONLY, compiled
 from lightning_quant.runtimes._openvino_forced import run_forced
 from lightning_quant.runtimes._openvino_graph import suit_openvino
 from lightning_quant.runtimes._openvino_profile import operator_ms
@@ -69,11 +70,6 @@ _TABLE = OperatorTable(
     moves_dequantization=True,
     padded_average="OpenVINO pads the integers with 0, whichever of them stands for zero",
 )
-# Otherwise OpenVINO computes in bfloat16 where it can, and rounds what layers with compressed weights read to int8.
-_AS_SIMULATED = {"INFERENCE_PRECISION_HINT": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": 0}
-# Kernels that it makes for attention as a whole answer otherwise from the second call on (23 dB after 35), and are
-# counted as one layer; without them attention takes up to 6 % longer.
-_CPU_ONLY = {"SNIPPETS_MODE": "DISABLE"}
 _INTEGER = "_I8"
 # Layer types of a compiled model that carry weights, by kind. The others, such as residual additions, are fused into
 # them and no longer seen, or stand in float as "Eltwise" and "Pooling".
@@ -98,15 +94,25 @@ class OpenVinoModule(LoadedModule):
 
     shared = ("compiled", "_requests")
 
-    def __init__(self, path: Path, signature: Signature, *, threads: int | None = None, device: str = "CPU") -> None:
+    def __init__(
+        self,
+        path: Path,
+        signature: Signature,
+        *,
+        threads: int | None = None,
+        device: str = "CPU",
+        by_default: bool = False,
+    ) -> None:
         super().__init__(signature)
         try:
             _check_format(path)
-            self.compiled = compiled(path, threads=threads, device=device)
+            self.compiled = compiled(path, threads=threads, device=device, by_default=by_default)
             names = [port.get_any_name() for port in self.compiled.inputs]
             _check_fits(self.compiled, signature, path)
         except _REFUSALS as error:
             raise ArtifactError(f"Expected {path} to be a model for OpenVINO, but it says: {_reason(error)}") from error
+        if by_default:
+            self.precision = self.compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         self.unread = frozenset(info.name for info in signature.inputs) - set(names)
         position = {info.name: index for index, info in enumerate(signature.inputs)}
         self._inputs = [(position[n], DTYPES[signature.inputs[position[n]].dtype]) for n in names]
@@ -115,16 +121,19 @@ class OpenVinoModule(LoadedModule):
 
     def run(self, tensors: list[Tensor]) -> list[Tensor]:
         """Run one inference; several threads may do so at once."""
-        arrays = [
-            np.ascontiguousarray(tensors[index].detach().to("cpu", dtype).numpy()) for index, dtype in self._inputs
-        ]
+        import openvino
+
+        arrays = [to_numpy(tensors[index], dtype) for index, dtype in self._inputs]
         try:
             request = self._requests.pop()
         except IndexError:
             request = self.compiled.create_infer_request()
         try:
-            # A list of one takes longer to bind. Shared outputs are overwritten by the next call, so they are copied.
-            results = request.infer(arrays[0] if len(arrays) == 1 else arrays, share_inputs=True, share_outputs=True)
+            # `infer` takes up to 50 microseconds to bind arrays itself.
+            for index, array in enumerate(arrays):
+                request.set_input_tensor(index, openvino.Tensor(array, shared_memory=True))
+            # Shared outputs are overwritten by the next call, so they are copied.
+            results = request.infer(share_outputs=True)
             outputs = [torch.from_numpy(output.copy()) for output in results.values()]
         except _REFUSALS as error:
             raise QuantizationError(
@@ -133,8 +142,7 @@ class OpenVinoModule(LoadedModule):
             ) from error
         finally:
             self._requests.append(request)
-        device = tensors[0].device if tensors else torch.device("cpu")
-        return [output.to(device) for output in outputs]
+        return beside(tensors, outputs)
 
 
 class OpenVino(Runtime):
@@ -178,6 +186,10 @@ class OpenVino(Runtime):
         """Load an artifact's model; options are `threads` and `device`."""
         return OpenVinoModule(folder / files["model"], signature, **options)
 
+    def load_float(self, folder: Path, files: dict[str, str], signature: Signature, threads: int) -> OpenVinoModule:
+        """Load a float model without the hints that artifacts get."""
+        return OpenVinoModule(folder / files["model"], signature, threads=threads, by_default=True)
+
     def check(self, path: Path) -> None:
         """Compile a written model once.
 
@@ -213,7 +225,7 @@ class OpenVino(Runtime):
     def run_forced(self, path: Path, inputs: dict[str, Tensor], edges: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run every operator on its own, on given integers, in one compiled model."""
         try:
-            return run_forced(path, inputs, edges, _AS_SIMULATED | _CPU_ONLY)
+            return run_forced(path, inputs, edges, AS_SIMULATED | CPU_ONLY)
         except RuntimeError as error:
             raise ExportError(f"Expected OpenVINO to run each operator alone, but it says: {_reason(error)}") from error
 
@@ -233,25 +245,11 @@ def _standalone(files: dict[str, str], signature: Signature) -> str:
     return f"""import numpy as np
 import openvino
 
-model = openvino.Core().compile_model({files["model"]!r}, "CPU", {_AS_SIMULATED | _CPU_ONLY})
+model = openvino.Core().compile_model({files["model"]!r}, "CPU", {AS_SIMULATED | CPU_ONLY})
 {numpy_inputs(signature)}
 known = {{port.get_any_name(): inputs[port.get_any_name()] for port in model.inputs}}
 outputs = dict(zip({names!r}, model(known).values()))
 """
-
-
-def compiled(path: Path, *, threads: int | None = None, device: str = "CPU", counts: bool = False) -> Any:
-    """Compile a model for lowest latency on `threads` threads (OpenVINO's default when None), or to time operators."""
-    import openvino
-
-    config: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", **_AS_SIMULATED}
-    if device == "CPU":
-        config |= _CPU_ONLY
-    if threads is not None:
-        config["INFERENCE_NUM_THREADS"] = threads
-    if counts:
-        config["PERF_COUNT"] = True
-    return openvino.Core().compile_model(path, device, config)
 
 
 def _with_names_of_its_own(model: Any) -> Any:

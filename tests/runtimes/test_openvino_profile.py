@@ -60,7 +60,7 @@ class Counted:
 
 
 def test_nodes_belong_to_the_rows_of_the_tensors_around_them(tmp_path: Path) -> None:
-    from lightning_quant.runtimes.openvino import compiled
+    from lightning_quant.runtimes._openvino_compiled import compiled
 
     torch.manual_seed(0)
     x = torch.randn(4, 3, 8, 8)
