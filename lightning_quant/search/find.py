@@ -77,12 +77,13 @@ def find(
         try:
             record.ended = step() or record.ended
         except SpentError as spent:
-            record.ended = str(spent)
+            record.ended, search.is_over = str(spent), True
         except KeyboardInterrupt:
-            record.ended = "an interruption"
+            record.ended, search.is_over = "an interruption", True
         # Libraries and the user's own code run in every trial: what was found before must not be lost for one of them.
         except Exception as error:
-            record.ended, record.failed = f"an error: {error!r}", True
+            record.ended, record.failed, search.is_over = f"an error: {error!r}", True, True
+    record.is_over = True
     return record
 
 
@@ -101,6 +102,8 @@ class _Search:
         # What an interrupted search has tried is not tried again, but counts.
         self._known = {trial.choice: trial for trial in record.trials}
         record.trials = []
+        # Whether something cut the search short.
+        self.is_over = False
 
     def run(self) -> str:
         """Search, and return in words what ended it."""
@@ -114,9 +117,16 @@ class _Search:
         return ended
 
     def confirm(self) -> str:
-        """Validate on all data what would be taken, until that keeps there what it kept on a part of them."""
+        """Validate on all data what would be taken, until that keeps there what it kept on a part of them.
+
+        A search that was cut short has one validation more for this, which the artifact's report has no need to repeat.
+        """
+        number = 0
         while (best := self._best()) is not None and not best.is_whole:
+            if number and (self.is_over or self.budget.is_late):
+                break
             self._complete(self.record.trials.index(best))
+            number += 1
         return ""
 
     def cheapest(self) -> str:

@@ -35,11 +35,16 @@ class Budget:
         """Tell whether there may be so many validations more."""
         return self.max_validations is None or spent + more <= self.max_validations
 
+    @property
+    def is_late(self) -> bool:
+        """Whether its time is spent."""
+        return time.monotonic() >= self.deadline
+
     def check(self, spent: float) -> None:
         """Raise once nothing is left after so many validations."""
         if not self.has_left(spent):
             raise SpentError(f"its budget of validations spent, {self.max_validations}")
-        if time.monotonic() >= self.deadline:
+        if self.is_late:
             raise SpentError("its time budget spent")
 
 
@@ -53,6 +58,7 @@ class SearchRecord:
         ended: why it ended, in words.
         failed: whether that was an error.
         quicker: what was quicker than the best by latency when both were timed in turn, at the end.
+        is_over: whether no trial is to be validated any more.
     """
 
     trials: list[Trial] = field(default_factory=list)
@@ -60,6 +66,7 @@ class SearchRecord:
     ended: str = ""
     failed: bool = False
     quicker: Choice | None = None
+    is_over: bool = False
 
     @property
     def validations(self) -> float:
@@ -72,9 +79,14 @@ class SearchRecord:
         return f"the search tried no file: {self.trials[-1].error if self.trials else self.ended}"
 
     def best(self, objective: str, better: Callable[[str], bool | None]) -> Trial | None:
-        """Return the best by the objective of all that keep the limits; else the one that misses least."""
+        """Return the best by the objective of all that keep the limits; else the one that misses least.
+
+        In the end, what keeps them on all data comes before what does so on a part, however much better that is.
+        """
         made = [trial for trial in self.trials if trial.measured is not None]
         keeping = [trial for trial in made if trial.keeps_all]
+        if self.is_over:
+            keeping = [trial for trial in keeping if trial.is_whole] or keeping
         if objective == LATENCY and (quicker := [trial for trial in keeping if trial.choice == self.quicker]):
             return quicker[0]
         if keeping:

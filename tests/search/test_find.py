@@ -262,6 +262,30 @@ def test_a_budget_of_validations_is_one_of_readings_of_the_data(number: int) -> 
         assert best.is_whole
 
 
+@pytest.mark.parametrize("number", range(1, 8))
+def test_a_search_that_time_ends_validates_once_more_at_most(number: int) -> None:
+    space, calls = sampled(1), list[bool]()
+
+    class Late(Budget):
+        @property
+        def is_late(self) -> bool:
+            return len(calls) >= number
+
+    class Counted(Sampled):
+        def measure(self, choice: Choice, decides: Any = None) -> Measured:
+            calls.append(decides is None)
+            return super().measure(choice, decides)
+
+    space = Counted(space.errors, space.sizes, draw=1, misleading=True)
+    search = find(space, judge(acc=0.05), budget=Late())
+    assert len(calls) <= number + 1
+    assert calls[number:] in ([], [True])
+    best = search.best("size", {"acc": True}.get)
+    assert best is not None
+    # What a part promised is taken where nothing keeps the limit on all data.
+    assert best.is_whole or not any(trial.keeps_all and trial.is_whole for trial in search.trials)
+
+
 @pytest.mark.slow
 def test_the_promise_of_intervals_holds_where_validations_end_early() -> None:
     wrong, spent, whole, seen = 0, 0.0, 0, 300

@@ -26,6 +26,11 @@ def test_the_best_is_the_cheapest_that_keeps_the_limits_and_else_what_misses_lea
     trials = [trial("a", 30, True), trial("b", 20, True, 0.25), trial("c", 10, False), trial("d", 5, False, 1.0, 0.15)]
     record = SearchRecord(trials)
     assert record.best("size", {}.get) == trials[1]
+    record.is_over = True
+    assert record.best("size", {}.get) == trials[0]
+    record.trials = trials[1:]
+    assert record.best("size", {}.get) == trials[1]
+    record.trials, record.is_over = trials, False
     assert not trials[1].is_whole
     assert record.validations == 3.25
     assert SearchRecord(trials[2:]).best("size", {}.get) == trials[3]
