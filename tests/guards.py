@@ -343,7 +343,7 @@ GUARDS = (
     Guard(
         "an interruption of a search loses nothing that was tried",
         "search/find.py",
-        '            record.ended = "an interruption"\n',
+        '            record.ended, search.is_over = "an interruption", True\n',
         "            record.trials, record.ended = [], 'an interruption'\n",
         "search/test_find.py -k interrupted",
     ),
