@@ -33,6 +33,20 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "aligned channels keep room for values that calibration did not see",
+        "calibrate/alignment.py",
+        "torch.ones_like(maximum), _STRENGTH)",
+        "torch.ones_like(maximum), 1.0)",
+        "calibrate/test_alignment.py -k room",
+    ),
+    Guard(
+        "processes align by the extremes of all of them",
+        "calibrate/alignment.py",
+        "processes.maximum(extremes(prepared, groups, calls))",
+        "extremes(prepared, groups, calls)",
+        "calibrate/test_alignment.py -k alone",
+    ),
+    Guard(
         "a correction of means holds what calls agree on",
         "calibrate/output_correction.py",
         "return mean * (1 - noise / power).clamp(min=0)",
