@@ -129,7 +129,11 @@ def _is_of_one_size(call: Any) -> bool:
 def _slower(found: dict[str, Any]) -> bool:
     ms = found.get("ms", {})
     ours = [tool for tool in OURS if tool in ms]
-    return bool(ours) and found["times"][min(ours, key=lambda tool: ms[tool])][1] > 1
+    if not ours:
+        return False
+    fastest = min(ours, key=lambda tool: ms[tool])
+    # States of earlier versions have no interval.
+    return (found["times"][fastest][1] if "times" in found else ms[fastest] / ms[_best_float(ms)]) > 1
 
 
 def _tools(
@@ -240,6 +244,7 @@ def _times(result: dict[str, Any]) -> tuple[str, ...]:
     best = _best_float(ms)
     faster = [f"{ms[best] / ms[tool]:.2f}" if tool in ms else "" for tool in TIMED]
     batch = "" if result["batch"] == 1 else f", batch {result['batch']}"
+    batch += "" if "times" in result else ", through `load`"
     said = _said(result["cells"][min(OURS, key=lambda tool: ms.get(tool, math.inf))]) if _slower(result) else ""
     return f"{ms[best]:.2f} ({best.removeprefix('float, ')}{batch})", *faster, said, _auto(result)
 
