@@ -17,6 +17,9 @@ from torch import Tensor
 from lightning_quant.numerics.fake_quantize import SMALLEST_SCALE, along, channel_maximum, least_error_scale
 from lightning_quant.numerics.grid import Grid
 
+# Integers of four bits, but for zero: for more, the published first range of activations is too wide.
+_FEW_STEPS = 15
+
 
 class _LearnedStep(torch.autograd.Function):
     @staticmethod
@@ -87,7 +90,9 @@ def quantize_with_learned_range(x: Tensor, values: Tensor, grid: Grid, relu: boo
 
 
 def first_range(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
-    """Return the range that learning begins with: that of a step of 2 mean|x| / sqrt(Q), and never wider than the data.
+    """Return the range that learning begins with: that of a step of 2 mean|x| / sqrt(Q).
+
+    Beyond four bits it would be many times as wide as the data, and ends where these do.
 
     Source: Esser et al. 2020, arXiv:1902.08153, section 2.1, where Q is the highest integer.
 
@@ -99,8 +104,9 @@ def first_range(x: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
     steps, lowest = grid.high - grid.low, lowest.clamp(max=0)
     above_zero = torch.where(lowest < 0, steps // 2, steps)
     step = 2 * x.detach().float().abs().mean() / above_zero.sqrt()
-    low = torch.maximum(lowest, (above_zero - steps) * step)
-    return low, torch.minimum(low + steps * step, highest)
+    low = (above_zero - steps) * step
+    high = low + steps * step
+    return (low, high) if steps <= _FEW_STEPS else (torch.maximum(low, lowest), torch.minimum(high, highest))
 
 
 def _scale_and_zero_point(values: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:

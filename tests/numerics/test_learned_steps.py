@@ -71,7 +71,7 @@ def test_gradients_of_a_range_are_those_of_the_paper() -> None:
     assert bool((results[1][1] == 0).any()), "some values must be clipped for this test to say anything"
 
 
-def test_the_first_range_has_the_papers_step_and_ends_where_the_data_does() -> None:
+def test_the_first_range_of_four_bits_has_the_papers_step_and_that_of_eight_ends_where_the_data_does() -> None:
     x = torch.randn(4000, generator=torch.Generator().manual_seed(0))
     mean = float(x.abs().mean())
     low, high = (float(end) for end in first_range(x.relu() + 0.01, activation_grid(4)))
@@ -80,6 +80,8 @@ def test_the_first_range_has_the_papers_step_and_ends_where_the_data_does() -> N
     low, high = (float(end) for end in first_range(torch.cat([x, torch.tensor([-9.0, 9.0])]), activation_grid(4)))
     assert (high - low) / 15 == pytest.approx(2 * mean / 7**0.5, rel=0.02)
     assert -low == pytest.approx(high * 8 / 7)
+    low, high = (float(end) for end in first_range(x.clamp(-1, 1), activation_grid(4)))
+    assert high > 1.5
     assert first_range(x, activation_grid(8)) == (x.min(), x.max())
 
 
