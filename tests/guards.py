@@ -42,8 +42,8 @@ GUARDS = (
     Guard(
         "processes align by the extremes of all of them",
         "calibrate/alignment.py",
-        "processes.maximum(extremes(prepared, groups, calls))",
-        "extremes(prepared, groups, calls)",
+        "processes.maximum(extremes(prepared, groups, steps))",
+        "extremes(prepared, groups, steps)",
         "calibrate/test_alignment.py -k alone",
     ),
     Guard(

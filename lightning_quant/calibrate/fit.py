@@ -1,13 +1,12 @@
 """What a step for accuracy is fitted to, and the state that it changes: taken, put back, judged."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from lightning_quant.calibrate.groups import ScalingGroup, scaling_groups
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calls.calls import Call
@@ -29,18 +28,10 @@ class Fit:
         calls: calls of the module to fit to.
         corrects_outputs: whether biases are corrected by the outputs of the quantized model; a step that changes
             anything has to do that again.
-        groups: of the model's tensors, once they are known; those that fit the same model can share the list.
     """
 
     calls: list[Call]
     corrects_outputs: bool = False
-    groups: list[ScalingGroup] = field(default_factory=list)
-
-    def groups_of(self, prepared: Prepared) -> list[ScalingGroup]:
-        """Return the groups of tensors that can be scaled channel by channel; finding them traces the module."""
-        if not self.groups:
-            self.groups += scaling_groups(prepared)
-        return self.groups
 
     def refresh(self, prepared: Prepared) -> None:
         """Learn ranges and bias corrections again, after layers or channel scales have changed."""

@@ -64,8 +64,11 @@ def is_depthwise(prepared: Prepared, group: ScalingGroup) -> bool:
 
 
 def scaling_groups(prepared: Prepared) -> list[ScalingGroup]:
-    """Return the groups of a prepared model that at least one weighted operator reads."""
-    return [group for island in prepared.islands.values() for group in _Finder(prepared, island).groups()]
+    """Return the groups of a prepared model that at least one weighted operator reads; finding them traces it once."""
+    if prepared.scaling_groups is None:
+        islands = prepared.islands.values()
+        prepared.scaling_groups = [group for island in islands for group in _Finder(prepared, island).groups()]
+    return prepared.scaling_groups
 
 
 class _Finder:

@@ -78,7 +78,7 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
             results.append(step)
     restore(prepared, plain)
     kept = [step.name for step in results if step.kept]
-    if kept and not _fit_to_all(prepared, kept, Fit(calls, groups=folds[0].fit.groups)):
+    if kept and not _fit_to_all(prepared, kept, Fit(calls)):
         results = [replace(step, kept=False) for step in results]
     return tuple(results)
 
@@ -108,8 +108,7 @@ def _folds(prepared: Prepared, calls: list[Call]) -> list[_Fold]:
         judged = calls[number::parts]
         others = [call for place, call in enumerate(calls) if place % parts != number]
         recalibrate(prepared, others)
-        fit = Fit(others, groups=folds[0].fit.groups) if folds else Fit(others)
-        folds.append(_Fold(fit, judged, snapshot(prepared)))
+        folds.append(_Fold(Fit(others), judged, snapshot(prepared)))
     return folds
 
 

@@ -8,7 +8,7 @@ from lightning_quant.calibrate.adaround import adaround
 from lightning_quant.calibrate.channel_choice import choose_channels, is_linear
 from lightning_quant.calibrate.equalization import equalize
 from lightning_quant.calibrate.fit import Fit, output_snr, restore, snapshot
-from lightning_quant.calibrate.groups import is_depthwise
+from lightning_quant.calibrate.groups import is_depthwise, scaling_groups
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.range_choice import choose_ranges
 from lightning_quant.calibrate.recalibrate import recalibrate
@@ -47,7 +47,7 @@ def _scale_channels(prepared: Prepared, fit: Fit) -> int:
     On a pretrained MobileNetV2 the factors alone cost 0.5 to 1.8 dB on held-back calls. All of it together, fitted to
     128 images, gains 2 to 4 dB over GPTQ on others; fitted to 64, as judgements are, some of that or nothing.
     """
-    number = choose_channels(prepared, fit.groups_of(prepared), fit.calls)
+    number = choose_channels(prepared, scaling_groups(prepared), fit.calls)
     if number:
         recalibrate(prepared, fit.calls)
         if all(isinstance(observer, Histogram) for observer in prepared.ranges.observers.values()):
@@ -57,7 +57,7 @@ def _scale_channels(prepared: Prepared, fit: Fit) -> int:
 
 
 def _scale_depthwise(prepared: Prepared, fit: Fit) -> int:
-    groups = [g for g in fit.groups_of(prepared) if not g.from_float and is_depthwise(prepared, g)]
+    groups = [g for g in scaling_groups(prepared) if not g.from_float and is_depthwise(prepared, g)]
     number = smooth(prepared, groups, fit.calls)
     fit.refresh(prepared)
     return number
@@ -68,7 +68,7 @@ def _migrate(prepared: Prepared, fit: Fit) -> int:
 
     All at once, not one after the other: in a transformer the errors of all layers hide what one of them gains.
     """
-    groups = [g for g in fit.groups_of(prepared) if g.from_float and not g.links and is_linear(prepared, g)]
+    groups = [g for g in scaling_groups(prepared) if g.from_float and not g.links and is_linear(prepared, g)]
     if not any(group.normalized for group in groups):
         return 0
     few = fit.calls[:2]
@@ -86,13 +86,13 @@ def _migrate(prepared: Prepared, fit: Fit) -> int:
 
 
 def _equalize(prepared: Prepared, fit: Fit) -> int:
-    number = equalize(prepared, fit.groups_of(prepared), fit.calls)
+    number = equalize(prepared, scaling_groups(prepared), fit.calls)
     fit.refresh(prepared)
     return number
 
 
 def _absorb(prepared: Prepared, fit: Fit) -> int:
-    number = len(absorb(prepared, fit.groups_of(prepared), fit.calls))
+    number = len(absorb(prepared, scaling_groups(prepared), fit.calls))
     fit.refresh(prepared)
     return number
 

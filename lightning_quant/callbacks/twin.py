@@ -1,6 +1,5 @@
 """The integer twin of weights in training: what would run if fit ended now, in the place of a copy's own module."""
 
-import dataclasses
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 
 from lightning_quant.artifact import artifact as artifacts
-from lightning_quant.calibrate.calibrate import calibrate
+from lightning_quant.calibrate.alignment import calibrate_aligned
 from lightning_quant.calibrate.distributed import calibrate_together
 from lightning_quant.callbacks.kept_batches import KeptBatches
 from lightning_quant.callbacks.training_data import working_copy
@@ -82,11 +81,10 @@ def _calibrated(
         unroute_all(duplicate)
         prepared = model.anew(resolve(duplicate, callback.path))
         prepared.know_graphs(model)
-        prepared.recipe = dataclasses.replace(prepared.recipe, accuracy_steps=())
         if callback.group.size > 1:
             calibrate_together(callback.group, prepared, lambda: sample.steps(duplicate))
         else:
-            calibrate(prepared, sample.steps(duplicate))
+            calibrate_aligned(prepared, lambda: sample.steps(duplicate))
     model.know_graphs(prepared)
     return prepared
 

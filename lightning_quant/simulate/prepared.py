@@ -66,6 +66,8 @@ class Prepared(Quantizers, PlannedModel):
         left: labels of the layers that graphs have no integer form of.
         teacher: teaches what the float module answers, while it trains through rounding; None without one.
         taught: identities of the operators inside it whose results it teaches, too.
+        scaling_groups: which tensors can be scaled channel by channel, of `calibrate.groups`; None until they
+            are asked for. Bindings of the same plan share them.
         displaced: float layers whose places stored ones have taken while a block runs.
     """
 
@@ -81,6 +83,7 @@ class Prepared(Quantizers, PlannedModel):
         self.teacher: Teacher | None = None
         self.taught: set[str] = set()
         self.left = left_in_float(root, self.plan)
+        self.scaling_groups: list[Any] | None = None
         # Float layers whose places stored ones have taken; graphs are traced with them.
         self.displaced: dict[str, nn.Module] = {}
         self.simulation = Simulation(self)
@@ -89,7 +92,7 @@ class Prepared(Quantizers, PlannedModel):
     def __getstate__(self) -> dict[str, Any]:
         # What is made again when it is needed; weak references cannot be pickled.
         kept = {name: value for name, value in self.__dict__.items() if name not in ("_runner", "_twins", "_stored")}
-        return {**kept, "teacher": None}
+        return {**kept, "teacher": None, "scaling_groups": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state, _twins=weakref.WeakSet(), _stored=None)
@@ -196,6 +199,7 @@ class Prepared(Quantizers, PlannedModel):
     def know_graphs(self, other: "Prepared") -> None:
         """Trace nothing anew that another binding of the same plan has traced."""
         self._runner.know(other._runner)
+        self.scaling_groups = other.scaling_groups
 
     def stored_layers(self) -> dict[str, nn.Module]:
         """Return the layers whose weights are left to recipes of layers, made of those that the module has."""

@@ -63,8 +63,8 @@ def test_of_few_samples_channels_keep_room_for_more() -> None:
     model, held = uneven(nn.ReLU), images(64, seed=9)
     prepared = calibrated(model, list(images(4).split(2)), align_channels=False)
     groups = alignable(prepared)
-    calls = [((x,), {}) for x in images(4).split(2)]
-    assert move(prepared, groups, extremes(prepared, groups, calls)) == 1
+    steps = steps_of(prepared, images(4).split(2))
+    assert move(prepared, groups, extremes(prepared, groups, steps)) == 1
     factor = prepared.channels[groups[0].edges[0]].factor
     seen = model.layers[:3](images(4)).amax((0, 2, 3))
     expected = torch.where(seen > 0, (seen / seen.max()).sqrt(), 1.0)
