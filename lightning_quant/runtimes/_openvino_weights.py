@@ -4,6 +4,8 @@ from typing import Any
 
 import numpy as np
 
+_RECURRENT = ("LSTMSequence", "GRUSequence", "RNNSequence")
+
 
 def compress_weights(model: Any) -> Any:
     """Scale integer weights before their products instead of after them; the model is changed and returned.
@@ -31,8 +33,36 @@ def compress_weights(model: Any) -> Any:
         if scale is None or is_transposed or len(rows) != 2 or list(scale.get_output_shape(0)) != [rows[1]]:
             continue
         _scale_weight(product, weight, scaled, scale)
+    for layer in model.get_ordered_ops():
+        if layer.get_type_name() in _RECURRENT:
+            _let_weights_fold(layer)
     model.validate_nodes_and_infer_types()
     return model
+
+
+def _let_weights_fold(layer: Any) -> None:
+    """Clamp scaled integers that a recurrent layer is made of at what no weight reaches.
+
+    Its weights have to be constants. OpenVINO makes one of whatever depends on constants, but of integers that are
+    converted and multiplied and nothing else, and then refuses the layer; a clamp between is enough. They stay integers
+    in the file alone.
+    """
+    from openvino import opset13
+
+    waiting, seen = [value.get_node() for value in layer.input_values()[2:]], set()
+    while waiting:
+        node = waiting.pop()
+        if node.get_friendly_name() in seen:
+            continue
+        seen.add(node.get_friendly_name())
+        if node.get_type_name() == "Multiply" and _is_integer_constant(node.input_value(0).get_node()):
+            readers = list(node.output(0).get_target_inputs())
+            limit = float(np.finfo(np.float32).max)
+            clamped = opset13.clamp(node.output(0), -limit, limit)
+            for reader in readers:
+                reader.replace_source_output(clamped.output(0))
+        else:
+            waiting += [value.get_node() for value in node.input_values()]
 
 
 def _scale_weight(product: Any, weight: Any, scaled: Any, scale: Any) -> None:

@@ -10,7 +10,7 @@ What the table says was tried on OpenVINO 2026.4, CPU, with layer types and prim
 - Of the two products of attention that with values runs in integers, between dequantize and quantize: 0.81 to 1.23
   times the time of float, at 26 to 34 dB (`examples/benchmarks/attention.py`).
 - Weights stored as integers stay so in memory where they are scaled before their product (`_openvino_weights.py`);
-  those of LSTMs and GRUs must be constants, so int8 is refused for them.
+  those of LSTMs and GRUs are integers in the file, and constants in float once it is compiled.
 - Without a hint it computes float layers in bfloat16 on processors that have it; here it is told float32.
 """
 

@@ -11,8 +11,11 @@ from torch import Tensor, nn
 
 from lightning_quant import load, verify
 from lightning_quant.artifact.artifact import Artifact
-from lightning_quant.errors import ExportError, PlanError
+from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.errors import PlanError
 from lightning_quant.export.export import export
+from lightning_quant.export.prepare import prepare
+from lightning_quant.numerics.noise import signal_to_noise
 from lightning_quant.planned.layerwise import Layerwise, quantize_layers
 from lightning_quant.report.make_report import tensor_bytes
 from lightning_quant.runtimes import openvino
@@ -72,14 +75,49 @@ def test_integer_weights_stay_integers_in_memory(tmp_path: Path, monkeypatch: py
     assert "i8" not in constants(uncompressed)
 
 
-def test_recurrent_layers_store_half_precision_and_are_refused_integers(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["float16", "int8_weight_only"])
+def test_recurrent_layers_are_stored_small(recipe: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     call = {"tokens": tokens(2, 7)}
-    quantized, artifact = saved(TokenClassifier().eval(), "float16", tmp_path / "artifact", **call)
-
+    quantized, artifact = saved(TokenClassifier().eval(), recipe, tmp_path / "artifact", **call)
     assert quantized.parity(load(artifact.path), artifact.model_path).failures == []
-    with pytest.raises(ExportError, match=r"OpenVINO to run the exported model, but it says: LSTM.* expects Constant"):
-        saved(TokenClassifier().eval(), "int8_weight_only", tmp_path / "other", **call)
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase], **fields: Any) -> None:
+        super().__init__()
+        self.layer, self.head = kind(64, 64, batch_first=True, **fields), nn.LazyLinear(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0])
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning", "ignore:Lazy modules:UserWarning")
+@pytest.mark.parametrize("recipe", ["int8", "int8_weight_only"])
+@pytest.mark.parametrize(
+    ("kind", "fields"),
+    [
+        (nn.GRU, {}),
+        (nn.RNN, {}),
+        (nn.LSTM, {"num_layers": 2, "bidirectional": True}),
+        (nn.LSTM, {"proj_size": 16, "num_layers": 2, "bidirectional": True}),
+    ],
+    ids=["gru", "rnn", "lstm", "projected"],
+)
+def test_integers_of_recurrent_layers(recipe: str, kind: type[nn.RNNBase], fields: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = Recurrent(kind, **fields).eval(), [torch.randn(4, 9, 64) for _ in range(3)]
+    model(data[0])
+    if recipe == "int8":
+        prepared = prepare(model, (data[0],), recipe=recipe, runtime="openvino")
+        calibrate(prepared, steps_of(prepared, data))
+        artifact = export(prepared, tmp_path)
+    else:
+        _, artifact = saved(model, recipe, tmp_path, x=data[0])
+    with torch.no_grad():
+        assert signal_to_noise(model(data[0]), load(artifact.path, threads=1)(data[0])) > 35
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert artifact.model_path.with_name("model.bin").stat().st_size < 0.4 * weights
 
 
 @pytest.mark.parametrize(("recipe", "reason"), [("int8_dynamic", "in float"), ("int4_weight_only", "four bits")])

@@ -26,6 +26,8 @@ SLOW_CASES = (
     "test_openvino_weights.py::test_artifact_computes_what_the_layers_in_memory_do*bfloat16*",
     "test_openvino_weights.py::test_artifact_computes_what_the_layers_in_memory_do[[]bert-float16*",
     "test_openvino_weights.py::test_artifact_computes_what_the_layers_in_memory_do[[]gpt2-int8*",
+    "test_openvino_weights.py::test_integers_of_recurrent_layers[[]rnn-int8*",
+    "test_openvino_weights.py::test_integers_of_recurrent_layers[[][gl][rs][ut]*-int8]",
     "test_layer_recipes.py::test_contract[[]int4_weight_only-torch]",
     "test_layer_recipes.py::test_contract[[]float16-torch]",
     "test_stored_in_graphs.py::test_files_are_small_and_near_to_float[[]encoder-onnxruntime]",
