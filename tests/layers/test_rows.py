@@ -41,3 +41,18 @@ def test_weights_without_a_form_count_against_what_is_stored() -> None:
     plan = quantize_layers(Table().eval(), (torch.randn(3, 32),), recipe="int8_weight_only").plan
     assert {row.name: row.weights for row in plan.rows} == {"Table": 32 * 96, "layer": 32 * 32}
     assert plan.stored_share == 0.25
+
+
+def test_parameters_beside_those_that_are_stored_say_why_they_are_float() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.added = nn.Parameter(torch.randn(32, 64)), nn.Parameter(torch.randn(32, 64))
+            self.small = nn.Parameter(torch.randn(64, 8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ self.weight + self.added.sum(0)) @ self.small
+
+    plan = quantize_layers(Own().eval(), (torch.randn(3, 32),), recipe="int8_weight_only").plan
+    reasons = {row.name: row.reason for row in plan.rows if row.action == "float"}
+    assert reasons == {"added": "no product reads it", "small": "it has fewer than 1024 values"}
