@@ -42,8 +42,8 @@ def recorded_calls(module: nn.Module, limit: int | None = None) -> Iterator[list
         handle.remove()
     if left_out:
         warnings.warn(
-            f"Algorithms for accuracy see the first {len(calls)} of {len(calls) + left_out} calls, whose inputs take "
-            f"{held / 2**20:.0f} MiB; ranges are learned from all of them.",
+            f"Algorithms for accuracy, and the ranges behind them, see the first {len(calls)} of "
+            f"{len(calls) + left_out} calls, whose inputs take {held / 2**20:.0f} MiB.",
             NoEffectWarning,
             stacklevel=2,
         )
