@@ -86,6 +86,7 @@ CHANGING = {
     "activation.symmetric": {"activation": replace(ACTIVATION, symmetric=True)},
     "calibration_observer": {"calibration_observer": "min_max"},
     "bias_correction": {"bias_correction": False},
+    "align_channels": {"align_channels": False},
     "overrides": {"overrides": {"0": "float"}},
     "accuracy_steps": {"accuracy_steps": ("gptq", "shrink_scales")},
     "wide_ends": {"wide_ends": True},
@@ -96,7 +97,9 @@ IN_TRAINING = {"training_observer", "learned_ranges"}
 def answers(recipe: Recipe) -> torch.Tensor:
     """Return what a calibrated net answers on a batch."""
     torch.manual_seed(0)
-    net = nn.Sequential(nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4))
+    net = nn.Sequential(
+        nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)
+    )
     net[0].weight.data[0] *= 9
     batches = [(torch.randn(32, 3, 8, 8),) for _ in range(6)]
     prepared = prepare(net.eval(), batches[0], recipe=recipe, observer=recipe.calibration_observer)
