@@ -47,6 +47,26 @@ def test_the_first_that_works_is_taken_and_what_did_not_is_kept_with_its_reason(
         write_model(model, converted, output, tmp_path / "model.onnx", [BATCH])
 
 
+def test_a_file_that_is_wrong_for_few_samples_has_the_captured_sizes(
+    model: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load = type(model.runtime).load
+
+    def wrong_for_few(*args: Any, **options: Any) -> Any:
+        loaded = load(*args, **options)
+        run = loaded.run
+        loaded.run = lambda tensors: [out * (0.8 if len(out) < 5 else 1) for out in run(tensors)]
+        return loaded
+
+    monkeypatch.setattr(type(model.runtime), "load", wrong_for_few)
+    converted, output = model.converted(static_sizes=True)
+    written = write_model(model, converted, output, tmp_path / "model.onnx", [BATCH, {}])
+    assert written.dynamic == {}
+    ((refused, why),) = model.refused
+    assert refused == BATCH
+    assert "what onnxruntime computes is 14.0 dB from what was exported" in why
+
+
 def test_the_float_peer_is_a_file_of_the_same_runtime(model: Any, tmp_path: Path) -> None:
     model.exported = BATCH
     path = export_float(model, tmp_path, model.runtime)
