@@ -10,7 +10,9 @@ images, the full ratio came to 14 to 17 and the root to 20 to 23; of 128 images 
 
 import functools
 import time
-from collections.abc import Callable, Iterable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from statistics import mean
 from typing import Any
@@ -27,6 +29,7 @@ from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calibrate.rescale import rescale
 from lightning_quant.calibrate.smoothing import smoothing_factor, within_clip
 from lightning_quant.calls.calls import Call
+from lightning_quant.errors import NoEffectWarning
 from lightning_quant.graph.plan import Operator
 from lightning_quant.numerics.adjustments import AccuracyStep
 from lightning_quant.numerics.bias_correction import InputMeans
@@ -43,7 +46,22 @@ def alignable(prepared: Prepared) -> list[ScalingGroup]:
     """Return the groups of tensors that can be centered or scaled for nothing; finding any traces the module."""
     if not any(_may_be_read_or_written(prepared, i, o) for i, o in prepared.operators.items()):
         return []
-    return [g for g in scaling_groups(prepared) if g.can_shift or (is_depthwise(prepared, g) and not g.from_float)]
+    with _kept_as_calibrated(prepared):
+        return [g for g in scaling_groups(prepared) if g.can_shift or (is_depthwise(prepared, g) and not g.from_float)]
+    return []
+
+
+@contextmanager
+def _kept_as_calibrated(prepared: Prepared) -> Iterator[None]:
+    """Undo what a block has changed where it fails, with a warning: calibration is as good without it."""
+    plain = snapshot(prepared)
+    try:
+        yield
+    # Whatever a user's module raises when it is called once more: no artifact is lost for it.
+    except Exception as error:
+        restore(prepared, plain)
+        message = f"Channels are not aligned, since that ended in {type(error).__name__}: {error}"
+        warnings.warn(message, NoEffectWarning, stacklevel=2)
 
 
 def _may_be_read_or_written(prepared: Prepared, identity: str, operator: Operator) -> bool:
@@ -59,7 +77,7 @@ def align_channels(
     calls: list[Call],
     again: Callable[[], None] | None = None,
     processes: Group | None = None,
-) -> AccuracyStep:
+) -> AccuracyStep | None:
     """Center and scale groups, and calibrate again; all of it is undone where the output is no nearer to float's.
 
     Args:
@@ -68,12 +86,31 @@ def align_channels(
         calls: of the module, which ranges are learned from.
         again: calibrates again, on these calls where nothing else is said.
         processes: those that have calls; this one alone where nothing is said.
+
+    Returns:
+        what came of it; None where no call of the module was seen, or one failed.
     """
-    processes = processes or Group()
+    if processes is not None and processes.size > 1:
+        # Others wait for this process: what fails here fails for all.
+        return _aligned(prepared, groups, calls, again, processes)
+    with _kept_as_calibrated(prepared):
+        return _aligned(prepared, groups, calls, again, Group())
+    return None
+
+
+def _aligned(
+    prepared: Prepared,
+    groups: list[ScalingGroup],
+    calls: list[Call],
+    again: Callable[[], None] | None,
+    processes: Group,
+) -> AccuracyStep | None:
     started, judges, plain = time.monotonic(), calls[:_NUM_JUDGES], snapshot(prepared)
     exact: list[Any] = []
     steps = [functools.partial(prepared.root, *args, **kwargs) for args, kwargs in calls]
     before = list(chain(*processes.gather(output_snrs(prepared, judges, exact))))
+    if not before:
+        return None
     changed = move(prepared, groups, processes.maximum(extremes(prepared, groups, steps)))
     after = before
     if changed:

@@ -39,8 +39,9 @@ def calibrate(prepared: Prepared, steps: Iterable[Callable[[], Any]]) -> int:
     with recorded_calls(prepared.root, None if groups or recipe.accuracy_steps else 0) as calls:
         number = observe(prepared, steps, means)
     settle(prepared, number, means)
-    aligned = (align_channels(prepared, groups, calls),) if groups else ()
-    prepared.accuracy_steps = aligned + (climb(prepared, calls) if recipe.accuracy_steps else ())
+    aligned = align_channels(prepared, groups, calls) if groups else None
+    climbed = climb(prepared, calls) if recipe.accuracy_steps else ()
+    prepared.accuracy_steps = climbed if aligned is None else (aligned, *climbed)
     return number
 
 

@@ -135,8 +135,8 @@ def calibrate_together(group: Group, prepared: Prepared, steps: Callable[[], Ite
     groups = alignable(prepared) if prepared.recipe.align_channels else []
     with recorded_calls(prepared.root, None if groups else 0) as calls:
         _calibrate_once(group, prepared, steps)
-    if groups:
-        prepared.accuracy_steps = (align_channels(prepared, groups, calls, again, group),)
+    aligned = align_channels(prepared, groups, calls, again, group) if groups else None
+    prepared.accuracy_steps = () if aligned is None else (aligned,)
 
 
 def _calibrate_once(group: Group, prepared: Prepared, steps: Callable[[], Iterable[Callable[[], Any]]]) -> None:

@@ -16,6 +16,7 @@ from lightning_quant.calibrate.alignment import alignable, extremes, move
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calibrate.distributed import Group, calibrate_together
 from lightning_quant.calibrate.fit import output_snr
+from lightning_quant.errors import NoEffectWarning
 from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
 from lightning_quant.numerics.noise import signal_to_noise
@@ -98,6 +99,20 @@ def test_every_static_recipe_aligns(recipe: str) -> None:
     prepared = prepare(model, (data[0],), recipe=RECIPES[recipe], observer="mse")
     calibrate(prepared, steps_of(prepared, data))
     assert prepared.accuracy_steps[0].name == "align_channels"
+
+
+def test_where_it_fails_or_no_call_is_seen_calibration_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = list(images(16).split(8))
+    calls = [((x,), {}) for x in data]
+    plain = calibrated(uneven(nn.ReLU), data, align_channels=False)
+    assert alignment.align_channels(plain, alignable(plain), []) is None
+    for name in ("scaling_groups", "rescale", "recalibrate"):
+        with monkeypatch.context() as patch:
+            patch.setattr(alignment, name, lambda *_: {}["of the user's"])
+            with pytest.warns(NoEffectWarning, match='not aligned, since that ended in KeyError: "of the user\'s"'):
+                prepared = calibrated(uneven(nn.ReLU), data)
+        assert prepared.accuracy_steps == ()
+        assert output_snr(prepared, calls) == output_snr(plain, calls)
 
 
 def test_nets_without_such_tensors_keep_no_calls(monkeypatch: pytest.MonkeyPatch) -> None:
