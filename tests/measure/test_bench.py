@@ -46,7 +46,7 @@ def test_a_folder_that_is_no_artifact_is_refused_before_anything_is_timed(tmp_pa
 @pytest.mark.usefixtures("unmeasured")
 def test_the_peak_of_a_larger_file_is_higher_and_held_against_its_limit(tmp_path: Path) -> None:
     peaks, ratios = [], []
-    for width in (8, 2048):
+    for width in (8, 4096):
         model, x = torch.nn.Sequential(torch.nn.Linear(width, width)), torch.randn(4, width)
         how: dict[str, Any] = {"calibration_data": [x], "output_dir": tmp_path / str(width)}
         limits = {"peak_memory_mb": 1.0, "peak_memory_ratio": 0.01}
@@ -58,5 +58,5 @@ def test_the_peak_of_a_larger_file_is_higher_and_held_against_its_limit(tmp_path
         assert any("at its peak, more than 1" in text for text in report["failures"])
         assert any("of float's memory at its peak, more than 0.01" in text for text in report["failures"])
     # At least by the weights, a byte each, where float has four.
-    assert peaks[1] - peaks[0] > 3.5
+    assert peaks[1] - peaks[0] > 15
     assert 0.25 < ratios[1] < 0.7

@@ -61,7 +61,6 @@ SLOW_CASES = (
     "test_forged_files.py::test_some_forged_files[[][ot][po]*]",
     "test_contract.py::test_signature_of_another_model_is_refused[[]inductor]",
     "test_contract.py::test_what_cannot_be_exported_is_refused_before_training[[]openvino]",
-    "test_allowances.py::test_operators_of_another_form_are_exported[[]_Pairs-executorch-*]",
     "test_model_peculiarities.py::test_compiled_modules[[]Quant*-whole]",
     "test_onnx_export.py::test_modules_that_differ_*[[][rp]*]",
     "test_onnx_moves.py::test_integers_are_moved[[]torch]",
