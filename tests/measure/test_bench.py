@@ -53,7 +53,7 @@ def test_the_peak_of_a_larger_file_is_higher_and_held_against_its_limit(tmp_path
         artifact = quantize(model, "int8_weight_only", "torch", **how, limits=limits)
         report: Any = artifact.report
         peaks.append(report["scalars"]["quant/peak_memory_mb"])
-        assert report["search"]["trials"][0]["measured"]["peak_memory_mb"] == pytest.approx(peaks[-1], abs=4.0)
+        assert report["search"]["trials"][0]["measured"]["peak_memory_mb"] == pytest.approx(peaks[-1], rel=0.3, abs=4.0)
         ratios.append(report["scalars"]["quant/peak_memory_ratio"])
         assert any("at its peak, more than 1" in text for text in report["failures"])
         assert any("of float's memory at its peak, more than 0.01" in text for text in report["failures"])
