@@ -44,7 +44,7 @@ _NUM_JUDGES = 2
 
 def alignable(prepared: Prepared) -> list[ScalingGroup]:
     """Return the groups of tensors that can be centered or scaled for nothing; finding any traces the module."""
-    if not any(_may_be_read_or_written(prepared, i, o) for i, o in prepared.operators.items()):
+    if not any(_is_candidate(prepared, i, o) for i, o in prepared.operators.items()):
         return []
     with _kept_as_calibrated(prepared):
         return [g for g in scaling_groups(prepared) if g.can_shift or (is_depthwise(prepared, g) and not g.from_float)]
@@ -64,7 +64,7 @@ def _kept_as_calibrated(prepared: Prepared) -> Iterator[None]:
         warnings.warn(message, NoEffectWarning, stacklevel=2)
 
 
-def _may_be_read_or_written(prepared: Prepared, identity: str, operator: Operator) -> bool:
+def _is_candidate(prepared: Prepared, identity: str, operator: Operator) -> bool:
     if not operator.weight:
         return False
     return prepared.weight(identity).shape[1] == 1 or (operator.quantized_output and not operator.activation)

@@ -45,7 +45,7 @@ def _scale_channels(prepared: Prepared, fit: Fit) -> int:
     """Choose factors of channels, and for these ranges and rounding, without which they often gain nothing.
 
     On a pretrained MobileNetV2 the factors alone cost 0.5 to 1.8 dB on held-back calls. All of it together, fitted to
-    128 images, gains 2 to 4 dB over GPTQ on others; fitted to 64, as judgements are, some of that or nothing.
+    128 images, gains 2 to 4 dB over GPTQ on others; fitted to 64, some of that or nothing.
     """
     number = choose_channels(prepared, scaling_groups(prepared), fit.calls)
     if number:

@@ -46,17 +46,27 @@ def test_a_folder_that_is_no_artifact_is_refused_before_anything_is_timed(tmp_pa
 @pytest.mark.usefixtures("unmeasured")
 def test_the_peak_of_a_larger_file_is_higher_and_held_against_its_limit(tmp_path: Path) -> None:
     peaks, ratios = [], []
-    for width in (8, 4096):
+    for width in (8, 2048):
         model, x = torch.nn.Sequential(torch.nn.Linear(width, width)), torch.randn(4, width)
         how: dict[str, Any] = {"calibration_data": [x], "output_dir": tmp_path / str(width)}
         limits = {"peak_memory_mb": 1.0, "peak_memory_ratio": 0.01}
         artifact = quantize(model, "int8_weight_only", "torch", **how, limits=limits)
         report: Any = artifact.report
         peaks.append(report["scalars"]["quant/peak_memory_mb"])
-        assert report["search"]["trials"][0]["measured"]["peak_memory_mb"] == pytest.approx(peaks[-1], rel=0.3, abs=4.0)
+        assert report["search"]["trials"][0]["measured"]["peak_memory_mb"] == pytest.approx(peaks[-1], abs=4.0)
         ratios.append(report["scalars"]["quant/peak_memory_ratio"])
         assert any("at its peak, more than 1" in text for text in report["failures"])
         assert any("of float's memory at its peak, more than 0.01" in text for text in report["failures"])
     # At least by the weights, a byte each, where float has four.
-    assert peaks[1] - peaks[0] > 15
-    assert 0.25 < ratios[1] < 0.7
+    assert peaks[1] - peaks[0] > 3.5
+    assert ratios[1] < ratios[0]
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+@pytest.mark.usefixtures("unmeasured")
+def test_the_peak_of_a_file_that_is_mostly_weights_is_a_fraction_of_floats(tmp_path: Path) -> None:
+    model, x = torch.nn.Sequential(torch.nn.Linear(4096, 4096)), torch.randn(4, 4096)
+    limits = {"peak_memory_ratio": 0.01}
+    artifact = quantize(model, "int8_weight_only", "torch", calibration_data=[x], output_dir=tmp_path, limits=limits)
+    assert 0.25 < artifact.report["scalars"]["quant/peak_memory_ratio"] < 0.7
