@@ -42,6 +42,21 @@ def test_ranges_move_only_while_observing_in_a_phase_that_observes() -> None:
             assert all(new != old for new, old in zip(ranges(), before, strict=True)), phase
 
 
+@pytest.mark.parametrize("observed", [False, True])
+def test_eight_bits_beside_learned_ranges_follow_the_data(observed: bool) -> None:
+    model = with_statistics(ResidualNet()).train()
+    prepared = prepare(model, (IMAGE,), observer="moving_average", recipe="int4")
+    prepared.begin_learning()
+    for phase in (*["observe"] * observed, "fake_quantize"):
+        with prepared.attached(phase, observing=True):
+            model(IMAGE)
+    assert prepared.learned_steps is not None
+    edges = prepared.ranges.edges
+    learned = {i for i, edge in edges.items() if f"edges {edge.shared}" in prepared.learned_steps.logarithms}
+    assert learned
+    assert learned == set(edges) - prepared.ranges.wide
+
+
 @pytest.mark.parametrize("corrected", [False, True])
 def test_state_survives_a_checkpoint(corrected: bool) -> None:
     model = with_statistics(ResidualNet()).eval()
