@@ -119,6 +119,8 @@ def _bare(call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
         return lambda inputs: results_of(session.run(None, {name: inputs.numpy()}))
     if isinstance(call, OpenVinoModule):
         return lambda inputs: results_of([result.copy() for result in call.compiled(inputs.numpy()).values()])
+    if isinstance(call, LoadedModule):
+        return lambda inputs: call.run([inputs])
     return call
 
 

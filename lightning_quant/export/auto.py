@@ -5,13 +5,13 @@ Float on each of them is timed beside, so that the report says where integers ga
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from torch import Tensor
+from torch import nn
 
 from lightning_quant import runtimes
-from lightning_quant.artifact import golden
 from lightning_quant.artifact.artifact import load
 from lightning_quant.calls.loaded import LoadedModule
 from lightning_quant.errors import DiskError, QuantizationError
@@ -24,14 +24,17 @@ from lightning_quant.planned.sizes import ChosenShapes
 from lightning_quant.surgery.process import torch_threads
 from lightning_quant.surgery.routing import evaluation_mode
 
+# Times the fastest beyond which a contestant is timed in a few rounds only, so that the others get many.
+_HOPELESS = 4
+
 
 class Choice(NamedTuple):
     """What was measured, and what came of it.
 
     Attributes:
-        runtime: name of the fastest correct one.
+        runtime: name of the fastest correct one, by the geometric mean of its times.
         note: all that was measured, in words.
-        warnings: that float is faster on some runtime than every artifact, if it is.
+        warnings: at which batches float is faster on some runtime than the artifact.
     """
 
     runtime: str
@@ -54,8 +57,8 @@ def choose_runtime(
     """
     refused: dict[str, str] = {}
     with scratch_folder() as folder, FloatPeers() as peers, torch_threads(threads or 1):
-        candidates: dict[str, Callable[[], Any]] = {}
-        floats: dict[str, Callable[[], Any]] = {}
+        correct: dict[str, tuple[PlannedModel, nn.Module]] = {}
+        floats: dict[str, nn.Module] = {}
         for runtime in runtimes.names():
             try:
                 model = plan(runtime)
@@ -70,44 +73,67 @@ def choose_runtime(
             if failures:
                 refused[runtime] = f"parity FAILED: {failures[0]}"
                 continue
-            inputs = list(golden.load(artifact.golden_path, artifact.signature).inputs)
-            candidates[runtime] = functools.partial(loaded.run, inputs)
-            floats |= _float_peer(model, peers, threads or 1, inputs)
-            root, call = model.root, model.call(inputs)
-        if not candidates:
+            correct[runtime] = model, loaded
+            floats |= _float_peer(model, peers, threads or 1)
+        if not correct:
             reasons = "; ".join(f"{runtime}: {reason}" for runtime, reason in refused.items())
             raise QuantizationError(f"Expected a runtime to give a correct artifact, but none did: {reasons}")
-        floats["float in torch"] = functools.partial(root, *call.args, **call.kwargs)
-        with evaluation_mode(root):
-            timings = measure({**candidates, **floats})
-    fastest = min(candidates, key=lambda runtime: timings[runtime].median_ms)
-    best = min(floats, key=lambda name: timings[name].median_ms)
-    return Choice(fastest, _in_words(fastest, timings, refused), _slower(fastest, best, timings))
+        floats["float in torch"] = model.root
+        timings = _timed(correct, floats)
+    fastest = min(correct, key=lambda runtime: math.prod(row[runtime].median_ms for row in timings.values()))
+    return Choice(fastest, _in_words(fastest, timings, refused), _slower(fastest, list(correct), timings))
 
 
-def _float_peer(
-    model: PlannedModel, peers: FloatPeers, threads: int, inputs: list[Tensor]
-) -> dict[str, Callable[[], Any]]:
-    """Return a call of the float model in a runtime's own format, by name; nothing where it has none that soon."""
+def _timed(
+    correct: dict[str, tuple[PlannedModel, nn.Module]], floats: dict[str, nn.Module]
+) -> dict[int, dict[str, Timing]]:
+    """Time artifacts and float by the numbers of samples that a report shows: the fewest all take, and the captured."""
+    models = [model for model, _ in correct.values()]
+    contestants = {runtime: loaded for runtime, (_, loaded) in correct.items()} | floats
+    timings = {}
+    with evaluation_mode(floats["float in torch"]):
+        for batch in dict.fromkeys((max(model.smallest for model in models), models[0].num_samples)):
+            args, kwargs = models[0].call(models[0].samples(batch))
+            calls = {name: functools.partial(called, *args, **kwargs) for name, called in contestants.items()}
+            few = measure(calls, min_rounds=2, budget_s=0)
+            bound = _HOPELESS * min(timing.median_ms for timing in few.values())
+            timings[batch] = few | measure({name: call for name, call in calls.items() if few[name].median_ms <= bound})
+    return timings
+
+
+def _float_peer(model: PlannedModel, peers: FloatPeers, threads: int) -> dict[str, nn.Module]:
+    """Return the float model in a runtime's own format, by name; nothing where it has none that soon."""
     if not model.runtime.COMPILES:
         with contextlib.suppress(QuantizationError):
             peer = peers.of(model, threads)
             if isinstance(peer, LoadedModule):
-                peer.run(inputs)
-                return {f"float in {model.plan.runtime}": functools.partial(peer.run, inputs)}
+                args, kwargs = model.call(model.samples(model.smallest))
+                peer(*args, **kwargs)
+                return {f"float in {model.plan.runtime}": peer}
     return {}
 
 
-def _slower(fastest: str, best: str, timings: dict[str, Timing]) -> tuple[str, ...]:
-    times = timings[fastest].median_ms / timings[best].median_ms
-    if times <= 1:
-        return ()
-    return (f"every artifact is slower than {best}, the fastest on {fastest} {times:.2f} times the time",)
+def _slower(fastest: str, correct: list[str], timings: dict[int, dict[str, Timing]]) -> tuple[str, ...]:
+    """Say at which numbers of samples float is faster than the chosen, and whether another artifact is not."""
+    said = []
+    for batch, row in timings.items():
+        best = min((name for name in row if name not in correct), key=lambda name: row[name].median_ms)
+        other = min(correct, key=lambda runtime: row[runtime].median_ms)
+        times = row[fastest].median_ms / row[best].median_ms
+        if times > 1:
+            other_gains = row[other].median_ms < row[best].median_ms
+            whose = f"the artifact on {fastest}, but not on {other}," if other_gains else "every artifact"
+            said.append(f"{whose} is slower than {best} at batch {batch}: {fastest} takes {times:.2f} times the time")
+    return tuple(said)
 
 
-def _in_words(fastest: str, timings: dict[str, Timing], refused: dict[str, str]) -> str:
-    measured = ", ".join(f"{name} {timing} ms" for name, timing in timings.items())
-    text = f"{fastest} was chosen as the fastest on the golden batch, in interleaved rounds: {measured}"
+def _in_words(fastest: str, timings: dict[int, dict[str, Timing]], refused: dict[str, str]) -> str:
+    measured = "; ".join(
+        f"at batch {batch} {', '.join(f'{name} {timing} ms' for name, timing in row.items())}"
+        for batch, row in timings.items()
+    )
+    over = " over the batches that a report shows" if len(timings) > 1 else ""
+    text = f"{fastest} was chosen as the fastest{over}, in interleaved rounds: {measured}"
     if refused:
         reasons = "; ".join(f"{runtime} ({reason[:200]})" for runtime, reason in refused.items())
         text += f". Not considered: {reasons}"

@@ -10,6 +10,7 @@ from lightning_quant import load, quantize
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import auto as automatic
 from lightning_quant.export.auto import choose_runtime
+from lightning_quant.machine.latency import Timing
 from lightning_quant.runtimes import openvino
 
 pytestmark = [
@@ -48,9 +49,32 @@ def test_the_report_says_that_float_in_another_runtime_is_faster(
     faster(monkeypatch, "float in openvino")
     artifact = quantize(model(), runtime="auto", calibration_data=[X], output_dir=tmp_path, threads=1)
     assert all(f"float in {name} " in artifact.report["notes"][0] for name in ("torch", "onnxruntime", "openvino"))
-    (warning,) = [text for text in artifact.report["warnings"] if "slower" in text]
-    assert warning.startswith("every artifact is slower than float in openvino")
-    assert "9.00 times the time" in warning
+    said = [text for text in artifact.report["warnings"] if "slower" in text]
+    assert said == [
+        f"every artifact is slower than float in openvino at batch {batch}: onnxruntime takes 9.00 times the time"
+        for batch in (1, 16)
+    ]
+
+
+def test_what_is_fastest_by_one_sample_and_by_the_captured_batch_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    known = {1: {"onnxruntime": 2.0, "openvino": 8.0}, 16: {"onnxruntime": 3.0, "openvino": 2.0}}
+
+    def timed(contestants: dict[str, Any], **_: Any) -> dict[str, Timing]:
+        (rows,) = {len(call()) for call in contestants.values()}
+        ms = known[rows] | {"float in torch": 2.5}
+        return {name: Timing(ms[name], 1.0, 9.0, 7) for name in contestants}
+
+    monkeypatch.setattr(automatic, "measure", timed)
+    artifact = quantize(model(), runtime="auto", calibration_data=[X], output_dir=tmp_path, threads=1)
+    assert artifact.manifest["runtime"] == "onnxruntime"
+    (note,) = artifact.report["notes"]
+    assert note.startswith("onnxruntime was chosen as the fastest over the batches that a report shows")
+    (warning,) = [text for text in artifact.report["warnings"] if text.startswith("the artifact on onnxruntime")]
+    assert warning.endswith(
+        "but not on openvino, is slower than float in torch at batch 16: onnxruntime takes 1.20 times the time"
+    )
 
 
 def test_fast_runtime_that_computes_something_else_is_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
