@@ -42,12 +42,18 @@ _STRENGTH = 0.5
 _NUM_JUDGES = 2
 
 
-def alignable(prepared: Prepared) -> list[ScalingGroup]:
-    """Return the groups of tensors that can be centered or scaled for nothing; finding any traces the module."""
+def alignable(prepared: Prepared, processes: Group | None = None) -> list[ScalingGroup]:
+    """Return the groups of tensors that can be centered or scaled for nothing; finding any traces the module.
+
+    Args:
+        prepared: detached.
+        processes: that all look, this one alone where nothing is said; where one of them fails, none finds any.
+    """
     if not any(_is_candidate(prepared, i, o) for i, o in prepared.operators.items()):
         return []
     with _kept_as_calibrated(prepared):
-        return [g for g in scaling_groups(prepared) if g.can_shift or (is_depthwise(prepared, g) and not g.from_float)]
+        groups = (processes or Group()).together(scaling_groups, prepared)
+        return [g for g in groups if g.can_shift or (is_depthwise(prepared, g) and not g.from_float)]
     return []
 
 
@@ -90,11 +96,8 @@ def align_channels(
     Returns:
         what came of it; None where no call of the module was seen, or one failed.
     """
-    if processes is not None and processes.size > 1:
-        # Others wait for this process: what fails here fails for all.
-        return _aligned(prepared, groups, calls, again, processes)
     with _kept_as_calibrated(prepared):
-        return _aligned(prepared, groups, calls, again, Group())
+        return _aligned(prepared, groups, calls, again, processes or Group())
     return None
 
 
@@ -108,14 +111,19 @@ def _aligned(
     started, judges, plain = time.monotonic(), calls[:_NUM_JUDGES], snapshot(prepared)
     exact: list[Any] = []
     steps = [functools.partial(prepared.root, *args, **kwargs) for args, kwargs in calls]
-    before = list(chain(*processes.gather(output_snrs(prepared, judges, exact))))
+
+    def judged() -> list[float]:
+        return list(chain(*processes.gather(processes.together(output_snrs, prepared, judges, exact))))
+
+    before = judged()
     if not before:
         return None
-    changed = move(prepared, groups, processes.maximum(extremes(prepared, groups, steps)))
+    ends = processes.maximum(processes.together(extremes, prepared, groups, steps))
+    changed = processes.together(move, prepared, groups, ends)
     after = before
     if changed:
         again() if again else recalibrate(prepared, calls)
-        after = list(chain(*processes.gather(output_snrs(prepared, judges, exact))))
+        after = judged()
     kept = mean(after) > mean(before)
     if not kept:
         restore(prepared, plain)

@@ -45,20 +45,25 @@ class Group:
         return values
 
     def together(self, function: Callable[..., T], *args: Any) -> T:
-        """Run a function in every process; where it fails in one, all raise.
+        """Run a function in every process; where it fails in one, all raise: the others would wait for it for ever.
 
         Raises:
-            QuantizationError: the first failure among the processes.
+            QuantizationError: the first failure among the others.
+            Exception: whatever the function raises in this process.
         """
         result: Any = None
-        error: QuantizationError | None = None
+        error: Exception | None = None
         try:
             result = function(*args)
-        except QuantizationError as caught:
+        except Exception as caught:
             error = caught
-        others = [other for other in self.gather(error) if other is not None]
+        # What others raise may not be made to travel.
+        told = error if error is None or isinstance(error, QuantizationError) else QuantizationError(repr(error))
+        others = [other for other in self.gather(told) if other is not None]
+        if error is not None:
+            raise error
         if others:
-            raise error or others[0]
+            raise others[0]
         return result
 
     def on_first(self, function: Callable[..., T], *args: Any) -> T:
@@ -132,7 +137,7 @@ def calibrate_together(group: Group, prepared: Prepared, steps: Callable[[], Ite
         prepared.ranges = prepared.ranges.anew(prepared.recipe, prepared.observer)
         _calibrate_once(group, prepared, steps)
 
-    groups = alignable(prepared) if prepared.recipe.align_channels else []
+    groups = alignable(prepared, group) if prepared.recipe.align_channels else []
     with recorded_calls(prepared.root, None if groups else 0) as calls:
         _calibrate_once(group, prepared, steps)
     aligned = align_channels(prepared, groups, calls, again, group) if groups else None

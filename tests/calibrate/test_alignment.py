@@ -1,5 +1,6 @@
 """Channels are centered and scaled where that costs the weights nothing, and left where it harms."""
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def test_nets_without_such_tensors_keep_no_calls(monkeypatch: pytest.MonkeyPatch
     assert prepared.accuracy_steps == ()
 
 
-def meet(rank: int, size: int, folder: str, results: Any) -> None:
+def meet(rank: int, size: int, folder: str, results: Any, fails: str = "") -> None:
     torch.set_num_threads(1)
     if size > 1:
         dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=size)
@@ -132,11 +133,14 @@ def meet(rank: int, size: int, folder: str, results: Any) -> None:
     prepared = prepare(model, (data[0],), recipe=Recipe(), observer="min_max")
     # The last of three processes has no data.
     part = [] if rank == 2 else data[rank :: min(size, 2)]
-    calibrate_together(Group(size), prepared, lambda: steps_of(prepared, part))
-    (step,) = prepared.accuracy_steps
+    if fails and rank == 1:
+        setattr(alignment, fails, lambda *_: {}["of the user's"])
+    with pytest.warns(NoEffectWarning, match="of the user's") if fails else nullcontext():
+        calibrate_together(Group(size), prepared, lambda: steps_of(prepared, part))
+    (step,) = prepared.accuracy_steps or (None,)
     factors = {edge: channels.factor.tolist() for edge, channels in prepared.channels.items()}
     ranges = {edge: [float(end) for end in o.range()] for edge, o in prepared.ranges.observers.items()}
-    results[(rank, size)] = (step.kept, factors, ranges)
+    results[(rank, size)] = (step and step.kept, factors, ranges)
     if size > 1:
         dist.destroy_process_group()
 
@@ -153,3 +157,11 @@ def test_processes_align_alike_and_as_one_does_alone(tmp_path: Path) -> None:
         assert shared[(rank, 3)][:2] == (kept, factors)
         for edge, ends in shared[(rank, 3)][2].items():
             assert ends == pytest.approx(ranges[edge], rel=1e-4)
+
+
+@pytest.mark.parametrize("fails", ["scaling_groups", "extremes", "rescale"])
+def test_where_one_process_fails_calibration_stands_in_all(fails: str, tmp_path: Path) -> None:
+    shared = multiprocessing.get_context("fork").Manager().dict()
+    multiprocessing.start_processes(meet, (2, str(tmp_path), shared, fails), nprocs=2, start_method="fork")
+    assert shared[(0, 2)] == shared[(1, 2)]
+    assert shared[(0, 2)][:2] == (None, {})
