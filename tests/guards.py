@@ -42,9 +42,16 @@ GUARDS = (
     Guard(
         "processes align by the extremes of all of them",
         "calibrate/alignment.py",
-        "processes.maximum(extremes(prepared, groups, steps))",
+        "processes.maximum(processes.together(extremes, prepared, groups, steps))",
         "extremes(prepared, groups, steps)",
         "calibrate/test_alignment.py -k alone",
+    ),
+    Guard(
+        "channels are aligned in all processes or in none",
+        "calibrate/alignment.py",
+        "(processes or Group()).together(scaling_groups, prepared)",
+        "scaling_groups(prepared)",
+        "calibrate/test_alignment.py -k fails_calibration",
     ),
     Guard(
         "a correction of means holds what calls agree on",
