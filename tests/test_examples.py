@@ -87,7 +87,7 @@ def test_readme_yaml_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.filterwarnings(NO_WORKERS_OR_OVERWRITE)
-@pytest.mark.parametrize("page", ["README.md", "examples/README.md"])
+@pytest.mark.parametrize("page", ["README.md", pytest.param("examples/README.md", marks=pytest.mark.slow)])
 def test_code_of_pages_runs(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)

@@ -42,9 +42,10 @@ PAIRS = [(runtime, net) for runtime in RUNTIMES for net in OTHER_NETS.get(runtim
 
 
 @pytest.fixture(scope="session")
-def fresh_results(made: Artifacts) -> dict[str, list[list[Tensor]]]:
-    """What one fresh process gets from the artifacts."""
-    return results_of_a_fresh_process(made, PAIRS)
+def fresh_results(request: pytest.FixtureRequest, made: Artifacts) -> dict[str, list[list[Tensor]]]:
+    """What one fresh process gets from the artifacts that this run asks for."""
+    asked = [test.callspec.params["item"] for test in request.session.items if "fresh_results" in test.fixturenames]
+    return results_of_a_fresh_process(made, asked)
 
 
 @pytest.fixture(params=PAIRS, ids="-".join)

@@ -78,6 +78,17 @@ SLOW_CASES = (
     "test_openvino_sums.py::test_sum_in_float_is_what_was_simulated[[]behind ReLU]",
     "test_by_chance.py::test_the_report_says_which_metrics_are_random_and_how_much[[]python]",
     "test_quantize_command.py::test_limits_in_yaml_are_those_of_the_command_line",
+    # What makes the same exports again: one net, one way into a search stay.
+    "test_contract.py::*[[]executorch-residual]",
+    "test_loaded.py::test_code_that_asks_for_a_device_finds_one*[[]inductor]",
+    "test_searching.py::test_training_through_rounding_is_searched_with_its_own_ranges",
+    "test_runtime_choice.py::test_a_resumed_run_goes_on_with_the_runtime_that_has_its_ranges",
+    "test_decomposed.py::test_what_loads_those_of_pytorch_later_is_not_in_the_way",
+    "test_layer_recipes.py::test_contract[[]int8_weight_only_gptq-torch]",
+    "test_openvino_weights.py::test_artifact_computes_what_the_layers_in_memory_do[[]gpt2-float16*",
+    "test_interruptions.py::test_failing_stage[[]Quant*-_metrics-new]",
+    "test_sweeping.py::test_an_interruption_at_the_end_keeps_what_is_made",
+    "test_only_if_needed.py::test_weights_of_the_trial_are_exported_where_the_last_miss_the_limit",
 )
 
 
