@@ -2,22 +2,21 @@
 
 import dataclasses
 import functools
-import math
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.calls.calls import Call
 from lightning_quant.doors.settings import Settings
+from lightning_quant.doors.yielded import Yielded, counted_samples, given_whole
 from lightning_quant.errors import EvaluationError, NoEffectWarning, QuantizationError
 from lightning_quant.machine.timed import timed
-from lightning_quant.measure.contributions import Contributions, Metrics, differences, of_samples
+from lightning_quant.measure.contributions import Metrics, differences
 from lightning_quant.measure.interim import Decides, Interim
 from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.planned.planned_model import PlannedModel
@@ -35,8 +34,6 @@ from lightning_quant.search.section import SearchSection
 from lightning_quant.surgery.routing import evaluation_mode
 
 Function = Callable[[nn.Module], Any]
-# What a function is called by that gives a number and no dict.
-METRIC = "metric"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +74,7 @@ class Evaluated:
 
     def rows(self, model: PlannedModel, artifact: Artifact) -> tuple[tuple[MetricRow, ...], tuple[str, ...], Metrics]:
         """Return rows of a report, why there are none where the function fails, and the metrics of the file."""
-        judge = Judge(self.settings.limits, {})
+        judge = Judge(self.settings.limits, self.floating.higher_is_better)
         try:
             values = self.of_file(model, artifact)
         except QuantizationError as error:
@@ -104,13 +101,13 @@ def evaluated(function: Function | None, module: nn.Module, settings: Settings) 
         )
     floating = metrics_of(function, module)
     if settings.searches:
-        check_metrics(settings.limits, settings.objective, floating, {})
+        check_metrics(settings.limits, settings.objective, floating, floating.higher_is_better)
     return Evaluated(function, floating, settings)
 
 
 @torch.no_grad()
 def metrics_of(function: Function, module: nn.Module, interim: Interim | None = None) -> Metrics:
-    """Return what a function gives: a number, values of all samples, or a dict of either; or yields, part by part.
+    """Return what a function gives: a number, values of all samples, a metric, or a dict of these; or yields by parts.
 
     Args:
         function: of a module.
@@ -120,43 +117,16 @@ def metrics_of(function: Function, module: nn.Module, interim: Interim | None = 
     Raises:
         EvaluationError: it is something else.
     """
-    with evaluation_mode(module):
+    with evaluation_mode(module), counted_samples(module) as count:
         given = function(module)
-        if isinstance(given, Iterator):
-            return _of_parts(given, interim)
-    numbers = _numbers(given)
-    values = {name: float(x.mean()) if x.numel() else math.nan for name, x in numbers.items()}
-    parts = {name: of_samples(x.flatten().tolist()) for name, x in numbers.items() if x.numel() > 1}
-    return Metrics(values, contributions=parts)
-
-
-def _of_parts(given: Iterator[Any], interim: Interim | None) -> Metrics:
-    values: dict[str, list[float]] = {}
-    for part in given:
-        for name, numbers in _numbers(part).items():
-            values.setdefault(name, []).extend(numbers.flatten().tolist())
-        number = max(map(len, values.values()), default=0)
-        if interim is not None and interim.look(number, functools.partial(_of_samples, values)):
-            break
-    if interim is not None and interim.metrics is not None:
-        return interim.metrics
-    return Metrics({name: fmean(whole) for name, whole in values.items() if whole}, contributions=_of_samples(values))
-
-
-def _of_samples(values: Mapping[str, list[float]]) -> dict[str, Contributions]:
-    return {name: of_samples(numbers) for name, numbers in values.items() if len(numbers) > 1}
-
-
-def _numbers(given: Any) -> dict[str, Tensor]:
-    numbers = {}
-    for name, value in (given if isinstance(given, Mapping) else {METRIC: given}).items():
-        try:
-            numbers[str(name)] = torch.as_tensor(value).detach().cpu().double()
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise EvaluationError(
-                f"Expected `evaluate` to return numbers, values of samples, or a dict of them, but got {value!r:.60}."
-            ) from error
-    return numbers
+        if not isinstance(given, Iterator):
+            return given_whole(given)
+        seen = Yielded()
+        for part in given:
+            seen.add(part, count())
+            if interim is not None and interim.look(seen.number, seen.contributions):
+                break
+    return seen.metrics() if interim is None or interim.metrics is None else interim.metrics
 
 
 def searched(
@@ -173,7 +143,7 @@ def searched(
         seconds: gets the time that it took.
     """
     settings = judged.settings
-    judge, objective = Judge(settings.limits, {}), settings.objective or ""
+    judge, objective = Judge(settings.limits, judged.floating.higher_is_better), settings.objective or ""
     makes, few = candidates(whole, calls, settings.selection), (held or calls[-NUM_CALLS:])[:NUM_CALLS]
     rank = functools.partial(makes.ranked, few, by_time=objective == LATENCY)
     files = Files(judged.floating, judged.of_file, lambda made: made.on_host(), whole.on_host(), makes, rank)

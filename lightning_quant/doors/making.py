@@ -111,7 +111,7 @@ def make_artifacts(
                 reason = str(error) or repr(error)
                 warnings.warn(f"{name}: {reason}", NoEffectWarning, stacklevel=3)
                 points.append(dataclasses.replace(none, reason=reason))
-    judge = Judge(judged.settings.limits, {})
+    judge = Judge(judged.settings.limits, judged.floating.higher_is_better)
     known = {metric: judge.direction(metric) for point in points for metric in point.metrics}
     return swept(folder, points, known, judged.settings.objective)
 

@@ -68,7 +68,8 @@ def quantize(  # noqa: D417  `documented` adds the shared ones
             class, which runs code of whoever wrote the file.
         evaluate: function of a module, the float one or an exported file, to its metrics: a dict of numbers, or of the
             values of all samples, whose mean then counts and which intervals are made of; or one of these, called
-            "metric". What limits on metrics are about.
+            "metric". A generator yields them part by part, and may yield a metric of torchmetrics after each of its
+            updates, whose intervals are then made of these. What limits on metrics are about.
 
     Raises:
         QuantizationError: an argument is wrong or a stage failed; nothing is half written.

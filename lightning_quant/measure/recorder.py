@@ -32,7 +32,7 @@ class Recorder:
     def __init__(self, *, lists: bool = True) -> None:
         self._lists = lists
         self._means: dict[str, list[tuple[float, float]]] = {}
-        self._metrics: dict[str, _States] = {}
+        self._metrics: dict[str, States] = {}
         self._samples = 0
 
     def note(self, logged: Mapping[str, Any], metrics: Mapping[str, Metric], batch: Any = None) -> None:
@@ -51,7 +51,7 @@ class Recorder:
                 self._means.setdefault(name, []).append(reached)
         for name, metric in metrics.items():
             if self._lists or not any(isinstance(default, list) for default in metric._defaults.values()):
-                self._metrics.setdefault(name, _States(metric)).note()
+                self._metrics.setdefault(name, States(metric)).note()
 
     def contributions(self, name: str, value: float, metric: Metric | None = None) -> Contributions | None:
         """Return the parts of a logged metric; None where they do not make up its value.
@@ -62,10 +62,10 @@ class Recorder:
             metric: what was logged under that name, where it was a metric and no number.
         """
         if name in self._means:
-            return _checked(_of_running(self._means[name]), value)
+            return checked(_of_running(self._means[name]), value)
         own = [n for n, states in self._metrics.items() if metric is not None and states.metric is metric]
         for source in own or self._metrics:
-            if (parts := _checked(self._of_states(source), value)) is not None:
+            if (parts := checked(self._of_states(source), value)) is not None:
                 return parts
         return None
 
@@ -98,15 +98,20 @@ def _of_running(reached: list[tuple[float, float]]) -> Contributions:
     return of_means(values, weights)
 
 
-def _checked(parts: Contributions | None, value: float) -> Contributions | None:
+def checked(parts: Contributions | None, value: float) -> Contributions | None:
+    """Return parts that make up a value; None where they do not."""
     if parts is None or not parts.number:
         return None
     whole = parts.of(range(parts.number))
     return parts if abs(whole - value) <= _TOLERANCE * max(abs(value), _TOLERANCE) else None
 
 
-class _States:
-    """What each batch added to the states of a metric, where these are sums or lists of what was seen."""
+class States:
+    """What each batch added to the states of a metric, where these are sums or lists of what was seen.
+
+    Args:
+        metric: is read after each of its updates.
+    """
 
     def __init__(self, metric: Metric) -> None:
         self.metric = metric
@@ -115,6 +120,7 @@ class _States:
         self._room = _MAX_BYTES
 
     def note(self) -> None:
+        """Read what the metric holds after an update."""
         states = {name: getattr(self.metric, name) for name in self.metric._defaults}
         # A matrix for each of many batches, as of a thousand classes, would not fit into memory.
         self._room -= sum(v.nbytes for v in states.values() if isinstance(v, Tensor))
@@ -125,7 +131,13 @@ class _States:
         # The lists themselves are emptied when validation ends.
         self._lists = {n: list(v) for n, v in states.items() if isinstance(v, list)}
 
+    @property
+    def number(self) -> int:
+        """Updates by now."""
+        return len(self._steps)
+
     def contributions(self) -> Contributions | None:
+        """Return what the updates added; None where the states are no sums and no lists."""
         reductions = {name: getattr(kind, "__name__", "") for name, kind in self.metric._reductions.items()}
         starts = {n: d.detach().cpu() for n, d in self.metric._defaults.items() if isinstance(d, Tensor)}
         if not self._steps or not reductions or any(reductions[name] != "dim_zero_sum" for name in starts):

@@ -86,7 +86,7 @@ def test_metrics_of_a_function_are_held_against_plain_limits(tmp_path: Path) -> 
     ("evaluate", "limits", "message"),
     [
         (correct, {"equl": -0.05}, "'equal' was probably meant"),
-        (lambda _: "good", {"metric": -0.1}, "to return numbers"),
+        (lambda _: "good", {"metric": -0.1}, "to give numbers"),
         ("val_acc", {"metric": -0.1}, "`evaluate` to be a function"),
         (None, {"metric": -0.1}, "`quantize` runs none"),
     ],
