@@ -102,6 +102,12 @@ class Artifact:
         return None if name is None else current(self.path) / name
 
     @property
+    def model_digest(self) -> str:
+        """What tells the model files of two artifacts apart."""
+        hashes = self.manifest["sha256"]
+        return " ".join(hashes[name] for _, name in sorted(self.model_files.items()))
+
+    @property
     def size_bytes(self) -> int:
         """Bytes of the model on disk, all its files together; golden batch and report do not count."""
         return sum((current(self.path) / name).stat().st_size for name in self.model_files.values())

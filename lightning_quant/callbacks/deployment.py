@@ -32,7 +32,7 @@ class Known:
     Attributes:
         floating: metrics of the float weights.
         calls: the first call that their validation made of the module.
-        files: metrics by `digest` of an artifact, with the number of samples where that is known.
+        files: metrics by `model_digest` of an artifact, with the number of samples where that is known.
         predictions: what the float weights predicted meanwhile, where that was noted.
         missing: why there are no metrics of the float weights, where that failed.
     """

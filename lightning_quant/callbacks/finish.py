@@ -187,8 +187,8 @@ def _metrics(
     with attempt("the metrics of the artifact are"):
         files = {} if known is None else known.files
         how = {"predictions": predictions, "contributions": known is not None}
-        measured = files.get(digest(own)) or evaluate_artifact(callback, trainer, deployment, own, **how)
-        exported, number = files[digest(own)] = measured
+        measured = files.get(own.model_digest) or evaluate_artifact(callback, trainer, deployment, own, **how)
+        exported, number = files[own.model_digest] = measured
     before = callback.metrics_before
     margins: dict[str, float | None] = {}
     with attempt("the intervals of metrics are"):
@@ -227,12 +227,6 @@ def _gains(
         with prepared.simulation.quantizing_only(all_but(prepared, left_out)), prepared.attached("frozen"):
             values.append(evaluate(trainer, deployment.pl_module, callback.path, limit_batches=limit))
     return {name: values[1][name] - value for name, value in values[0].items()}
-
-
-def digest(artifact: Artifact) -> str:
-    """Return what tells the model files of two artifacts apart."""
-    hashes = artifact.manifest["sha256"]
-    return " ".join(hashes[name] for _, name in sorted(artifact.model_files.items()))
 
 
 def evaluate_artifact(

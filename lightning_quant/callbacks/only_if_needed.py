@@ -14,7 +14,7 @@ from lightning_quant.calibrate.calibrate import calibrate
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.deployment import Deployment, Known, choose_weights
 from lightning_quant.callbacks.directions import watched
-from lightning_quant.callbacks.finish import digest, evaluate_artifact
+from lightning_quant.callbacks.finish import evaluate_artifact
 from lightning_quant.callbacks.forecast import forecast
 from lightning_quant.callbacks.search_checks import first_metrics
 from lightning_quant.callbacks.training_data import borrowed_loaders, calibration_steps, working_copy
@@ -263,7 +263,7 @@ def _measure(callback: "QuantizationAwareTraining", trainer: Trainer, deployment
     with scratch_folder() as folder:
         artifact = export(model, folder / "trial", dynamic_shapes=settings.dynamic_shapes, engine=settings.engine)
         file = evaluate_artifact(callback, trainer, deployment, artifact, contributions=True)
-        known, size = Known(floating, calls, {digest(artifact): file}), artifact.size_bytes
+        known, size = Known(floating, calls, {artifact.model_digest: file}), artifact.size_bytes
     # Weights that were trained through rounding are held against those before it.
     directions = need.directions | watched(trainer, callback._checkpoint) | floating.higher_is_better
     need.looks += 1

@@ -28,7 +28,7 @@ from lightning_quant.calibrate.calibrate import calibrate
 from lightning_quant.calibrate.distributed import calibrate_together
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.deployment import choose_weights
-from lightning_quant.callbacks.finish import digest, finish
+from lightning_quant.callbacks.finish import finish
 from lightning_quant.callbacks.float_metrics import float_metrics
 from lightning_quant.callbacks.refusals import refused_in_callback
 from lightning_quant.callbacks.replay import recorded_steps, replayed
@@ -173,7 +173,7 @@ class PostTrainingQuantization(QuantizationCallback):
         steps = outcomes(deployment.model.accuracy_steps)
         self.artifact = finish(self, trainer, replace(deployment, notes=(*deployment.notes, *steps)))
         if self.is_member and deployment.known is not None:
-            self.measured = deployment.known.files.get(digest(self.artifact), (None, None))[0]
+            self.measured = deployment.known.files.get(self.artifact.model_digest, (None, None))[0]
 
     @override
     def _prepare(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -16,7 +16,7 @@ from lightning_quant.calibrate.calibrate import calibrate
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.deployment import Deployment, Known
 from lightning_quant.callbacks.directions import watched
-from lightning_quant.callbacks.finish import digest, evaluate_artifact
+from lightning_quant.callbacks.finish import evaluate_artifact
 from lightning_quant.callbacks.float_metrics import float_metrics
 from lightning_quant.calls.calls import Call
 from lightning_quant.calls.recorded_calls import recorded_calls
@@ -122,7 +122,7 @@ def _files(
         interim = None if decides is None or not order() else Interim(known.floating, decides, order())
         metrics, number = evaluate_artifact(callback, trainer, tried, artifact, contributions=True, interim=interim)
         if not isinstance(metrics, PartialMetrics):
-            known.files[digest(artifact)] = metrics, number
+            known.files[artifact.model_digest] = metrics, number
         return metrics
 
     def on_host(made: PlannedModel) -> PlannedModel:

@@ -17,7 +17,7 @@ from lightning_quant.doors.yielded import Yielded, counted_samples, given_whole
 from lightning_quant.errors import EvaluationError, NoEffectWarning, QuantizationError
 from lightning_quant.machine.timed import timed
 from lightning_quant.measure.contributions import Metrics, differences
-from lightning_quant.measure.interim import Decides, Interim
+from lightning_quant.measure.interim import Decides, Interim, PartialMetrics
 from lightning_quant.measure.sensitivity import NUM_CALLS
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe import recipe as recipes
@@ -44,11 +44,13 @@ class Evaluated:
         function: of a module to its metrics; None where there is none.
         floating: metrics of the float module.
         settings: with limits.
+        known: metrics by `model_digest` of what was evaluated whole: a search's file is not for its report again.
     """
 
     function: Function | None
     floating: Metrics
     settings: Settings
+    known: dict[str, Metrics] = dataclasses.field(default_factory=dict)
 
     def of_file(self, model: PlannedModel, artifact: Artifact, decides: Decides | None = None) -> Metrics:
         """Return the metrics of an exported file, of no more parts than decide where the function gives parts.
@@ -58,14 +60,19 @@ class Evaluated:
         """
         if self.function is None:
             return Metrics()
+        if artifact.model_digest in self.known:
+            return self.known[artifact.model_digest]
         module = opened(model, artifact, self.settings.threads or torch.get_num_threads())
         try:
-            return metrics_of(self.function, module, self._interim(decides))
+            metrics = metrics_of(self.function, module, self._interim(decides))
         except QuantizationError:
             raise
         # Whatever the user's own code raises: what was tried before must not be lost for it.
         except Exception as error:
             raise EvaluationError(f"Expected `evaluate` to take the exported module, but {error!r}.") from error
+        if not isinstance(metrics, PartialMetrics):
+            self.known[artifact.model_digest] = metrics
+        return metrics
 
     def _interim(self, decides: Decides | None) -> Interim | None:
         numbers = [parts.number for parts in self.floating.contributions.values()]
