@@ -45,7 +45,7 @@ class _FirstOutput(nn.Module):
 
 
 def export_onnx(
-    model: nn.Module, example: Mapping[str, Tensor], path: Path, *, by_name: bool = True, varying: bool = False
+    model: nn.Module, example: Mapping[str, Tensor], path: Path, *, by_name: bool = True, varying: int = 0
 ) -> Path:
     """Write the float model as an ONNX file with the sizes of an example, with PyTorch's own exporter.
 
@@ -54,9 +54,9 @@ def export_onnx(
         example: tensors by the names that the file's inputs get.
         path: of the file to write.
         by_name: whether the model takes them as keyword arguments, or in this order.
-        varying: whether batch and length, the first two dimensions of every tensor, may be others.
+        varying: how many of the first dimensions of every tensor may be others: none, the batch, or the length, too.
     """
-    sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("length")}
+    sizes = dict(enumerate([torch.export.Dim("batch"), torch.export.Dim("length")][:varying]))
     path.parent.mkdir(parents=True, exist_ok=True)
     with quiet():
         torch.onnx.export(

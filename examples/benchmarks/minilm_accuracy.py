@@ -111,7 +111,7 @@ def contestants(model: nn.Module, calls: list[Call], folder: Path) -> dict[str, 
             print(f"  {note}", flush=True)
         return lq.load(path, threads=1)
 
-    exported = export_onnx(model, calls[0], folder / "float.onnx", varying=True)
+    exported = export_onnx(model, calls[0], folder / "float.onnx", varying=2)
     found: dict[str, Callable[[], Model]] = {
         "torch.ao static, x86": lambda: torch_ao_static(model, calls, "x86"),
         "torch.ao static, onednn": lambda: torch_ao_static(model, calls, "onednn"),

@@ -23,10 +23,11 @@ from typing import Any
 from unittest import mock
 
 import torch
+from nncf_control import accuracy_control
 from results import publish
 from scipy.special import betaincinv
 from search_exhaustive import Outcome, correct, correct_in_parts, exhaustive, outcome, prepared
-from search_nets import BATCH, Task, task
+from search_nets import Task, task
 from timing import table
 from torch import Tensor, nn
 
@@ -40,6 +41,7 @@ from lightning_quant.search.relaxations import relaxations
 
 OURS, GREEDY, NNCF = "lightning_quant", "greedy, one operator at a time", "NNCF accuracy control (OpenVINO)"
 EXHAUSTIVE = "exhaustive"
+NNCF_BATCH = 20  # items that NNCF ranks by have samples of their own
 
 
 def ours(task: Task, folder: Path) -> Outcome | None:
@@ -77,29 +79,21 @@ def greedy(task: Task, folder: Path) -> Outcome | None:
 
 def nncf_control(task: Task, folder: Path) -> Outcome | None:
     """Let NNCF revert operators until its validation keeps the limit."""
-    import nncf
     import openvino as ov
 
-    validations = 0
-    inputs, labels = task.data["validation"]
-
-    def validate(model: Any, items: Any) -> tuple[float, None]:
-        nonlocal validations
-        validations += 1
-        answers = torch.cat([torch.from_numpy(model([batch.numpy()])[0]).argmax(1) for batch in inputs.split(BATCH)])
-        return float((answers == labels).float().mean()), None
-
-    batches = [batch.numpy() for batch in task.data["calibration"][0].split(64)]
     example = torch.zeros(2, *task.net.shape)
     converted = ov.convert_model(task.net, example_input=example, input=[(-1, *task.net.shape)])
-    data = nncf.Dataset(batches)
+    name = converted.input(0).get_any_name()
+    calls = [{name: batch.numpy()} for batch in task.data["calibration"][0].split(64)]
+    batches = (part.split(NNCF_BATCH) for part in task.data["validation"])
+    items = [({name: inputs.numpy()}, labels.numpy()) for inputs, labels in zip(*batches, strict=True)]
     try:
-        quantized = nncf.quantize_with_accuracy_control(converted, data, data, validate, max_drop=task.limit)
+        done = accuracy_control(converted, calls, items, lambda a, b: (a == b).mean(), task.limit)
     except KeyError as error:  # Of a node that its own passes have taken away, where a net has an LSTM.
         print(f"NNCF fails with KeyError {error}.")
         return None
-    ov.save_model(quantized, folder / "nncf.xml", compress_to_fp16=False)
-    compiled = ov.compile_model(quantized, "CPU")
+    ov.save_model(done.model, folder / "nncf.xml", compress_to_fp16=False)
+    compiled = ov.compile_model(done.model, "CPU")
 
     class Loaded(nn.Module):
         """The compiled file as a module."""
@@ -108,7 +102,7 @@ def nncf_control(task: Task, folder: Path) -> Outcome | None:
             """Run it."""
             return torch.from_numpy(compiled([x.numpy()])[0])
 
-    made = outcome(task, Loaded(), validations - 1, (folder / "nncf.bin").stat().st_size)
+    made = outcome(task, Loaded(), done.readings, (folder / "nncf.bin").stat().st_size, done.files)
     return made if made.validated_drop <= task.limit else None
 
 
@@ -152,12 +146,12 @@ def against_exhaustive(pairs: list[tuple[Outcome, Outcome]]) -> str:
 
 
 def searched(seed: int, ways: Mapping[str, Callable[[Task, Path], Outcome | None]]) -> dict[str, Any]:
-    """Search one net in all ways; return what JSON can hold."""
+    """Search one net in some ways; return what JSON can hold."""
     made, outcomes = task(seed), dict[str, Outcome | None]()
     for name, way in ways.items():
         with tempfile.TemporaryDirectory() as folder:
             outcomes[name] = way(made, Path(folder).resolve() / "file")
-    if (one := outcomes[OURS]) is not None:
+    if (one := outcomes.get(OURS)) is not None:
         with tempfile.TemporaryDirectory() as folder:
             outcomes[EXHAUSTIVE] = exhaustive(made, Path(folder).resolve() / "file", one.files)
     said = {name: None if got is None else dataclasses.asdict(got) for name, got in outcomes.items()}
@@ -170,7 +164,7 @@ def main() -> None:
     parser.add_argument("--nets", type=int, default=50)
     parser.add_argument("--first", type=int, default=0, help="only nets from this one on")
     parser.add_argument("--ranked", type=int, default=100)
-    parser.add_argument("--log", type=Path, help="a file of nets that are done, which are not searched again")
+    parser.add_argument("--log", type=Path, help="a file of what is done, which is not searched again")
     options = parser.parse_args()
     torch.set_num_threads(1)
     sys.path.append(str(Path(__file__).parents[2] / "tests" / "support"))
@@ -188,8 +182,10 @@ def main() -> None:
     lines = options.log.read_text().splitlines() if options.log and options.log.exists() else []
     done = {net["seed"]: net for net in map(json.loads, lines)}
     for seed in range(options.first, options.nets):
-        if seed not in done:
-            done[seed] = searched(seed, ways)
+        known = done[seed]["outcomes"] if seed in done else {}
+        if left := {name: way for name, way in ways.items() if name not in known}:
+            done[seed] = searched(seed, left)
+            done[seed]["outcomes"] = known | done[seed]["outcomes"]
             print(json.dumps(done[seed]), flush=True)
             if options.log:
                 with options.log.open("a") as file:
