@@ -215,6 +215,13 @@ GUARDS = (
         "planned/test_overrides.py -k keep_eight_bits",
     ),
     Guard(
+        "sums read in eight bits what products read in four",
+        "export/prepare.py",
+        "    analysis = with_rereads(analysis, on_cpu, narrow_products(chosen, analysis))\n",
+        "",
+        "graph/test_rereads.py -k in_eight_bits",
+    ),
+    Guard(
         "weights are rounded to the bits that grids have now",
         "simulate/running.py",
         "            self._graphs, self._calls = {}, {}\n",

@@ -13,6 +13,7 @@ from lightning_quant.graph import operations as ops
 from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.moves import KEEPS_CHANNELS
 from lightning_quant.graph.plan import Operator
+from lightning_quant.graph.rereads import insert_rereads
 from lightning_quant.graph.trace import trace
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode, resolve
@@ -78,6 +79,7 @@ class _Finder:
         with evaluation_mode(self.root):
             graph = trace(self.root, island.spec, island.tensors, set(island.opaque)).graph
         self.nodes: dict[str, fx.Node] = {node.meta["key"]: node for node in graph.nodes if "key" in node.meta}
+        insert_rereads(island, self.nodes)
         self.parent = {edge.key: edge.key for edge in island.plan.edges}
         self.blocked: set[str] = set()
         self.written: set[str] = set()

@@ -21,6 +21,7 @@ from lightning_quant.graph.moves import border_of
 from lightning_quant.graph.named_edges import EdgeQuantizer
 from lightning_quant.graph.plan import Operator
 from lightning_quant.graph.qdq import BoundGraph, InParts, QuantizedLayer, layer_options
+from lightning_quant.graph.rereads import insert_rereads
 from lightning_quant.graph.trace import trace
 from lightning_quant.layers.parameters import read_from_children
 from lightning_quant.layers.placement import place
@@ -120,6 +121,7 @@ def _convert_island(
     traced = trace(module, island.spec, island.tensors, set(island.opaque))
     graph = traced.graph
     nodes = {node.meta["key"]: node for node in graph.nodes if "key" in node.meta}
+    insert_rereads(island, nodes)
     shield_float_layers(prepared, island, nodes, module)
     layers = _layers_put_in(prepared, island, module, graph, nodes)
     if static_sizes:

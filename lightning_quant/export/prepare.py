@@ -9,9 +9,10 @@ from lightning_quant.calibrate.ladder import check_steps
 from lightning_quant.errors import PlanError
 from lightning_quant.export.static_model import StaticModel
 from lightning_quant.graph.analyze import analyze
+from lightning_quant.graph.rereads import with_rereads
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers.leftovers import kept_as_whole, left_in_float
-from lightning_quant.planned.overrides import select
+from lightning_quant.planned.overrides import narrow_products, select
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.recipe.recipe import AnyRecipe
 from lightning_quant.surgery.compilation import scripted_part
@@ -61,6 +62,7 @@ def prepare(
     on_cpu, (args, kwargs) = on_host(model), moved_call(args, kwargs or {})
     where: dict[str, Any] = {"recipe": chosen.name, "runtime": runtime, "module": module}
     analysis = analyze(on_cpu, args, kwargs, table, selection, **where, trains=trains)
+    analysis = with_rereads(analysis, on_cpu, narrow_products(chosen, analysis))
     if trains and analysis.nothing:
         raise PlanError(
             f"{analysis.nothing}{_stored_alone(left_in_float(on_cpu, kept_as_whole(on_cpu, analysis.plan)))}"

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -43,6 +43,7 @@ class Island:
         constants: key of a weight or bias that forward computes to a function that computes it from the module.
         keys: site in the user's code to key, to find the same operators in a graph traced in training mode.
         opaque: paths, relative to the island, that are called as they are.
+        rereads: key of an edge to the nodes that read it rounded anew; see `graph.rereads`.
     """
 
     path: str
@@ -53,6 +54,7 @@ class Island:
     constants: dict[str, Callable[[nn.Module], Tensor]]
     keys: dict[Any, str]
     opaque: frozenset[str]
+    rereads: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def __deepcopy__(self, memo: Any) -> "Island":
         return self
@@ -239,9 +241,7 @@ def _is_layer(module: nn.Module) -> bool:
 def _opaque_with_weights(traced: Traced, module: nn.Module) -> set[str]:
     """Return the modules that the graph calls as a whole although layers with weights are inside."""
     paths = set()
-    for node in traced.graph.nodes:
-        if node.op != "call_module":
-            continue
+    for node in traced.graph.find_nodes(op="call_module"):
         kind, child = ops.describe(node, module).kind, module.get_submodule(str(node.target))
         if kind in ("other", "transformer") and has_weights(child) and not isinstance(child, WHOLE):
             paths.add(str(node.target))

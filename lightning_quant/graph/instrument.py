@@ -14,6 +14,7 @@ from lightning_quant.graph.analyze import Island
 from lightning_quant.graph.code import with_any_names
 from lightning_quant.graph.operations import argument, describe
 from lightning_quant.graph.plan import Operator
+from lightning_quant.graph.rereads import insert_rereads
 from lightning_quant.graph.trace import trace
 
 
@@ -40,12 +41,13 @@ def instrument(module: nn.Module, island: Island, spec: CallSpec, tensors: list[
     """Trace a module under its present flags and put the quantizers in."""
     traced = trace(module, spec, tensors, set(island.opaque))
     graph = traced.graph
-    nodes = list(graph.nodes)
     keys = {}
-    for node in nodes:
+    for node in graph.nodes:
         key = island.keys.get(node.meta.get("site"))
         if key is not None:
             keys[key] = node
+    insert_rereads(island, keys)
+    nodes = list(graph.nodes)
     with graph.inserting_before(nodes[0]):
         simulation = graph.placeholder("lightning_quant_simulation")
     for operator in island.plan.operators:

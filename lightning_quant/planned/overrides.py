@@ -8,6 +8,7 @@ from lightning_quant.arguments.choice import check_choice, did_you_mean
 from lightning_quant.errors import PlanError, QuantizationError
 from lightning_quant.graph.analyze import Analysis
 from lightning_quant.graph.plan import Edge, Operator
+from lightning_quant.graph.rereads import is_product
 from lightning_quant.graph.table import Selection, matches
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.recipe.recipe import AnyRecipe, Recipe
@@ -65,6 +66,14 @@ def ends(recipe: Recipe, operators: Mapping[str, Operator]) -> list[str]:
     return kept if len(kept) < len(weighted) else []
 
 
+def narrow_products(recipe: Recipe, analysis: Analysis) -> frozenset[str]:
+    """Return the products that read fewer bits than sums and pools do: all but those that keep eight."""
+    if not recipe.wide_ends or recipe.activation.bits >= 8:
+        return frozenset()
+    operators = {o.identity: o for graph in analysis.plan.graphs for o in graph.operators}
+    return frozenset(i for i, o in operators.items() if is_product(o)) - set(ends(recipe, operators))
+
+
 def wide_edges(recipe: Recipe, operators: Mapping[str, Operator], edges: Mapping[str, Edge]) -> frozenset[str]:
     """Return the edges that keep eight bits beside these: all but those that only other products read.
 
@@ -75,8 +84,8 @@ def wide_edges(recipe: Recipe, operators: Mapping[str, Operator], edges: Mapping
     at_ends = ends(recipe, operators)
 
     def groups_read(by_ends: bool) -> set[str]:
-        products = [o for o in operators.values() if o.weight or o.kind == "matmul"]
-        read = {edge for o in products if (o.identity in at_ends) == by_ends for edge in o.reads}
+        products = [o for o in operators.values() if is_product(o) and (o.identity in at_ends) == by_ends]
+        read = {edge for o in products for edge in o.reads}
         return {edges[identity].shared for identity in read if identity in edges}
 
     narrow = groups_read(by_ends=False) - groups_read(by_ends=True)

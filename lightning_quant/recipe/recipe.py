@@ -56,7 +56,8 @@ class Recipe:
         learned_ranges: whether `learned_step_rate` also moves scales and zero points of activations, until the schedule
             freezes ranges; not of those that keep eight bits by `wide_ends`.
         wide_ends: whether eight bits are kept by the first and the last weighted operator and what they read, and by
-            what no product reads at all, such as the terms of a sum; not where there is no other weighted operator.
+            what others than products read, such as the terms of a sum, which products round anew; not where there is no
+            other weighted operator.
         damping: how strongly learned weights are drawn to the integers that they are rounded to, growing over the run:
             those that lie between two would go to and fro.
         distill: weight of the float module as a teacher in training, where the callback says none itself.
