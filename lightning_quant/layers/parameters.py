@@ -1,6 +1,7 @@
 """Weights that a module's own forward reads, such as the stacked experts of a mixture, stored and read in float."""
 
 import functools
+import math
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -13,13 +14,17 @@ CHILD = "stored_parameters"
 """Name of the child, in the module that reads them, that holds such weights."""
 
 
+# Values of a row at least, so that scales take little beside them.
+_MIN_ROW = 16
+
+
 class StoredParameters(StoredLayer):
     """Holds stored weights for the module around it, whose attributes give them in float at each reading.
 
     So whatever the module computes of them, and its class, methods and children, stay as they are.
 
     Attributes:
-        shapes: name of each weight to its shape in float; it is stored with a row for each but the last dimension.
+        shapes: name of each weight to its shape in float.
     """
 
     def __init__(self, float_layer: nn.Module, scheme: Scheme, stored: dict[str, tuple[Tensor, Tensor | None]]) -> None:
@@ -34,8 +39,13 @@ class StoredParameters(StoredLayer):
 
     @staticmethod
     def rows(float_layer: nn.Module, name: str) -> Tensor:
-        """Return a weight as it is stored: a matrix with a row for each but the last dimension."""
-        return float_layer.get_parameter(name).flatten(0, -2)
+        """Return a weight as it is stored: a matrix with a row for each but the last dimension, or the last few.
+
+        A row of a kernel's three values would have a scale of its own.
+        """
+        weight = float_layer.get_parameter(name)
+        first = next((d for d in range(weight.dim() - 1, 1, -1) if math.prod(weight.shape[d:]) >= _MIN_ROW), 1)
+        return weight.flatten(first).flatten(0, -2)
 
     @classmethod
     def refusal(cls, float_layer: nn.Module, scheme: Scheme, group_size: int) -> str:

@@ -11,7 +11,7 @@ from lightning_quant.surgery.routing import evaluation_mode, without_fast_path
 
 _PRODUCTS = frozenset({
     "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv", "linear", "matmul", "_grouped_mm", "_scaled_mm",
-    "grouped_mm_fallback", "convolution", "_trilinear", "_addmm_activation",
+    "grouped_mm_fallback", "convolution", "_trilinear", "_addmm_activation", "mkldnn_rnn_layer",
 })  # fmt: skip
 # They move the values of a weight, or some of them, into a tensor of its own.
 _MOVES = frozenset(
@@ -22,11 +22,14 @@ MIN_VALUES = 1024
 
 
 class _Watch(TorchDispatchMode):
-    def __init__(self, parameters: dict[int, nn.Parameter]) -> None:
+    def __init__(self, model: nn.Module, parameters: dict[int, nn.Parameter]) -> None:
         super().__init__()
         # Address of the memory to the parameters whose values lie there; the tensors are kept, or their addresses
         # would be given to others.
-        self.known = {p.untyped_storage().data_ptr(): {key} for key, p in parameters.items()}
+        self.known: dict[int, set[int]] = {}
+        for tensor in (*model.parameters(), *model.buffers()):
+            own = {id(tensor)} & parameters.keys()
+            self.known.setdefault(tensor.untyped_storage().data_ptr(), set()).update(own)
         self.kept: list[Tensor] = []
         self.multiplied: set[int] = set()
 
@@ -35,14 +38,15 @@ class _Watch(TorchDispatchMode):
     ) -> Any:
         result = func(*args, **(kwargs or {}))
         name = func.name().rpartition("::")[2].partition(".")[0]
-        if name in _PRODUCTS or name in _MOVES:
-            read = {key for t in _tensors((args, kwargs)) for key in self.known.get(t.untyped_storage().data_ptr(), ())}
-            if name in _PRODUCTS:
-                self.multiplied |= read
-            elif read:
-                for tensor in _tensors(result):
-                    self.known.setdefault(tensor.untyped_storage().data_ptr(), set()).update(read)
-                    self.kept.append(tensor)
+        given = [self.known.get(t.untyped_storage().data_ptr()) for t in _tensors((args, kwargs))]
+        read = set[int]().union(*filter(None, given))
+        if name in _PRODUCTS:
+            self.multiplied |= read
+        # What is computed of weights alone, as in weight standardization, is a weight.
+        if (read and name in _MOVES) or (given and None not in given):
+            for tensor in _tensors(result):
+                self.known.setdefault(tensor.untyped_storage().data_ptr(), set()).update(read)
+                self.kept.append(tensor)
         return result
 
 
@@ -68,7 +72,7 @@ def multiplied(model: nn.Module, owners: list[nn.Module], args: tuple[Any, ...],
         torch.random.fork_rng(devices=[]),
         evaluation_mode(model),
         without_fast_path(),
-        _Watch(own) as watch,
+        _Watch(model, own) as watch,
     ):
         model(*args, **kwargs)
     return watch.multiplied

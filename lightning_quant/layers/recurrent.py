@@ -31,18 +31,29 @@ _LIBRARY.define(
 
 
 class StoredRecurrent(StoredLayer):
-    """An LSTM, GRU or RNN over sequences."""
+    """An LSTM, GRU or RNN over sequences.
+
+    A weight that code around the layer sets before each call, as weight drop does (Merity et al. 2018, section 2), is
+    what that code made of a stored parameter beside it, such as `weight_hh_l0_raw`.
+    """
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the float layer's forward, with its sequence operator replaced by one on dequantized weights."""
         layer = self._float_layer
         values = {name: dequantize(*self.stored(name)) for name in self.names}
         values |= {name: getattr(self, attribute) for name, attribute in self.shared.items()}
-        inner = functools.partial(self._recur, [values[name] for name in layer._flat_weights_names])
+        inner = functools.partial(self._recur, values)
         return call_derived(layer, inner, values, args, kwargs) if is_derived(layer) else inner(*args, **kwargs)
 
-    def _recur(self, flat: list[Tensor], input: Any, hx: Any = None) -> Any:
+    def _poison(self, name: str) -> Tensor:
+        original = self._unreadable[name]
+        is_source = original not in self._float_layer._flat_weights_names
+        return dequantize(*self.stored(original)) if is_source else super()._poison(name)
+
+    def _recur(self, values: dict[str, Tensor], input: Any, hx: Any = None) -> Any:
         layer = self._float_layer
+        # Here and no earlier: a subclass's own forward sets weights, too.
+        flat = [values[name] if name in values else getattr(self, name) for name in layer._flat_weights_names]
         is_packed = isinstance(input, PackedSequence) and not is_padded(input)
         if is_packed or (isinstance(input, Tensor) and input.dim() == 2):
             layer._flat_weights = flat

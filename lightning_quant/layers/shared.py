@@ -23,7 +23,8 @@ def read_beside(model: nn.Module, tried: dict[str, Trial], args: tuple[Any, ...]
         with placed(model, layers):  # type: ignore[arg-type]
             try:
                 output = model(*args, **kwargs)
-            except (RuntimeError, TypeError):
+            # A layer that was given another parameter for one that is stored has lost that.
+            except (RuntimeError, TypeError, KeyError):
                 return True
         return any(t.is_floating_point() and bool(t.isnan().any()) for t in leaves_of(output))
 

@@ -16,8 +16,12 @@ def compress_weights(model: Any) -> Any:
     Source: the pattern of `nncf.compress_weights`, NNCF 3.4, and the CPU plugin of OpenVINO 2026.4, with the types of
     constants read from compiled models.
     """
+    constant = _constant_names(model)
     for product in model.get_ordered_ops():
         if product.get_type_name() != "MatMul":
+            continue
+        if product.get_friendly_name() in constant:
+            _let_weights_fold(product.input_values())
             continue
         weight = product.input_value(1).get_node()
         if (stored := _with_a_scale_for_each_input(product, weight)) is not None:
@@ -35,21 +39,34 @@ def compress_weights(model: Any) -> Any:
         _scale_weight(product, weight, scaled, scale)
     for layer in model.get_ordered_ops():
         if layer.get_type_name() in _RECURRENT:
-            _let_weights_fold(layer)
+            _let_weights_fold(layer.input_values()[2:])
     model.validate_nodes_and_infer_types()
     return model
 
 
-def _let_weights_fold(layer: Any) -> None:
-    """Clamp scaled integers that a recurrent layer is made of at what no weight reaches.
+def _constant_names(model: Any) -> set[str]:
+    """Return the names of the nodes that depend on constants alone."""
+    names = set[str]()
+    for node in model.get_ordered_ops():
+        sources = [value.get_node().get_friendly_name() for value in node.input_values()]
+        if node.get_type_name() == "Constant" or (sources and names.issuperset(sources)):
+            names.add(node.get_friendly_name())
+    return names
 
-    Its weights have to be constants. OpenVINO makes one of whatever depends on constants, but of integers that are
-    converted and multiplied and nothing else, and then refuses the layer; a clamp between is enough. They stay integers
-    in the file alone.
+
+def _let_weights_fold(values: Any) -> None:
+    """Clamp scaled integers that values are made of at what no weight reaches.
+
+    Weights of recurrent layers have to be constants, and so have products of weights with each other. OpenVINO makes
+    one of whatever depends on constants, but of integers that are converted and multiplied and nothing else, and then
+    refuses the layer; a clamp between is enough. They stay integers in the file alone.
+
+    Args:
+        values: outputs of nodes, what the layer reads.
     """
     from openvino import opset13
 
-    waiting, seen = [value.get_node() for value in layer.input_values()[2:]], set()
+    waiting, seen = [value.get_node() for value in values], set()
     while waiting:
         node = waiting.pop()
         if node.get_friendly_name() in seen:

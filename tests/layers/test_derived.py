@@ -26,6 +26,20 @@ class NormedLSTM(nn.LSTM):
         return self.norm(y) + self.weight_hh_l0.sum(), hidden[-1]
 
 
+class DroppedLSTM(nn.LSTM):
+    """Sets a weight from a parameter of another name at each call, as weight drop does."""
+
+    def __init__(self, *sizes: int) -> None:
+        super().__init__(*sizes, batch_first=True)
+        self.register_parameter("weight_hh_l0_raw", nn.Parameter(self.weight_hh_l0.detach().clone()))
+        del self._parameters["weight_hh_l0"]
+        self.weight_hh_l0 = self.weight_hh_l0_raw.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight_hh_l0 = nn.functional.dropout(self.weight_hh_l0_raw, 0.5, self.training).clone()
+        return super().forward(x)[0]
+
+
 class PackedGRU(nn.GRU):
     def forward(self, x: Tensor, lengths: Tensor) -> Tensor:
         packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
@@ -44,6 +58,7 @@ class NormedCell(nn.GRUCell):
 
 CASES: list[tuple[nn.Module, tuple[Tensor, ...]]] = [
     (NormedLSTM(16, 8), (torch.randn(3, 5, 16),)),
+    (DroppedLSTM(16, 8), (torch.randn(3, 5, 16),)),
     (PackedGRU(16, 8), (torch.randn(5, 3, 16), torch.tensor([5, 2, 4]))),
     (ScaledBag(40, 16, mode="sum"), (torch.randint(40, (3, 7)),)),
     (NormedCell(16, 8), (torch.randn(3, 16), torch.randn(3, 8))),

@@ -72,6 +72,34 @@ class Projection(nn.Module):
         return (x + self.positions[:, : x.shape[1]]) @ self.weight
 
 
+class Standardized(nn.Module):
+    """Computes its kernel from a parameter at each call, without a layer of PyTorch's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kernel, self.gain = nn.Parameter(torch.randn(16, 6, 3, 5)), nn.Parameter(torch.ones(16, 1, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        kernel = (self.kernel - self.kernel.mean((1, 2, 3), keepdim=True)) * self.gain
+        return F.conv2d(x.unsqueeze(2).expand(-1, -1, 3, -1), kernel / 9)
+
+
+class Dropped(nn.Module):
+    """Sets a weight of the layer inside it from its own parameter at each call, as fastai's weight drop does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.GRU(16, 32, batch_first=True)
+        weight = self.layer._parameters.pop("weight_hh_l0")
+        assert weight is not None
+        self.weight_hh_l0_raw = nn.Parameter(weight.detach())
+        self.layer.weight_hh_l0 = weight.detach().clone()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.layer.weight_hh_l0 = F.dropout(self.weight_hh_l0_raw, 0.5, self.training).clone()
+        return self.layer(x)[0]
+
+
 class Net(nn.Module):
     def __init__(self, inner: type[nn.Module] = Einsum) -> None:
         super().__init__()
@@ -96,6 +124,8 @@ def x() -> Tensor:
         (Grouped, "torch"),
         (Grouped, "onnxruntime"),
         (Projection, "torch"),
+        (Standardized, "torch"),
+        (Dropped, "torch"),
     ],
 )
 def test_weights_of_own_code_are_stored_small(kind: type[nn.Module], runtime: str, x: Tensor, tmp_path: Path) -> None:

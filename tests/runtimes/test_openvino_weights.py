@@ -145,3 +145,22 @@ def test_scales_of_inputs_are_right_for_few_rows_and_integers_in_memory(tmp_path
         with torch.no_grad():
             torch.testing.assert_close(loaded(x), quantized.quantized()(x), rtol=0, atol=1e-4)
     assert "i8" in constants(artifact)
+
+
+class Merged(nn.Module):
+    """Adds a product of two stored weights to a third."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        shapes = (64, 64), (64, 16), (16, 64)
+        self.weight, self.left, self.right = (nn.Parameter(torch.randn(shape) / 8) for shape in shapes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight + self.left @ self.right)
+
+
+def test_products_of_weights_fold(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    quantized, artifact = saved(Merged().eval(), "int8_weight_only", tmp_path, x=X[:, :64])
+    assert quantized.parity(load(artifact.path, threads=1), artifact.model_path).failures == []
+    assert artifact.model_path.with_name("model.bin").stat().st_size < 0.4 * tensor_bytes(quantized.root)
