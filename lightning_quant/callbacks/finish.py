@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_quant.artifact import artifact as artifacts
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.artifact.labels import class_labels
+from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.by_chance import in_words
 from lightning_quant.callbacks.deployment import Deployment
@@ -23,6 +24,7 @@ from lightning_quant.callbacks.held_out import held_out
 from lightning_quant.callbacks.monitor import QuantizationMonitor
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.calls.calls import Call
+from lightning_quant.errors import DiskError
 from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
 from lightning_quant.machine.timed import timed
@@ -144,10 +146,16 @@ def _report(
     looks = next((c.monitored for c in trainer.callbacks if isinstance(c, QuantizationMonitor)), None)  # type: ignore[attr-defined]
     for section in (looks, deployment.scored, deployment.search):
         report = with_section(report, section)
-    artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
+    refused = None
+    try:
+        artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
+    except DiskError as error:
+        refused = error
     # Known before it is told, since a warning may be an error to the user.
     callback.artifact = artifact
     publish(callback, trainer, report, artifact)
+    if refused is not None:
+        warn(f"{refused} Until then the terminal and loggers alone have the report.")
     return artifact
 
 

@@ -8,7 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
-import lightning_models  # noqa: F401
+import lightning_models
 import pytest
 import torch
 from failing_files import Disk, failing
@@ -18,7 +18,7 @@ from torch import nn
 
 import lightning_quant as lq
 from lightning_quant.artifact.artifact import read
-from lightning_quant.errors import DiskError, QuantizationError
+from lightning_quant.errors import DiskError, NoEffectWarning, QuantizationError
 from lightning_quant.export.auto import choose_runtime
 from lightning_quant.machine.disk import disk_refusal, scratch_folder, taking
 from lightning_quant.runtimes._flat import exporting
@@ -92,6 +92,17 @@ def test_trial_export_has_no_room_before_the_first_batch(tmp_path: Path) -> None
     with failing(disk), pytest.raises(MisconfigurationException, match="TMPDIR"):
         fit(module, lq.PostTrainingQuantization(output_dir=tmp_path / "quantized"))
     assert module.trainer.global_step == 0
+
+
+@pytest.mark.usefixtures("unmeasured")
+def test_no_room_for_the_report_ends_no_fit(tmp_path: Path) -> None:
+    disk = Disk(errno.ENOSPC, is_wanted=lambda name, path: name == "open" and path.endswith("report.md"))
+    module, callback = seeded(), lq.PostTrainingQuantization(output_dir=tmp_path / "quantized")
+    with failing(disk), pytest.warns(NoEffectWarning, match="No space left.* loggers alone have the report"):
+        fit(module, callback)
+    assert callback.artifact.path == tmp_path / "quantized"
+    assert lq.load(callback.artifact.path)(lightning_models.images(4).tensors[0]).shape[0] == 4
+    assert module.trainer.callback_metrics["quant/size_ratio"] > 0
 
 
 def test_a_full_disk_is_no_reason_to_fix_sizes_or_to_take_another_runtime(tmp_path: Path) -> None:
