@@ -42,6 +42,7 @@ from lightning_quant.planned.sizes import notes_of_sizes
 from lightning_quant.report.make_report import make_report, with_section
 from lightning_quant.report.metrics import MetricRow
 from lightning_quant.report.page import to_html
+from lightning_quant.report.report import Report
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import clone, resolve
 
@@ -146,17 +147,21 @@ def _report(
     looks = next((c.monitored for c in trainer.callbacks if isinstance(c, QuantizationMonitor)), None)  # type: ignore[attr-defined]
     for section in (looks, deployment.scored, deployment.search):
         report = with_section(report, section)
-    refused = None
-    try:
-        artifact = artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own)
-    except DiskError as error:
-        refused = error
+    artifact, refused = _with_report(artifact, own, report)
     # Known before it is told, since a warning may be an error to the user.
     callback.artifact = artifact
     publish(callback, trainer, report, artifact)
-    if refused is not None:
+    if refused:
         warn(f"{refused} Until then the terminal and loggers alone have the report.")
     return artifact
+
+
+def _with_report(artifact: Artifact, own: Artifact, report: Report) -> tuple[Artifact, str]:
+    """Return an artifact with its report, and what the disk says where it has no room for one."""
+    try:
+        return artifacts.add_report(artifact, report.to_dict(), report.to_markdown(), to_page=to_html, own=own), ""
+    except DiskError as error:
+        return artifact, str(error)
 
 
 def _bytes_of(checkpoint: Path | None) -> int | None:
