@@ -222,6 +222,13 @@ GUARDS = (
         "graph/test_rereads.py -k in_eight_bits",
     ),
     Guard(
+        "learned steps slow down with the weights",
+        "numerics/learned_steps.py",
+        "self.learning_rate * (now / highest if highest > 0 else 0.0)",
+        "self.learning_rate",
+        "numerics/test_learned_steps.py -k slow_down",
+    ),
+    Guard(
         "weights are rounded to the bits that grids have now",
         "simulate/running.py",
         "            self._graphs, self._calls = {}, {}\n",

@@ -20,10 +20,10 @@ from lightning_quant.callbacks.deployment import choose_weights
 from lightning_quant.callbacks.finish import finish
 from lightning_quant.callbacks.only_if_needed import Need, better_weights, need_of, without_rounding
 from lightning_quant.callbacks.refusals import check_trained_once, refused_in_callback
-from lightning_quant.callbacks.schedule import Schedule, Timeline, is_updating_batch_norm, timeline_of
+from lightning_quant.callbacks.schedule import Schedule, Timeline, is_updating_batch_norm, rate_of, timeline_of
 from lightning_quant.callbacks.searching import NUM_BATCHES, Recorded, searched
 from lightning_quant.callbacks.states import state_of
-from lightning_quant.callbacks.teaching import teach
+from lightning_quant.callbacks.teaching import loss_scale, teach
 from lightning_quant.callbacks.training_settings import TrainingSettings
 from lightning_quant.doors.settings import documented
 from lightning_quant.errors import QuantizationError
@@ -148,11 +148,11 @@ class QuantizationAwareTraining(QuantizationCallback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before the user's optimizer moves weights: ours moves their learned scales."""
-        prepared, scaler = self.require_prepared(), getattr(trainer.precision_plugin, "scaler", None)
+        prepared = self.require_prepared()
         if prepared.quantizes and prepared.recipe.damping:
             moved = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
             add_damping_gradient(prepared, moved, prepared.recipe.damping * growing(self.timeline.progress(trainer)))
-        prepared.move_learned(self.group.mean, 1.0 if scaler is None else 1.0 / scaler.get_scale())
+        prepared.move_learned(self.group.mean, 1.0 / loss_scale(trainer), rate_of(trainer, optimizer))
 
     @override
     def on_train_batch_end(

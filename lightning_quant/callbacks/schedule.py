@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, get_args
 
+from torch import Tensor
+
 from lightning_quant.arguments.arguments import from_fields
 from lightning_quant.arguments.choice import check_choice
 from lightning_quant.arguments.keywords import known_arguments
@@ -180,3 +182,10 @@ def _batches_of(steps: float, trainer: Any) -> float:
 def is_updating_batch_norm(trainer: Any) -> bool:
     """Tell whether StochasticWeightAveraging runs its last epoch, which is there to measure BatchNorm anew."""
     return bool(getattr(trainer.fit_loop, "_skip_backward", False))
+
+
+def rate_of(trainer: Any, optimizer: Any) -> tuple[int, float]:
+    """Return which optimizer of a run it is, and its learning rate now, the highest of its groups; 1 without any."""
+    number = next((n for n, other in enumerate(trainer.optimizers) if other is optimizer), 0)
+    rates = [group.get("lr") for group in optimizer.param_groups]
+    return number, max((float(rate) for rate in rates if isinstance(rate, int | float | Tensor)), default=1.0)

@@ -25,5 +25,10 @@ def teach(prepared: Prepared, distill: Distill, trainer: Any, asked: Any = True)
 
 def _factor(trainer: Any) -> float:
     """Return by what a loss is multiplied: the scale of gradients in half precision, over the batches of a step."""
+    return loss_scale(trainer) / trainer.accumulate_grad_batches
+
+
+def loss_scale(trainer: Any) -> float:
+    """Return by what a run multiplies its loss, so that gradients in half precision do not vanish: mostly 1."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
-    return (1.0 if scaler is None else float(scaler.get_scale())) / trainer.accumulate_grad_batches
+    return 1.0 if scaler is None else float(scaler.get_scale())

@@ -5,7 +5,8 @@ et al. 2020 (LSQ+), arXiv:2004.09576, equations 4 to 7. Steps of weights begin w
 of that): the first paper's 2 mean|w| / sqrt(Q) is 1.7 times the best one of normal weights in four bits. Activations
 begin with the first paper's step, since what is clipped passes no gradient to any layer before it. The logarithm of
 each step is what Adam moves, so that one learning rate suits steps of any size and none turns negative; the papers'
-gradient scales, 1 / sqrt(N Q), have the same purpose and cancel in Adam.
+gradient scales, 1 / sqrt(N Q), have the same purpose and cancel in Adam. In the papers weights and steps have one
+learning rate, which comes down; here that of steps comes down with that of the user's optimizers.
 """
 
 from collections.abc import Callable
@@ -130,6 +131,8 @@ class LearnedSteps:
     def __init__(self, learning_rate: float) -> None:
         self.logarithms: dict[str, Tensor] = {}
         self.learning_rate = learning_rate
+        # The highest learning rate that each optimizer of the user's has had since.
+        self._highest: dict[int, float] = {}
         # What processes have not agreed on by now: each has begun from values of its own.
         self._new: set[str] = set()
         # No weight decay: a step is no weight.
@@ -165,7 +168,12 @@ class LearnedSteps:
         return None if values is None else _scale_and_zero_point(values, grid)
 
     def update(
-        self, reduce: Callable[[Tensor], Tensor] | None = None, *, factor: float = 1.0, with_edges: bool = True
+        self,
+        reduce: Callable[[Tensor], Tensor] | None = None,
+        *,
+        factor: float = 1.0,
+        with_edges: bool = True,
+        rate: tuple[int, float] = (0, 1.0),
     ) -> None:
         """Move the steps by their gradients, and clear these.
 
@@ -173,9 +181,13 @@ class LearnedSteps:
             reduce: means of a tensor over all processes; every one must call it alike.
             factor: of the gradients, where the loss was multiplied by its reciprocal.
             with_edges: whether those of activations are moved, too.
+            rate: which optimizer is about to move weights, and by which learning rate; steps move by the share that
+                this is of the highest it has had.
         """
         if not self.logarithms:
             return
+        number, now = rate
+        highest = self._highest[number] = max(self._highest.get(number, 0.0), now)
         names = sorted(self.logarithms)
         logarithms = [self.logarithms[name] for name in names]
         if reduce is not None:
@@ -197,6 +209,7 @@ class LearnedSteps:
             if self._saved_optimizer is not None:
                 self._optimizer.load_state_dict(self._saved_optimizer)
                 self._saved_optimizer = None
+        self._optimizer.param_groups[0]["lr"] = self.learning_rate * (now / highest if highest > 0 else 0.0)
         self._optimizer.step()
         self._clear()
 
@@ -217,7 +230,8 @@ class LearnedSteps:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, numbers, lists and dicts only."""
-        state: dict[str, Any] = {"logarithms": {name: v.detach().clone() for name, v in self.logarithms.items()}}
+        logarithms = {name: v.detach().clone() for name, v in self.logarithms.items()}
+        state: dict[str, Any] = {"logarithms": logarithms, "highest_rates": dict(self._highest)}
         optimizer = self._optimizer.state_dict() if self._optimizer is not None else self._saved_optimizer
         return state if optimizer is None else {**state, "optimizer": optimizer}
 
@@ -225,6 +239,7 @@ class LearnedSteps:
         """Load a saved state; may be called more than once."""
         self.logarithms = {name: v.to(device).clone().requires_grad_() for name, v in state["logarithms"].items()}
         self._optimizer, self._saved_optimizer = None, state.get("optimizer")
+        self._highest = dict(state.get("highest_rates", {}))
 
     def clear(self) -> None:
         """Forget what was learned."""

@@ -126,10 +126,10 @@ class Quantizers:
             self.learned_steps = LearnedSteps(self.recipe.learned_step_rate)
             self.ranges.learned = self.learned_steps if self.recipe.learned_ranges else None
 
-    def move_learned(self, reduce: Callable[[Tensor], Tensor], factor: float) -> None:
+    def move_learned(self, reduce: Callable[[Tensor], Tensor], factor: float, rate: tuple[int, float]) -> None:
         """Move what is learned by its gradients; see `LearnedSteps.update`."""
         if self.learned_steps is not None and self.quantizes:
-            self.learned_steps.update(reduce, factor=factor, with_edges=self.phase == "fake_quantize")
+            self.learned_steps.update(reduce, factor=factor, with_edges=self.phase == "fake_quantize", rate=rate)
             self.ranges.forget_parameters()
 
     def round_learning(self, identity: str, x: Tensor, *, relu: bool = False) -> Tensor:

@@ -1,13 +1,15 @@
 import math
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning_models import NUM_BATCHES, Classifier, EnoughError, StopAfterTraining, fit, images
 from torch.utils.data import DataLoader, IterableDataset
 
-from lightning_quant.callbacks.schedule import Schedule, Timeline, timeline_of
+from lightning_quant.callbacks.schedule import Schedule, Timeline, rate_of, timeline_of
 from lightning_quant.errors import QuantizationError
 
 
@@ -280,3 +282,14 @@ def test_points_out_of_order_are_refused(arguments: dict[str, float]) -> None:
 def test_unknown_unit_is_refused_with_the_choices() -> None:
     with pytest.raises(QuantizationError, match=r"`schedule\.unit` to be one of .*'epochs'.* got 'batches'"):
         Schedule(unit="batches")
+
+
+def test_the_learning_rate_of_an_optimizer_is_the_highest_of_its_groups() -> None:
+    values = [torch.nn.Parameter(torch.zeros(1)) for _ in range(3)]
+    first = torch.optim.SGD([{"params": values[:1], "lr": 0.1}, {"params": values[1:2], "lr": 0.3}])
+    second = torch.optim.Adam(values[2:], torch.tensor(0.02), capturable=False)
+    trainer = SimpleNamespace(optimizers=[first, second])
+    assert rate_of(trainer, first) == (0, 0.3)
+    assert rate_of(trainer, second) == (1, pytest.approx(0.02))
+    first.param_groups = [{"params": values[:1], "lr": None}]
+    assert rate_of(trainer, first) == (0, 1.0)

@@ -156,6 +156,31 @@ def test_state_continues_where_it_was() -> None:
     assert torch.equal(straight.logarithms["layer"], resumed.logarithms["layer"])
 
 
+def test_steps_slow_down_with_the_learning_rate_of_the_weights() -> None:
+    """Each optimizer of the user has its own; what moves on at the end keeps weights from settling."""
+    weight = torch.randn(3, 50, generator=torch.Generator().manual_seed(2))
+
+    def moves(steps: LearnedSteps, *rates: tuple[int, float]) -> list[float]:
+        moved = []
+        for rate in rates:
+            quantize_with_learned_step(weight, steps.step_of("layer", weight, 3), 3).sum().backward()
+            before = steps.logarithms["layer"].detach().clone()
+            steps.update(rate=rate)
+            moved.append(float((steps.logarithms["layer"].detach() - before).abs().max()))
+        return moved
+
+    steps = LearnedSteps(0.01)
+    warm, peak, late, end, other = moves(steps, (0, 0.2), (0, 0.4), (0, 0.04), (0, 0.0), (1, 0.001))
+    assert warm == pytest.approx(0.01, rel=0.3)
+    assert peak == pytest.approx(0.01, rel=0.3)
+    assert late == pytest.approx(0.001, rel=0.3)
+    assert end == 0
+    assert other == pytest.approx(0.01, rel=0.3)
+    resumed = LearnedSteps(0.01)
+    resumed.load_state_dict(steps.state_dict(), torch.device("cpu"))
+    assert moves(resumed, (0, 0.04)) == moves(steps, (0, 0.04))
+
+
 def test_gradients_that_are_not_finite_move_nothing() -> None:
     steps = LearnedSteps(0.1)
     weight = torch.ones(2, 3)
