@@ -245,7 +245,7 @@ GUARDS = (
     Guard(
         "a teacher's gradients are scaled as those of the loss",
         "callbacks/teaching.py",
-        "return (1.0 if scaler is None else float(scaler.get_scale())) / trainer.accumulate_grad_batches",
+        "return loss_scale(trainer) / trainer.accumulate_grad_batches",
         "return 1.0",
         "callbacks/test_teaching.py -k scaled_as_the_loss",
     ),
