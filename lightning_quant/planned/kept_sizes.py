@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_quant.errors import ExportError
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.surgery.routing import as_exported
 
@@ -27,6 +28,9 @@ def sizes_forgotten(module: nn.Module, captured: PlannedModel) -> Iterator[None]
     Args:
         module: what is exported, in evaluation; runs on parts of the captured call.
         captured: whose call that is.
+
+    Raises:
+        ExportError: the module does not run on parts of the call.
     """
     before = _plain(module)
     forgotten = _following(module, captured)
@@ -51,7 +55,11 @@ def _following(module: nn.Module, captured: PlannedModel) -> dict[tuple[str, str
     def after(number: int) -> dict[tuple[str, str], Any]:
         args, kwargs = captured.call(batch.cut(captured.spec.names, captured.tensors, 0, number))
         with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
-            module(*args, **kwargs)
+            try:
+                module(*args, **kwargs)
+            # Whatever a graph raises that is right for the captured number of samples alone.
+            except Exception as error:
+                raise ExportError(f"Expected {number} samples to be a call of what is exported, but {error}") from error
         return _plain(module)
 
     few, more = after(_FEW), after(_MORE)

@@ -135,7 +135,7 @@ def _optimize(model: Any) -> None:
     from onnxscript.optimizer import optimize_ir
     from onnxscript.rewriter.onnx_fusions import fuse
 
-    rules = tuple(_Rule(rule) for rule in rewriter._DEFAULT_REWRITE_RULES)
+    rules = tuple(_Rule(rule) for rule in rewriter._DEFAULT_REWRITE_RULES if not _takes_for_zero(rule))
     quantizers = [node for node in model.graph if node.op_type == "QuantizeLinear"]
     for index, node in enumerate(quantizers):
         node.overload = str(index)
@@ -145,6 +145,15 @@ def _optimize(model: Any) -> None:
         node.overload = ""
     fuse(model)
     _pool_globally(model)
+
+
+def _takes_for_zero(rule: Any) -> bool:
+    """Tell whether a rule drops zeros that are added or subtracted.
+
+    It takes up to 1e-8 for zero, which keeps logarithms and quotients finite.
+    """
+    nodes = rule._matcher.pattern.output_nodes
+    return bool(nodes) and any(getattr(value, "_value", None) == 0 for value in nodes[0].inputs)
 
 
 def _pool_globally(model: Any) -> None:

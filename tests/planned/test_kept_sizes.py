@@ -1,5 +1,6 @@
 """Modules that keep the sizes of their last call export with any number of samples, and are left as they were."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import lightning_quant as lq
+from lightning_quant.numerics.noise import signal_to_noise
 
 
 class _Keeping(nn.Module):
@@ -124,3 +126,25 @@ def test_part_called_with_other_arguments_while_exported(tmp_path: Path) -> None
 
     assert artifact.report["plan"]["coverage"] == 1.0
     assert loaded(torch.randn(3, 6)).shape == (3, 3)
+
+
+class _Ghost(nn.Module):
+    """Normalizes parts of a batch, as TabNet does: how many there are is a constant of a traced graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.second = nn.Linear(6, 16), nn.BatchNorm1d(16), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts = self.first(x).chunk(math.ceil(len(x) / 4))
+        return self.second(torch.cat([self.norm(part) for part in parts]).relu())
+
+
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+def test_a_graph_of_the_captured_number_of_samples_is_exported_for_that(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = _Ghost().eval(), torch.randn(8, 6)
+    artifact = lq.quantize(model, calibration_data=[x, x.roll(1, 0)], output_dir=tmp_path)
+    assert artifact.signature.inputs[0].shape == (8, 6)
+    with torch.no_grad():
+        assert signal_to_noise(model(x), lq.load(tmp_path)(x)) > 25

@@ -45,6 +45,23 @@ def test_small_weights_are_written_as_they_are_stored(recipe: str, tmp_path: Pat
     assert error.square().mean().sqrt() < 0.05 * model(x).square().mean().sqrt()
 
 
+class _Entropy(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        share = self.layer(x).relu()
+        return share * torch.log(share + 1e-15)
+
+
+def test_small_numbers_that_keep_a_logarithm_finite_are_kept(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = _Entropy().eval(), torch.randn(16, 6)
+    lq.quantize(model, calibration_data=[x], output_dir=tmp_path, threads=1)
+    assert lq.load(tmp_path)(x).isfinite().all()
+
+
 def test_rules_of_the_rewriter_are_tried_on_their_own_operators_alone() -> None:
     """Each on every node made up nearly half of the time of a transformer's export."""
     import onnx_ir as ir
