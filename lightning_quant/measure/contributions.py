@@ -58,8 +58,8 @@ class Difference:
             at least `value - margin`. None where the metric has no parts, or too few.
         why: no interval, in words.
         degrees: of freedom that the margin has; 0 where they are not known.
-        samples: of which few differ; 0 where many do.
-        differing: how many of these, at least.
+        samples: that were seen; 0 where nobody knows.
+        differing: how many of these, at least; all where many do.
         span: by how much one of them may differ.
     """
 
@@ -150,9 +150,9 @@ def difference(
     variance = (number - 1) / number * math.fsum((x - mean) ** 2 for x in left_out)
     margin = student_quantile(CONFIDENCE, number - 1) * math.sqrt(variance)
     differing = sum(parts.of(block) != float_parts.of(block) for block in blocks)
-    if 2 * differing > number:
-        return Difference(value, margin, degrees=number - 1)
     samples, span = parts.samples or parts.number, max(1.0, abs(quantized), abs(floating))
+    if 2 * differing > number:
+        return Difference(value, margin, "", number - 1, samples, samples, span)
     # Several of a block may differ.
     differing = max(differing, math.ceil(abs(value) / span * samples - _TOLERANCE))
     margin = max(margin, unseen(differing, samples) * span)

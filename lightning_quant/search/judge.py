@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from lightning_quant.measure.contributions import CONFIDENCE, Difference
+from lightning_quant.measure.contributions import CONFIDENCE, Difference, unseen
 from lightning_quant.measure.interim import SHARES
 from lightning_quant.report.limits import Limits
 from lightning_quant.search.choice import Measured, Verdict
@@ -143,7 +143,17 @@ def _of_metric(
     basis = interval if difference.margin is not None else f"point estimate: {difference.why}"
     # What is equal in decimals is allowed: 0.90 - 0.85 is a little more than 0.05.
     kept = reached <= allowed or math.isclose(reached, allowed, rel_tol=1e-6)
+    basis += "" if kept else _too_few(allowed, difference, confidence)
     return Verdict(name, allowed, reached, estimate, kept, basis, on_metric=True)
+
+
+def _too_few(allowed: float, difference: Difference, confidence: float) -> str:
+    """Say where samples are too few to show that anything that rounds keeps a limit, though none of them differs."""
+    share, samples = allowed / difference.span, difference.samples
+    if not samples or not 0 < share < unseen(0, samples, confidence):
+        return ""
+    needed = math.ceil(math.log(1 - confidence) / math.log1p(-share))
+    return f"; so little shows on {needed:,} samples at least, and {samples:,} were read"
 
 
 def _unknown(name: str, allowed: float, why: str) -> Verdict:

@@ -35,6 +35,19 @@ def test_a_limit_is_kept_when_the_interval_says_so(
     assert ("no batches" in found[2]) == (margin is None)
 
 
+@pytest.mark.parametrize(
+    ("samples", "says"), [(1000, "1,843 samples at least, and 1,000 were read"), (1842, "1,843"), (1843, "")]
+)
+def test_samples_that_are_too_few_for_a_limit_are_named(samples: int, says: str) -> None:
+    # Nothing differs, and with 97.5 % that shows less than -log(0.025) / samples.
+    nothing = Difference(0.0, 0.0, degrees=63, samples=samples)
+    kept, reached, basis = verdict(limits_from({"m": -0.002}), nothing)
+    assert reached == pytest.approx(1 - 0.025 ** (1 / samples), rel=1e-6)
+    assert kept == (not says)
+    assert says in basis
+    assert ("were read" in basis) == bool(says)
+
+
 def test_a_metric_without_a_direction_keeps_no_limit() -> None:
     assert verdict(Limits({"m": 0.1}), Difference(0.0))[0] is False
     assert verdict(Limits({"m": 0.1}), Difference(0.0), m=True)[0] is True
