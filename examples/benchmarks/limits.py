@@ -90,9 +90,7 @@ def _said(search: dict[str, Any]) -> str:
     for verdict in search["verdicts"]:
         reached, allowed = (f"{verdict[name]:.4g}" for name in ("reached", "allowed"))
         ends = "kept" if verdict["kept"] else "missed"
-        parts.append(
-            f"{verdict['limit']} may be {allowed}, and is {reached} at most by the {verdict['basis']}: {ends}."
-        )
+        parts.append(f"{verdict['limit']} may be {allowed}, and is {reached} at most ({verdict['basis']}): {ends}.")
     rows = search["relaxations"]
     header = ("missed limit", "allowed", "reached", "next option", "reaches", "its price")
     return "\n\n".join([" ".join(parts), *([table(rows, header)] if rows else [])])

@@ -32,6 +32,8 @@ class Contributions:
         sizes: what tells parts of two models apart that are not of the same data; samples of each, where known.
         samples: in all parts; their number where nobody knows.
         source: name of the module's metric that they are of; empty where they are of what was logged itself.
+        step: gives by how much the metric changes at most where one sample is answered otherwise; None where that is
+            the sample's share, as of a mean.
     """
 
     number: int
@@ -39,6 +41,7 @@ class Contributions:
     sizes: tuple[float, ...] = ()
     samples: int = 0
     source: str = ""
+    step: Callable[[], float] | None = None
 
     def ordered(self, order: Sequence[int]) -> "Contributions":
         """Return these parts, or some of them, in another order."""
@@ -150,7 +153,10 @@ def difference(
     variance = (number - 1) / number * math.fsum((x - mean) ** 2 for x in left_out)
     margin = student_quantile(CONFIDENCE, number - 1) * math.sqrt(variance)
     differing = sum(parts.of(block) != float_parts.of(block) for block in blocks)
-    samples, span = parts.samples or parts.number, max(1.0, abs(quantized), abs(floating))
+    samples = parts.samples or parts.number
+    # One sample in a hundred, of a rare class, is much more than a hundredth of an F1 of that class.
+    steps = [samples * one.step() for one in (parts, float_parts) if one.step is not None]
+    span = max([1.0, abs(quantized), abs(floating), *steps])
     if 2 * differing > number:
         return Difference(value, margin, "", number - 1, samples, samples, span)
     # Several of a block may differ.

@@ -2,9 +2,10 @@
 
 import copy
 import dataclasses
+import functools
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,8 @@ from lightning_quant.measure.contributions import Contributions, of_means
 _TOLERANCE = 1e-4
 # What the states of one metric may take, of all batches.
 _MAX_BYTES = 64 * 2**20
+# Counts of a metric that are moved one by one, at most.
+_MOST_CELLS = 4096
 # What metrics raise that are not defined on some of the data.
 _UNDEFINED = (ValueError, RuntimeError, LookupError, ArithmeticError)
 
@@ -151,18 +154,41 @@ class States:
             before = step
         twin = copy.deepcopy(self.metric).cpu()
 
-        def of(parts: Sequence[int]) -> float:
-            for name in self._lists:
-                setattr(twin, name, [tensor.cpu() for i in parts for tensor in added[i][name]])
-            for name, start in starts.items():
-                setattr(twin, name, start + sum((added[i][name] for i in parts), torch.zeros_like(start)))
-            twin._computed, twin._update_count = None, len(parts)
+        def value(states: Mapping[str, Any], updates: int) -> float:
+            for name, state in states.items():
+                setattr(twin, name, state)
+            twin._computed, twin._update_count = None, updates
             try:
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")
-                    value = twin.compute()
+                    computed = twin.compute()
             except _UNDEFINED:
                 return math.nan
-            return float(value) if isinstance(value, Tensor) and value.numel() == 1 else math.nan
+            return float(computed) if isinstance(computed, Tensor) and computed.numel() == 1 else math.nan
 
-        return Contributions(len(added), of)
+        def sums(parts: Sequence[int]) -> dict[str, Tensor]:
+            return {
+                n: start + sum((added[i][n] for i in parts), torch.zeros_like(start)) for n, start in starts.items()
+            }
+
+        def of(parts: Sequence[int]) -> float:
+            lists = {name: [tensor.cpu() for i in parts for tensor in added[i][name]] for name in self._lists}
+            return value({**lists, **sums(parts)}, len(parts))
+
+        counts = not self._lists and not any(start.is_floating_point() for start in starts.values())
+        moved = functools.partial(_moved, value, sums(range(len(added))), len(added)) if counts else None
+        return Contributions(len(added), of, step=moved)
+
+
+def _moved(value: Callable[[Mapping[str, Any], int], float], counts: Mapping[str, Tensor], updates: int) -> float:
+    """Return by how much a metric changes where one of its counts goes to another, at most; 0 for too many counts."""
+    if sum(count.numel() for count in counts.values()) > _MOST_CELLS:
+        return 0.0
+    before, changes = value(counts, updates), [0.0]
+    for name, count in counts.items():
+        for cell in range(count.numel()):
+            more = count.clone()
+            more.view(-1)[cell] += 1
+            changes.append(value({**counts, name: more}, updates) - before)
+    changes = [change for change in changes if math.isfinite(change)]
+    return max(changes) - min(changes)

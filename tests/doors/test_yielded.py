@@ -57,6 +57,24 @@ def test_a_metric_that_is_yielded_after_each_update_has_an_interval() -> None:
     assert apart.samples == 240
 
 
+def test_one_sample_of_a_rare_class_is_more_than_its_share_of_f1() -> None:
+    labels = torch.zeros(1000)
+    labels[::40] = 1.0
+
+    def evaluate(model: nn.Module) -> Any:
+        metric = BinaryF1Score()
+        for part in labels.split(50):
+            metric.update(model(part), part)
+            yield {"f1": metric}
+
+    floating = metrics_of(evaluate, nn.Identity())
+    # Answering one of 25 otherwise takes 1 / 49 of F1, 20 times its share of the samples, and none was seen to differ.
+    apart = differences(floating, floating)["f1"]
+    step = 1 - f1(torch.cat([torch.zeros(1), torch.ones(24)]), torch.ones(25))
+    assert apart.span == pytest.approx(1000 * step, rel=0.05)
+    assert apart.worst(higher_is_better=True) == pytest.approx(1000 * step * (1 - 0.05 ** (1 / 1000)), rel=0.05)
+
+
 def test_a_part_of_its_updates_may_decide() -> None:
     floating = metrics_of(f1_of, nn.Identity())
     interim = Interim(floating, lambda differences: "f1" in differences, range(20))
