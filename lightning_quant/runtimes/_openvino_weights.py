@@ -100,8 +100,11 @@ def _with_a_scale_for_each_input(product: Any, weight: Any) -> tuple[Any, Any] |
     if weight.get_type_name() != "Multiply" or any(product.get_attributes()[f"transpose_{side}"] for side in "ab"):
         return None
     integers, scale = (value.get_node() for value in weight.input_values())
+    if not _is_integer_constant(integers) or scale.get_type_name() != "Constant":
+        return None
+    # Not before: what depends on inputs may have no shape.
     rows = weight.get_output_shape(0)
-    if not _is_integer_constant(integers) or scale.get_type_name() != "Constant" or len(rows) != 2:
+    if len(rows) != 2:
         return None
     return (integers, scale) if list(scale.get_output_shape(0)) == [rows[0], 1] else None
 

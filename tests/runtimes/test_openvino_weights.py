@@ -164,3 +164,20 @@ def test_products_of_weights_fold(tmp_path: Path) -> None:
     quantized, artifact = saved(Merged().eval(), "int8_weight_only", tmp_path, x=X[:, :64])
     assert quantized.parity(load(artifact.path, threads=1), artifact.model_path).failures == []
     assert artifact.model_path.with_name("model.bin").stat().st_size < 0.4 * tensor_bytes(quantized.root)
+
+
+class Attending(nn.Module):
+    """Multiplies by what is itself a product with a number for each place, and depends on the input."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(64, 64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        keys = self.layer(x)
+        return x @ (keys.transpose(1, 2) * x.mean((1, 2), keepdim=True))
+
+
+def test_products_of_what_has_no_fixed_shape_leave_the_batch_free(tmp_path: Path) -> None:
+    _, artifact = saved(Attending().eval(), "int8_weight_only", tmp_path, x=torch.randn(4, 5, 64))
+    assert artifact.signature.inputs[0].shape[0] == "batch"
