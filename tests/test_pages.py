@@ -31,6 +31,8 @@ def test_every_result_is_shown_with_its_command_and_day() -> None:
         heading = re.match(r"`python (\S+)[^`]*`, \d{4}-\d\d-\d\d, .*torch \d", text)
         assert heading is not None, name
         assert (ROOT / heading[1]).is_file()
+        # Nobody else has the folders of the machine that it ran on.
+        assert not re.search(r"\s/\w", heading[0]), name
 
 
 def test_best_rows_are_the_best_of_their_tables() -> None:
