@@ -31,17 +31,17 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Artifact:
 
 
 def test_a_recipe_that_failed_is_a_warning_of_the_function(tmp_path: Path) -> None:
-    class Bags(nn.Module):
+    class Shifted(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.table, self.head = nn.Parameter(torch.randn(400, 32)), nn.Linear(32, 4)
+            self.shift, self.head = nn.Parameter(torch.randn(400, 32)), nn.Linear(32, 4)
 
-        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            return self.head(self.table[tokens].mean(1))
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head((x + self.shift).mean(1))
 
-    data = [torch.randint(1, 400, (4, 9))]
+    data = [torch.randn(4, 400, 32)]
     with pytest.warns(NoEffectWarning, match=r"int8_weight_only FAILED: only \d+\.\d% of the weights"):
-        quantize(Bags().eval(), "int8_weight_only", "torch", calibration_data=data, output_dir=tmp_path / "q")
+        quantize(Shifted().eval(), "int8_weight_only", "torch", calibration_data=data, output_dir=tmp_path / "q")
 
 
 @pytest.mark.parametrize("which", ["parity", "recipe", "scalar alone"])
