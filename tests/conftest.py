@@ -10,7 +10,7 @@ import quick_exports
 import quick_trials
 import torch
 from exported import Artifacts
-from features import rows_of
+from features import SHOWN, rows_of
 from quick_exports import make_exports_quick
 from slow_cases import is_slow
 
@@ -60,11 +60,12 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark slow cases, and write down what the collected tests show, slow ones included, when asked to."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark slow cases, and note what the collected tests show, slow ones included; in a file when asked to."""
     for item in items:
         if is_slow(item.nodeid):
             item.add_marker(pytest.mark.slow)
+    config.stash[SHOWN] = [item for item in items if item.path.parent.name == "callbacks"]
     if "LIGHTNING_QUANT_FEATURES" in os.environ:
         Path(os.environ["LIGHTNING_QUANT_FEATURES"]).write_text(json.dumps(rows_of(items)))
 

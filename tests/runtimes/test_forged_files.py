@@ -71,7 +71,7 @@ def check(kind: str, number: int, folder: Path, what: str = "files") -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_some_forged_files(kind: str, tmp_path: Path) -> None:
-    check(kind, 20, tmp_path)
+    check(kind, 12, tmp_path)
 
 
 def test_openvino_complains_in_bytes_that_are_no_text(tmp_path: Path) -> None:
@@ -87,7 +87,7 @@ def test_openvino_complains_in_bytes_that_are_no_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["onnxruntime", "torch-layers"])
 def test_some_forged_manifests_and_golden_batches(kind: str, tmp_path: Path) -> None:
-    check(kind, 15, tmp_path, "folder")
+    check(kind, 8, tmp_path, "folder")
 
 
 @pytest.mark.slow

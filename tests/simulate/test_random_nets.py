@@ -53,7 +53,7 @@ def check(spec: Spec, runtime: str = "onnxruntime") -> None:
 
 
 ordinary = settings(
-    max_examples=12,
+    max_examples=10,
     derandomize=True,
     deadline=None,
     database=None,
@@ -78,7 +78,7 @@ def test_many_random_nets(part: int) -> None:
 
 @pytest.mark.parametrize("runtime", ["openvino", "torch"])
 def test_random_nets_on_other_runtimes(runtime: str) -> None:
-    some = settings(ordinary, max_examples=5)
+    some = settings(ordinary, max_examples=4)
     some(given(specs())(lambda spec: check(spec, runtime)))()
 
 

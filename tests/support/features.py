@@ -5,6 +5,8 @@ from typing import Any
 import pytest
 
 Row = dict[str, str]
+# Tests of the callbacks that a session has collected, slow ones included.
+SHOWN = pytest.StashKey[list[Any]]()
 
 
 def feature(group: str, name: str, *, only: str = "", refused: str = "", needs: str = "", note: str = "") -> Any:
