@@ -327,6 +327,13 @@ GUARDS = (
         "callbacks/test_callbacks_deployment.py -k without_all",
     ),
     Guard(
+        "results of an ONNX file are not rounded for what reads them",
+        "runtimes/_onnx_moves.py",
+        "    keep_results_apart(model)\n\n",
+        "\n",
+        "runtimes/test_onnx_moves.py -k not_rounded",
+    ),
+    Guard(
         "attention over three dimensions is exported as one head",
         "runtimes/_allowances.py",
         "args[0].dim() == 3",

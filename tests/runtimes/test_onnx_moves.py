@@ -77,3 +77,25 @@ def test_an_integer_product_is_none_of_a_relus_float_kernel(tmp_path: Path) -> N
 
     assert artifact.report["still_float"] == {}
     assert artifact.report["operators"]["QGemm"] == 1
+
+
+class Returned(nn.Module):
+    """What integers read behind a transposition is a result, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.head = nn.LayerNorm(16), nn.Conv1d(16, 8, 3, padding=1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        states = self.norm(x)
+        return self.head(states.transpose(1, 2)), states
+
+
+def test_results_are_not_rounded_for_what_reads_them(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, data = Returned().eval(), [torch.randn(4, 12, 16) for _ in range(2)]
+    artifact = lq.quantize(model, calibration_data=data, output_dir=tmp_path, threads=1)
+    with torch.no_grad():
+        exact = model(data[0])[1]
+    torch.testing.assert_close(lq.load(artifact.path)(data[0])[1], exact)
+    assert artifact.report["operators"]["QLinearConv"] == 1
