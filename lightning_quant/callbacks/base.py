@@ -223,7 +223,8 @@ class QuantizationCallback(ScoredValidation):
         refusals.check_own_folder(self.folder(trainer), [other.folder(trainer) for other in others])
 
     def _plan_and_try(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        with way_inside(self.settings.recipe, self.settings.runtime):
+        part = functools.partial(refusals.working_part_of, self, pl_module)
+        with way_inside(self.settings.recipe, self.settings.runtime, part):
             with borrowed_loaders(trainer):
                 self.group.together(self._prepare, trainer, pl_module)
                 if self._checkpoint is None:

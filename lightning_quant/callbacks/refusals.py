@@ -10,12 +10,15 @@ from torch.nn.parameter import is_lazy
 
 from lightning_quant import runtimes
 from lightning_quant.arguments.arguments import check_on_device
+from lightning_quant.calls.calls import Call
 from lightning_quant.capture.capture import find_module
 from lightning_quant.capture.checkpoint import weights_fit
 from lightning_quant.capture.namespaces import is_overridden
 from lightning_quant.doors.settings import CallbackSettings
 from lightning_quant.errors import CaptureError, QuantizationError
 from lightning_quant.export.engines import AUTO
+from lightning_quant.export.working_part import working_part
+from lightning_quant.surgery.routing import resolve
 
 Result = TypeVar("Result")
 
@@ -30,6 +33,18 @@ def refused_in_callback(function: Callable[..., Result], *args: Any) -> Result:
         return function(*args)
     except QuantizationError as error:
         raise MisconfigurationException(str(error)) from error
+
+
+def working_part_of(callback: Any, pl_module: LightningModule) -> str:
+    """Say which part of the module that a callback was about to quantize works; nothing where none is known to."""
+    exported, runtime = callback.exported, callback.chosen_runtime
+    if exported is None or exported.capture.parts or not runtime or not callback.group.is_first:
+        return ""
+    captured = exported.capture
+    module, call = resolve(pl_module, captured.path), Call(captured.args, captured.kwargs)
+    name, share = working_part(module, call, callback.settings.recipe, runtime)
+    path = ".".join(filter(None, (captured.path, name)))
+    return name and f'A part of it works: `module="{path}"`, with {share:.0%} of its weights.'
 
 
 def check_strategy(trainer: Trainer) -> None:

@@ -26,6 +26,7 @@ from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
 from lightning_quant.export.float_peers import TIMING_S, FloatPeers
 from lightning_quant.export.prepare import prepare
+from lightning_quant.export.working_part import working_part
 from lightning_quant.graph.table import Selection
 from lightning_quant.machine.timed import timed
 from lightning_quant.measure.attempts import noting
@@ -151,8 +152,20 @@ def make_artifact(
         calls: those of the data where they were read before.
         peers: float models that other artifacts of the same weights were timed beside.
     """
-    with way_inside(settings.recipe, settings.runtime):
-        return _made_and_measured(model, judged, data, settings, folder, data if calls is None else calls, peers)
+    given = iter(data if calls is None else calls)
+    first = list(itertools.islice(given, 1))
+    with way_inside(settings.recipe, settings.runtime, functools.partial(_working_child, model, first, settings)):
+        return _made_and_measured(model, judged, data, settings, folder, itertools.chain(first, given), peers)
+
+
+def _working_child(model: nn.Module, first: list[Call], settings: Settings) -> str:
+    if not first or str(settings.runtime) not in runtimes.names():
+        return ""
+    name, share = working_part(model, first[0], settings.recipe, str(settings.runtime))
+    return name and (
+        f"Its child {name!r}, with {share:.0%} of the weights, works: quantize that, on calls of its own; what `load` "
+        "returns takes its place."
+    )
 
 
 def _made_and_measured(

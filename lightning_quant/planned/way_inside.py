@@ -1,6 +1,6 @@
-"""What works where no graph and no program can be made: layers alone, inside the user's own module."""
+"""What works where no graph and no program can be made: a part of the module, or layers alone inside it."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from lightning_quant import runtimes
@@ -20,11 +20,17 @@ def fills_modules(recipe: AnyRecipe, runtime: str) -> bool:
 
 
 @contextmanager
-def way_inside(recipe: AnyRecipe, runtime: str) -> Iterator[None]:
-    """Add to what refuses to trace or export a module, or its calls, that its layers can be quantized nevertheless."""
+def way_inside(recipe: AnyRecipe, runtime: str, part: Callable[[], str]) -> Iterator[None]:
+    """Add to what refuses to trace or export a module, or its calls, what can be quantized nevertheless.
+
+    Args:
+        recipe: that is asked for.
+        runtime: likewise.
+        part: says which part of the module works; nothing where none is known to.
+    """
     try:
         yield
     except (ExportError, FixedSizesError, UntraceableError) as error:
         if fills_modules(recipe, runtime):
             raise
-        raise type(error)(f"{error} {_INSIDE}") from error
+        raise type(error)(" ".join(filter(None, (str(error), part(), _INSIDE)))) from error

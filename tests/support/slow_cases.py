@@ -85,6 +85,7 @@ SLOW_CASES = (
     "test_layer_recipes.py::test_contract[[]int8_weight_only_gptq-torch]",
     "test_openvino_weights.py::test_artifact_computes_what_the_layers_in_memory_do[[]gpt2-float16*",
     "test_interruptions.py::test_failing_stage[[]Quant*-_metrics-new]",
+    "test_working_part.py::test_callbacks_name_it_before_training[[]Quant*",
     "test_sweeping.py::test_an_interruption_at_the_end_keeps_what_is_made",
     "test_only_if_needed.py::test_weights_of_the_trial_are_exported_where_the_last_miss_the_limit",
 )
