@@ -108,8 +108,8 @@ def bench(
 def peak_of(own: Artifact, threads: int) -> int:
     """Return the bytes that a process of its own takes at its peak for loading an artifact and for one call of it.
 
-    That is on top of what the process has before, and in a call of the golden batch; the less of two processes, of which
-    one may hold pages of libraries for some MiB more.
+    That is on top of what the process has before, and in a call of the golden batch: the less of two processes', of
+    which one may hold pages of libraries for some MiB more.
 
     Args:
         own: private copy of the artifact, or one that nobody else writes to.
