@@ -33,4 +33,6 @@ def way_inside(recipe: AnyRecipe, runtime: str, part: Callable[[], str]) -> Iter
     except (ExportError, FixedSizesError, UntraceableError) as error:
         if fills_modules(recipe, runtime):
             raise
-        raise type(error)(" ".join(filter(None, (str(error), part(), _INSIDE)))) from error
+        # Sizes that are fixed may be so in the part, too, which one call does not tell.
+        works = "" if isinstance(error, FixedSizesError) else part()
+        raise type(error)(" ".join(filter(None, (str(error), works, _INSIDE)))) from error
