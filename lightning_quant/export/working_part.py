@@ -31,7 +31,9 @@ def working_part(model: nn.Module, call: Call, recipe: AnyRecipe, runtime: str) 
         qualified name, and a share in (0, 1]; an empty name where none of the largest works.
     """
     whole = _num_weights(model)
-    shares = {name: _num_weights(child) / max(whole, 1) for name, child in model.named_modules() if name}
+    # Scripted modules take no hooks.
+    children = {n: child for n, child in model.named_modules() if n and not isinstance(child, torch.jit.ScriptModule)}
+    shares = {name: _num_weights(child) / max(whole, 1) for name, child in children.items()}
     calls = _first_calls(model, call, {name for name, share in shares.items() if share >= _LEAST_SHARE})
     for name in sorted(calls, key=lambda name: -shares[name])[:_MOST_TRIES]:
         with warnings.catch_warnings():

@@ -34,5 +34,13 @@ def way_inside(recipe: AnyRecipe, runtime: str, part: Callable[[], str]) -> Iter
         if fills_modules(recipe, runtime):
             raise
         # Sizes that are fixed may be so in the part, too, which one call does not tell.
-        works = "" if isinstance(error, FixedSizesError) else part()
+        works = "" if isinstance(error, FixedSizesError) else _said_by(part)
         raise type(error)(" ".join(filter(None, (str(error), works, _INSIDE)))) from error
+
+
+def _said_by(part: Callable[[], str]) -> str:
+    try:
+        return part()
+    # What is told is why the whole is refused, whatever comes of a search for parts.
+    except Exception:
+        return ""
