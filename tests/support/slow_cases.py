@@ -88,6 +88,12 @@ SLOW_CASES = (
     "test_working_part.py::test_callbacks_name_it_before_training[[]Quant*",
     "test_sweeping.py::test_an_interruption_at_the_end_keeps_what_is_made",
     "test_only_if_needed.py::test_weights_of_the_trial_are_exported_where_the_last_miss_the_limit",
+    # The code of one page, one engine whose compiler starts, one fresh process of every kind stay.
+    "test_examples.py::test_quickstart_loses_at_most_two_images_and_runs_in_integers",
+    "test_cli.py::test_commands_of_the_page_run_one_after_the_other",
+    "test_torch.py::test_same_outputs_in_a_fresh_process",
+    "test_contract.py::test_what_cannot_be_exported_is_refused_before_training[[]inductor]",
+    "test_contract.py::test_report_is_made_of_every_runtime[[]executorch]",
 )
 
 
