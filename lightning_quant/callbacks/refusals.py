@@ -42,9 +42,12 @@ def working_part_of(callback: Any, pl_module: LightningModule) -> str:
         return ""
     captured = exported.capture
     module, call = resolve(pl_module, captured.path), Call(captured.args, captured.kwargs)
-    name, share = working_part(module, call, callback.settings.recipe, runtime)
-    path = ".".join(filter(None, (captured.path, name)))
-    return name and f'A part of it works: `module="{path}"`, with {share:.0%} of its weights.'
+    settings = callback.settings
+    part = working_part(module, call, settings.recipe, runtime, settings.selection)
+    if part is None:
+        return ""
+    path = ".".join(filter(None, (captured.path, part.name)))
+    return f'A part of it works: `module="{path}"{part.patterns}`, with {part.share:.0%} of its weights.'
 
 
 def check_strategy(trainer: Trainer) -> None:

@@ -161,10 +161,13 @@ def make_artifact(
 def _working_child(model: nn.Module, first: list[Call], settings: Settings) -> str:
     if not first or str(settings.runtime) not in runtimes.names():
         return ""
-    name, share = working_part(model, first[0], settings.recipe, str(settings.runtime))
-    return name and (
-        f"Its child {name!r}, with {share:.0%} of the weights, works: quantize that, on calls of its own; what `load` "
-        "returns takes its place."
+    part = working_part(model, first[0], settings.recipe, str(settings.runtime), settings.selection)
+    if part is None:
+        return ""
+    how = f" with{part.patterns.removeprefix(',')}" if part.patterns else ""
+    return (
+        f"Its child {part.name!r}, with {part.share:.0%} of the weights, works: quantize that{how}, on calls of its "
+        "own; what `load` returns takes its place."
     )
 
 
