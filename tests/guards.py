@@ -33,6 +33,13 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "a module that computes its loss itself is taught",
+        "simulate/distillation.py",
+        "        together = any(answers[index].dim() == 0 for index in taught)\n",
+        "        together = False\n",
+        "callbacks/test_teaching.py -k computes_its_loss",
+    ),
+    Guard(
         "aligned channels keep room for values that calibration did not see",
         "calibrate/alignment.py",
         "torch.ones_like(maximum), _STRENGTH)",

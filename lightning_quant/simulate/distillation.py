@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,8 +33,9 @@ class Distill:
     Attributes:
         weight: of its loss beside the user's own.
         temperature: that class probabilities are softened with, for outputs that are logits: the loss is then the
-            divergence of these over the last dimension. By default it is the mean squared difference in units of the
-            teacher's variance, for outputs of any kind.
+            divergence of these over the last dimension, or of the sigmoid of each where samples have one logit. By
+            default it is the mean squared difference in units of the teacher's variance, for outputs of any kind but
+            single numbers, which are losses.
         layers: fnmatch patterns on names inside the module of layers whose results are taught as well, by that
             difference; together they have as much weight as the outputs.
     """
@@ -125,7 +126,10 @@ class Teacher:
         seen = self._inner.get(name)
         if not seen or seen[0].shape != result.shape:
             return result
-        return self._pulled(result, seen.pop(0), None, self._distill.weight / len(self._inner))
+        if not result.requires_grad:
+            return result
+        pull = self._pull(result, seen.pop(0), None, self._distill.weight / len(self._inner))
+        return cast(Tensor, _Pulled.apply(pull, result)[0])
 
     def teach(self, result: Any) -> Any:
         """Return what the rounded module has answered to a call, with gradients towards what it would in float."""
@@ -135,15 +139,23 @@ class Teacher:
         if [answer.shape for answer in answers] != [target.shape for target in targets]:
             # In evaluation it answers otherwise, with fewer heads say: there is nothing to compare.
             return result
-        left = iter(targets)
         temperature, weight = self._distill.temperature, self._distill.weight
-        return map_tensors(lambda answer: self._pulled(answer, next(left), temperature, weight), result)
+        pulls = [self._pull(*pair, temperature, weight) for pair in zip(answers, targets, strict=True)]
+        taught = [index for index, answer in enumerate(answers) if answer.requires_grad]
+        # Where the module computes its loss itself, the user's gradients may come through that and no other answer.
+        together = any(answers[index].dim() == 0 for index in taught)
+        for group in [taught] if together else [[index] for index in taught]:
+            results = _Pulled.apply(*(pulls[index] for index in group), *(answers[index] for index in group))
+            for index, pulled in zip(group, results, strict=True):
+                answers[index] = pulled
+        left = iter(answers)
+        return map_tensors(lambda _: next(left), result)
 
-    def _pulled(self, answer: Tensor, target: Tensor, temperature: float | None, weight: float) -> Tensor:
-        if not answer.requires_grad or not answer.is_floating_point() or answer.numel() == 0:
-            return answer
-        pull = slope(answer.detach().float(), target.float(), temperature)
-        return _Pulled.apply(answer, pull * (weight * self._factor()))
+    def _pull(self, answer: Tensor, target: Tensor, temperature: float | None, weight: float) -> Tensor | None:
+        """Return the gradient that an answer gets, of its shape; none for what is no prediction, such as a loss."""
+        if not answer.requires_grad or answer.numel() == 0 or answer.dim() == 0:
+            return None
+        return slope(answer.detach().float(), target.float(), temperature) * (weight * self._factor())
 
     def _float(self, student: nn.Module) -> nn.Module:
         """Return a copy of a module with every forward its own, and the very parameters and buffers of the module."""
@@ -160,13 +172,17 @@ def slope(answer: Tensor, target: Tensor, temperature: float | None = None) -> T
     Args:
         answer: of the rounded module, float32.
         target: of the float module, of the same shape.
-        temperature: of class probabilities over the last dimension; None compares values.
+        temperature: of class probabilities over the last dimension, or of the sigmoid where that has no classes; None
+            compares values.
     """
     if temperature is None:
-        variance = target.var(correction=0).clamp(min=1e-12)
-        return 2 * (answer - target) / (answer.numel() * variance)
-    apart = torch.softmax(answer / temperature, -1) - torch.softmax(target / temperature, -1)
-    return temperature * apart / (answer.numel() / answer.shape[-1])
+        # One sample alone, or constant outputs, have no variance.
+        unit = torch.maximum(target.var(correction=0), target.square().mean() / 100).clamp(min=1e-12)
+        return 2 * (answer - target) / (answer.numel() * unit)
+    classes = answer.shape[-1] if answer.dim() > 1 else 1
+    probabilities = torch.sigmoid if classes == 1 else functools.partial(torch.softmax, dim=-1)
+    apart = probabilities(answer / temperature) - probabilities(target / temperature)
+    return temperature * apart / (answer.numel() / classes)
 
 
 def _note(seen: list[Tensor], module: nn.Module, args: Any, result: Any) -> None:
@@ -174,12 +190,17 @@ def _note(seen: list[Tensor], module: nn.Module, args: Any, result: Any) -> None
 
 
 class _Pulled(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, answer: Tensor, pull: Tensor) -> Tensor:
-        ctx.save_for_backward(pull)
-        return answer.view_as(answer)
+    """Adds pulls, or nothing for None, to the gradients of as many answers as soon as one of them has a gradient."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (pull,) = ctx.saved_tensors
-        return grad + pull.to(grad), None
+    def forward(ctx: Any, *pulls_and_answers: Tensor | None) -> tuple[Tensor, ...]:
+        count = len(pulls_and_answers) // 2
+        ctx.save_for_backward(*pulls_and_answers[:count])
+        # Copies, since views that a function returns cannot be changed in place.
+        return tuple(answer.clone() for answer in pulls_and_answers[count:] if answer is not None)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        pulls = ctx.saved_tensors
+        pulled = [grad if pull is None else grad + pull.to(grad) for grad, pull in zip(grads, pulls, strict=True)]
+        return *(None for _ in pulls), *pulled

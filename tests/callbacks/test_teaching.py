@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from features import feature
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -31,8 +32,16 @@ from lightning_quant.simulate.distillation import Distill
 SCHEDULE = {"fake_quantize": 1, "freeze_observers": 3, "unit": "epochs"}
 
 
-def ended(tmp_path: Path, distill: Any, *, epochs: int = 2, ckpt_path: Any = None, **options: Any) -> dict[str, Tensor]:
-    module = seeded()
+def ended(
+    tmp_path: Path,
+    distill: Any,
+    *,
+    kind: type[Classifier] = Classifier,
+    epochs: int = 2,
+    ckpt_path: Any = None,
+    **options: Any,
+) -> dict[str, Tensor]:
+    module = seeded(kind)
     callback = QuantizationAwareTraining(output_dir=tmp_path / "artifact", distill=distill, schedule=SCHEDULE)
     keep = ModelCheckpoint(tmp_path, f"{distill}-{epochs}".replace("{", "").replace("}", ""))
     settings = {"max_epochs": epochs, "enable_checkpointing": True, **options}
@@ -52,6 +61,36 @@ def test_weights_learn_from_it_and_checkpoints_do_not_know_of_it(tmp_path: Path)
     # Resumed at the end of an epoch, it goes on as if nothing had been.
     whole = ended(tmp_path, 5.0, epochs=3)
     assert equal_tensors(ended(tmp_path, 5.0, epochs=3, ckpt_path=tmp_path / "5.0-2.ckpt"), whole)
+
+
+class WithLoss(nn.Module):
+    """Computes its loss itself, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 4))
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.layers(x)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class Asking(Classifier):
+    def __init__(self) -> None:
+        super().__init__(WithLoss())
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(*batch)["loss"]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.net(*batch)["loss"])
+
+
+@feature("Modules", "`distill=` where the module computes its loss itself", only="QAT")
+def test_a_module_that_computes_its_loss_itself_is_taught(tmp_path: Path) -> None:
+    plain, taught = (ended(tmp_path, distill, kind=Asking) for distill in (None, {"weight": 2.0, "temperature": 2.0}))
+    assert not equal_tensors(plain, taught)
+    assert all(tensor.isfinite().all() for tensor in taught.values())
 
 
 def test_what_it_adds_is_scaled_as_the_loss_is() -> None:

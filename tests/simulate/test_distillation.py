@@ -23,6 +23,57 @@ def test_slope_is_the_gradient_of_the_loss() -> None:
         torch.testing.assert_close(slope(answer.detach(), target, temperature), expected)
 
 
+def test_single_logits_have_the_divergence_of_their_sigmoid() -> None:
+    torch.manual_seed(0)
+    for shape in ((6,), (6, 1)):
+        answer, target = torch.randn(shape, requires_grad=True), torch.randn(shape)
+        own, other = (torch.stack((x.sigmoid(), 1 - x.sigmoid()), -1) for x in (answer / 3, target / 3))
+        loss = 9 * F.kl_div(own.log().flatten(0, -2), other.flatten(0, -2), reduction="batchmean")
+        (expected,) = torch.autograd.grad(loss, answer)
+        torch.testing.assert_close(slope(answer.detach(), target, 3.0), expected)
+
+
+def test_outputs_without_variance_pull_no_harder_than_others() -> None:
+    for target in (torch.full((1, 1), 2.0), torch.full((8, 3), 2.0), torch.tensor([2.0, 2.0 + 1e-6])):
+        pull = slope(target * 1.01, target)
+        assert 0 < pull.sum() < 3, "a hundredth of the answer, in units of a tenth of it"
+
+
+@pytest.mark.parametrize("temperature", [None, 2.0])
+def test_a_loss_that_the_module_computes_itself_is_not_taught(temperature: float | None) -> None:
+    class WithLoss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+            logits = self.layer(x)
+            return {"loss": F.cross_entropy(logits, labels), "logits": logits, "classes": labels}
+
+    torch.manual_seed(0)
+    net, x, labels = WithLoss(), torch.randn(8, 4), torch.arange(8) % 3
+    teacher = Teacher(Distill(1.0, temperature), lambda: 1.0)
+    teacher.begin(net, [], (x, labels), {})
+    loss = torch.tensor(2.0, requires_grad=True)
+    logits = torch.randn(8, 3, requires_grad=True)
+    taught = teacher.teach({"loss": loss, "logits": logits, "classes": labels})
+    taught["loss"].backward()
+    assert loss.grad == 1
+    torch.testing.assert_close(logits.grad, slope(logits.detach(), net.layer(x).detach(), temperature))
+
+
+def test_answers_may_be_changed_in_place() -> None:
+    net, x = Net(), torch.randn(8, 4)
+    teacher = Teacher(Distill(1.0), lambda: 1.0)
+    teacher.begin(net, [], (x,), {})
+    logits = torch.randn(8, 3, requires_grad=True)
+    taught = teacher.teach({"logits": logits})["logits"]
+    taught[:, 0] = -1e4
+    taught.softmax(-1).sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.abs().sum() > 0
+
+
 class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
