@@ -79,6 +79,21 @@ class Trial:
         self.parameters = names
         self.allow(StoredParameters, half_arithmetic=half_arithmetic)
 
+    def open_weights(self, reason: str, *, half_arithmetic: bool) -> None:
+        """Store the weights where code outside the layer, which reads them, too, gets them in float; or keep it float.
+
+        Args:
+            reason: what the row says.
+            half_arithmetic: as for `allow`.
+        """
+        own = [name for name, p in self.float_layer._parameters.items() if p is not None and p.dim() > 1]
+        if isinstance(self.float_layer, nn.RNNBase) or len(own) != len(self.weights):
+            self.stay_float(reason)
+            return
+        self.layer, self._schemes, self._notes, self._num_calls = None, [], [f"{reason}, in float"], 0
+        self.allow_parameters(own, half_arithmetic=half_arithmetic)
+        self.finish()
+
     @property
     def places(self) -> list[str]:
         """Where the quantized layer goes."""

@@ -75,4 +75,5 @@ def jittered(x: Tensor, generator: torch.Generator, together: int | None) -> Ten
 
 def _fused_multiply_add(x: Tensor, zero_point: Tensor, factor: Tensor, summand: Tensor) -> Tensor:
     # A float32 product is exact in float64, so there is one rounding, as in hardware.
+    x = x.expand(torch.broadcast_shapes(x.shape, summand.shape))
     return x.double().add_(zero_point).mul_(factor.double()).add_(summand).float()

@@ -51,7 +51,7 @@ def try_layers(
         trial.finish()
     keep_ties(tried)
     for name in read_beside(model, tried, *call):
-        tried[name].stay_float("code outside it reads its weight")
+        tried[name].open_weights("code outside it reads its weight", half_arithmetic=half_arithmetic)
     keep_ties(tried)
     return tried
 

@@ -200,8 +200,12 @@ def _lower_linear(root: fx.GraphModule, node: fx.Node, scale: float, zero_point:
 def _lower_binary(root: fx.GraphModule, node: fx.Node, scale: float, zero_point: int) -> fx.Node | None:
     if node.kwargs or not all(_is(operand, _DEQUANTIZE) for operand in node.args):
         return None
-    operands = [operand.args[0] for operand in node.args]  # type: ignore[union-attr]
-    return node.graph.call_function(_BINARY[node.target], (*operands, scale, zero_point))  # type: ignore[index]
+    first, second = (operand.args[0] for operand in node.args)  # type: ignore[union-attr]
+    (size, other), whole = (operand.meta["val"].shape for operand in node.args), node.meta["val"].shape  # type: ignore
+    if size != whole and other == whole:
+        # The kernel makes its result as large as its first operand, and warns where that was too small.
+        first = node.graph.call_function(_ATEN.expand_as.default, (first, second))
+    return node.graph.call_function(_BINARY[node.target], (first, second, scale, zero_point))  # type: ignore[index]
 
 
 def _lower_cat(root: fx.GraphModule, node: fx.Node, scale: float, zero_point: int) -> fx.Node | None:

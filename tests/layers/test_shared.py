@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.errors import PlanError
+from lightning_quant.graph.table import Selection
 from lightning_quant.layers import class_for
 from lightning_quant.layers.shared import keep_ties
 from lightning_quant.layers.trial import Trial
@@ -27,27 +28,31 @@ class Reading(nn.Module):
         return self.third(y)
 
 
-def test_layer_whose_weight_is_read_beside_it_stays_float_and_is_named() -> None:
+def test_layer_whose_weight_is_read_beside_it_is_stored_and_named() -> None:
     model, x = Reading().eval(), torch.randn(4, 8)
     quantized = quantize_layers(model, (x,), recipe="int8_weight_only", runtime="torch")
     rows = {row.name: row for row in quantized.plan.rows}
 
-    assert sorted(quantized.layers) == ["first", "third"]
+    assert sorted(quantized.layers) == ["first", "second.stored_parameters", "third"]
+    assert (rows["second"].action, rows["second"].weights) == ("int8 weights", 64)
     assert "reads its weight" in rows["second"].reason
-    assert signal_to_noise(model(x), quantized.quantized()(x)) > 35
+    assert 35 < signal_to_noise(model(x), quantized.quantized()(x)) < 80
 
 
-def test_model_that_only_reads_weights_is_refused_by_name() -> None:
-    class Only(nn.Module):
+def test_recurrent_layer_whose_weight_is_read_beside_it_stays_float() -> None:
+    class Recurrent(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.only = nn.Linear(8, 8)
+            self.inner, self.head = nn.GRU(8, 8), nn.Linear(8, 8)
 
         def forward(self, x: Tensor) -> Tensor:
-            return self.only(x) @ self.only.weight
+            return self.head(self.inner(x)[0]) @ self.inner.weight_hh_l0.T
 
-    with pytest.raises(PlanError, match=r"only .*reads its weight"):
-        quantize_layers(Only().eval(), (torch.randn(4, 8),), recipe="int8_weight_only", runtime="torch")
+    model, x = Recurrent().eval(), torch.randn(4, 8)
+    quantized = quantize_layers(model, (x,), recipe="int8_weight_only", runtime="torch")
+    assert sorted(quantized.layers) == ["head"]
+    with pytest.raises(PlanError, match=r"inner .*reads its weight"):
+        quantize_layers(model, (x,), recipe="int8_weight_only", selection=Selection(exclude=("head",)))
 
 
 def test_layers_of_one_weight_get_the_form_of_the_one_that_needs_most_bits() -> None:

@@ -26,3 +26,10 @@ def test_sums_of_two_grids_are_exact_to_the_last_bit() -> None:
     # Summing up in float and rounding once is not what kernels do.
     careless = torch.round((values[0] + values[1]) / output[0])
     assert float((careless - expected).abs().max()) <= 1
+
+
+def test_operands_of_a_sum_are_broadcast_whichever_is_smaller() -> None:
+    grid = torch.tensor(0.5), torch.tensor(0.0)
+    small, large = torch.randint(-9, 9, (2, 1, 3)).float(), torch.randint(-9, 9, (2, 4, 3)).float()
+    assert torch.equal(add(small, large, (grid, grid), grid), small + large)
+    assert torch.equal(add(large, small, (grid, grid), grid), small + large)
