@@ -43,11 +43,19 @@ class _Watch(TorchDispatchMode):
         if name in _PRODUCTS:
             self.multiplied |= read
         # What is computed of weights alone, as in weight standardization, is a weight.
-        if (read and name in _MOVES) or (given and None not in given):
+        if (read and (name in _MOVES or self._scales(name, args, result))) or (given and None not in given):
             for tensor in _tensors(result):
                 self.known.setdefault(tensor.untyped_storage().data_ptr(), set()).update(read)
                 self.kept.append(tensor)
         return result
+
+    def _scales(self, name: str, args: tuple[Any, ...], result: Any) -> bool:
+        """Tell whether weights are scaled for each sample, as by Karras et al. 2020 (arXiv:1912.04958), equation 1.
+
+        What scales them is as large in fewer dimensions; values that a gain scales are as large as the gain.
+        """
+        others = [t for t in _tensors(args) if not self.known.get(t.untyped_storage().data_ptr())]
+        return name == "mul" and len(others) == 1 and 1 < others[0].numel() < result.numel()
 
 
 def multiplied(model: nn.Module, owners: list[nn.Module], args: tuple[Any, ...], kwargs: dict[str, Any]) -> set[int]:

@@ -31,6 +31,18 @@ def test_weights_of_products_are_found_directly_and_behind_what_moves_them() -> 
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_weights_that_are_scaled_for_each_sample_are_weights() -> None:
+    class Modulated(Own):
+        def forward(self, x: Tensor, style: Tensor) -> Tensor:
+            weight = self.weight * style.unsqueeze(2)
+            weight = weight * weight.square().sum(1, keepdim=True).rsqrt()
+            return torch.bmm(x.unsqueeze(1), weight).squeeze(1) @ self.small.new_ones(64, 8)
+
+    model = Modulated()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert [names[key] for key in multiplied(model, [model], tuple(torch.randn(2, 3, 32)), {})] == ["weight"]
+
+
 def test_modules_without_parameters_of_their_own_are_not_run() -> None:
     class Failing(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
