@@ -173,6 +173,13 @@ GUARDS = (
         "callbacks/test_twin.py -k steps_of_the_twin",
     ),
     Guard(
+        "layers are folded for alignment without any range, as scores do in training",
+        "calibrate/rescale.py",
+        "    gain, bias = merged(*prepared.bias_and_norm(identity, weight))\n",
+        "    gain, bias = (folded := prepared.folded(identity, corrected=False)).gain, folded.bias\n",
+        "calibrate/test_alignment.py -k observed",
+    ),
+    Guard(
         "steps that a twin learns are no steps of the run",
         "simulate/prepared.py",
         "other.ranges, other.learned_steps = copied((self.ranges, self.learned_steps))",

@@ -1,7 +1,7 @@
 """What a look at integers costs while training, in CPU time: images of 64x64, validations of 64 batches of 16.
 
-`python examples/benchmarks/scores.py` validates with and without `score_every`, and trains with and without
-`QuantizationMonitor`, each batch looked at.
+`python examples/benchmarks/scores.py` scores every second validation of a fit, lets `QuantizationMonitor` look at every
+second batch, and trains through rounding with and without `distill`.
 """
 
 import argparse
@@ -54,8 +54,16 @@ class Classifier(LightningModule):
     val_dataloader = train_dataloader
 
 
-class Steps(Callback):
-    """Takes the CPU time of each training batch with all that callbacks do in it, and ends the fit."""
+class Ending(Callback):
+    """Ends a fit before its artifact."""
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """End."""
+        raise KeyboardInterrupt
+
+
+class Steps(Ending):
+    """Takes the CPU time of each training batch with all that callbacks do in it."""
 
     def __init__(self, seconds: list[float]) -> None:
         self.seconds, self._start = seconds, 0.0
@@ -63,13 +71,13 @@ class Steps(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Count from one batch's start to the next one's."""
         now = time.process_time()
-        if batch_idx > 1:
+        if batch_idx > 0:
             self.seconds.append(now - self._start)
         self._start = now
 
 
-class Validations(Callback):
-    """Takes the CPU time of each validation, first of all callbacks and last, and ends the fit before its artifact."""
+class Validations(Ending):
+    """Takes the CPU time of each validation, first of all callbacks and last."""
 
     def __init__(self, seconds: list[float]) -> None:
         self.seconds, self._start = seconds, 0.0
@@ -82,10 +90,6 @@ class Validations(Callback):
         """Count."""
         self.seconds.append(time.process_time() - self._start)
 
-    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """End."""
-        raise KeyboardInterrupt
-
 
 def fit(net: Callable[[], nn.Module], *callbacks: Callback, **options: Any) -> None:
     """Fit a network of fixed random weights."""
@@ -96,46 +100,82 @@ def fit(net: Callable[[], nn.Module], *callbacks: Callback, **options: Any) -> N
         Trainer(callbacks=list(callbacks), **settings).fit(Classifier(net()))
 
 
-def validated(net: Callable[[], nn.Module], epochs: int, make: Callable[..., Any], **options: Any) -> list[float]:
-    """Return the CPU seconds of each validation of a fit but the first, with four training batches an epoch."""
+def validated(net: Callable[[], nn.Module], pairs: int, make: Callable[..., Any], share: float | None) -> list[float]:
+    """Return the CPU seconds of each validation of a fit, of which every second one is scored, the first one too.
+
+    Training has four batches an epoch. The first validations are left out: with `QuantizationAwareTraining` rounding
+    begins after a fifth of the epochs.
+    """
     seconds: list[float] = []
+    begin = 2 * (1 + pairs // 4)
     with tempfile.TemporaryDirectory() as folder:
-        callback = make(output_dir=folder, **options)
-        fit(net, Validations(seconds), callback, max_epochs=epochs, limit_train_batches=4)
-    return seconds[1:]
+        callback = make(output_dir=folder, score_every=2, score_batches=share)
+        fit(net, Validations(seconds), callback, max_epochs=begin + 2 * pairs, limit_train_batches=4)
+        # A score that fails is a warning, and would be for nothing here.
+        assert not callback.missing, callback.missing
+    return seconds[begin:]
 
 
 def stepped(net: Callable[[], nn.Module], *callbacks: Callback) -> list[float]:
-    """Return the CPU seconds of each training batch."""
+    """Return the CPU seconds of each training batch behind the first eight, by when rounding and the loss begin."""
     seconds: list[float] = []
-    fit(net, Steps(seconds), *callbacks, max_epochs=1, limit_val_batches=0, limit_train_batches=16)
-    return seconds
+    fit(net, Steps(seconds), *callbacks, max_epochs=1, limit_val_batches=0, limit_train_batches=33)
+    return seconds[8:]
+
+
+def looks(name: str, net: Callable[[], nn.Module]) -> tuple[str, ...]:
+    """Return a row: a fit in which every second batch is looked at."""
+    seconds = stepped(net, lq.QuantizationMonitor(2))
+    look, step = seconds[::2], seconds[1::2]
+    more = (median_ms(look) / median_ms(step) - 1) / 100
+    return name, f"{median_ms(step):.0f}", f"{median_ms(look):.0f}", f"{more:.2%}"
+
+
+def lessons(name: str, net: Callable[[], nn.Module]) -> tuple[str, ...]:
+    """Return a row: fits with and without a teacher in turns."""
+    seconds: dict[float | None, list[float]] = {None: [], 0.5: []}
+    for weight in (None, 0.5, 0.5, None):
+        with tempfile.TemporaryDirectory() as folder:
+            callback = lq.QuantizationAwareTraining(output_dir=folder, distill=weight)
+            seconds[weight] += stepped(net, callback)
+    alone, taught = seconds.values()
+    return name, f"{median_ms(alone):.0f}", f"{median_ms(taught):.0f}", f"{bootstrap_ratio(taught, alone):.2f}"
+
+
+def scores(name: str, net: Callable[[], nn.Module], pairs: int, share: float | None) -> list[tuple[str, ...]]:
+    """Return a row for each callback."""
+    rows = []
+    for make in (lq.PostTrainingQuantization, lq.QuantizationAwareTraining):
+        seconds = validated(net, pairs, make, share)
+        scored, plain = seconds[::2], seconds[1::2]
+        ratio = f"{bootstrap_ratio(scored, plain):.2f}"
+        rows.append((name, make.__name__, f"{median_ms(plain):.0f}", f"{median_ms(scored):.0f}", ratio))
+    return rows
 
 
 def main() -> None:
-    """Validate in each way, and print one table."""
+    """Measure each cost, and print one table of it."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--epochs", type=int, default=6)
+    parser.add_argument("--pairs", type=int, default=6, help="validations that are scored, each beside one that is not")
     parser.add_argument("--batches", type=float, default=None, help="`score_batches`, as a share")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    rows, looks = [], []
-    for name, net in (("ResNet18", resnet18), ("MobileNetV2", mobilenet_v2)):
-        step, look = stepped(net), stepped(net, lq.QuantizationMonitor(1))
-        share = (median_ms(look) / median_ms(step) - 1) / 100
-        looks.append((name, f"{median_ms(step):.0f}", f"{median_ms(look):.0f}", f"{share:.2%}"))
-        for make in (lq.PostTrainingQuantization, lq.QuantizationAwareTraining):
-            base = validated(net, arguments.epochs, make)
-            rows.append((name, f"{make.__name__}()", f"{median_ms(base):.0f}", ""))
-            scored = validated(net, arguments.epochs, make, score_every=1, score_batches=arguments.batches)
-            row = f"{make.__name__}(score_every=1)", f"{median_ms(scored):.0f}", f"{bootstrap_ratio(scored, base):.2f}"
-            rows.append((name, *row))
+    nets = {"ResNet18": resnet18, "MobileNetV2": mobilenet_v2}
+    rows = [row for item in nets.items() for row in scores(*item, arguments.pairs, arguments.batches)]
+    header = "net", "callback", "a validation, median CPU ms", "one that is scored", "ratio [95 %]"
     publish(
         "scores",
-        table(rows, ("net", "validation", "median CPU ms", "this / not scored [95 %]")),
-        table(looks, ("net", "a step, median CPU ms", "one that is looked at", "more of all steps, every 100th")),
+        table(rows, header),
+        table(
+            [looks(*item) for item in nets.items()],
+            ("net", "a step, median CPU ms", "one that is looked at", "more of all steps, every 100th"),
+        ),
+        table(
+            [lessons(*item) for item in nets.items()],
+            ("net", "a rounded step, median CPU ms", "one with `distill=0.5`", "ratio [95 %]"),
+        ),
     )
 
 

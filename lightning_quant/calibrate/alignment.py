@@ -140,7 +140,8 @@ def calibrate_aligned(prepared: Prepared, steps: Callable[[], Iterable[Callable[
     """
     groups = alignable(prepared) if prepared.recipe.align_channels else []
     if groups:
-        move(prepared, groups, extremes(prepared, groups, steps()))
+        with _kept_as_calibrated(prepared):
+            move(prepared, groups, extremes(prepared, groups, steps()))
     means = InputMeans() if prepared.recipe.bias_correction else None
     settle(prepared, observe(prepared, steps(), means), means)
 

@@ -8,19 +8,23 @@ from torch import Tensor
 from lightning_quant.calibrate.groups import ScalingGroup
 from lightning_quant.numerics.adjustments import ChannelScale, FoldedLayer, unscaled
 from lightning_quant.numerics.fake_quantize import along
+from lightning_quant.numerics.folding import merged
 from lightning_quant.simulate.prepared import Prepared
 
 
 @torch.no_grad()
 def folded_layer(prepared: Prepared, identity: str) -> FoldedLayer:
-    """Return a weighted operator with its BatchNorm folded in, as it is before rounding and bias correction."""
+    """Return a weighted operator with its BatchNorm folded in, as it is before rounding and bias correction.
+
+    No range is needed for it.
+    """
     if identity in prepared.layers:
         return prepared.layers[identity]
-    folded = prepared.folded(identity, corrected=False)
     weight = prepared.weight(identity).detach().float()
-    if folded.gain is not None:
-        weight = weight * along_rows(folded.gain, weight)
-    return FoldedLayer(weight.clone(), folded.bias.clone())
+    gain, bias = merged(*prepared.bias_and_norm(identity, weight))
+    if gain is not None:
+        weight = weight * along_rows(gain, weight)
+    return FoldedLayer(weight.clone(), weight.new_zeros(len(weight)) if bias is None else bias.detach().float().clone())
 
 
 @torch.no_grad()

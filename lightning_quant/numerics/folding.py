@@ -159,7 +159,7 @@ def fold(
         quant_max: 127 for 8-bit weights, 63 for 7-bit weights.
         step: `(out_channels,)`, learned scale of the unfolded weight, in place of that by the largest magnitudes.
     """
-    gain, shift = (None, bias) if norm is None else _gain_and_bias(bias, norm)
+    gain, shift = merged(bias, norm)
     maximum = channel_maximum(weight) if step is None else step * quant_max
     unfolded = weight_scale(maximum, quant_max, gain=gain, bias=shift, input_scale=input_scale)
     scale = unfolded if gain is None else unfolded * gain.abs()
@@ -185,7 +185,15 @@ def fold_adjusted(layer: FoldedLayer, input_scale: Tensor, quant_max: int) -> Fo
     return Folded(None, layer.bias, layer.scale, layer.scale, layer.scale * input_scale)
 
 
-def _gain_and_bias(bias: Tensor | None, norm: Statistics) -> tuple[Tensor, Tensor]:
+def merged(bias: Tensor | None, norm: Statistics | None) -> tuple[Tensor | None, Tensor | None]:
+    """Return the factor on each output channel of a layer that has its BatchNorm folded in, and its bias then.
+
+    Args:
+        bias: of the layer; None without.
+        norm: what the BatchNorm normalizes with; None without, which leaves no factor.
+    """
+    if norm is None:
+        return None, bias
     gain, shift = gain_and_shift(norm.mean, norm.variance, norm.eps, norm.weight, bias)
     return gain, shift if norm.bias is None else shift + norm.bias.float()
 

@@ -18,7 +18,7 @@ from lightning_quant.graph.plan import Edge, Operator
 from lightning_quant.numerics.adjustments import AccuracyStep, ChannelScale, FoldedLayer
 from lightning_quant.numerics.bias_correction import InputMeans, bias_correction
 from lightning_quant.numerics.fake_quantize import affine_parameters
-from lightning_quant.numerics.folding import Folded, fold, fold_adjusted, statistics, with_affine
+from lightning_quant.numerics.folding import Folded, Statistics, fold, fold_adjusted, statistics, with_affine
 from lightning_quant.numerics.learned_steps import LearnedSteps, first_range, quantize_with_learned_range
 from lightning_quant.planned.overrides import override_weights, wide_edges
 from lightning_quant.ranges.grids import widen
@@ -174,13 +174,22 @@ class Quantizers:
             step = None
             if self.learned_steps is not None:
                 step = self.learned_steps.step_of(identity, weight, quant_max).detach()
-            bias = self._tensor(operator.path, operator.bias) if operator.bias else None
-            norm = statistics(resolve(self.root, operator.path), operator.norm)
-            steps = [(a, self._tensor(operator.path, a.constant) if a.constant else a.value) for a in operator.affine]
-            norm = with_affine(norm, steps, weight.detach().flatten(1)[:, 0])
-            folded = fold(weight, bias, norm, input_scale, quant_max, step)
+            folded = fold(weight, *self.bias_and_norm(identity, weight), input_scale, quant_max, step)
         correction = self.bias_corrections.get(identity) if corrected else None
         return folded if correction is None else replace(folded, bias=folded.bias + correction.to(folded.bias))
+
+    def bias_and_norm(self, identity: str, weight: Tensor) -> tuple[Tensor | None, Statistics | None]:
+        """Return the bias of an operator of the module, and what is folded into it; None without.
+
+        Args:
+            identity: of the operator.
+            weight: of it.
+        """
+        operator = self.operators[identity]
+        bias = self._tensor(operator.path, operator.bias) if operator.bias else None
+        norm = statistics(resolve(self.root, operator.path), operator.norm)
+        steps = [(a, self._tensor(operator.path, a.constant) if a.constant else a.value) for a in operator.affine]
+        return bias, with_affine(norm, steps, weight.detach().flatten(1)[:, 0])
 
     def weight(self, identity: str) -> Tensor:
         """Return the weight that `folded` belongs to: the module's own, or that of the layer in its place."""

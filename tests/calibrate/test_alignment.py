@@ -13,7 +13,7 @@ from uneven_chains import images, uneven
 
 import lightning_quant as lq
 from lightning_quant.calibrate import alignment
-from lightning_quant.calibrate.alignment import alignable, extremes, move
+from lightning_quant.calibrate.alignment import alignable, calibrate_aligned, extremes, move
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.calibrate.distributed import Group, calibrate_together
 from lightning_quant.calibrate.fit import output_snr
@@ -74,6 +74,21 @@ def test_of_few_samples_channels_keep_room_for_more() -> None:
     grid_values = prepared.on_grid(groups[0].edges[0], model.layers[:3](held))
     clipped = (grid_values > (seen / factor).max()).float().mean()
     assert float(clipped) < 1e-3
+
+
+def test_nothing_needs_to_have_been_observed(monkeypatch: pytest.MonkeyPatch) -> None:
+    data, held = list(images(64).split(8)), [((images(32, seed=7),), {})]
+    plain = output_snr(calibrated(uneven(nn.ReLU6), data, align_channels=False), held)
+
+    def unobserved() -> float:
+        prepared = prepare(uneven(nn.ReLU6), (data[0],), recipe=Recipe(), observer="mse")
+        calibrate_aligned(prepared, lambda: steps_of(prepared, data))
+        return output_snr(prepared, held)
+
+    assert unobserved() > plain + 3
+    monkeypatch.setattr(alignment, "rescale", lambda *_: {}["of the user's"])
+    with pytest.warns(NoEffectWarning, match="not aligned"):
+        assert unobserved() == plain
 
 
 @pytest.mark.parametrize("middle", [nn.ReLU(), nn.Tanh()])

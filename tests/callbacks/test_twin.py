@@ -1,14 +1,17 @@
 """What stands in a module's place while its validation is scored."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from lightning_models import equal_tensors, seeded, tensors_of
+from lightning_models import NUM_CLASSES, Classifier, equal_tensors, seeded, tensors_of
 from scored_runs import BOTH, DELTA, TWIN, make, trained, without_scores
+from torch import nn
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks.base import QuantizationCallback
+from lightning_quant.recipe.recipe import RECIPES
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
@@ -42,6 +45,19 @@ def test_layers_are_stored_anew_for_each_score(recipe: str, tmp_path: Path) -> N
     found = trained(seeded(), callback, max_epochs=2)
     assert found[0][TWIN] != found[1][TWIN]
     assert all(0 < abs(one[DELTA]) < 0.2 for one in found)
+
+
+@pytest.mark.slow
+def test_channels_are_aligned_as_in_the_artifact(tmp_path: Path) -> None:
+    # One channel's values lie far from zero, where no activation bounds them.
+    net = nn.Sequential(nn.Conv2d(1, 6, 1), nn.Conv2d(6, 8, 1), nn.ReLU(), nn.Flatten(), nn.Linear(512, NUM_CLASSES))
+    net[0].bias.data[0] = 9
+    recipes = [replace(RECIPES["int8"], align_channels=aligns) for aligns in (True, False)]
+    aligned, plain = (
+        trained(Classifier(net, lr=0.0), make(PostTrainingQuantization, tmp_path, recipe=recipe))[0][TWIN]
+        for recipe in recipes
+    )
+    assert aligned != plain == pytest.approx(aligned, abs=0.1)
 
 
 @pytest.mark.slow
