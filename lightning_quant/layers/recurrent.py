@@ -56,11 +56,12 @@ class StoredRecurrent(StoredLayer):
         flat = [values[name] if name in values else getattr(self, name) for name in layer._flat_weights_names]
         is_packed = isinstance(input, PackedSequence) and not is_padded(input)
         if is_packed or (isinstance(input, Tensor) and input.dim() == 2):
-            layer._flat_weights = flat
+            # Copies of the layer are made of the list that stands here.
+            before, layer._flat_weights = layer._flat_weights, flat
             try:
                 return getattr(nn, layer.mode.partition("_")[0]).forward(layer, input, hx)
             finally:
-                layer._flat_weights = []
+                layer._flat_weights = before
         return run(layer, flat, input, hx)
 
 

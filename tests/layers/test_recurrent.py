@@ -1,5 +1,6 @@
 """Recurrent layers in every scheme against the float layer."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,8 @@ def test_packed_sequences(kind: str) -> None:
     torch.testing.assert_close(actual, expected)
     torch.testing.assert_close(*other)
     assert (actual[1, 2:] == 0).all()
+    with torch.no_grad():
+        torch.testing.assert_close(copy.deepcopy(result.quantized())(x, lengths), expected)
 
 
 def test_recurrence_keeps_no_float_weights() -> None:
