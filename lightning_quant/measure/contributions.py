@@ -152,7 +152,9 @@ def difference(
     mean = fmean(left_out)
     variance = (number - 1) / number * math.fsum((x - mean) ** 2 for x in left_out)
     margin = student_quantile(CONFIDENCE, number - 1) * math.sqrt(variance)
-    differing = sum(parts.of(block) != float_parts.of(block) for block in blocks)
+    pairs = [(parts.of(block), float_parts.of(block)) for block in blocks]
+    # Of a block in which it is not defined, one without a positive sample say, nothing is known to differ.
+    differing = sum(one != other and not (math.isnan(one) and math.isnan(other)) for one, other in pairs)
     samples = parts.samples or parts.number
     # One sample in a hundred, of a rare class, is much more than a hundredth of an F1 of that class.
     steps = [samples * one.step() for one in (parts, float_parts) if one.step is not None]

@@ -21,6 +21,8 @@ _TOLERANCE = 1e-4
 _MAX_BYTES = 64 * 2**20
 # Counts of a metric that are moved one by one, at most.
 _MOST_CELLS = 4096
+# Classes, or outputs, by which samples are answered otherwise one by one, the rarest first; at most.
+_MOST_KINDS = 8
 # What metrics raise that are not defined on some of the data.
 _UNDEFINED = (ValueError, RuntimeError, LookupError, ArithmeticError)
 
@@ -176,8 +178,13 @@ class States:
             return value({**lists, **sums(parts)}, len(parts))
 
         counts = not self._lists and not any(start.is_floating_point() for start in starts.values())
-        moved = functools.partial(_moved, value, sums(range(len(added))), len(added)) if counts else None
-        return Contributions(len(added), of, step=moved)
+        whole, step = sums(range(len(added))), None
+        if counts:
+            step = functools.partial(_moved, value, whole, len(added))
+        elif {"preds", "target"} <= self._lists.keys():
+            lists = {name: torch.cat([torch.atleast_1d(t).cpu() for t in own]) for name, own in self._lists.items()}
+            step = functools.partial(_answered_otherwise, value, {**whole, **lists}, len(added))
+        return Contributions(len(added), of, step=step)
 
 
 def _moved(value: Callable[[Mapping[str, Any], int], float], counts: Mapping[str, Tensor], updates: int) -> float:
@@ -192,3 +199,39 @@ def _moved(value: Callable[[Mapping[str, Any], int], float], counts: Mapping[str
             changes.append(value({**counts, name: more}, updates) - before)
     changes = [change for change in changes if math.isfinite(change)]
     return max(changes) - min(changes)
+
+
+def _answered_otherwise(
+    value: Callable[[Mapping[str, Any], int], float], states: Mapping[str, Tensor], updates: int
+) -> float:
+    """Return by how much a metric changes where one sample is answered like another, of those tried; 0 for no such.
+
+    Tried are, for each class or output, the samples of the highest and the lowest score among those of one target, of
+    which there are fewest where targets are classes: they are given the lowest and the highest score of all.
+    """
+    preds, target = states["preds"], states["target"]
+    if len(preds) != len(target) or not len(preds) or preds.dim() > 2:
+        return 0.0
+    before, changes = value(states, updates), [0.0]
+    for column, rows in _kinds(preds, target):
+        scores = preds if preds.dim() == 1 else preds[:, column]
+        own = scores[rows]
+        for at, other in ((rows[own.argmax()], scores.argmin()), (rows[own.argmin()], scores.argmax())):
+            changed = preds.clone()
+            changed[at] = preds[other]
+            changes.append(value({**states, "preds": changed}, updates) - before)
+    return max(abs(change) for change in changes if math.isfinite(change))
+
+
+def _kinds(preds: Tensor, target: Tensor) -> list[tuple[int, Tensor]]:
+    """Return columns of scores, and the samples of one target that are compared by them, the rarest targets first."""
+    columns = 1 if preds.dim() == 1 else preds.shape[1]
+    if target.is_floating_point():
+        kinds = [(column, torch.arange(len(target))) for column in range(columns)]
+    elif target.dim() == 2:
+        values = [(column, value) for column in range(columns) for value in target[:, column].unique().tolist()]
+        kinds = [(column, (target[:, column] == value).nonzero().flatten()) for column, value in values]
+    else:
+        values = [(value if preds.dim() == 2 else 0, value) for value in target.unique().tolist()]
+        kinds = [(c, (target == value).nonzero().flatten()) for c, value in values if 0 <= c < columns]
+    return sorted(kinds, key=lambda kind: len(kind[1]))[:_MOST_KINDS]
