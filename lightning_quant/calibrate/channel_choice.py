@@ -9,6 +9,7 @@ Sources: Xiao et al. 2022, arXiv:2211.10438, equation 4 (the factors); Nagel et 
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -59,23 +60,41 @@ class _Reader:
     rows: Tensor
     quant_max: int
 
-    def power(self, errors: Tensor, weight: Tensor | None = None) -> Tensor:
-        """Return the mean power of outputs for rows `(..., rows, in_channels)`, places of a kernel taken apart."""
-        weight = self.weight if weight is None else weight
-        places = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
-        channels = errors.shape[-1]
-        if places.shape[1] == 1:
-            gain = places.square().sum((1, 2)).view(channels, -1).sum(1)
-            return (errors.square().mean(-2) * gain).sum(-1)
-        total = torch.zeros(errors.shape[:-2], dtype=torch.float32, device=errors.device)
-        groups = channels // places.shape[1]
-        for part, of_part in zip(errors.chunk(groups, -1), places.chunk(groups, 0), strict=True):
-            matrix = of_part.transpose(1, 2).flatten(0, 1)
-            if len(matrix) > matrix.shape[1]:
-                total = total + ((part @ (matrix.T @ matrix)) * part).sum(-1).mean(-1)
-            else:
-                total = total + (part @ matrix.T).square().sum(-1).mean(-1)
-        return total
+    @cached_property
+    def power(self) -> float:
+        """The mean power of its outputs, positive."""
+        return float(_power(self.rows, self.gains)) or 1.0
+
+    @cached_property
+    def gains(self) -> "_Gains":
+        """Those of its weight."""
+        return _gains(self.weight, self.rows.shape[-1])
+
+
+# What weights make of inputs: a factor of the power of each, `(channels,)`, where each has outputs of its own. Else for
+# every group of a layer the matrix to outputs, `(inputs, outputs)`, or that of their squares, `(inputs, inputs)`, where
+# it is smaller; and whether it is that.
+_Gains = Tensor | list[tuple[Tensor, bool]]
+
+
+def _gains(weight: Tensor, channels: int) -> _Gains:
+    """Return what a weight makes of inputs, places of a kernel taken apart."""
+    places = weight.flatten(2) if weight.dim() > 2 else weight.unsqueeze(2)
+    if places.shape[1] == 1:
+        return places.square().sum((1, 2)).view(channels, -1).sum(1)
+    matrices = [part.transpose(1, 2).flatten(0, 1) for part in places.chunk(channels // places.shape[1], 0)]
+    return [(m.T @ m, True) if len(m) > m.shape[1] else (m.T, False) for m in matrices]
+
+
+def _power(errors: Tensor, gains: _Gains) -> Tensor:
+    """Return the mean power of outputs for rows `(..., rows, in_channels)`."""
+    if isinstance(gains, Tensor):
+        return (errors.square().mean(-2) * gains).sum(-1)
+    total = torch.zeros(errors.shape[:-2], dtype=torch.float32, device=errors.device)
+    for part, (matrix, of_squares) in zip(errors.chunk(len(gains), -1), gains, strict=True):
+        product = part @ matrix
+        total = total + (product * (part if of_squares else product)).sum(-1).mean(-1)
+    return total
 
 
 @torch.no_grad()
@@ -112,9 +131,13 @@ def sample_edges(prepared: Prepared, groups: list[ScalingGroup], calls: list[Cal
         if identity not in owners or not x.numel():
             return
         group = owners[identity]
-        rows = prepared.on_grid(identity, x.float(), clipped=True).movedim(group.axis, -1).reshape(-1, group.channels)
-        chosen = rows[:: max(1, len(rows) // number)][:number].clone()
-        new = Sample(chosen, rows.amin(0), rows.amax(0))
+        rows = x.float().movedim(group.axis, -1).reshape(-1, group.channels)
+        chosen = rows[:: max(1, len(rows) // number)][:number]
+        # Grids are in the order of values: no more of these than what is returned has to be mapped.
+        taken = torch.cat([chosen, rows.amin(0, keepdim=True), rows.amax(0, keepdim=True)])
+        places = taken.view(len(taken), *[1] * (x.dim() - 2), group.channels).movedim(-1, group.axis)
+        on_grid = prepared.on_grid(identity, places, clipped=True).movedim(group.axis, -1).view_as(taken)
+        new = Sample(on_grid[:-2], on_grid[-2], on_grid[-1])
         old = seen.get(identity)
         seen[identity] = new if old is None else _joined(old, new)
 
@@ -135,7 +158,7 @@ def best_factor(prepared: Prepared, group: ScalingGroup, samples: dict[str, Samp
     best, least = None, (1 - _LEAST_GAIN) * _error(prepared, group, seen, readers, torch.ones_like(maximum))
     for strength in STRENGTHS:
         factor = within_clip(smoothing_factor(maximum, columns, strength), maximum, group.clip)
-        error = _error(prepared, group, seen, readers, factor)
+        error = _error(prepared, group, seen, readers, factor, most=least)
         if error < least:
             best, least = factor, error
     return best
@@ -151,19 +174,30 @@ def _readers(prepared: Prepared, group: ScalingGroup, samples: dict[str, Sample]
 
 
 def _error(
-    prepared: Prepared, group: ScalingGroup, seen: list[Sample], readers: list[_Reader], factor: Tensor
+    prepared: Prepared,
+    group: ScalingGroup,
+    seen: list[Sample],
+    readers: list[_Reader],
+    factor: Tensor,
+    *,
+    most: float = float("inf"),
 ) -> float:
-    """Return the error of rounding behind all readers, each relative to the power of its output."""
-    errors = [_rounding_errors(prepared, group, sample, factor) for sample in seen]
+    """Return the error of rounding behind all readers, each relative to its power; or a part of it, if above `most`.
+
+    That of weights comes first, which takes less work.
+    """
     total = 0.0
     for reader in readers:
-        power = float(reader.power(reader.rows)) or 1.0
-        total += sum(float(reader.power(error).min()) for error in errors) / power
         weight = reader.weight * along_columns(factor, reader.weight)
         shape = (-1, *[1] * (weight.dim() - 1))
         scale = weight_scale(channel_maximum(weight), reader.quant_max).view(shape)
         lost = torch.round(weight / scale) * scale - weight
-        total += float(reader.power(reader.rows / factor, lost)) / power
+        total += float(_power(reader.rows / factor, _gains(lost, len(factor)))) / reader.power
+    errors = [_rounding_errors(prepared, group, sample, factor) for sample in seen] if total < most else []
+    for reader in readers:
+        if total >= most:
+            break
+        total += sum(float(_power(error, reader.gains).min()) for error in errors) / reader.power
     return total
 
 

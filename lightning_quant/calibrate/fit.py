@@ -70,7 +70,7 @@ def output_snrs(prepared: Prepared, calls: list[Call], known: list[Any] | None =
         known: gets what the float module answers to each, no more than 256 MiB of it, and is read where it has it.
     """
     ratios, known = [], [] if known is None else known
-    with evaluation_mode(prepared.root):
+    with evaluation_mode(prepared.root), prepared.simulation.keeping_weights():
         for number, (args, kwargs) in enumerate(calls):
             exact = known[number] if number < len(known) else prepared.root(*args, **kwargs)
             if number == len(known) and _num_bytes([*known, exact]) <= _MOST_BYTES:
@@ -87,7 +87,7 @@ def _num_bytes(values: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in leaves if isinstance(leaf, Tensor))
 
 
-def output_snr(prepared: Prepared, calls: list[Call]) -> float:
+def output_snr(prepared: Prepared, calls: list[Call], known: list[Any] | None = None) -> float:
     """Return the mean over samples of the signal-to-noise ratio of the quantized module's output, in decibels."""
-    ratios = output_snrs(prepared, calls)
+    ratios = output_snrs(prepared, calls, known)
     return sum(ratios) / len(ratios)

@@ -1,8 +1,8 @@
 """Climb a ladder of accuracy algorithms; keep a step only when it lowers the error on calls it was not fitted to."""
 
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from statistics import mean
 from typing import Any
 
 from lightning_quant.arguments.choice import did_you_mean
@@ -23,6 +23,8 @@ from lightning_quant.terminal.progress import bar
 # with the others alike.
 _NUM_FOLDS = 2
 _NUM_PARTS = 4
+# Share of samples of the first fold that a step may lose with before the second is spared.
+_MOST_LOSERS = 0.75
 
 
 @dataclass
@@ -34,12 +36,14 @@ class _Fold:
         judged: the other calls.
         state: snapshot of the model that the kept steps have made of `fit`.
         exact: what the float module answers to the other calls, as far as that is kept.
+        reached: signal-to-noise ratio of every sample of the other calls, in that state.
     """
 
     fit: Fit
     judged: list[Call]
     state: tuple[Any, ...]
     exact: list[Any] = field(default_factory=list)
+    reached: list[float] = field(default_factory=list)
 
 
 @exact_arithmetic()
@@ -64,7 +68,6 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
             "'int8'."
         )
     plain, folds = snapshot(prepared), _folds(prepared, calls)
-    reached = _judge(prepared, folds, [fold.state for fold in folds])
     results: list[AccuracyStep] = []
     left = prepared.recipe.max_passes
     progress = bar("Accuracy", "step", items=prepared.recipe.accuracy_steps)
@@ -74,8 +77,7 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
         if passes <= left:
             left -= passes
             progress.set_postfix_str(name)
-            step, reached = _try(prepared, name, folds, reached)
-            results.append(step)
+            results.append(_try(prepared, name, folds))
     restore(prepared, plain)
     kept = [step.name for step in results if step.kept]
     if kept and not _fit_to_all(prepared, kept, Fit(calls)):
@@ -109,35 +111,42 @@ def _folds(prepared: Prepared, calls: list[Call]) -> list[_Fold]:
         others = [call for place, call in enumerate(calls) if place % parts != number]
         recalibrate(prepared, others)
         folds.append(_Fold(Fit(others), judged, snapshot(prepared)))
+        folds[-1].reached = _judge(prepared, folds[-1], folds[-1].state)
     return folds
 
 
-def _judge(prepared: Prepared, folds: list[_Fold], states: Sequence[tuple[Any, ...]]) -> list[float]:
-    """Return the signal-to-noise ratio of every sample, of the model that was not fitted to it."""
-    ratios = []
-    for fold, state in zip(folds, states, strict=True):
-        restore(prepared, state)
-        ratios += output_snrs(prepared, fold.judged, fold.exact)
-    return ratios
+def _judge(prepared: Prepared, fold: _Fold, state: tuple[Any, ...]) -> list[float]:
+    """Return the signal-to-noise ratio of every sample that a state of the model was not fitted to."""
+    restore(prepared, state)
+    return output_snrs(prepared, fold.judged, fold.exact)
 
 
-def _try(prepared: Prepared, name: str, folds: list[_Fold], before: list[float]) -> tuple[AccuracyStep, list[float]]:
-    """Fit a step in each fold, and keep it in all of them or in none; return what came of it, and what is reached."""
+def _try(prepared: Prepared, name: str, folds: list[_Fold]) -> AccuracyStep:
+    """Fit a step in each fold, and keep it in all of them or in none; return what came of it.
+
+    A step with which most samples of the first fold lose is not fitted in the second, which would have to disagree.
+    """
     started = time.monotonic()
     fits, states, changed = [], [], 0
+    before: list[float] = []
+    after: list[float] = []
     for fold in folds:
         restore(prepared, fold.state)
         fits.append(replace(fold.fit))
-        changed = max(changed, STEPS[name].run(prepared, fits[-1]))
+        number = STEPS[name].run(prepared, fits[-1])
         states.append(snapshot(prepared))
-    after = _judge(prepared, folds, states) if changed else before
-    kept = changed > 0 and helps(before, after)
+        before += fold.reached
+        after += _judge(prepared, fold, states[-1]) if number else fold.reached
+        changed = max(changed, number)
+        if sum(new < old for old, new in zip(before, after, strict=True)) > _MOST_LOSERS * len(after):
+            break
+    kept = changed > 0 and len(states) == len(folds) and helps(before, after)
     if kept:
+        reached = iter(after)
         for fold, fit, state in zip(folds, fits, states, strict=True):
-            fold.fit, fold.state = fit, state
-    number, seconds = len(before), time.monotonic() - started
-    step = AccuracyStep(name, sum(before) / number, sum(after) / number, kept, changed, seconds)
-    return step, after if kept else before
+            fold.fit, fold.state, fold.reached = fit, state, [next(reached) for _ in fold.reached]
+    seconds = time.monotonic() - started
+    return AccuracyStep(name, mean(before), mean(after), kept, changed, seconds)
 
 
 def helps(before: list[float], after: list[float]) -> bool:
@@ -153,11 +162,12 @@ def helps(before: list[float], after: list[float]) -> bool:
 
 def _fit_to_all(prepared: Prepared, kept: list[str], fit: Fit) -> bool:
     """Fit the kept steps to all calls; undo them and return False where they raise the error there."""
-    plain, before = snapshot(prepared), output_snr(prepared, fit.calls)
+    exact: list[Any] = []
+    plain, before = snapshot(prepared), output_snr(prepared, fit.calls, exact)
     for place, name in enumerate(kept):
         if not any(name in STEPS[later].includes for later in kept[place:]):
             STEPS[name].run(prepared, fit)
-    is_better = output_snr(prepared, fit.calls) > before
+    is_better = output_snr(prepared, fit.calls, exact) > before
     if not is_better:
         restore(prepared, plain)
     return is_better

@@ -23,8 +23,7 @@ _SMALLEST = 1e-3
 def smooth(prepared: Prepared, groups: list[ScalingGroup], calls: list[Call], *, alpha: float = 0.5) -> int:
     """Rescale groups by the factors of equation 4; return how many.
 
-    Where all readers are depthwise alpha is 1. Ranges and bias corrections belong to the old grids afterwards:
-    calibrate again.
+    Ranges and bias corrections belong to the old grids afterwards: calibrate again.
 
     Args:
         prepared: detached and calibrated.
@@ -32,7 +31,20 @@ def smooth(prepared: Prepared, groups: list[ScalingGroup], calls: list[Call], *,
         calls: of the module; they give the activations.
         alpha: how much of the difficulty moves into the weights, in [0, 1].
     """
-    maxima = activation_maxima(prepared, groups, calls)
+    return smooth_by(prepared, activation_maxima(prepared, groups, calls), alpha)
+
+
+@torch.no_grad()
+def smooth_by(prepared: Prepared, maxima: dict[ScalingGroup, Tensor], alpha: float) -> int:
+    """Rescale groups by the factors of equation 4 for known maxima of their activations; return how many.
+
+    Where all readers are depthwise alpha is 1.
+
+    Args:
+        prepared: detached and calibrated.
+        maxima: group to the largest magnitude of each channel, `(channels,)`.
+        alpha: how much of the difficulty moves into the weights, in [0, 1].
+    """
     for group, maximum in maxima.items():
         weights = [folded_layer(prepared, identity).weight for identity in group.consumers]
         free = all(weight.shape[1] == 1 for weight in weights) and group.channels > 1

@@ -2,17 +2,19 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_quant.calibrate.absorption import absorb
 from lightning_quant.calibrate.adaround import adaround
 from lightning_quant.calibrate.channel_choice import choose_channels, is_linear
+from lightning_quant.calibrate.channels_read import activation_maxima
 from lightning_quant.calibrate.equalization import equalize
 from lightning_quant.calibrate.fit import Fit, output_snr, restore, snapshot
 from lightning_quant.calibrate.groups import is_depthwise, scaling_groups
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.range_choice import choose_ranges
 from lightning_quant.calibrate.recalibrate import recalibrate
-from lightning_quant.calibrate.smoothing import smooth
+from lightning_quant.calibrate.smoothing import smooth, smooth_by
 from lightning_quant.calibrate.weight_rounding import gptq_layers, shrink_scales
 from lightning_quant.ranges.observers import Histogram
 from lightning_quant.simulate.prepared import Prepared
@@ -71,18 +73,30 @@ def _migrate(prepared: Prepared, fit: Fit) -> int:
     groups = [g for g in scaling_groups(prepared) if g.from_float and not g.links and is_linear(prepared, g)]
     if not any(group.normalized for group in groups):
         return 0
-    few = fit.calls[:2]
+    few, exact = fit.calls[:2], list[Any]()
     before = best_state = snapshot(prepared)
-    best = output_snr(prepared, few)
-    for alpha in ALPHAS:
-        restore(prepared, before)
-        smooth(prepared, groups, fit.calls, alpha=alpha)
-        fit.refresh(prepared)
-        error = output_snr(prepared, few)
+    best = output_snr(prepared, few, exact)
+    maxima = activation_maxima(prepared, groups, fit.calls)
+    ways = [_bound(prepared, before) for _ in ALPHAS]
+    for way, alpha in zip(ways, ALPHAS, strict=True):
+        smooth_by(way, maxima, alpha)
+    recalibrate(ways[0], fit.calls, ways[1:])
+    for way in ways:
+        restore(prepared, snapshot(way))
+        fit.correct(prepared)
+        error = output_snr(prepared, few, exact)
         if error > best:
             best, best_state = error, snapshot(prepared)
     restore(prepared, best_state)
     return 0 if best_state is before else len(groups)
+
+
+def _bound(prepared: Prepared, state: tuple[Any, ...]) -> Prepared:
+    """Return another binding of the same plan to the same module, in a state of its own."""
+    other = prepared.bound_to(prepared.root)
+    other.know_graphs(prepared)
+    restore(other, state)
+    return other
 
 
 def _equalize(prepared: Prepared, fit: Fit) -> int:

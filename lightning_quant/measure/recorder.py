@@ -178,13 +178,13 @@ class States:
             return value({**lists, **sums(parts)}, len(parts))
 
         counts = not self._lists and not any(start.is_floating_point() for start in starts.values())
-        whole, step = sums(range(len(added))), None
+        whole, moved = sums(range(len(added))), None
         if counts:
-            step = functools.partial(_moved, value, whole, len(added))
+            moved = functools.partial(_moved, value, whole, len(added))
         elif {"preds", "target"} <= self._lists.keys():
             lists = {name: torch.cat([torch.atleast_1d(t).cpu() for t in own]) for name, own in self._lists.items()}
-            step = functools.partial(_answered_otherwise, value, {**whole, **lists}, len(added))
-        return Contributions(len(added), of, step=step)
+            moved = functools.partial(_answered_otherwise, value, {**whole, **lists}, len(added))
+        return Contributions(len(added), of, step=moved)
 
 
 def _moved(value: Callable[[Mapping[str, Any], int], float], counts: Mapping[str, Tensor], updates: int) -> float:

@@ -76,28 +76,28 @@ def gptq(
     rows, columns = weight.shape
     scales, zeros = _by_column(scale, columns), _by_column(scale * 0 if zero_point is None else zero_point, columns)
     device = hessian.device
-    working, hessian = weight.detach().to(device, torch.float64, copy=True), hessian.double().clone()
-    scales, zeros = scales.to(device), zeros.to(device)
+    hessian = hessian.double().clone()
     dead = hessian.diagonal() == 0
     hessian.diagonal()[dead] = 1
     # Inputs with much power first (the paper's "act-order"), while many weights are left to make up for their errors.
     order = torch.argsort(hessian.diagonal() * ~dead, descending=True)
-    working, scales, zeros = working[:, order], scales[:, order], zeros[:, order]
+    # Inputs along the first dimension: what is worked on at a time lies together.
+    working, scales, zeros = (x.to(device, torch.float64).T[order] for x in (weight.detach(), scales, zeros))
     inverse = inverse_factor(hessian[order][:, order], dampening)
     integers = torch.empty_like(working)
     for start in range(0, columns, _BLOCK):
         end = min(start + _BLOCK, columns)
-        errors = torch.zeros(rows, end - start, dtype=torch.float64, device=device)
+        errors = torch.zeros(end - start, rows, dtype=torch.float64, device=device)
         for column in range(start, end):
-            values, step, zero = working[:, column], scales[:, column], zeros[:, column]
-            integers[:, column] = torch.round(values / step + zero).clamp(quant_min, quant_max)
-            error = (values - (integers[:, column] - zero) * step) / inverse[column, column]
-            working[:, column:end] -= error.unsqueeze(1) * inverse[column, column:end]
-            errors[:, column - start] = error
-        working[:, end:] -= errors @ inverse[start:end, end:]
+            values, step, zero = working[column], scales[column], zeros[column]
+            integers[column] = torch.round(values / step + zero).clamp(quant_min, quant_max)
+            error = (values - (integers[column] - zero) * step) / inverse[column, column]
+            working[column:end] -= inverse[column, column:end].unsqueeze(1) * error
+            errors[column - start] = error
+        working[end:] -= inverse[start:end, end:].T @ errors
     result = torch.empty_like(integers)
-    result[:, order] = integers
-    return result.to(weight.device, torch.int32)
+    result[order] = integers
+    return result.T.to(weight.device, torch.int32, memory_format=torch.contiguous_format)
 
 
 def output_error(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:

@@ -1,6 +1,6 @@
 """What looks at a simulation while a block runs, or changes how it computes there."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from lightning_quant.numerics.bias_correction import InputMeans
 from lightning_quant.numerics.folding import Folded
+from lightning_quant.simulate.quantizers import Quantizers
 
 
 class Looks:
@@ -16,6 +17,7 @@ class Looks:
 
     Attributes:
         input_means: when set, gets the means of what weighted operators read while observing.
+        beside: other quantizers of the same graphs that observe what the simulation's own do, and means of theirs.
         only: when set, the weighted operators and edges that are rounded; all others compute in float.
         watcher: when set, gets every edge's identity and float values while nothing is rounded.
         recorded: when a list, every tensor that is rounded is appended to it as `(edge, integers)`.
@@ -27,6 +29,7 @@ class Looks:
 
     def __init__(self) -> None:
         self.input_means: InputMeans | None = None
+        self.beside: Sequence[tuple[Quantizers, InputMeans | None]] = ()
         self.only: frozenset[str] | None = None
         self.watcher: Callable[[str, Tensor], None] | None = None
         self.recorded: list[tuple[str, Tensor]] | None = None
@@ -60,6 +63,15 @@ class Looks:
     def measuring(self, means: InputMeans | None) -> AbstractContextManager[Any]:
         """Let observed calls also count for the means of what weighted operators read."""
         return self._with("input_means", means)
+
+    @contextmanager
+    def observing_beside(self, others: Sequence[tuple[Quantizers, InputMeans | None]]) -> Iterator[None]:
+        """Let others observe the same run."""
+        self.beside = others
+        try:
+            yield
+        finally:
+            self.beside = ()
 
     def watching(self, watcher: Callable[[str, Tensor], None]) -> AbstractContextManager[Any]:
         """Show the float values of every edge to a function."""

@@ -43,13 +43,15 @@ def hidden_left_out(prepared: Prepared) -> Iterator[None]:
 
 
 class _Masks:
-    """Finds the mask among the inputs of calls, once."""
+    """Finds the mask among the inputs of calls, once for a prepared module."""
 
     def __init__(self, prepared: Prepared) -> None:
         self.prepared = prepared
-        # Name of the input, and its value at hidden places.
-        self.padding: tuple[str, int] | None = None
-        self.tried: set[str] = set()
+
+    @property
+    def padding(self) -> tuple[str, int] | None:
+        """Name of the mask and its value at hidden places; None where no mask is known."""
+        return next(((name, value) for name, value in self.prepared.masks.items() if value is not None), None)
 
     @torch.no_grad()
     def hidden(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
@@ -57,15 +59,16 @@ class _Masks:
         spec, tensors = flatten_call(self.prepared.signature, args, kwargs)
         named = dict(zip(spec.names, tensors, strict=True))
         if self.padding is None:
-            for name in [name for name, tensor in named.items() if name not in self.tried and _has_both(tensor)]:
-                self.tried.add(name)
+            known = self.prepared.masks
+            for name in [name for name, tensor in named.items() if name not in known and _has_both(tensor)]:
                 values = [value for value in (0, 1) if self._hides(spec, tensors, named[name] == value, name)]
-                if len(values) == 1:
-                    self.padding = name, values[0]
+                known[name] = values[0] if len(values) == 1 else None
+                if known[name] is not None:
                     break
-        if self.padding is None or self.padding[0] not in named:
+        padding = self.padding
+        if padding is None or padding[0] not in named:
             return None
-        hidden = named[self.padding[0]] == self.padding[1]
+        hidden = named[padding[0]] == padding[1]
         return hidden if hidden.dim() == 2 and bool(hidden.any()) else None
 
     def _hides(self, spec: CallSpec, tensors: list[Tensor], hidden: Tensor, mask: str) -> bool:

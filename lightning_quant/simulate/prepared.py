@@ -68,6 +68,8 @@ class Prepared(Quantizers, PlannedModel):
         taught: identities of the operators inside it whose results it teaches, too.
         scaling_groups: which tensors can be scaled channel by channel, of `calibrate.groups`; None until they
             are asked for. Bindings of the same plan share them.
+        masks: inputs that may be masks to the value at places that they hide, None where that is none; as far as calls
+            have been looked at.
         displaced: float layers whose places stored ones have taken while a block runs.
     """
 
@@ -84,6 +86,7 @@ class Prepared(Quantizers, PlannedModel):
         self.taught: set[str] = set()
         self.left = left_in_float(root, self.plan)
         self.scaling_groups: list[Any] | None = None
+        self.masks: dict[str, int | None] = {}
         # Float layers whose places stored ones have taken; graphs are traced with them.
         self.displaced: dict[str, nn.Module] = {}
         self.simulation = Simulation(self)
@@ -180,7 +183,7 @@ class Prepared(Quantizers, PlannedModel):
         """Return the same plan over another module, with nothing learned as yet."""
         other = self.bound_to(root)
         other.ranges, other.varying = self.ranges.anew(self.recipe, self.observer), set(self.varying)
-        other.bias_corrections, other.layers, other.channels = {}, {}, {}
+        other.bias_corrections, other.layers, other.channels, other.masks = {}, {}, {}, {}
         if self.learned_steps is not None:
             other.learned_steps = None
             other.begin_learning()

@@ -55,8 +55,9 @@ class Simulation(Looks):
     def quantize_edge(self, identity: str, x: Tensor) -> Tensor:
         """Observe and round one tensor, as the phase says."""
         if self.quantizers.observes:
-            seen = self.quantizers.on_grid(identity, x, clipped=True)
-            self.quantizers.ranges.observe(identity, visible(seen, self.hidden))
+            for quantizers in (self.quantizers, *(other for other, _ in self.beside)):
+                seen = quantizers.on_grid(identity, x, clipped=True)
+                quantizers.ranges.observe(identity, visible(seen, self.hidden))
         if self.watcher is not None:
             self.watcher(identity, x)
         if not self.rounds(identity) or self.quantizers.learns_range(identity):
@@ -242,9 +243,12 @@ class Simulation(Looks):
         return y
 
     def _note_input(self, identity: str, x: Tensor, border: tuple[list[int], str] | None = None) -> None:
-        if self.quantizers.observing and self.input_means is not None:
-            x = x if border is None else F.pad(x, *border)
-            operator = self.quantizers.operators[identity]
-            x = self.quantizers.on_grid(operator.reads[0], x)
-            seen = visible(x, self.hidden) if operator.kind == "linear" else x
-            self.input_means.update(identity, operator.kind, seen)
+        if not self.quantizers.observing or self.input_means is None:
+            return
+        x = x if border is None else F.pad(x, *border)
+        operator = self.quantizers.operators[identity]
+        for quantizers, means in ((self.quantizers, self.input_means), *self.beside):
+            if means is not None:
+                on_grid = quantizers.on_grid(operator.reads[0], x)
+                seen = visible(on_grid, self.hidden) if operator.kind == "linear" else on_grid
+                means.update(identity, operator.kind, seen)

@@ -42,6 +42,31 @@ def test_a_step_that_helps_is_kept_and_one_that_harms_is_undone(monkeypatch: pyt
     assert "undone" in str(undone)
 
 
+def test_a_step_that_most_samples_of_one_fold_lose_by_is_not_fitted_in_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fitted: list[int] = []
+
+    def harm(prepared: Prepared, fit: Fit) -> int:
+        fitted.append(len(fit.calls))
+        prepared.ranges.choose(":layers.2", torch.tensor(0.0), torch.tensor(0.1))
+        return 1
+
+    def nothing(prepared: Prepared, fit: Fit) -> int:
+        fitted.append(0)
+        return 0
+
+    monkeypatch.setitem(STEPS, "harm", Step(harm, 1))
+    monkeypatch.setitem(STEPS, "nothing", Step(nothing, 1))
+    _, prepared, _ = climbed(("harm", "nothing"))
+    harmful, idle = prepared.accuracy_steps
+    assert [bool(number) for number in fitted] == [True, False, False]
+    assert harmful.after_db < harmful.before_db - 3
+    assert not harmful.kept
+    assert not idle.kept
+    assert idle.after_db == idle.before_db
+
+
 def test_no_call_judges_what_was_fitted_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
     fitted: list[list] = []
     judged: list[list] = []

@@ -2,9 +2,13 @@
 
 import torch
 from torch import Tensor, nn
+from uneven_chains import Normalized
 
 from lightning_quant.calibrate.calibrate import calibrate, steps_of
+from lightning_quant.calibrate.fit import restore, snapshot
+from lightning_quant.calibrate.groups import scaling_groups
 from lightning_quant.calibrate.recalibrate import recalibrate
+from lightning_quant.calibrate.smoothing import smooth
 from lightning_quant.calls.calls import Call
 from lightning_quant.export.prepare import prepare
 
@@ -36,6 +40,34 @@ def test_tensors_at_the_ends_of_a_four_bit_network_keep_eight_bits() -> None:
     assert set(before.values()) == {15, 255}
     recalibrate(prepared, [Call((part,)) for part in x.split(16)])
     assert {identity: prepared.ranges.grid_of(identity).high for identity in before} == before
+
+
+def test_other_channel_scales_are_learned_from_the_same_run() -> None:
+    torch.manual_seed(0)
+    model = Normalized().eval()
+    calls = [Call((part,)) for part in torch.randn(64, 32).split(16)]
+    prepared = prepare(model, calls[0].args, observer="mse", trains=False)
+    calibrate(prepared, steps_of(prepared, calls))
+    (group,) = [group for group in scaling_groups(prepared) if group.normalized]
+    ways = []
+    for alpha in (0.35, 0.65, 0.95) * 2:
+        way = prepared.bound_to(model)
+        restore(way, snapshot(prepared))
+        smooth(way, [group], calls, alpha=alpha)
+        ways.append(way)
+    runs = []
+    with model.norm.register_forward_hook(lambda *_: runs.append(1)):
+        recalibrate(ways[0], calls, ways[1:3])
+    assert len(runs) == len(calls)
+    for way in ways[3:]:
+        recalibrate(way, calls)
+    for together, alone in zip(ways[:3], ways[3:], strict=True):
+        for identity in alone.ranges.edges:
+            assert together.ranges.parameters(identity) == alone.ranges.parameters(identity)
+        for identity, correction in alone.bias_corrections.items():
+            assert torch.equal(together.bias_corrections[identity], correction)
+    scales = [way.ranges.parameters(group.edges[0])[0].item() for way in ways[:3]]
+    assert len(set(scales)) == 3
 
 
 class Either(nn.Module):
