@@ -147,14 +147,7 @@ class States:
         starts = {n: d.detach().cpu() for n, d in self.metric._defaults.items() if isinstance(d, Tensor)}
         if not self._steps or not reductions or any(reductions[name] != "dim_zero_sum" for name in starts):
             return None
-        added: list[dict[str, Any]] = []
-        before: dict[str, Any] = {**dict.fromkeys(self._lists, 0), **starts}
-        for step in self._steps:
-            added.append(
-                {n: self._lists[n][before[n] : v] if n in self._lists else v - before[n] for n, v in step.items()}
-            )
-            before = step
-        twin = copy.deepcopy(self.metric).cpu()
+        added, twin = self._added(starts), copy.deepcopy(self.metric).cpu()
 
         def value(states: Mapping[str, Any], updates: int) -> float:
             for name, state in states.items():
@@ -185,6 +178,17 @@ class States:
             lists = {name: torch.cat([torch.atleast_1d(t).cpu() for t in own]) for name, own in self._lists.items()}
             moved = functools.partial(_answered_otherwise, value, {**whole, **lists}, len(added))
         return Contributions(len(added), of, step=moved)
+
+    def _added(self, starts: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """Return what each update added to sums, which start somewhere, and to lists."""
+        added: list[dict[str, Any]] = []
+        before: dict[str, Any] = {**dict.fromkeys(self._lists, 0), **starts}
+        for step in self._steps:
+            added.append(
+                {n: self._lists[n][before[n] : v] if n in self._lists else v - before[n] for n, v in step.items()}
+            )
+            before = step
+        return added
 
 
 def _moved(value: Callable[[Mapping[str, Any], int], float], counts: Mapping[str, Tensor], updates: int) -> float:
