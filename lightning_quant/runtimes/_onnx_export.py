@@ -18,6 +18,7 @@ from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors
 from lightning_quant.runtimes._onnx_four_bits import has_four_bits, store_in_four_bits
 from lightning_quant.runtimes._onnx_layers import translations
 from lightning_quant.runtimes._onnx_moves import for_onnxruntime
+from lightning_quant.runtimes._spelled_out import SpelledOut
 
 _ENGINE = "PyTorch's exporter to ONNX"
 
@@ -42,7 +43,7 @@ def export_onnx(
     """
     examples = example_tensors(call)
     flat = Flat(module, call).eval()
-    with exporting(_ENGINE, call.names) as fixed, projections_whole(module):
+    with exporting(_ENGINE, call.names) as fixed, projections_whole(module), SpelledOut():
         args, kwargs = call.bind(examples)
         names = output_names(module(*args, **kwargs), call.names)
         program = torch.onnx.export(

@@ -10,11 +10,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 _TORCH, _PACKAGE = (os.path.dirname(os.path.abspath(path)) + os.sep for path in (torch.__file__, __file__ + "/.."))
 # How the exporter calls the flat inputs, whole or a size of theirs.
 _INPUT = re.compile(r"L\['(?:args|tensors)'\]\[(\d+)\](?:\.size\(\)\[(\d+)\])?")
+_FRAME = re.compile(r'File "([^"]+)", line (\d+)')
 _CALL = re.compile(r'The following call raised this error:\s+File "([^"]+)", line (\d+)[^\n]*\n\s*([^\n]*)')
 
 
@@ -109,6 +110,11 @@ def _raised_at(error: BaseException) -> list[str]:
     traceback = _origin(error).__traceback__
     while traceback is not None:
         file = traceback.tb_frame.f_code.co_filename
+        node = traceback.tb_frame.f_locals.get("node")
+        if isinstance(node, fx.Node):
+            # An operator that there is no translation of.
+            frames = _FRAME.findall(node.stack_trace or "")
+            places += [_place(name, int(line)) for name, line in frames if _is_users(name)]
         inside = inside or (file.startswith(_PACKAGE) and traceback.tb_frame.f_code.co_name == "forward")
         if inside and _is_users(file):
             places.append(_place(file, traceback.tb_lineno))

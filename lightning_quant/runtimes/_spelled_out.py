@@ -1,0 +1,89 @@
+"""Operators that ONNX does not have, written in those it has, while a module is exported to it."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# Rows of a matrix whose determinant is written out: each takes a dozen operators.
+_MOST_ROWS = 64
+
+
+class SpelledOut(TorchFunctionMode):
+    """Writes products so far and determinants in operators of ONNX, which has neither."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        written = _WRITTEN.get(function)
+        if written is None or (written is not _cumprod and not _is_small(*args, **kwargs)):
+            return function(*args, **kwargs)
+        return written(*args, **kwargs)
+
+
+def _is_small(*args: Any, **kwargs: Any) -> bool:
+    size = (args[0] if args else next(iter(kwargs.values()))).shape[-1]
+    return isinstance(size, int) and size <= _MOST_ROWS
+
+
+def _cumprod(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Multiply pairs, pairs of pairs and so on; where the length may vary, all that is not behind each value.
+
+    Source: Hillis and Steele 1986, "Data parallel algorithms", for sums.
+    """
+    x = input.to(dtype or input.dtype).movedim(dim, -1)
+    length, step = x.shape[-1], 1
+    if not isinstance(length, int):
+        behind = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)
+        return torch.where(behind, 1, x.unsqueeze(-2)).prod(-1).movedim(-1, dim)
+    while step < length:
+        x = torch.cat([x[..., :step], x[..., step:] * x[..., :-step]], -1)
+        step *= 2
+    return x.movedim(-1, dim)
+
+
+def _pivots(a: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Return the pivots of Gaussian elimination with partial pivoting, and the sign of the permutation.
+
+    Args:
+        a: `(..., n, n)`.
+    """
+    pivots, sign = [], torch.ones_like(a[..., 0, 0])
+    for rows in range(a.shape[-1], 0, -1):
+        place = a[..., 0].abs().argmax(-1, keepdim=True)
+        chosen = (torch.arange(rows, device=a.device) == place).unsqueeze(-1)
+        row = torch.where(chosen, a, 0).sum(-2, keepdim=True)
+        a = torch.where(chosen, a[..., :1, :], a)[..., 1:, :]
+        pivot = row[..., 0, 0]
+        pivots.append(pivot)
+        sign = torch.where(place[..., 0] == 0, sign, -sign)
+        # A column of zeros has nothing to eliminate.
+        divisor = torch.where(pivot == 0, 1, pivot)[..., None, None]
+        a = a[..., 1:] - a[..., :1] * (row[..., 1:] / divisor)
+    return pivots, sign
+
+
+def _slogdet(A: Tensor) -> Any:  # noqa: N803
+    pivots, sign = _pivots(A)
+    joined = torch.stack(pivots, -1)
+    return torch.return_types.slogdet((sign * joined.sign().prod(-1), joined.abs().log().sum(-1)))
+
+
+def _logdet(A: Tensor) -> Tensor:  # noqa: N803
+    sign, logarithm = _slogdet(A)
+    return torch.where(sign < 0, torch.nan, logarithm)
+
+
+def _det(A: Tensor) -> Tensor:  # noqa: N803
+    pivots, sign = _pivots(A)
+    return sign * torch.stack(pivots, -1).prod(-1)
+
+
+_WRITTEN: dict[Any, Any] = {
+    **dict.fromkeys((torch.cumprod, Tensor.cumprod), _cumprod),
+    **dict.fromkeys((torch.slogdet, Tensor.slogdet, torch.linalg.slogdet), _slogdet),
+    **dict.fromkeys((torch.logdet, Tensor.logdet), _logdet),
+    **dict.fromkeys((torch.det, Tensor.det, torch.linalg.det), _det),
+}
