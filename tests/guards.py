@@ -40,6 +40,20 @@ GUARDS = (
         "callbacks/test_teaching.py -k computes_its_loss",
     ),
     Guard(
+        "a sample of a rare class counts in an area by what it changes there",
+        "measure/recorder.py",
+        "moved = functools.partial(_answered_otherwise, value, whole, self._lists, len(added))",
+        "moved = None",
+        "measure/test_recorder.py -k rare_class",
+    ),
+    Guard(
+        "a step that one part of the calls refuses is not fitted to the other",
+        "calibrate/ladder.py",
+        "> _MOST_LOSERS * len(after)",
+        "> 2 * len(after)",
+        "calibrate/test_ladder.py -k most_samples",
+    ),
+    Guard(
         "aligned channels keep room for values that calibration did not see",
         "calibrate/alignment.py",
         "torch.ones_like(maximum), _STRENGTH)",

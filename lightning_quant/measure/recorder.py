@@ -175,8 +175,7 @@ class States:
         if counts:
             moved = functools.partial(_moved, value, whole, len(added))
         elif {"preds", "target"} <= self._lists.keys():
-            lists = {name: torch.cat([torch.atleast_1d(t).cpu() for t in own]) for name, own in self._lists.items()}
-            moved = functools.partial(_answered_otherwise, value, {**whole, **lists}, len(added))
+            moved = functools.partial(_answered_otherwise, value, whole, self._lists, len(added))
         return Contributions(len(added), of, step=moved)
 
     def _added(self, starts: Mapping[str, Tensor]) -> list[dict[str, Any]]:
@@ -206,15 +205,22 @@ def _moved(value: Callable[[Mapping[str, Any], int], float], counts: Mapping[str
 
 
 def _answered_otherwise(
-    value: Callable[[Mapping[str, Any], int], float], states: Mapping[str, Tensor], updates: int
+    value: Callable[[Mapping[str, Any], int], float],
+    sums: Mapping[str, Tensor],
+    lists: Mapping[str, list[Tensor]],
+    updates: int,
 ) -> float:
     """Return by how much a metric changes where one sample is answered like another, of those tried; 0 for no such.
 
     Tried are, for each class or output, the samples of the highest and the lowest score among those of one target, of
     which there are fewest where targets are classes: they are given the lowest and the highest score of all.
     """
+    # Images and texts are no scores.
+    if any(t.dim() > 2 or t.shape[1:] != own[0].shape[1:] for own in lists.values() for t in own):
+        return 0.0
+    states = {**sums, **{name: torch.cat([torch.atleast_1d(t).cpu() for t in own]) for name, own in lists.items()}}
     preds, target = states["preds"], states["target"]
-    if len(preds) != len(target) or not len(preds) or preds.dim() > 2:
+    if len(preds) != len(target) or not len(preds):
         return 0.0
     before, changes = value(states, updates), [0.0]
     for column, rows in _kinds(preds, target):

@@ -17,6 +17,7 @@ from torchmetrics.classification import (
     MulticlassF1Score,
     MultilabelAUROC,
 )
+from torchmetrics.image import RelativeAverageSpectralError
 from torchmetrics.retrieval import RetrievalMRR
 
 from lightning_quant.measure.contributions import Difference, difference
@@ -146,6 +147,17 @@ def test_one_sample_moves_every_metric_of_lists(kind: str) -> None:
         found = compared(RetrievalMRR, x, x, n % 5 == 0, n // 10)
     assert found.span > 1.5
     assert (found.margin or 0) == pytest.approx(found.span * (1 - 0.05 ** (1 / 200)))
+
+
+def test_images_that_a_metric_keeps_are_no_scores() -> None:
+    states = States(RelativeAverageSpectralError())
+    for size in (16, 24):
+        states.metric.update(torch.rand(2, 3, size, size), torch.rand(2, 3, size, size))
+        states.note()
+    parts = states.contributions()
+    assert parts is not None
+    assert parts.step is not None
+    assert parts.step() == 0
 
 
 @pytest.mark.slow
