@@ -8,6 +8,7 @@ and its square); Polino et al. 2018, arXiv:1802.05668, section 3 (a float teache
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from lightning_quant.arguments.arguments import check_number, from_fields, patte
 from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.calls.calls import map_tensors
 from lightning_quant.capture.capture import isolated_rng
-from lightning_quant.errors import QuantizationError
+from lightning_quant.errors import NoEffectWarning, QuantizationError
 from lightning_quant.surgery.routing import clone, evaluation_mode
 
 
@@ -84,6 +85,7 @@ class Teacher:
         # What the float forward of a call has answered, and its layers by name, one result for each time they ran.
         self._targets: list[Tensor] = []
         self._inner: dict[str, list[Tensor]] = {}
+        self._has_warned = False
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_module": None, "_of": None, "_targets": [], "_inner": {}}
@@ -138,6 +140,15 @@ class Teacher:
         map_tensors(answers.append, result)
         if [answer.shape for answer in answers] != [target.shape for target in targets]:
             # In evaluation it answers otherwise, with fewer heads say: there is nothing to compare.
+            if not self._has_warned:
+                self._has_warned = True
+                own, other = ([tuple(tensor.shape) for tensor in tensors] for tensors in (answers, targets))
+                warnings.warn(
+                    f"`distill` has no effect on outputs of a {type(self._of).__name__}, which have shapes {own} in "
+                    f"training and {other} in evaluation, as the teacher runs; `layers` of it are taught inside.",
+                    NoEffectWarning,
+                    stacklevel=3,
+                )
             return result
         temperature, weight = self._distill.temperature, self._distill.weight
         pulls = [self._pull(*pair, temperature, weight) for pair in zip(answers, targets, strict=True)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
-from lightning_quant.errors import QuantizationError
+from lightning_quant.errors import NoEffectWarning, QuantizationError
 from lightning_quant.simulate.distillation import Distill, Teacher, read_distill, slope
 
 
@@ -72,6 +72,19 @@ def test_answers_may_be_changed_in_place() -> None:
     taught.softmax(-1).sum().backward()
     assert logits.grad is not None
     assert logits.grad.abs().sum() > 0
+
+
+def test_it_is_said_once_where_there_is_nothing_to_compare() -> None:
+    class WithHead(nn.Linear):
+        def forward(self, x: Tensor) -> Any:
+            return (super().forward(x), x) if self.training else super().forward(x)
+
+    net, teacher = WithHead(4, 3), Teacher(Distill(1.0), lambda: 1.0)
+    teacher.begin(net, [], (torch.randn(2, 4),), {})
+    with pytest.warns(NoEffectWarning, match="no effect on outputs of a WithHead.*in evaluation"):
+        teacher.teach(net(torch.randn(2, 4)))
+    teacher.begin(net, [], (torch.randn(2, 4),), {})
+    teacher.teach(net(torch.randn(2, 4)))
 
 
 class Net(nn.Module):
