@@ -35,6 +35,6 @@ def run_forced(
         parameters.append(forced)
         results.append(opset13.result(output))
     running = core.compile_model(openvino.Model(results, parameters), "CPU", {**config, "INFERENCE_NUM_THREADS": 1})
-    own = [inputs[port.get_any_name()].detach().cpu().numpy() for port in model.inputs]
+    own = [inputs[port.get_node().get_friendly_name()].detach().cpu().numpy() for port in model.inputs]
     computed = running([*own, *(edges[name] for name in cut)])
     return dict(zip(cut, (np.array(computed[port]) for port in running.outputs), strict=True))

@@ -37,7 +37,7 @@ def operator_ms(
         node.get_friendly_name(): node.get_rt_info()["originalLayersNames"].astype(str).split(",")
         for node in compiled.get_runtime_model().get_ordered_ops()
     }
-    values = [inputs[port.get_any_name()].detach().cpu().numpy() for port in compiled.inputs]
+    values = [inputs[port.get_node().get_friendly_name()].detach().cpu().numpy() for port in compiled.inputs]
     request, spent = compiled.create_infer_request(), collections.defaultdict(list)
     for _ in profiled_calls():
         request.infer(values, share_inputs=True)

@@ -107,7 +107,8 @@ class OpenVinoModule(LoadedModule):
         try:
             _check_format(path)
             self.compiled = compiled(path, threads=threads, device=device, by_default=by_default)
-            names = [port.get_any_name() for port in self.compiled.inputs]
+            # Not the name of the tensor: what OpenVINO leaves out, such as `x - 0`, gives it a second one.
+            names = [port.get_node().get_friendly_name() for port in self.compiled.inputs]
             _check_fits(self.compiled, signature, path)
         except _REFUSALS as error:
             raise ArtifactError(f"Expected {path} to be a model for OpenVINO, but it says: {_reason(error)}") from error
@@ -247,7 +248,7 @@ import openvino
 
 model = openvino.Core().compile_model({files["model"]!r}, "CPU", {AS_SIMULATED | CPU_ONLY})
 {numpy_inputs(signature)}
-known = {{port.get_any_name(): inputs[port.get_any_name()] for port in model.inputs}}
+known = [inputs[port.get_node().get_friendly_name()] for port in model.inputs]
 outputs = dict(zip({names!r}, model(known).values()))
 """
 
@@ -277,7 +278,7 @@ def _check_format(path: Path) -> None:
 def _check_fits(model: Any, signature: Signature, path: Path) -> None:
     """Make sure that a compiled model's inputs and outputs are those of a signature."""
     expected = {info.name: _form(info) for info in signature.inputs}
-    inputs = {port.get_any_name(): _port_form(port) for port in model.inputs}
+    inputs = {port.get_node().get_friendly_name(): _port_form(port) for port in model.inputs}
     outputs = [_port_form(port)[0] for port in model.outputs]
     fits = all(expected.get(name) == form for name, form in inputs.items())
     if not fits or outputs != [_form(info)[0] for info in signature.outputs]:
