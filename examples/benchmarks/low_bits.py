@@ -194,14 +194,19 @@ def summary(right: Mapping[str, list[Tensor]], title: str) -> str:
 
 
 def recovered(right: Mapping[str, list[Tensor]]) -> str:
-    """Return which share of what post-training quantization lost training through rounding wins back."""
+    """Return which share of what post-training quantization lost training through rounding wins back.
+
+    None is told where the interval of what was lost holds zero.
+    """
     rows = []
     for bits, (before, after) in {"W4A8": (W4A8_PTQ, W4A8), "W4A4": (PTQ, OURS)}.items():
         if before in right and after in right:
             means = [torch.stack(right[kind]).double().mean(0) for kind in (FLOAT, before, after)]
             lost, regained = 100 * (means[0] - means[1]), 100 * (means[2] - means[1])
-            cells = f"{bootstrap_mean(lost):.2f}", f"{bootstrap_mean(regained):.2f}"
-            rows.append((bits, *cells, f"{100 * regained.mean() / lost.mean():.0f} %" if lost.mean() > 0 else "-"))
+            interval = bootstrap_mean(lost)
+            # A share of what may be nothing says nothing.
+            share = f"{100 * regained.mean() / lost.mean():.0f} %" if interval.low > 0 else "-"
+            rows.append((bits, f"{interval:.2f}", f"{bootstrap_mean(regained):.2f}", share))
     return table(rows, ("", "post-training loses, points", "training regains, points", "share")) if rows else ""
 
 

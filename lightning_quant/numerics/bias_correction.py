@@ -27,10 +27,11 @@ class InputMeans:
     @torch.no_grad()
     def update(self, identity: str, kind: str, x: Tensor) -> None:
         """Take in one input: `(batch, channels, ...)` of a convolution, `(..., features)` of a linear layer."""
-        by_channel = (x if kind == "linear" else x.movedim(1, -1)).reshape(-1, x.shape[-1 if kind == "linear" else 1])
-        if not len(by_channel):
+        x = x.reshape(-1, x.shape[-1]) if kind == "linear" else x
+        if x.numel() == 0:
             return
-        mean, count = by_channel.double().mean(0), len(by_channel)
+        # Not row by row: channels would have to be moved to the end first, which takes longer than the mean.
+        mean, count = x.double().mean([d for d in range(x.dim()) if d != 1]), x.numel() // x.shape[1]
         seen = self.counts.get(identity, 0)
         previous = self.means.get(identity, torch.zeros_like(mean))
         self.means[identity] = previous + (mean - previous) * (count / (seen + count))

@@ -82,11 +82,14 @@ class Histogram(MinMax):
         centres, weights = centres[occupied], self.counts[occupied]
         shrink = torch.linspace(0.02, 1, self.NUM_CANDIDATES, dtype=torch.float64, device=low.device)
         best_low, best_high = low, high
+        highs, lows = high * shrink, low * shrink
         for _ in range(3):
-            highs, lows = high * shrink, low * shrink
             best_high = highs[_least_error(centres, weights, best_low.expand_as(shrink), highs, grid)]
-            best_low = lows[_least_error(centres, weights, lows, best_high.expand_as(shrink), grid)]
-            if low == 0 or high == 0:
+            before = best_low
+            if low < 0:
+                best_low = lows[_least_error(centres, weights, lows, best_high.expand_as(shrink), grid)]
+            # Another round would begin as this one did.
+            if best_low == before:
                 break
         return best_low.float(), best_high.float()
 
