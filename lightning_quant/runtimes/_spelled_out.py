@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -21,6 +22,46 @@ class SpelledOut(TorchFunctionMode):
         if written is None or (written is not _cumprod and not _is_small(*args, **kwargs)):
             return function(*args, **kwargs)
         return written(*args, **kwargs)
+
+
+class BagsSpelledOut(TorchFunctionMode):
+    """Writes sums and means of bags of flat indices without the loop that PyTorch's exporter writes for them."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function is F.embedding_bag and (reduced := _embedding_bag(*args, **kwargs)) is not None:
+            return reduced
+        return function(*args, **kwargs)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    *args: Any,
+    mode: str = "mean",
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Reduce bags of flat indices as `F.embedding_bag` does; None for maxima and indices in two dimensions."""
+    if args or offsets is None or input.dim() != 1 or mode == "max" or kwargs.get("max_norm") is not None:
+        return None
+    starts = offsets[:-1] if include_last_offset else offsets
+    begun = starts.new_zeros(input.shape[0] + 1).index_add(0, starts, torch.ones_like(starts))
+    bag = begun.cumsum(0)[:-1] - 1
+    rows = F.embedding(input, weight)
+    counted = torch.ones_like(rows[:, 0])
+    if padding_idx is not None:
+        counted = (input != padding_idx % weight.shape[0]).to(rows.dtype)
+    factors = counted if per_sample_weights is None else counted * per_sample_weights
+    total = rows.new_zeros(starts.shape[0], rows.shape[1]).index_add(0, bag, rows * factors.unsqueeze(1))
+    if mode == "sum":
+        return total
+    return total / rows.new_zeros(starts.shape[0]).index_add(0, bag, counted).clamp(min=1).unsqueeze(1)
 
 
 def _is_small(*args: Any, **kwargs: Any) -> bool:

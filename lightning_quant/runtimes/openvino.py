@@ -41,6 +41,7 @@ from lightning_quant.runtimes._openvino_graph import suit_openvino
 from lightning_quant.runtimes._openvino_profile import operator_ms
 from lightning_quant.runtimes._openvino_weights import compress_weights
 from lightning_quant.runtimes._runtime import Runtime
+from lightning_quant.runtimes._spelled_out import BagsSpelledOut
 from lightning_quant.runtimes._standalone import numpy_inputs
 
 _LAYER_REFUSALS = {
@@ -170,7 +171,7 @@ class OpenVino(Runtime):
         """
         import openvino
 
-        with scratch_folder() as folder:
+        with scratch_folder() as folder, BagsSpelledOut():
             onnx_path = folder / "model.onnx"
             export_onnx(module, call, onnx_path, rewrite=suit_openvino)
             try:

@@ -5,11 +5,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import lightning_quant as lq
 from lightning_quant.errors import ExportError
-from lightning_quant.runtimes._spelled_out import SpelledOut
+from lightning_quant.runtimes._spelled_out import BagsSpelledOut, SpelledOut
 
 
 @pytest.mark.parametrize("function", [torch.slogdet, torch.linalg.slogdet, torch.logdet, torch.det, Tensor.det])
@@ -34,6 +35,33 @@ def test_products_so_far(length: int) -> None:
         torch.testing.assert_close(x.cumprod(1), torch.cumprod(x, dim=-2))
         actual = torch.cumprod(x.float(), 1, dtype=torch.float64)
     torch.testing.assert_close(actual, x.float().cumprod(1, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": -3}, {"include_last_offset": True}, {"mode": "max"}])
+@pytest.mark.parametrize("mode", ["sum", "mean"])
+def test_bags_of_flat_indices(mode: str, options: dict[str, Any]) -> None:
+    table, indices, offsets = torch.randn(20, 6).double(), torch.randint(0, 20, (15,)), torch.tensor([0, 3, 3, 9, 15])
+    how = {"mode": mode, **options}
+    with BagsSpelledOut():
+        actual = F.embedding_bag(indices, table, offsets, **how)
+    torch.testing.assert_close(actual, F.embedding_bag(indices, table, offsets, **how))
+
+
+@pytest.mark.parametrize("recipe", ["int8_weight_only", pytest.param("int8", marks=pytest.mark.slow)])
+def test_openvino_takes_bags_of_flat_indices(recipe: str, tmp_path: Path) -> None:
+    class Bags(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bag, self.head = nn.EmbeddingBag(100, 16, mode="sum", padding_idx=0), nn.Linear(16, 8)
+
+        def forward(self, indices: Tensor, offsets: Tensor) -> Tensor:
+            return self.head(self.bag(indices, offsets))
+
+    model, call = Bags().eval(), (torch.randint(0, 100, (12,)), torch.arange(0, 12, 3))
+    kwargs: dict[str, Any] = {"calibration_data": [call], "output_dir": tmp_path / "artifact"}
+    artifact = lq.quantize(model, recipe, "openvino", **kwargs)
+    with torch.no_grad():
+        torch.testing.assert_close(lq.load(artifact.path)(*call), model(*call), atol=0.05, rtol=0.05)
 
 
 class Flow(nn.Module):
