@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -17,11 +17,13 @@ from lightning_quant.arguments.arguments import check_number, check_positive, pa
 from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.refusals import refused_in_callback
+from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.graph.table import matches
 from lightning_quant.measure.quantizability import Numbers, clipped_share, input_numbers, weight_numbers
 from lightning_quant.numerics.kurtosis import add_kurtosis_gradient
 from lightning_quant.report.monitored import Look, Monitored
 from lightning_quant.surgery.compilation import is_compiled
+from lightning_quant.surgery.routing import evaluation_mode
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
@@ -156,7 +158,8 @@ class QuantizationMonitor(Callback):
         """Called before weights are moved: add the gradient of the penalty, where there is one."""
         if self.regularize:
             owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            weights = [layer.weight for _, layer in self._layers(pl_module) if id(layer.weight) in owned]
+            weights = [_weight_of(layer) for _, layer in self._layers(pl_module)]
+            weights = [weight for weight in weights if id(weight) in owned]
             add_kurtosis_gradient(weights, self.regularize)
 
     @override
@@ -193,15 +196,15 @@ class QuantizationMonitor(Callback):
     def _layers(self, pl_module: LightningModule) -> Iterator[tuple[str, Any]]:
         for name, layer in pl_module.named_modules():
             is_excluded = any(matches(pattern, name, type(layer).__name__) for pattern in self.exclude)
-            if isinstance(layer, _LAYERS) and not is_excluded and not is_lazy(layer.weight):
+            if isinstance(layer, _LAYERS) and not is_excluded and not is_lazy(_weight_of(layer)):
                 yield name, layer
 
     def _weight(self, layer: Any) -> Numbers:
-        return weight_numbers(layer.weight, int(isinstance(layer, _TRANSPOSED)), self.bits)
+        return weight_numbers(_weight_of(layer), int(isinstance(layer, _TRANSPOSED)), self.bits)
 
     def _followed(self, layer: Any) -> Tensor:
         """Return integers of some of a weight's values, on the grid of their channel."""
-        rows = layer.weight.detach().float().movedim(int(isinstance(layer, _TRANSPOSED)), 0).flatten(1)
+        rows = _weight_of(layer).detach().float().movedim(int(isinstance(layer, _TRANSPOSED)), 0).flatten(1)
         rows = rows[: max(1, _FOLLOWED // rows.shape[1])]
         scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (self.bits - 1) - 1)
         return torch.round(rows / scale)
@@ -210,7 +213,7 @@ class QuantizationMonitor(Callback):
         x = args[0] if args else None
         if self._seen is None or not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
             return
-        is_linear, is_batched = isinstance(layer, nn.Linear), x.dim() == layer.weight.dim()
+        is_linear, is_batched = isinstance(layer, nn.Linear), x.dim() == _weight_of(layer).dim()
         x = (x.detach()[:_SAMPLES] if is_batched or (is_linear and x.dim() > 1) else x.detach()).float()
         numbers = input_numbers(x, -1 if is_linear else int(is_batched), self.bits)
         low, high = self._ranges.get(name, (numbers.low, numbers.high))
@@ -261,6 +264,15 @@ _WORST: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("quant/worst_spread", ("input_spread", "weight_spread"), max),
     ("quant/worst_flips", ("flips",), max),
 )
+
+
+def _weight_of(layer: Any) -> Tensor:
+    """Return a weight as evaluation has it: some parametrizations change, or draw, at every look in training."""
+    own = layer._parameters.get("weight")
+    if own is not None:
+        return cast(Tensor, own)
+    with torch.no_grad(), isolated_rng(), evaluation_mode(layer):
+        return cast(Tensor, layer.weight)
 
 
 def _in_compiled(pl_module: LightningModule) -> bool:

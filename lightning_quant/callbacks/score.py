@@ -9,6 +9,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from lightning_quant.callbacks.kept_batches import KeptBatches
 from lightning_quant.callbacks.twin import place_twin, runs_on
+from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.errors import EvaluationError, QuantizationError
 from lightning_quant.measure.beside import Beside
 from lightning_quant.measure.evaluate_shares import Share, merged
@@ -89,9 +90,10 @@ class Score:
         self._stack.close()
 
     def _begin(self, callback: "QuantizationCallback", *args: Any) -> None:
-        """Make the twin; of copies and steps of users' modules any error may come."""
+        """Make the twin; of copies and steps of users' modules any error may come, and parametrizations may draw."""
         try:
-            self._make(callback, *args)
+            with isolated_rng():
+                self._make(callback, *args)
         except Exception as error:
             raise _told(error) from error
 

@@ -19,6 +19,8 @@ from lightning_models import (
     tensors_of,
 )
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import spectral_norm
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining, QuantizationMonitor
 from lightning_quant.errors import NoEffectWarning
@@ -53,12 +55,22 @@ def test_planted_outlier_is_named_in_its_epoch_with_the_ways_out() -> None:
     assert "exclude=['net.3']" in text
 
 
+class Normalized(Classifier):
+    """Has weights that change, or draw, with every look at them in training."""
+
+    def __init__(self) -> None:
+        last = nn.Linear(16, 4)
+        parametrize.register_parametrization(last, "weight", nn.Dropout(0.1))
+        first = spectral_norm(nn.Linear(64, 16))
+        super().__init__(nn.Sequential(nn.Flatten(), first, nn.ReLU(), last))
+
+
 @pytest.mark.filterwarnings("error::lightning_quant.errors.NoEffectWarning")
-@pytest.mark.parametrize("aware", [False, True])
-def test_run_is_the_same_with_it(aware: bool, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "aware"), [(Classifier, False), (Classifier, True), (Normalized, False)])
+def test_run_is_the_same_with_it(kind: type[Classifier], aware: bool, tmp_path: Path) -> None:
     ended = []
     for watching in ([], [QuantizationMonitor(2)]):
-        module = seeded()
+        module = seeded(kind)
         ours: list[Any] = [QuantizationAwareTraining(output_dir=tmp_path)] if aware else []
         with pytest.raises(EnoughError):
             make_trainer(*ours, *watching, StopAfterTraining(), max_epochs=2).fit(module)

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from lightning_models import Classifier, seeded
 from scored_runs import BOTH, DELTA, TWIN, make, trained, without_scores
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks.base import QuantizationCallback
@@ -66,6 +67,26 @@ def test_half_precision(kind: type[QuantizationCallback], precision: Any, tmp_pa
     scored = trained(seeded(), make(kind, tmp_path), precision=precision)
     assert without_scores(scored) == plain
     assert abs(scored[0][TWIN] - scored[0]["val_loss"]) < 0.05
+
+
+class Noise(nn.Module):
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + 0.01 * torch.randn_like(weight)
+
+
+class Drawn(Classifier):
+    """Has weights that draw random numbers, in evaluation too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        parametrize.register_parametrization(self.net.head, "weight", Noise())
+
+
+def test_weights_that_draw_random_numbers_leave_the_run_as_it_is(tmp_path: Path) -> None:
+    plain, scored = (
+        trained(seeded(Drawn), make(PostTrainingQuantization, tmp_path, score_every=every)) for every in (None, 1)
+    )
+    assert without_scores(scored) == plain
 
 
 class PastTheModule(Classifier):
