@@ -28,7 +28,7 @@ from lightning_quant.callbacks.states import identity_of
 from lightning_quant.callbacks.training_data import borrowed_loaders
 from lightning_quant.callbacks.unplanned import Planned
 from lightning_quant.callbacks.validation_batches import check_batches, note_sizes
-from lightning_quant.capture.capture import Capture
+from lightning_quant.capture.capture import Capture, isolated_rng
 from lightning_quant.capture.checkpoint import check_model_and_data, read_checkpoint
 from lightning_quant.capture.loss_inputs import LossInputs, leave_out_labels
 from lightning_quant.capture.namespaces import trainer_class
@@ -256,7 +256,9 @@ class QuantizationCallback(ScoredValidation):
             self.chosen_runtime = choice.runtime
             self.findings += (choice.note,)
             self.missing += choice.warnings
-        self.prepared = self._plan(module := resolve(pl_module, captured.path), captured)
+        # A parametrization may draw random numbers.
+        with isolated_rng():
+            self.prepared = self._plan(module := resolve(pl_module, captured.path), captured)
         self.planned = Planned(module)
         self.prepared.learns_from_captured = exported.otherwise
         if exported.evaluated is not None:
