@@ -60,6 +60,13 @@ def test_every_spelling_becomes_a_kernel(tmp_path: Path, capfd: pytest.CaptureFi
     assert "resized" not in capfd.readouterr().err
 
 
+# As operators in other languages are: nothing tells what it computes.
+_LIBRARY = torch.library.Library("lightning_quant_tests", "FRAGMENT")
+_LIBRARY.define("double(Tensor x) -> Tensor")
+_LIBRARY.impl("double", lambda x: 2 * x, "CPU")
+torch.library.register_fake("lightning_quant_tests::double", torch.empty_like, lib=_LIBRARY)
+
+
 def test_operators_of_others_are_refused_at_export(tmp_path: Path) -> None:
     class Decodes(nn.Module):
         def __init__(self) -> None:

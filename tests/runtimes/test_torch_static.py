@@ -181,10 +181,3 @@ def test_changed_program_is_refused(change: dict[str, Any], made: tuple[Prepared
 def test_there_are_no_layers_to_fill_a_model_with(made: tuple[Prepared, Artifact]) -> None:
     with pytest.raises(QuantizationError, match="a static recipe quantizes what runs between layers"):
         load(made[1].path, into=residual())
-
-
-# As operators in other languages are: nothing tells what it computes.
-_LIBRARY = torch.library.Library("lightning_quant_tests", "FRAGMENT")
-_LIBRARY.define("double(Tensor x) -> Tensor")
-_LIBRARY.impl("double", lambda x: 2 * x, "CPU")
-torch.library.register_fake("lightning_quant_tests::double", torch.empty_like, lib=_LIBRARY)
