@@ -94,6 +94,16 @@ SLOW_CASES = (
     "test_torch.py::test_same_outputs_in_a_fresh_process",
     "test_contract.py::test_what_cannot_be_exported_is_refused_before_training[[]inductor]",
     "test_contract.py::test_report_is_made_of_every_runtime[[]executorch]",
+    "test_contract.py::test_what_cannot_be_exported_is_refused_before_training[[]executorch]",
+    "test_contract.py::test_signature_of_another_model_is_refused[[]executorch]",
+    "test_contract.py::test_model_of_another_format_with_right_hashes_is_refused[[]executorch]",
+    "test_contract.py::*[[]executorch-nested]",
+    "test_loaded.py::*[[]executorch*",
+    "test_cli.py::test_runtime_and_engine_are_options",
+    "test_quantize_command.py::test_several_recipes_from_yaml_and_from_the_command_line",
+    "test_examples.py::test_readme_yaml_runs",
+    "test_model_peculiarities.py::test_compiled_modules[[]Post*-whole]",
+    "test_torch.py::test_other_batches_and_lengths[[]t5]",
 )
 
 
