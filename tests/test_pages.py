@@ -35,6 +35,11 @@ def test_every_result_is_shown_with_its_command_and_day() -> None:
         assert not re.search(r"\s/\w", heading[0]), name
 
 
+def test_commands_do_not_say_where_a_run_keeps_its_state() -> None:
+    given = ["--cases", "residual", "--runs", "/tmp/runs", "--seeds", "0", "1", "--state=/tmp/state.json"]
+    assert results._without_folders(given) == ["--cases", "residual", "--seeds", "0", "1"]
+
+
 def test_best_rows_are_the_best_of_their_tables() -> None:
     rows = {row.split("|")[1].strip(): row for row in results.best_rows().splitlines()[2:]}
     for best in results.BEST:

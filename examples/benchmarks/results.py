@@ -5,6 +5,7 @@ those files between the marks `<!-- results NAME -->` and `<!-- end -->` of the 
 with names of examples that print a table, such as `lenet_all_ways`, it runs those first.
 """
 
+import argparse
 import datetime
 import re
 import shlex
@@ -59,7 +60,15 @@ def publish(name: str, *tables: str, packages: Sequence[str] = ()) -> None:
         packages: whose versions the numbers depend on, beside torch and ONNX Runtime.
     """
     script = Path(sys.argv[0]).resolve().relative_to(ROOT)
-    _keep(name, shlex.join(["python", str(script), *sys.argv[1:]]), tables, packages)
+    _keep(name, shlex.join(["python", str(script), *_without_folders(sys.argv[1:])]), tables, packages)
+
+
+def _without_folders(options: list[str]) -> list[str]:
+    """Leave out where a run keeps what it has done, which is no number's cause and a folder of one machine."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for option in ("--runs", "--state", "--log"):
+        parser.add_argument(option)
+    return parser.parse_known_args(options)[1]
 
 
 def run_example(name: str) -> None:

@@ -119,7 +119,7 @@ def _slower(fastest: str, correct: list[str], timings: dict[int, dict[str, Timin
     for batch, row in timings.items():
         best = min((name for name in row if name not in correct), key=lambda name: row[name].median_ms)
         other = min(correct, key=lambda runtime: row[runtime].median_ms)
-        times = row[fastest].median_ms / row[best].median_ms
+        times = round(row[fastest].median_ms / row[best].median_ms, 2)
         if times > 1:
             other_gains = row[other].median_ms < row[best].median_ms
             whose = f"the artifact on {fastest}, but not on {other}," if other_gains else "every artifact"

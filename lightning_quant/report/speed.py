@@ -93,7 +93,8 @@ class Speed(Section):
 
     def warnings(self) -> list[str]:
         """Say at which batch sizes the artifact is slower than float, where float is faster, and what helps."""
-        slower = [row for row in self.latency if row.speedup < 1]
+        # By what two decimals show: "1.00 times the time" is no warning.
+        slower = [row for row in self.latency if round(1 / row.speedup, 2) > 1]
         if not slower:
             return []
         best = [min(row.floats(self.runtime).items(), key=lambda peer: peer[1].median_ms)[0] for row in slower]

@@ -19,6 +19,13 @@ def test_slower_artifact_is_a_warning_for_its_batch() -> None:
     ]
 
 
+def test_what_two_decimals_do_not_show_is_no_warning() -> None:
+    even = LatencyRow(1, timing(10), timing(4), timing(4.01))
+
+    assert even.speedup < 1
+    assert changed(latency=(even, LATENCY[1])).warnings == []
+
+
 def test_float_in_another_runtime_is_a_peer_and_named_with_the_way_out() -> None:
     faster_elsewhere = LatencyRow(1, timing(10), timing(6), timing(5), {"openvino": timing(4)})
     in_torch = LatencyRow(8, timing(10), timing(30), timing(20), {"openvino": timing(25)})
