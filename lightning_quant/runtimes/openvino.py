@@ -255,10 +255,10 @@ outputs = dict(zip({names!r}, model(known).values()))
 
 
 def _with_names_of_its_own(model: Any) -> Any:
-    """Number the nodes that OpenVINO named anew: it counts all of a process, and equal models would differ."""
+    """Number the nodes, but inputs, that OpenVINO named anew: it counts all of a process, and equal models differed."""
     for index, op in enumerate(model.get_ordered_ops()):
         kind, _, number = op.get_friendly_name().rpartition("_")
-        if kind == op.get_type_name() and number.isdecimal():
+        if kind == op.get_type_name() != "Parameter" and number.isdecimal():
             op.set_friendly_name(f"{kind}_{index}")
     return model
 

@@ -31,8 +31,9 @@ def test_inputs_keep_their_names_where_the_first_operator_is_left_out(tmp_path: 
             self.head = nn.Linear(8, 4)
             self.register_buffer("mean", torch.zeros(8))
 
-        def forward(self, x: Tensor) -> Tensor:
-            return self.head(x - self.mean)
+        # A name as OpenVINO gives them.
+        def forward(self, Parameter_7: Tensor) -> Tensor:  # noqa: N803
+            return self.head(Parameter_7 - self.mean)
 
     model, x = Normalized().eval(), torch.randn(3, 8)
     layerwise = quantize_layers(model, (x,), recipe="int8_weight_only", runtime="openvino")
