@@ -33,6 +33,48 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "weights that code beside their layer reads are stored",
+        "planned/try_layers.py",
+        'tried[name].open_weights("code outside it reads its weight", half_arithmetic=half_arithmetic)',
+        'tried[name].stay_float("code outside it reads its weight")',
+        "layers/test_shared.py -k stored_and_named",
+    ),
+    Guard(
+        "weights that are scaled for each sample are stored",
+        "layers/products.py",
+        "(name in _MOVES or self._scales(name, args, result))",
+        "name in _MOVES",
+        "layers/test_products.py -k scaled_for_each_sample",
+    ),
+    Guard(
+        "copies of stored recurrent layers read packed sequences",
+        "layers/recurrent.py",
+        "layer._flat_weights = before",
+        "layer._flat_weights = []",
+        "layers/test_recurrent.py -k packed",
+    ),
+    Guard(
+        "inputs of OpenVINO files have the names of the signature",
+        "runtimes/openvino.py",
+        ' != "Parameter" and number',
+        " and number",
+        "runtimes/test_openvino.py -k keep_their_names",
+    ),
+    Guard(
+        "determinants and products so far are exported to ONNX",
+        "runtimes/_onnx_export.py",
+        "projections_whole(module), SpelledOut():",
+        "projections_whole(module):",
+        "runtimes/test_spelled_out.py -k flow",
+    ),
+    Guard(
+        "the monitor leaves spectral norm's power iteration as it is",
+        "callbacks/monitor.py",
+        "with torch.no_grad(), isolated_rng(), evaluation_mode(layer):",
+        "with torch.no_grad():",
+        "callbacks/test_monitor.py -k same_with_it",
+    ),
+    Guard(
         "a module that computes its loss itself is taught",
         "simulate/distillation.py",
         "        together = any(answers[index].dim() == 0 for index in taught)\n",
