@@ -59,6 +59,9 @@ class _Copies(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
+_DATA = Tensor.data.__get__  # type: ignore[attr-defined]
+
+
 class _Respelled(TorchFunctionMode):
     """Writes what exporters know in one form alone, or not at all, in operators that all of them know."""
 
@@ -67,6 +70,9 @@ class _Respelled(TorchFunctionMode):
     ) -> Any:
         if function is F.scaled_dot_product_attention and args and args[0].dim() == 3:
             return _attention_of_one_head(*args, **(kwargs or {}))
+        if function == _DATA:
+            # PyTorch's exporters take it for a constant without values, and end the process where they look into it.
+            return args[0].detach()
         return function(*args, **(kwargs or {}))
 
 

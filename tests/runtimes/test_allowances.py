@@ -98,6 +98,20 @@ class _OneHead(nn.Module):
         return self.out(F.scaled_dot_product_attention(query, key, value, attn_mask=mask))
 
 
+class _Data(nn.Module):
+    """Reads and writes the data of tensors, as code from before `detach` does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 4)
+        self.shift = nn.Parameter(torch.randn(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.relu(self.first(x)) * x.data.std()
+        hidden.data[:, 0] = 0
+        return self.second(hidden) + self.shift.data
+
+
 class _Pairs(nn.Module):
     """Two views of the input, multiplied with each other."""
 
@@ -110,7 +124,13 @@ class _Pairs(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("make", "runtime", "shape"), [(_OneHead, "onnxruntime", (8, 5, 6)), (_Pairs, "executorch", (8, 6))]
+    ("make", "runtime", "shape"),
+    [
+        (_OneHead, "onnxruntime", (8, 5, 6)),
+        (_Pairs, "executorch", (8, 6)),
+        (_Data, "onnxruntime", (8, 6)),
+        (_Data, "torch", (8, 6)),
+    ],
 )
 def test_operators_of_another_form_are_exported(
     make: type[nn.Module], runtime: str, shape: tuple[int, ...], tmp_path: Path
