@@ -5,9 +5,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_quant.calls.calls import Call, map_tensors
 from lightning_quant.errors import CaptureError
 from lightning_quant.graph.faithful import agree, seeded
 from lightning_quant.graph.side_effects import attributes
+from lightning_quant.surgery.routing import as_exported, clone, evaluation_mode
 
 # Decibels: what other sums of the same numbers leave is far above.
 _ENOUGH_DB = 90.0
@@ -42,3 +44,20 @@ def check_state(module: nn.Module, before: dict[str, Any], run: Callable[[], Any
             f"changes {', '.join(map(repr, changed[:3]))}, and answers otherwise then. A file keeps no such state: "
             'change it in training alone (`if self.training:`), or quantize a child without it (`module="..."`).'
         )
+
+
+def check_call(module: nn.Module, call: Call) -> None:
+    """Refuse a module that answers a call in several ways, as `check_state` does, after calls of a copy.
+
+    Raises:
+        CaptureError: names what the forward changes.
+    """
+    with evaluation_mode(module), as_exported():
+        copy = clone(module, unrouted=True)
+        before = state_of(copy)
+
+        def run() -> Any:
+            return copy(*map_tensors(Tensor.clone, call.args), **map_tensors(Tensor.clone, call.kwargs))
+
+        seeded(copy, run)
+        check_state(copy, before, run)

@@ -19,9 +19,10 @@ from lightning_quant.calls.signature import described, tensor_leaves
 from lightning_quant.calls.structures import reachable_tensors
 from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.capture.together import join_parts, part, parts_of, signature_of_parts
-from lightning_quant.errors import ExportError, PlanError
+from lightning_quant.errors import CaptureError, ExportError, PlanError
 from lightning_quant.graph.analyze import check_patterns, own_signature
 from lightning_quant.graph.plan import Plan, Row
+from lightning_quant.graph.state import check_call
 from lightning_quant.graph.table import Selection
 from lightning_quant.layers.correction import correct_biases
 from lightning_quant.layers.finite import check_output
@@ -39,11 +40,7 @@ from lightning_quant.planned.try_layers import try_layers
 from lightning_quant.recipe import recipe as recipes
 from lightning_quant.recipe.recipe import AnyRecipe, LayerRecipe
 from lightning_quant.surgery.host import give_back_memory, moved_call, on_host
-from lightning_quant.surgery.routing import (
-    clone,
-    evaluation_mode,
-    without_fast_path,
-)
+from lightning_quant.surgery.routing import clone, evaluation_mode, without_fast_path
 
 
 class Layerwise(PlannedModel):
@@ -271,12 +268,17 @@ def _check_patterns(wanted: Selection, recipe: LayerRecipe, rows: tuple[Row, ...
 
 
 def _give_up_program(quantized: Layerwise, call: Call, opaque: str) -> None:
-    """Note that there will be no program, where the call is opaque or is of several modules."""
+    """Note that there will be no program, where the call is opaque, of several modules, or changes what it reads."""
     if opaque:
         quantized.give_up_program(opaque)
         quantized.given, quantized._batch = call, None
     elif parts := quantized.parts:
         quantized.give_up_program(f"it is of several modules, which other code calls one by one: {', '.join(parts)}")
+    else:
+        try:
+            check_call(quantized.root, call)
+        except CaptureError as error:
+            quantized.give_up_program(str(error))
 
 
 def _captured(model: nn.Module, call: Call, runtime: str) -> tuple[CapturedCall, str]:

@@ -10,6 +10,7 @@ from lightning_quant.calibrate.calibrate import calibrate, steps_of
 from lightning_quant.errors import CaptureError, ExportError
 from lightning_quant.export.convert import check_agreement, convert
 from lightning_quant.export.prepare import prepare
+from lightning_quant.planned.layerwise import quantize_layers
 
 X = torch.randn(16, 6, generator=torch.Generator().manual_seed(0))
 
@@ -75,8 +76,17 @@ def test_an_answer_that_follows_earlier_calls_is_refused_by_name(kind: Any) -> N
         prepare(kind().eval(), (X,))
 
 
+@pytest.mark.parametrize("kind", [Counts, CountsInPython, Averages])
+def test_stored_layers_of_such_a_module_run_in_its_own_code_alone(kind: Any) -> None:
+    with pytest.raises(ExportError, match=r"(?s)changes '(seen|number)', and answers otherwise.*self.training"):
+        quantize_layers(kind().eval(), (X,), recipe="int8_weight_only", runtime="onnxruntime")
+    filled = quantize_layers(kind().eval(), (X,), recipe="int8_weight_only", runtime="torch")
+    assert "answers otherwise" in filled.into_only
+
+
 @pytest.mark.parametrize("kind", [Net, CountsUnread, ComputesOnce, CountsInTraining])
 def test_what_no_answer_depends_on_may_change(kind: Any) -> None:
+    assert quantize_layers(kind().eval(), (X,), recipe="int8_weight_only", runtime="torch").into_only == ""
     rows = prepare(kind().eval(), (X,), trains=False).plan.rows
     assert {row.name.partition(".")[0] for row in rows if row.action == "int8"} == {"first", "last"}
 
