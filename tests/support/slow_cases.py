@@ -103,7 +103,11 @@ SLOW_CASES = (
     "test_quantize_command.py::test_several_recipes_from_yaml_and_from_the_command_line",
     "test_examples.py::test_readme_yaml_runs",
     "test_model_peculiarities.py::test_compiled_modules[[]Post*-whole]",
-    "test_torch.py::test_other_batches_and_lengths[[]t5]",
+    "test_torch.py::*[[]t5]",
+    "test_torch.py::test_encoder_and_decoder_lengths_are_independent",
+    "test_cli.py::test_bench",
+    "test_forged_files.py::test_some_forged_manifests_and_golden_batches[[]onnxruntime]",
+    "test_random_nets.py::test_random_nets_on_other_runtimes[[]openvino]",
 )
 
 
