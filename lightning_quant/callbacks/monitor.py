@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
+from torch.nn.parameter import UninitializedParameter
 from torch.optim import Optimizer
 from typing_extensions import override
 
@@ -158,9 +158,8 @@ class QuantizationMonitor(Callback):
         """Called before weights are moved: add the gradient of the penalty, where there is one."""
         if self.regularize:
             owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
-            weights = [_weight_of(layer) for _, layer in self._layers(pl_module)]
-            weights = [weight for weight in weights if id(weight) in owned]
-            add_kurtosis_gradient(weights, self.regularize)
+            weights = [layer._parameters.get("weight") for _, layer in self._layers(pl_module)]
+            add_kurtosis_gradient([w for w in weights if w is not None and id(w) in owned], self.regularize)
 
     @override
     def on_train_batch_end(
@@ -196,7 +195,7 @@ class QuantizationMonitor(Callback):
     def _layers(self, pl_module: LightningModule) -> Iterator[tuple[str, Any]]:
         for name, layer in pl_module.named_modules():
             is_excluded = any(matches(pattern, name, type(layer).__name__) for pattern in self.exclude)
-            if isinstance(layer, _LAYERS) and not is_excluded and not is_lazy(_weight_of(layer)):
+            if isinstance(layer, _LAYERS) and not is_excluded and not _is_lazy(layer):
                 yield name, layer
 
     def _weight(self, layer: Any) -> Numbers:
@@ -213,7 +212,8 @@ class QuantizationMonitor(Callback):
         x = args[0] if args else None
         if self._seen is None or not isinstance(x, Tensor) or not x.is_floating_point() or x.numel() == 0:
             return
-        is_linear, is_batched = isinstance(layer, nn.Linear), x.dim() == _weight_of(layer).dim()
+        is_linear = isinstance(layer, nn.Linear)
+        is_batched = x.dim() == (2 if is_linear else 2 + len(layer.kernel_size))
         x = (x.detach()[:_SAMPLES] if is_batched or (is_linear and x.dim() > 1) else x.detach()).float()
         numbers = input_numbers(x, -1 if is_linear else int(is_batched), self.bits)
         low, high = self._ranges.get(name, (numbers.low, numbers.high))
@@ -273,6 +273,11 @@ def _weight_of(layer: Any) -> Tensor:
         return cast(Tensor, own)
     with torch.no_grad(), isolated_rng(), evaluation_mode(layer):
         return cast(Tensor, layer.weight)
+
+
+def _is_lazy(layer: Any) -> bool:
+    """Tell whether a layer has no weight yet, without computing one."""
+    return isinstance(layer._parameters.get("weight"), UninitializedParameter)
 
 
 def _in_compiled(pl_module: LightningModule) -> bool:

@@ -74,7 +74,8 @@ def _cumprod(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Te
 
     Source: Hillis and Steele 1986, "Data parallel algorithms", for sums.
     """
-    x = input.to(dtype or input.dtype).movedim(dim, -1)
+    has_fractions = input.is_floating_point() or input.is_complex()
+    x = input.to(dtype or (input.dtype if has_fractions else torch.int64)).movedim(dim, -1)
     length, step = x.shape[-1], 1
     if not isinstance(length, int):
         behind = torch.ones(length, length, dtype=torch.bool, device=x.device).triu(1)

@@ -201,10 +201,10 @@ def _lower_binary(root: fx.GraphModule, node: fx.Node, scale: float, zero_point:
     if node.kwargs or not all(_is(operand, _DEQUANTIZE) for operand in node.args):
         return None
     first, second = (operand.args[0] for operand in node.args)  # type: ignore[union-attr]
-    (size, other), whole = (operand.meta["val"].shape for operand in node.args), node.meta["val"].shape  # type: ignore
-    if size != whole and other == whole:
+    if node.args[0].meta["val"].shape != node.meta["val"].shape:  # type: ignore[union-attr]
         # The kernel makes its result as large as its first operand, and warns where that was too small.
-        first = node.graph.call_function(_ATEN.expand_as.default, (first, second))
+        both = node.graph.call_function(_ATEN.broadcast_tensors.default, ([first, second],))
+        first = node.graph.call_function(operator.getitem, (both, 0))
     return node.graph.call_function(_BINARY[node.target], (first, second, scale, zero_point))  # type: ignore[index]
 
 

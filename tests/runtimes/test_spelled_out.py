@@ -31,10 +31,14 @@ def test_determinants(function: Any) -> None:
 @pytest.mark.parametrize("length", [0, 1, 2, 5, 8, 13])
 def test_products_so_far(length: int) -> None:
     x = torch.randn(2, length, 3, dtype=torch.float64)
+    whole = (3 * x).to(torch.int32)
     with SpelledOut():
-        torch.testing.assert_close(x.cumprod(1), torch.cumprod(x, dim=-2))
-        actual = torch.cumprod(x.float(), 1, dtype=torch.float64)
-    torch.testing.assert_close(actual, x.float().cumprod(1, dtype=torch.float64))
+        of_tensor, of_function, integers = x.cumprod(1), torch.cumprod(x, dim=-2), whole.cumprod(1)
+        wider = torch.cumprod(x.float(), 1, dtype=torch.float64)
+    torch.testing.assert_close(of_tensor, x.cumprod(1))
+    torch.testing.assert_close(of_function, x.cumprod(1))
+    torch.testing.assert_close(integers, whole.cumprod(1))
+    torch.testing.assert_close(wider, x.float().cumprod(1, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": -3}, {"include_last_offset": True}, {"mode": "max"}])

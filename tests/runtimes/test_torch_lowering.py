@@ -60,6 +60,22 @@ def test_every_spelling_becomes_a_kernel(tmp_path: Path, capfd: pytest.CaptureFi
     assert "resized" not in capfd.readouterr().err
 
 
+def test_both_operands_of_a_sum_may_be_broadcast(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    class Pairs(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second, self.head = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.first(x).reshape(-1, 1, 4, 6) + self.second(x).reshape(-1, 4, 1, 6))
+
+    torch.manual_seed(0)
+    prepared = ready(Pairs().eval(), torch.randn(3, 4, 8))
+    artifact = export(prepared, tmp_path / "artifact")
+    assert prepared.parity(load(artifact.path), artifact.model_path).failures == []
+    assert "resized" not in capfd.readouterr().err
+
+
 # As operators in other languages are: nothing tells what it computes.
 _LIBRARY = torch.library.Library("lightning_quant_tests", "FRAGMENT")
 _LIBRARY.define("double(Tensor x) -> Tensor")
