@@ -650,6 +650,20 @@ GUARDS = (
         "callbacks/test_other_callbacks.py -k stochastic",
     ),
     Guard(
+        "metrics in float are those of the module as training left it",
+        "callbacks/finish.py",
+        'with attempt("the metrics of validation are"), deployment.as_trained():',
+        'with attempt("the metrics of validation are"):',
+        "callbacks/test_after_training.py -k compared_with_the_users_module",
+    ),
+    Guard(
+        "what ends before rounding is calibrated",
+        "callbacks/untrained.py",
+        "    if callback.group.size == 1:\n",
+        "    if callback.group.size == 0:\n",
+        "callbacks/test_untrained.py -k quantized_as_after_training",
+    ),
+    Guard(
         "a second training of one module is refused",
         "callbacks/qat.py",
         "        check_trained_once(self.path, [other.path for other in others if other.prepared is not None])\n",

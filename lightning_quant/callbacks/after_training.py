@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_quant.calibrate.batch_norm import reestimate_batch_norm
-from lightning_quant.callbacks.deployment import Deployment
+from lightning_quant.callbacks.deployment import Deployment, write_buffers
 from lightning_quant.callbacks.training_data import calibration_steps, working_copy
 from lightning_quant.calls.calls import Call
 from lightning_quant.calls.recorded_calls import recorded_calls
@@ -22,7 +22,8 @@ from lightning_quant.surgery.routing import evaluation_mode, resolve
 def reestimate(trainer: Trainer, deployment: Deployment, path: str, number: int) -> Deployment:
     """Measure BatchNorm's statistics on a copy that may run the user's training step, and keep them where they help.
 
-    Whether they do tells the loss on other training batches; where there is none, they are kept.
+    Whether they do tells the loss on other training batches, or on the same where there are no others; where steps
+    return none, they are kept.
 
     Args:
         trainer: whose data is meant.
@@ -47,35 +48,35 @@ def reestimate(trainer: Trainer, deployment: Deployment, path: str, number: int)
     kept = {name: buffer.clone() for name, buffer in root.named_buffers()}
     if reestimate_batch_norm(prepared, noting()) == 0:
         return deployment
-    _write(root, kept)
-    before = _loss(trainer, duplicate, prepared, number)
-    _write(root, measured)
-    after = _loss(trainer, duplicate, prepared, number)
+    write_buffers(root, kept)
+    before, used = _loss(trainer, duplicate, prepared, number)
+    write_buffers(root, measured)
+    after, _ = _loss(trainer, duplicate, prepared, number)
     helps = not after > before
-    _write(deployment.model.root, measured if helps else kept)
-    judged = f"loss on others {after:.4g}, with those of training {before:.4g}{'' if helps else ', which are kept'}"
-    judged = "there are no others to judge by" if math.isnan(after) else judged
+    if helps:
+        write_buffers(deployment.model.root, measured)
+    judged = f"loss on {used} {after:.4g}, with those of training {before:.4g}{'' if helps else ', which are kept'}"
+    judged = "there is no loss to judge by" if math.isnan(after) else judged
     note = f"BatchNorm's statistics were measured anew on {number} training batches: {judged}"
-    return replace(deployment, notes=(*deployment.notes, note))
-
-
-def _write(root: nn.Module, buffers: dict[str, Tensor]) -> None:
-    for name, buffer in root.named_buffers():
-        buffer.copy_(buffers[name])
+    return replace(deployment, notes=(*deployment.notes, note), kept_buffers=kept if helps else None)
 
 
 @torch.no_grad()
-def _loss(trainer: Trainer, duplicate: LightningModule, prepared: Prepared, skipped: int) -> float:
-    """Return the mean loss of training batches behind some, in integers; not a number where steps return none."""
-    losses = []
+def _loss(trainer: Trainer, duplicate: LightningModule, prepared: Prepared, skipped: int) -> tuple[float, str]:
+    """Return the mean loss of training batches behind some, of these where there are no others, and which those are.
+
+    It is that of integers, and not a number where steps return none.
+    """
+    losses, first = list[float](), list[float]()
     with evaluation_mode(prepared.root), prepared.attached("frozen"):
         number = skipped + max(1, skipped // 2)
         for index, step in enumerate(calibration_steps(trainer, duplicate, number, 0, "train")):
-            if index >= skipped:
-                result = step()
-                loss = result.get("loss") if isinstance(result, Mapping) else result
-                losses.append(float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else math.nan)
-    return sum(losses) / len(losses) if losses else math.nan
+            result = step()
+            loss = result.get("loss") if isinstance(result, Mapping) else result
+            value = float(loss) if isinstance(loss, Tensor) and loss.numel() == 1 else math.nan
+            (losses if index >= skipped else first).append(value)
+    chosen = losses or first
+    return sum(chosen) / len(chosen) if chosen else math.nan, "others" if losses else "these"
 
 
 def rank(trainer: Trainer, deployment: Deployment, path: str) -> Sensitivity:

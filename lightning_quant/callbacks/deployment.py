@@ -1,12 +1,15 @@
 """What is exported when fit has ended: the last weights or the best ones, and what is known of them by then."""
 
 import pickle
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
 
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.scored_validation import prefix_of
@@ -58,6 +61,7 @@ class Deployment:
         known: what was measured by now.
         search: how the model was found, where it was.
         scored: these and other weights of the training, where their files were compared.
+        kept_buffers: those of the module as training left it, where the file has others.
     """
 
     pl_module: LightningModule
@@ -69,6 +73,25 @@ class Deployment:
     known: Known | None = None
     search: Section | None = None
     scored: Section | None = None
+    kept_buffers: dict[str, Tensor] | None = None
+
+    @contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """Let the module be as training left it while a block runs: what files are compared with is what users have."""
+        buffers = dict(self.model.root.named_buffers()) if self.kept_buffers is not None else {}
+        measured = {name: buffer.clone() for name, buffer in buffers.items()}
+        write_buffers(self.model.root, self.kept_buffers or {})
+        try:
+            yield
+        finally:
+            write_buffers(self.model.root, measured)
+
+
+def write_buffers(root: nn.Module, values: Mapping[str, Tensor]) -> None:
+    """Give buffers of a module other values, on whatever device these are."""
+    for name, buffer in root.named_buffers():
+        if name in values:
+            buffer.copy_(values[name])
 
 
 def choose_weights(

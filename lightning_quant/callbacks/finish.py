@@ -187,7 +187,7 @@ def _metrics(
     attempt = functools.partial(noting, callback.missing, alone=group.size == 1)
     if known is None:
         how: dict[str, Any] = {"limit_batches": limit, "group": group, "watch": predictions.of_float}
-        with attempt("the metrics of validation are"):
+        with attempt("the metrics of validation are"), deployment.as_trained():
             float_values = evaluate(trainer, pl_module, path, recorded=calls, **how)
     else:
         float_values, calls[:] = known.floating, known.calls
@@ -223,7 +223,8 @@ def _by_chance(
     alone = callback.group.size == 1
     with noting(callback.missing, "how far metrics move by chance is", alone=alone):
         seeds = (1, 2) if once.draws else ()
-        others = [evaluate(trainer, deployment.pl_module, callback.path, **how, seed=seed) for seed in seeds]
+        with deployment.as_trained():
+            others = [evaluate(trainer, deployment.pl_module, callback.path, **how, seed=seed) for seed in seeds]
         return (in_words([once, *others]),) if others else ()
     return ()
 

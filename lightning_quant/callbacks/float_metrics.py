@@ -30,7 +30,7 @@ def float_metrics(callback: QuantizationCallback, trainer: Trainer, deployment: 
         predictions = Predictions(functools.partial(alone, deployment.model))
         how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "group": callback.group}
         how |= {"recorded": calls, "contributions": True, "watch": predictions.of_float}
-        with noting(missing, "the metrics of validation are", alone=callback.group.size == 1):
+        with noting(missing, "the metrics of validation are", alone=callback.group.size == 1), deployment.as_trained():
             floating = evaluate(trainer, deployment.pl_module, callback.path, **how)
         return Known(floating, calls, predictions=predictions, missing=tuple(missing))
 

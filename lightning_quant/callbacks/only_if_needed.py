@@ -10,18 +10,17 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_quant.calibrate.calibrate import calibrate
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.deployment import Deployment, Known, choose_weights
 from lightning_quant.callbacks.directions import watched
 from lightning_quant.callbacks.finish import evaluate_artifact
 from lightning_quant.callbacks.forecast import forecast
 from lightning_quant.callbacks.search_checks import first_metrics
-from lightning_quant.callbacks.training_data import borrowed_loaders, calibration_steps, working_copy
+from lightning_quant.callbacks.training_data import borrowed_loaders
+from lightning_quant.callbacks.untrained import calibrated
 from lightning_quant.calls.calls import Call
 from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.export.export import export
-from lightning_quant.export.prepare import prepare
 from lightning_quant.machine.disk import scratch_folder
 from lightning_quant.measure.contributions import Metrics, differences
 from lightning_quant.measure.evaluate import evaluate
@@ -32,7 +31,6 @@ from lightning_quant.search.checks import check_metrics
 from lightning_quant.search.choice import Measured, Verdict
 from lightning_quant.search.judge import Judge
 from lightning_quant.search.record import save_beside
-from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.host import moved
 from lightning_quant.surgery.routing import clone, resolve
 
@@ -40,8 +38,6 @@ if TYPE_CHECKING:
     from lightning_quant.callbacks.qat import QuantizationAwareTraining
 
 WITHOUT_TRAINING = "weights are those with which rounding began, quantized without training"
-# Training batches that ranges are learned from.
-NUM_BATCHES = 32
 
 
 @dataclass(frozen=True)
@@ -192,30 +188,6 @@ def tried_with_ranges(
         return _measure(callback, trainer, Deployment(duplicate, bound, None, ()), need)
 
 
-def calibrated(callback: "QuantizationAwareTraining", trainer: Trainer, duplicate: LightningModule) -> Prepared:
-    """Return a model over the module of a copy on the CPU, with ranges of training batches."""
-    settings, old = callback.settings, callback.require_prepared()
-    args, kwargs = old.call()
-    made = prepare(
-        resolve(duplicate, callback.path),
-        args,
-        kwargs,
-        recipe=settings.recipe,
-        runtime=old.plan.runtime,
-        selection=settings.selection,
-        observer=settings.recipe.calibration_observer,
-        module=old.plan.module,
-        trains=False,
-    )
-    old.share_sizes(made)
-    made.learns_from_captured = old.learns_from_captured
-    working = working_copy(trainer, duplicate)
-    bound = made.bound_to(resolve(working, callback.path))
-    calibrate(bound, calibration_steps(trainer, working, NUM_BATCHES, 0, "train"))
-    made.take_over(bound)
-    return made
-
-
 def without_rounding(
     callback: "QuantizationAwareTraining", trainer: Trainer, pl_module: LightningModule, need: Need
 ) -> Deployment:
@@ -258,7 +230,8 @@ def _measure(callback: "QuantizationAwareTraining", trainer: Trainer, deployment
     settings, calls = callback.settings, list[Call]()
     model: PlannedModel = deployment.model
     how: dict[str, Any] = {"limit_batches": settings.limit_eval_batches, "recorded": calls, "contributions": True}
-    floating = evaluate(trainer, deployment.pl_module, callback.path, **how)
+    with deployment.as_trained():
+        floating = evaluate(trainer, deployment.pl_module, callback.path, **how)
     model.observe_unreached()
     with scratch_folder() as folder:
         artifact = export(model, folder / "trial", dynamic_shapes=settings.dynamic_shapes, engine=settings.engine)

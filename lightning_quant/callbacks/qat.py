@@ -14,7 +14,6 @@ from typing_extensions import override
 from lightning_quant.arguments.names import Engine, Example, Recipes, Runtime, ScoreWith, Weights
 from lightning_quant.calibrate.distributed import merge_batch
 from lightning_quant.callbacks.after_training import rank, reestimate, training_calls
-from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.deployment import choose_weights
 from lightning_quant.callbacks.finish import finish
@@ -25,6 +24,7 @@ from lightning_quant.callbacks.searching import NUM_BATCHES, Recorded, searched
 from lightning_quant.callbacks.states import state_of
 from lightning_quant.callbacks.teaching import loss_scale, teach
 from lightning_quant.callbacks.training_settings import TrainingSettings
+from lightning_quant.callbacks.untrained import untrained
 from lightning_quant.doors.settings import documented
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export.engines import AUTO
@@ -179,15 +179,14 @@ class QuantizationAwareTraining(QuantizationCallback):
         if self.need is not None and self.need.needed is False:
             self.artifact = finish(self, trainer, without_rounding(self, trainer, pl_module, self.need))
             return
-        deployment = choose_weights(self, trainer, pl_module, with_ranges=True, weights="last" * bool(self.need))
         self.trains_rounded = self.require_prepared().quantizes
-        if not self.trains_rounded:
-            note = "nothing was trained through rounding: the run ended before fake quantization began"
-            warn(f"QuantizationAwareTraining: {note}.")
-            deployment = replace(deployment, notes=(*deployment.notes, note))
-        if self.settings.recipe.batch_norm_batches > 0 and self.require_prepared().quantizes:
+        if self.trains_rounded:
+            deployment = choose_weights(self, trainer, pl_module, with_ranges=True, weights="last" * bool(self.need))
+        else:
+            deployment = untrained(self, trainer, pl_module)
+        if self.trains_rounded and self.settings.recipe.batch_norm_batches > 0:
             deployment = reestimate(trainer, deployment, self.path, self.settings.recipe.batch_norm_batches)
-        if self.settings.sensitivity and self.require_prepared().quantizes:
+        if self.settings.sensitivity:
             with noting(self.missing, "sensitivities are"):
                 deployment = replace(deployment, sensitivity=rank(trainer, deployment, self.path))
         if self.settings.searches:

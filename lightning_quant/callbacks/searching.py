@@ -144,7 +144,7 @@ def _order(
         probe, part = Interim(floating, lambda _: True, order), Metrics()
         how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "contributions": True}
         # Whatever another order breaks: validations are whole then.
-        with noting([], "validations that are cut short are"):
+        with noting([], "validations that are cut short are"), deployment.as_trained():
             part = evaluate(trainer, deployment.pl_module, callback.path, interim=probe, **how)
         order = order if is_indifferent(floating, part, order, names) else []
     return order

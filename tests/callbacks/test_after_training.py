@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from lightning_models import equal_tensors, fit, seeded, tensors_of
+from lightning_models import equal_tensors, fit, seeded, tensors_of, validate_by_hand
 
 import lightning_quant as lq
 from lightning_quant.callbacks import after_training
@@ -25,9 +25,25 @@ def test_statistics_measured_anew_are_in_the_artifact_and_not_in_the_users_modul
     assert not torch.equal(models[0][1](x), models[4][1](x))
 
 
-@pytest.mark.parametrize("worse", [False, True])
-def test_statistics_are_kept_where_the_loss_on_other_batches_is_less(
-    worse: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+def test_an_artifact_with_other_statistics_is_compared_with_the_users_module(tmp_path: Path) -> None:
+    callback = lq.QuantizationAwareTraining({"batch_norm_batches": 3}, output_dir=tmp_path / "a", threads=1)
+    module = seeded()
+    trainer = fit(module, callback, max_epochs=2, default_root_dir=tmp_path)
+    (known,) = trainer.validate(module, verbose=False)
+    assert callback.artifact is not None
+    rows = {row["name"]: row for row in callback.artifact.report["metrics"]}
+    assert rows["val_loss"]["float_value"] == pytest.approx(known["val_loss"], abs=1e-6)
+    (note,) = [note for note in callback.artifact.report["notes"] if "measured anew" in note]
+    assert "loss on others" in note
+    assert "which are kept" not in note
+    by_hand = validate_by_hand(lq.load(tmp_path / "a", threads=1), module.val_dataloader())
+    assert rows["val_loss"]["artifact"] == pytest.approx(by_hand["val_loss"], abs=1e-5)
+
+
+@pytest.mark.parametrize(("worse", "number"), [(False, 2), (True, 16)])
+def test_statistics_are_kept_where_the_loss_is_less(
+    worse: bool, number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def spoiled(prepared: Any, steps: Any) -> int:
         def each() -> Any:
@@ -40,7 +56,9 @@ def test_statistics_are_kept_where_the_loss_on_other_batches_is_less(
 
     original = after_training.reestimate_batch_norm
     monkeypatch.setattr(after_training, "reestimate_batch_norm", spoiled)
-    callback = lq.QuantizationAwareTraining({"batch_norm_batches": 2}, output_dir=tmp_path, evaluate=False, threads=1)
+    # Of 4 batches: 2 are left to judge by, or none but those that were measured on.
+    recipe = {"batch_norm_batches": number}
+    callback = lq.QuantizationAwareTraining(recipe, output_dir=tmp_path, evaluate=False, threads=1)
     fit(seeded(), callback, max_epochs=1, default_root_dir=tmp_path)
     assert callback.artifact is not None
     (note,) = [note for note in callback.artifact.report["notes"] if "measured anew" in note]
