@@ -2,9 +2,11 @@
 
 import itertools
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from lightning_quant.calls.calls import Call
 from lightning_quant.errors import CaptureError
 from lightning_quant.graph.faithful import agree, seeded
 from lightning_quant.planned.planned_model import PlannedModel
@@ -79,7 +81,7 @@ def structure_of(module: nn.Module) -> Structure:
 def _depends(model: PlannedModel, module: nn.Module, planned: Structure) -> bool:
     """Tell whether a module answers the captured call otherwise with hooks that it had not when it was planned."""
     root = clone(module, unrouted=True)
-    args, kwargs = moved_call(*model.call(), device_of(root))
+    args, kwargs = _call_in_its_type(model, root)
     with evaluation_mode(root):
         present = seeded(root, lambda: root(*args, **kwargs))
         for name, (_, *numbers) in planned.items():
@@ -96,9 +98,16 @@ def stale(model: Prepared) -> list[str]:
     Python values that a forward reads are those of the first call through a graph.
     """
     root = model.root
-    args, kwargs = moved_call(*model.call(), device_of(root))
+    args, kwargs = _call_in_its_type(model, root)
     with evaluation_mode(root):
         expected = seeded(root, lambda: root(*args, **kwargs))
         with model.attached("off"):
             actual = seeded(root, lambda: root(*args, **kwargs))
     return [] if agree(expected, actual) else [_STALE]
+
+
+def _call_in_its_type(model: PlannedModel, module: nn.Module) -> Call:
+    """Return the captured call as it is made of a module that computes in half or double precision."""
+    call = Call(*moved_call(*model.call(), device_of(module)))
+    kind = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    return call.map(lambda tensor: tensor.to(kind) if tensor.is_floating_point() else tensor)

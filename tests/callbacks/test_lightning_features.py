@@ -396,6 +396,7 @@ def test_precisions(kind: Any, precision: Any, tmp_path: Path) -> None:
     assert metrics["val_accuracy"]["float_value"] >= 0.9
     assert metrics["val_accuracy"]["artifact"] == pytest.approx(by_hand["val_accuracy"])
     assert metrics["val_accuracy"]["artifact"] == pytest.approx(metrics["val_accuracy"]["float_value"], abs=0.07)
+    assert not callback.artifact.report["missing"]
     check(callback, module)
 
 
