@@ -1,6 +1,8 @@
 """The result of a call as JSON describes it: nested lists, dicts and records, with a place for every tensor."""
 
+import collections
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -54,10 +56,11 @@ def structure_of(value: Any, leaves: list[Tensor], names: list[str] | None = Non
         }
     if isinstance(value, dict):
         return {"dict": [[key, inside(key, item)] for key, item in value.items()]}
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return {"record": {name: inside(name, getattr(value, name)) for name in value._fields}}
+    if isinstance(value, tuple) and (fields_of_tuple := _fields_of(value)):
+        return {"named_tuple": {name: inside(name, getattr(value, name)) for name in fields_of_tuple}}
     if isinstance(value, list | tuple):
-        return {type(value).__name__: [inside(index, item) for index, item in enumerate(value)]}
+        kind = "tuple" if isinstance(value, tuple) else "list"
+        return {kind: [inside(index, item) for index, item in enumerate(value)]}
     if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
         raise ExportError("Expected forward to return tensors, but it returns a number computed from a dynamic shape.")
     if value is None or isinstance(value, bool | int | float | str):
@@ -80,6 +83,8 @@ def build(structure: Any, tensors: list[Tensor]) -> Any:
         return decode(content)
     if kind == "record":
         return Record({name: build(item, tensors) for name, item in content.items()})
+    if kind == "named_tuple":
+        return _named_tuple(tuple(content))(*(build(item, tensors) for item in content.values()))
     if kind == "dict":
         return {key: build(item, tensors) for key, item in content}
     items = [build(item, tensors) for item in content]
@@ -96,8 +101,10 @@ def indices(structure: Any) -> list[int]:
     if kind == "constant":
         decode(content)
         return []
-    if kind == "record":
+    if kind in ("record", "named_tuple"):
         items = [content[text(name)] for name in content]
+        if kind == "named_tuple":
+            _named_tuple(tuple(content))
     elif kind == "dict":
         items = [item for _, item in content]
         if not all(key is None or isinstance(key, bool | int | float | str) for key, _ in content):
@@ -107,6 +114,18 @@ def indices(structure: Any) -> list[int]:
     else:
         raise ValueError(f"{kind!r} is no kind of result")
     return [index for item in items for index in indices(item)]
+
+
+def _fields_of(value: tuple[Any, ...]) -> tuple[str, ...]:
+    """Return the names of a named tuple's fields, of what `torch.max(x, 1)` returns, too; none of any other tuple."""
+    names: tuple[str, ...] = getattr(value, "_fields", ()) or getattr(value, "__match_args__", ())
+    return names if len(names) == len(value) else ()
+
+
+@functools.cache
+def _named_tuple(names: tuple[str, ...]) -> type[tuple[Any, ...]]:
+    """Return a class of tuples with these fields, as results of one structure share it."""
+    return collections.namedtuple("Result", names)
 
 
 def text(value: Any) -> str:

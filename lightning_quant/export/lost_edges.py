@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant.calls.signature import tensor_leaves
-from lightning_quant.graph.named_edges import EdgeQuantizer
+from lightning_quant.graph.named_edges import EdgeQuantizer, edge_of
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.surgery.routing import as_exported
 
@@ -23,7 +23,7 @@ def lost_edges(model: PlannedModel, converted: nn.Module, present: Collection[st
         present: names of the edges that the file has.
     """
     planned = {edge.identity for graph in model.plan.graphs for edge in graph.edges if not edge.passed}
-    missing = planned - set(present)
+    missing = planned - {edge_of(name) for name in present}
     if not missing:
         return set()
     expected = _results(model, converted)

@@ -3,7 +3,6 @@
 What nothing reads has no node in a file, so edges cannot be found there by counting.
 """
 
-import ast
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -41,31 +40,43 @@ class EdgeQuantizer(nn.Module):
 
 
 class EdgeNames:
-    """Tells which edges the quantizers of an exported module are, node by node in the order of execution."""
+    """Tells which edges the quantizers of an exported module are."""
 
     def __init__(self, root: nn.Module) -> None:
         named = root.named_modules(remove_duplicate=False)
         self.identities = {_last(path): child.identity for path, child in named if isinstance(child, EdgeQuantizer)}
-        self._seen: Counter[str] = Counter()
-
-    def of(self, scopes: Iterable[Any]) -> str | None:
-        """Return the edge that a node quantizes, from the paths of the modules that it was traced in."""
-        identities = [self.identities[_last(scope)] for scope in scopes if _last(scope) in self.identities]
-        return _numbered(identities[-1], self._seen) if identities else None
-
-    def of_onnx(self, node: Any) -> str | None:
-        """Return the edge that a node of an ONNX graph quantizes, from what the exporter noted of it."""
-        return self.of(ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "[]")))
 
     def of_fx(self, node: torch.fx.Node) -> str | None:
-        """Return the edge that a node of an exported program quantizes."""
-        return self.of(path for path, _ in node.meta.get("nn_module_stack", {}).values())
+        """Return the edge that a node of an exported program quantizes, from the calls of modules it was traced in.
+
+        Exporters number the calls of a module, those that are left out since nothing reads them among them.
+        """
+        calls = [(call, _last(path)) for call, (path, _) in node.meta.get("nn_module_stack", {}).items()]
+        inside = [(call, self.identities[last]) for call, last in calls if last in self.identities]
+        if not inside:
+            return None
+        call, identity = inside[-1]
+        return _numbered(identity, int(call.partition("@")[2] or 0))
+
+    def of_program(self, program: torch.export.ExportedProgram) -> dict[str, str]:
+        """Return the name of a node to the edge that it quantizes."""
+        edges = {node.name: self.of_fx(node) for node in program.graph.nodes}
+        return {name: edge for name, edge in edges.items() if edge is not None}
 
 
 def numbered(identities: Iterable[str]) -> list[str]:
     """Tell the calls of a part that runs several times apart, as `EdgeNames` does."""
     seen: Counter[str] = Counter()
-    return [_numbered(identity, seen) for identity in identities]
+    names = []
+    for identity in identities:
+        names.append(_numbered(identity, seen[identity]))
+        seen[identity] += 1
+    return names
+
+
+def edge_of(name: str) -> str:
+    """Return the edge that a node of this name quantizes; of a part that runs several times, in whichever run."""
+    return name.removeprefix(PREFIX).partition("@")[0]
 
 
 def check_common(given: Iterable[str], names: Iterable[str]) -> None:
@@ -86,6 +97,5 @@ def _last(path: Any) -> str:
     return str(path).rpartition(".")[2]
 
 
-def _numbered(identity: str, seen: Counter[str]) -> str:
-    seen[identity] += 1
-    return identity if seen[identity] == 1 else f"{identity}@{seen[identity]}"
+def _numbered(identity: str, earlier: int) -> str:
+    return f"{identity}@{earlier + 1}" if earlier else identity

@@ -87,9 +87,12 @@ class Noise:
     outputs: tuple[OutputNoise, ...]
     base: str
 
-    @property
-    def warnings(self) -> list[str]:
-        """Which outputs are mostly noise, in plain words."""
+    def warnings(self, usual_db: float = FLOOR_DB) -> list[str]:
+        """Say in plain words which outputs are mostly noise, or have more of it than is usual.
+
+        Args:
+            usual_db: signal-to-noise ratio in decibels that all values of an output usually reach.
+        """
         lines = []
         for output in self.outputs:
             if output.db is not None and not output.db >= FLOOR_DB:
@@ -98,6 +101,11 @@ class Noise:
                 lines.append(
                     f"channel {output.channel} of output `{output.name}` (dimension {output.axis}) is "
                     f"{output.channel_db:.1f} dB from float, mostly noise, in an output of {output.db:.1f} dB"
+                )
+            elif output.db is not None and not output.db >= usual_db:
+                lines.append(
+                    f"output `{output.name}` is {output.db:.1f} dB from float, where {usual_db:g} dB or more are "
+                    "usual, and no metric judges it"
                 )
             if output.equal is not None and output.equal < MINIMUM_EQUAL:
                 lines.append(f"only {output.equal:.1%} of the predictions of output `{output.name}` are those of float")

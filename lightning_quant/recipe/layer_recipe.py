@@ -66,8 +66,16 @@ class LayerRecipe:
         return 1
 
     @property
+    def usual_db(self) -> float:
+        """Signal-to-noise ratio in decibels that outputs usually reach; four bits vary too much to say."""
+        if any("4bit" in scheme for scheme in self.schemes):
+            return 0.0
+        return 25.0 if "dynamic" in self.schemes else 30.0
+
+    @property
     def against_noise(self) -> str:
         """What helps against too much of it, in words."""
         if any("4bit" in scheme for scheme in self.schemes):
             return "Try recipe 'int8_weight_only'"
-        return "Try recipe 'int8_weight_only' or 'float16', or keep layers float with `exclude`"
+        others = "'int8_weight_only' or 'float16'" if "dynamic" in self.schemes else "'float16'"
+        return f"Try recipe {others}, or keep layers float with `exclude`"

@@ -128,6 +128,11 @@ class Recipe:
         return 2 if self.accuracy_steps else 1
 
     @property
+    def usual_db(self) -> float:
+        """Signal-to-noise ratio in decibels that outputs usually reach; fewer than eight bits vary too much to say."""
+        return 25.0 if self.weight.bits == 8 and self.activation.bits >= 8 else 0.0
+
+    @property
     def against_noise(self) -> str:
         """What helps against too much of it, in words."""
         steps = "" if self.accuracy_steps else "Try recipe 'int8_accurate', or keep"

@@ -19,7 +19,7 @@ from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.bench import peak_of
 from lightning_quant.measure.changed_predictions import Predictions
 from lightning_quant.measure.float_memory import float_peak_of
-from lightning_quant.measure.output_noise import HeldOut, Noise, measure_noise
+from lightning_quant.measure.output_noise import FLOOR_DB, HeldOut, Noise, measure_noise
 from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.planned.inside import Answers, load_inside
 from lightning_quant.planned.planned_model import Compared, PlannedModel
@@ -93,7 +93,7 @@ def make_report(
         look = closer_look(model, (root, asked), artifact.model_path, threads, held=held, predictions=predictions)
     sections: tuple[Section, ...] = (
         Metrics(metrics, trained),
-        NoiseSection(noise, _way_out(model, sensitivity)),
+        NoiseSection(noise, _way_out(model, sensitivity), FLOOR_DB if metrics or trained else model.recipe.usual_db),
         Size(tensor_bytes(model.root), checkpoint_bytes, artifact.size_bytes),
         Speed(latency, model.plan.runtime, threads, cpu_name(), chosen),
         *(*_memory(model, artifact, threads, limits, lacking), Agreement(parity), look.changed),

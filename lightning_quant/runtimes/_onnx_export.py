@@ -1,5 +1,6 @@
 """A module as an ONNX file: the form that ONNX Runtime runs and that OpenVINO reads."""
 
+import ast
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +59,7 @@ def export_onnx(
             opset_version=_opset(flat),
             verbose=False,
         )
-        _name_edges(program.model, EdgeNames(flat))  # type: ignore[union-attr]
+        _name_edges(program.model, EdgeNames(flat).of_program(program.exported_program))  # type: ignore
         _optimize(program.model)  # type: ignore[union-attr]
         _name_clips(program.model)  # type: ignore[union-attr]
         rewrite(program.model)  # type: ignore[union-attr]
@@ -202,11 +203,18 @@ def _name(model: Any, inputs: tuple[str, ...], outputs: list[str]) -> None:
                 value.name = name
 
 
-def _name_edges(model: Any, names: EdgeNames) -> None:
-    """Name the nodes that quantize after the plan's edges, while the exporter's notes are there to tell."""
+def _name_edges(model: Any, edges: dict[str, str]) -> None:
+    """Name the nodes that quantize after the plan's edges, while the exporter's notes are there to tell.
+
+    Args:
+        model: the graph.
+        edges: name of a node of the exported program to the edge that it quantizes.
+    """
     for node in model.graph:
-        if node.op_type == "QuantizeLinear" and (edge := names.of_onnx(node)) is not None:
-            node.name = f"{PREFIX}{edge}"
+        if node.op_type == "QuantizeLinear":
+            scopes = ast.literal_eval(node.metadata_props.get("pkg.torch.onnx.name_scopes", "['']"))
+            if (edge := edges.get(scopes[-1])) is not None:
+                node.name = f"{PREFIX}{edge}"
 
 
 def _name_clips(model: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_quant.graph.named_edges import PREFIX
+from lightning_quant.graph.named_edges import PREFIX, edge_of
 from lightning_quant.graph.plan import Operator, join
 from lightning_quant.machine.disk import scratch_folder
 
@@ -119,8 +119,3 @@ def products_of(products: Iterable[tuple[str, str]], operators: tuple[Operator, 
     # Query, key and value read one tensor. Where a file has them in another number, nothing tells which is which.
     alike = [edge for edge in readers if len(readers[edge]) == len(nodes[edge])]
     return {node: name for edge in alike for node, name in zip(nodes[edge], readers[edge], strict=True)}
-
-
-def edge_of(name: str) -> str:
-    """Return the edge that a node of this name quantizes; of a part that runs several times, in whichever run."""
-    return name.removeprefix(PREFIX).partition("@")[0]

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_quant.graph.named_edges import PREFIX
+from lightning_quant.graph.named_edges import PREFIX, edge_of
 from lightning_quant.graph.plan import Operator
-from lightning_quant.runtimes._onnx_profile import edge_of, owner_of, products_of, profiled_calls
+from lightning_quant.runtimes._onnx_profile import owner_of, products_of, profiled_calls
 
 # What stands between an edge and the product that reads it, before OpenVINO fuses it away.
 _PASSED = ("Convert", "Subtract", "Multiply", "Reshape", "Transpose", "Squeeze", "Unsqueeze")

@@ -1,5 +1,6 @@
 """Operators that ONNX does not have, written in those it has, while a module is exported to it."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,19 +8,21 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+# Points up to which PyTorch computes distances one by one.
+_FEW_POINTS = 25
 # Rows of a matrix whose determinant is written out: each takes a dozen operators.
 _MOST_ROWS = 64
 
 
 class SpelledOut(TorchFunctionMode):
-    """Writes products so far and determinants in operators of ONNX, which has neither."""
+    """Writes products so far, determinants, inverses, distances and scattered values in operators of ONNX."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
         written = _WRITTEN.get(function)
-        if written is None or (written is not _cumprod and not _is_small(*args, **kwargs)):
+        if written is None or (written in _OF_MATRICES and not _is_small(*args, **kwargs)):
             return function(*args, **kwargs)
         return written(*args, **kwargs)
 
@@ -86,6 +89,39 @@ def _cumprod(input: Tensor, dim: int, *, dtype: torch.dtype | None = None) -> Te
     return x.movedim(-1, dim)
 
 
+def _scatter_reduce(
+    input: Tensor, dim: int, index: Tensor, src: Tensor, reduce: str, *, include_self: bool = True
+) -> Tensor:
+    """Divide scattered sums by scattered counts: PyTorch's exporter writes means as if only the last value counted."""
+    if reduce != "mean":
+        return input.scatter_reduce(dim, index, src, reduce, include_self=include_self)
+    counts = torch.full_like(input, int(include_self)).scatter_add(dim, index, torch.ones_like(src))
+    # Places that nothing is scattered to keep their values.
+    kept = input if include_self else torch.where(counts > 0, 0, input)
+    sums, counts = kept.scatter_add(dim, index, src), counts.clamp(min=1)
+    return sums / counts if input.is_floating_point() else sums.div(counts, rounding_mode="floor")
+
+
+def _scatter(input: Tensor, dim: int, index: Tensor, src: Any = None, **kwargs: Any) -> Tensor:
+    reduce, value = kwargs.pop("reduce", None), kwargs.pop("value", src)
+    if reduce is None:
+        return input.scatter(dim, index, value)
+    values = value if isinstance(value, Tensor) else torch.full_like(index, value, dtype=input.dtype)
+    return input.scatter_reduce(dim, index, values, {"add": "sum", "multiply": "prod"}[reduce])
+
+
+def _in_place(written: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda input, *args, **kwargs: input.copy_(written(input, *args, **kwargs))
+
+
+def _cdist(x1: Tensor, x2: Tensor, p: float = 2.0, compute_mode: str | None = None) -> Tensor:
+    """Return distances; of many points by the product that PyTorch takes for them, too, in a fraction of the memory."""
+    if p != 2 or max(x1.shape[-2], x2.shape[-2]) <= _FEW_POINTS:
+        return torch.linalg.vector_norm(x1.unsqueeze(-2) - x2.unsqueeze(-3), p, -1)
+    squares = x1.square().sum(-1, keepdim=True) + x2.square().sum(-1).unsqueeze(-2)
+    return (squares - 2 * x1 @ x2.transpose(-1, -2)).clamp(min=0).sqrt()
+
+
 def _pivots(a: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return the pivots of Gaussian elimination with partial pivoting, and the sign of the permutation.
 
@@ -123,9 +159,40 @@ def _det(A: Tensor) -> Tensor:  # noqa: N803
     return sign * torch.stack(pivots, -1).prod(-1)
 
 
+def _inv(A: Tensor) -> Tensor:  # noqa: N803
+    """Eliminate with partial pivoting (Gauss and Jordan) in a matrix beside which the unit matrix stands."""
+    rows = torch.arange(A.shape[-1], device=A.device).unsqueeze(-1)
+    both = torch.cat([A, torch.eye(A.shape[-1], dtype=A.dtype, device=A.device).expand_as(A)], -1)
+    for i in range(A.shape[-1]):
+        column = both[..., i : i + 1]
+        place = torch.where(rows < i, -1, column.abs()).argmax(-2, keepdim=True)
+        row = torch.where(rows == place, both, 0).sum(-2, keepdim=True)
+        both = torch.where(rows == place, both[..., i : i + 1, :], both)
+        row = row / row[..., i : i + 1]
+        both = torch.where(rows == i, row, both - both[..., i : i + 1] * row)
+    return both[..., A.shape[-1] :]
+
+
+def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:  # noqa: N803
+    inverse = _inv(A)
+    if not left:
+        return B @ inverse
+    # As PyTorch tells a batch of vectors from matrices.
+    is_vector = B.dim() == 1 or (B.dim() == A.dim() - 1 and B.shape == A.shape[:-1])
+    return (inverse @ B.unsqueeze(-1)).squeeze(-1) if is_vector else inverse @ B
+
+
+_OF_MATRICES = (_slogdet, _logdet, _det, _inv, _solve)
 _WRITTEN: dict[Any, Any] = {
     **dict.fromkeys((torch.cumprod, Tensor.cumprod), _cumprod),
+    **dict.fromkeys((torch.scatter_reduce, Tensor.scatter_reduce), _scatter_reduce),
+    **dict.fromkeys((torch.scatter, Tensor.scatter), _scatter),
+    Tensor.scatter_reduce_: _in_place(_scatter_reduce),
+    Tensor.scatter_: _in_place(_scatter),
+    torch.cdist: _cdist,
     **dict.fromkeys((torch.slogdet, Tensor.slogdet, torch.linalg.slogdet), _slogdet),
     **dict.fromkeys((torch.logdet, Tensor.logdet), _logdet),
+    **dict.fromkeys((torch.inverse, Tensor.inverse, torch.linalg.inv), _inv),
+    torch.linalg.solve: _solve,
     **dict.fromkeys((torch.det, Tensor.det, torch.linalg.det), _det),
 }

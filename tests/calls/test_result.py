@@ -41,10 +41,28 @@ def test_results_are_built_again_from_json(result: Any, names: list[str]) -> Non
     assert repr(again) == repr(result)
 
 
-@pytest.mark.parametrize("result", [Output(A), Pair(A, None)])
-def test_classes_become_records_that_answer_to_name_and_position(result: Any) -> None:
+@pytest.mark.parametrize("result", [Pair(A, (B, None)), torch.return_types.max((A, B))])
+def test_named_tuples_are_unpacked_and_answer_to_names(result: Any) -> None:
     leaves: list[Any] = []
-    record = build(structure_of(result, leaves), leaves)
+    structure = json.loads(json.dumps(structure_of(result, leaves)))
+    again = build(structure, leaves)
+    first, second = again
+    assert first is A
+    assert repr(second) == repr(result[1])
+    names = getattr(result, "_fields", None) or type(result).__match_args__
+    assert again._fields == tuple(names)
+    assert type(again) is type(build(structure, leaves))
+    assert indices(structure) == [0, 1]
+
+
+def test_lists_and_tuples_of_other_classes_are_lists_and_tuples() -> None:
+    leaves: list[Any] = []
+    assert build(structure_of([torch.Size([2]), A], leaves), leaves) == [(2,), A]
+
+
+def test_dataclasses_become_records_that_answer_to_name_and_position() -> None:
+    leaves: list[Any] = []
+    record = build(structure_of(Output(A), leaves), leaves)
     first = next(iter(record))
     assert record[first] is record[0] is getattr(record, first) is A
     with pytest.raises(AttributeError, match="no field 'hidden' among"):
@@ -58,7 +76,14 @@ def test_other_classes_are_refused() -> None:
 
 @pytest.mark.parametrize(
     "structure",
-    [{"tensor": True}, {"tensor": "0"}, {"set": []}, {"dict": [[[0], {"tensor": 0}]]}, {"record": {"": {"tensor": 0}}}],
+    [
+        {"tensor": True},
+        {"tensor": "0"},
+        {"set": []},
+        {"dict": [[[0], {"tensor": 0}]]},
+        {"record": {"": {"tensor": 0}}},
+        {"named_tuple": {"_replace": {"tensor": 0}}},
+    ],
 )
 def test_forged_descriptions_are_refused(structure: Any) -> None:
     with pytest.raises((TypeError, ValueError)):

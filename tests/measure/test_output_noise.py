@@ -38,7 +38,7 @@ def test_a_lost_column_is_named_inside_an_output_that_is_well() -> None:
         return (boxes_and_scores(x) / 8).round() * 8
 
     found = noise(boxes_and_scores, on_one_grid)
-    (output,), (text,) = found.outputs, found.warnings
+    (output,), (text,) = found.outputs, found.warnings()
 
     assert output.db > 30
     assert output.channel_db == pytest.approx(0.0, abs=0.1)
@@ -59,7 +59,7 @@ def test_every_output_counts_for_itself() -> None:
     found = noise(lambda x: {"large": 1000 * x, "small": x}, lambda x: {"large": 1000 * x, "small": 2 * x})
 
     assert [(output.name, output.db) for output in found.outputs] == [("large", math.inf), ("small", 0.0)]
-    assert found.warnings == ["output `small` is 0.0 dB from float, mostly noise"]
+    assert found.warnings() == ["output `small` is 0.0 dB from float, mostly noise"]
     assert found.scalars()["snr_db"] == found.scalars()["snr_db/small"] == 0.0
     assert found.scalars()["snr_db/large"] == 200.0
     assert "identical" in str(found)
@@ -95,7 +95,7 @@ def test_every_output_counts_for_itself() -> None:
 def test_what_has_no_noise_has_no_warning(floating: Any, artifact: Any) -> None:
     found = noise(floating, artifact)
 
-    assert found.warnings == []
+    assert found.warnings() == []
     assert all(math.isfinite(value) for value in found.scalars().values())
     str(found)
 
@@ -103,7 +103,7 @@ def test_what_has_no_noise_has_no_warning(floating: Any, artifact: Any) -> None:
 def test_other_predictions_are_a_warning() -> None:
     scores = torch.randn(64, 10, generator=torch.Generator().manual_seed(1))
     other = scores + 0.5 * torch.randn(64, 10, generator=torch.Generator().manual_seed(2))
-    (text,) = [t for t in noise(lambda _: scores, lambda _: other).warnings if "predictions" in t]
+    (text,) = [t for t in noise(lambda _: scores, lambda _: other).warnings() if "predictions" in t]
 
     assert text.endswith("of the predictions of output `output` are those of float")
 

@@ -14,4 +14,7 @@ def test_wrong_values_are_refused_by_name(field: str, value: object) -> None:
 
 def test_the_way_out_of_noise_is_that_of_its_bits() -> None:
     assert "int8_weight_only" in LayerRecipe("own", ("weight_only_4bit",)).against_noise
-    assert "exclude" in LayerRecipe("own", ("weight_only",)).against_noise
+    assert "int8_weight_only" in LayerRecipe("own", ("dynamic",)).against_noise
+    alone = LayerRecipe("own", ("weight_only",)).against_noise
+    assert "exclude" in alone
+    assert "int8_weight_only" not in alone

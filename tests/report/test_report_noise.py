@@ -29,6 +29,15 @@ def test_what_was_not_measured_says_nothing() -> None:
     assert (empty.text(), empty.warnings(), empty.scalars()) == ("", [], {})
 
 
+def test_noise_that_no_metric_judges_is_held_against_what_is_usual() -> None:
+    clean, usual = section(0.01), section(0.1)
+    assert (clean.warnings(), usual.warnings()) == ([], [])
+    (text,) = NoiseSection(usual.noise, "Keep it float", 25.0).warnings()
+    assert "20." in text or "19." in text
+    assert text.endswith("dB from float, where 25 dB or more are usual, and no metric judges it. Keep it float")
+    assert NoiseSection(clean.noise, "Keep it float", 25.0).warnings() == []
+
+
 def test_an_output_that_is_mostly_noise_is_named_with_the_way_out() -> None:
     assert section(0.001).warnings() == []
     loud = section(2.0)

@@ -28,6 +28,19 @@ def test_determinants(function: Any) -> None:
         torch.testing.assert_close(got, wanted, equal_nan=True)
 
 
+def test_inverses() -> None:
+    matrices, vectors = torch.randn(2, 3, 7, 7, dtype=torch.float64), torch.randn(2, 3, 7, dtype=torch.float64)
+    matrices[0, 0, 0, 0] = 0
+    inverse = torch.linalg.inv(matrices)
+    with SpelledOut():
+        torch.testing.assert_close(matrices.inverse(), inverse)
+        of_matrices = torch.linalg.solve(matrices, matrices[:1]), torch.linalg.solve(matrices, matrices, left=False)
+        of_vectors = torch.linalg.solve(matrices, vectors), torch.linalg.solve(matrices[0, 1], vectors[0, 0])
+    torch.testing.assert_close(of_matrices, (inverse @ matrices[:1], matrices @ inverse))
+    torch.testing.assert_close(of_vectors[0], torch.linalg.solve(matrices, vectors))
+    torch.testing.assert_close(of_vectors[1], torch.linalg.solve(matrices[0, 1], vectors[0, 0]))
+
+
 @pytest.mark.parametrize("length", [0, 1, 2, 5, 8, 13])
 def test_products_so_far(length: int) -> None:
     x = torch.randn(2, length, 3, dtype=torch.float64)
@@ -39,6 +52,61 @@ def test_products_so_far(length: int) -> None:
     torch.testing.assert_close(of_function, x.cumprod(1))
     torch.testing.assert_close(integers, whole.cumprod(1))
     torch.testing.assert_close(wider, x.float().cumprod(1, dtype=torch.float64))
+
+
+def scattered(x: Tensor, reduce: str, **options: Any) -> Tensor:
+    """Scatter rows to two of three places, in place, too."""
+    index = torch.tensor([0, 2, 2, 0])[:, None].expand(4, 5)
+    started = torch.full((3, 5), 7, dtype=x.dtype)
+    if reduce in ("add", "multiply"):
+        halves = started.scatter(0, index, 2, reduce=reduce)
+        written = started.scatter(0, index, x[:1].repeat(4, 1))
+        return halves + written + started.clone().scatter_(0, index, x, reduce=reduce)
+    changed = started.clone()
+    changed.scatter_reduce_(0, index, x, reduce=reduce, **options)
+    return changed + torch.scatter_reduce(started, 0, index, x, reduce, **options)
+
+
+@pytest.mark.filterwarnings("ignore:The reduce argument of torch.scatter:UserWarning")
+@pytest.mark.parametrize("reduce", ["mean", "amax", "add", "multiply"])
+@pytest.mark.parametrize("options", [{}, {"include_self": False}])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int64])
+def test_scattered_values_are_reduced(reduce: str, options: dict[str, Any], dtype: torch.dtype) -> None:
+    x = (10 * torch.randn(4, 5)).to(dtype)
+    with SpelledOut():
+        actual = scattered(x, reduce, **options)
+    torch.testing.assert_close(actual, scattered(x, reduce, **options))
+
+
+@pytest.mark.parametrize("p", [1.0, 2.0, float("inf")])
+@pytest.mark.parametrize("number", [3, 40])
+def test_distances(p: float, number: int) -> None:
+    x, y = torch.randn(2, 4, 6).double(), torch.randn(2, number, 6).double()
+    with SpelledOut():
+        actual = torch.cdist(x, y, p=p)
+    torch.testing.assert_close(actual, torch.cdist(x, y, p=p))
+
+
+class Gathering(nn.Module):
+    """Means over the edges of a graph, as graph networks write them, and distances to prototypes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(6, 128), nn.Linear(128, 8))
+        self.prototypes = nn.Parameter(torch.randn(30, 8))
+
+    def forward(self, x: Tensor, index: Tensor) -> Tensor:
+        y = self.net(x)
+        means = y.new_zeros(4, 8).scatter_reduce(0, index[:, None].expand_as(y), y, "mean", include_self=False)
+        return torch.cdist(means, self.prototypes)
+
+
+def test_graph_networks_are_exported(tmp_path: Path) -> None:
+    model, call = Gathering().eval(), (torch.randn(12, 6), torch.randint(0, 4, (12,)))
+    kwargs: dict[str, Any] = {"calibration_data": [call], "output_dir": tmp_path / "artifact", "dynamic_shapes": {}}
+    artifact = lq.quantize(model, "int8_weight_only", "onnxruntime", **kwargs)
+    with torch.no_grad():
+        torch.testing.assert_close(lq.load(artifact.path)(*call), model(*call), atol=0.05, rtol=0.05)
 
 
 @pytest.mark.parametrize("options", [{}, {"padding_idx": -3}, {"include_last_offset": True}, {"mode": "max"}])

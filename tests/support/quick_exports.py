@@ -35,7 +35,7 @@ _Steps = list[tuple[float, int]]
 _QUANTIZING = ("QuantizeLinear", "DequantizeLinear")
 # What the latest modules became, by all but the values of their weights and of their steps.
 _LARGEST, _MOST_CONSTANTS = 300, 4096
-_written: dict[Hashable, tuple[Any, _Steps]] = {}
+_written: dict[Hashable, tuple[Any, _Steps, Any]] = {}
 # Whether a test changes something that the exporter may meet: then each export is a real one.
 for_real = False
 
@@ -85,17 +85,26 @@ def _exported_once(export: Callable[..., Any]) -> Callable[..., Any]:
             model = _copy(_written[key][0])
             if _take_steps(model, _written[key][1], steps):
                 _fill(model, dict(_tensors(flat)))
-                return _core._onnx_program.ONNXProgram(model, None)
+                return _core._onnx_program.ONNXProgram(model, _written[key][2])
         program = export(flat, args, **options)
         if key is not None and key not in _written and _is_of(program.model, flat, steps):
             if len(_written) == _LARGEST:
                 del _written[next(iter(_written))]
             kept = _copy(program.model)
             _fill(kept, dict.fromkeys(dict(_tensors(flat))))
-            _written[key] = kept, steps
+            _written[key] = kept, steps, _calls_of(program.exported_program)
         return program
 
     return once
+
+
+def _calls_of(program: Any) -> Any:
+    """Return what tells the calls of modules in which the nodes of a program were traced, without its tensors."""
+    nodes = [
+        types.SimpleNamespace(name=node.name, meta={"nn_module_stack": node.meta.get("nn_module_stack", {})})
+        for node in program.graph.nodes
+    ]
+    return types.SimpleNamespace(graph=types.SimpleNamespace(nodes=nodes))
 
 
 def _is_of(model: Any, flat: Any, steps: _Steps) -> bool:
