@@ -26,6 +26,8 @@ from lightning_quant.surgery.routing import evaluation_mode
 
 # Times the fastest beyond which a contestant is timed in a few rounds only, so that the others get many.
 _HOPELESS = 4
+# Operators in another runtime's file up to which runtimes that take long for each are tried.
+_MOST_OPERATORS = 1000
 
 
 class Choice(NamedTuple):
@@ -59,7 +61,11 @@ def choose_runtime(
     with scratch_folder() as folder, FloatPeers() as peers, torch_threads(threads or 1):
         correct: dict[str, tuple[PlannedModel, nn.Module]] = {}
         floats: dict[str, nn.Module] = {}
-        for runtime in runtimes.names():
+        operators = 0
+        for runtime in sorted(runtimes.names(), key=runtimes.unrolls):
+            if correct and runtimes.unrolls(runtime) and (why := _too_long(correct, operators)):
+                refused[runtime] = f"not tried: {why}; `runtime={runtime!r}` does"
+                continue
             try:
                 model = plan(runtime)
                 artifact = export(model, folder / runtime, dynamic_shapes=dynamic_shapes)
@@ -74,6 +80,7 @@ def choose_runtime(
                 refused[runtime] = f"parity FAILED: {failures[0]}"
                 continue
             correct[runtime] = model, loaded
+            operators = max(operators, sum(model.runtime.count_operators(artifact.model_path).values()))
             floats |= _float_peer(model, peers, threads or 1)
         if not correct:
             reasons = "; ".join(f"{runtime}: {reason}" for runtime, reason in refused.items())
@@ -82,6 +89,16 @@ def choose_runtime(
         timings = _timed(correct, floats)
     fastest = min(correct, key=lambda runtime: math.prod(row[runtime].median_ms for row in timings.values()))
     return Choice(fastest, _in_words(fastest, timings, refused), _slower(fastest, list(correct), timings))
+
+
+def _too_long(correct: dict[str, tuple[PlannedModel, nn.Module]], operators: int) -> str:
+    """Say why runtimes that work on each operator, and on each step of recurrent layers, would take minutes."""
+    model, _ = next(iter(correct.values()))
+    if any(isinstance(module, nn.RNNBase) for module in model.root.modules()):
+        return "it writes recurrent layers step by step, which takes minutes"
+    if operators > _MOST_OPERATORS:
+        return f"it takes minutes for {operators:,} operators"
+    return ""
 
 
 def _timed(

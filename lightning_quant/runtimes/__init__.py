@@ -22,6 +22,11 @@ def names() -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
+def unrolls(name: str) -> bool:
+    """Tell whether a runtime takes long for what has many operators or steps, whether it is installed or not."""
+    return _named(name).UNROLLS
+
+
 def that(capable: Callable[[Runtime], object]) -> str:
     """Return in words the runtimes that are capable of something, whether they are installed or not."""
     return in_words(name for name in names() if capable(_named(name)))

@@ -34,6 +34,7 @@ class Runtime(abc.ABC):
         FILLS_MODULES: whether it writes artifacts of layers without a program, which modules are filled with.
         KEEPS_EDGES: whether files keep the names of quantized edges, by which single operators can be run.
         COMPILES: whether a compiler works for half a minute on each file.
+        UNROLLS: whether it writes recurrent layers step by step and works on each step for about a second.
         QUICK_FLOAT: whether a float model is written soon enough to be timed beside artifacts of other runtimes, too.
     """
 
@@ -50,6 +51,7 @@ class Runtime(abc.ABC):
     FILLS_MODULES: ClassVar[bool] = False
     KEEPS_EDGES: ClassVar[bool] = False
     COMPILES: ClassVar[bool] = False
+    UNROLLS: ClassVar[bool] = False
     QUICK_FLOAT: ClassVar[bool] = False
 
     @abc.abstractmethod

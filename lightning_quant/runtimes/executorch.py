@@ -108,6 +108,7 @@ class ExecuTorch(Runtime):
     NAME = "executorch"
     REQUIRES = ("executorch", "torchao")
     MODEL_FILE = "model.pte"
+    UNROLLS = True
     TABLE = _TABLE
     INTEGER_OPERATORS = _INTEGER_OPERATORS
 

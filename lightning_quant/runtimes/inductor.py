@@ -110,6 +110,7 @@ class Inductor(Runtime):
     REQUIRES = ("torchao",)
     MODEL_FILE = "model.pt2"
     COMPILES = True
+    UNROLLS = True
     TABLE = _TABLE
     INTEGER_OPERATORS = _KERNELS
 

@@ -1,17 +1,18 @@
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from fast_runtimes import faster, two  # noqa: F401  a fixture
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_quant import load, quantize
 from lightning_quant.errors import QuantizationError
 from lightning_quant.export import auto as automatic
 from lightning_quant.export.auto import choose_runtime
 from lightning_quant.machine.latency import Timing
-from lightning_quant.runtimes import openvino
+from lightning_quant.runtimes import onnxruntime, openvino
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning"),
@@ -97,6 +98,31 @@ def test_runtime_that_is_missing_or_refuses_is_left_out(tmp_path: Path, monkeypa
 
     assert artifact.manifest["runtime"] == "onnxruntime"
     assert "Not considered: openvino (no such operator)" in artifact.report["notes"][0]
+
+
+class Recurrent(nn.Module):
+    """The last state of an LSTM over two steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.recurrent, self.head = nn.LSTM(3, 16, batch_first=True), nn.Linear(16, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.recurrent(x.reshape(-1, 2, 3))[0][:, -1])
+
+
+@pytest.mark.parametrize(
+    ("net", "most", "why"), [(Recurrent, 1000, "step by step"), (model, 0, r"minutes for \d+ operators")]
+)
+def test_what_would_take_minutes_is_not_tried(
+    net: Any, most: int, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(automatic, "_MOST_OPERATORS", most)
+    monkeypatch.setattr(onnxruntime.OnnxRuntime, "UNROLLS", True)
+    artifact = quantize(net().eval(), "int8_weight_only", "auto", calibration_data=[X], output_dir=tmp_path, threads=1)
+    assert artifact.manifest["runtime"] == "openvino"
+    (note,) = (text for text in artifact.report["notes"] if "was chosen" in text)
+    assert re.search(rf"Not considered: onnxruntime \(not tried: .*{why}.*; `runtime='onnxruntime'` does", note)
 
 
 def test_every_reason_is_given_when_there_is_none() -> None:
