@@ -84,10 +84,24 @@ GUARDS = (
     ),
     Guard(
         "the monitor leaves spectral norm's power iteration as it is",
-        "callbacks/monitor.py",
+        "measure/quantizability.py",
         "with torch.no_grad(), isolated_rng(), evaluation_mode(layer):",
         "with torch.no_grad():",
         "callbacks/test_monitor.py -k same_with_it",
+    ),
+    Guard(
+        "flips are those of a batch that moves weights",
+        "callbacks/monitor.py",
+        "moves = is_last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0",
+        "moves = True",
+        "callbacks/test_monitor.py -k flips",
+    ),
+    Guard(
+        "a resumed run knows which layers have gone bad",
+        "callbacks/monitor.py",
+        '        self.bad = dict(state_dict.get("bad", {}))\n',
+        "",
+        "callbacks/test_monitor.py -k resumed",
     ),
     Guard(
         "a module that computes its loss itself is taught",

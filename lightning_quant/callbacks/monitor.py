@@ -1,11 +1,11 @@
 """How well a model could be quantized if training stopped now, as scalars and warnings: no quantization needed."""
 
 import functools
+import math
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, cast
+from typing import Any
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
@@ -17,18 +17,24 @@ from lightning_quant.arguments.arguments import check_number, check_positive, pa
 from lightning_quant.arguments.keywords import known_arguments
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.refusals import refused_in_callback
-from lightning_quant.capture.capture import isolated_rng
 from lightning_quant.graph.table import matches
-from lightning_quant.measure.quantizability import Numbers, clipped_share, input_numbers, weight_numbers
+from lightning_quant.measure.quantizability import (
+    Numbers,
+    clipped_share,
+    first_integers,
+    input_numbers,
+    weight_numbers,
+    weight_of,
+    worst_of,
+)
 from lightning_quant.numerics.kurtosis import add_kurtosis_gradient
 from lightning_quant.report.monitored import Look, Monitored
 from lightning_quant.surgery.compilation import is_compiled
-from lightning_quant.surgery.routing import evaluation_mode
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-# Samples of a batch that are looked at, values of a weight whose integers are followed, and the weight of a new range.
-_SAMPLES, _FOLLOWED, _MOMENTUM = 8, 1 << 14, 0.1
+# Samples of a batch that are looked at, and the weight of a new range.
+_SAMPLES, _MOMENTUM = 8, 0.1
 # Looks that a figure is drawn of.
 _MAX_LOOKS = 200
 _WAYS_OUT = (
@@ -41,8 +47,9 @@ _WAYS_OUT = (
 class QuantizationMonitor(Callback):
     """Log how each layer would bear rounding, and warn in the epoch in which one goes bad.
 
-    On every n-th training batch, and at least once an epoch, linear layers and convolutions are looked at: what they
-    read, on up to eight samples, and their weights. Loggers get "quant/monitor/<layer>/..." of each:
+    On every n-th training batch, or the next one that moves weights where gradients accumulate, and at least once an
+    epoch, linear layers and convolutions are looked at: what they read, on up to eight samples, and their weights.
+    Loggers get "quant/monitor/<layer>/..." of each, of several calls of one layer in a batch those of the worst:
 
     * `input_db` and `weight_db`: the signal-to-noise ratio that rounding leaves the median channel;
     * `input_spread` and `weight_spread`: how many times as far as the median channel the widest one reaches;
@@ -96,10 +103,12 @@ class QuantizationMonitor(Callback):
         # Range of what each layer reads, averaged over looks.
         self._ranges: dict[str, tuple[float, float]] = {}
         self._hooks = ExitStack()
-        # What is seen of the batch that is looked at; None where none is.
+        # What is seen of the batch that is looked at, and of each call of a layer in it; None where none is.
         self._seen: dict[str, dict[str, float]] | None = None
+        self._reads: dict[str, list[tuple[Numbers, float]]] = {}
         self._integers: dict[str, Tensor] = {}
-        self._has_looked = False
+        # Whether this epoch was looked at, whether a look is due, and whether a batch has moved weights.
+        self._has_looked = self._is_due = self._has_moved = False
         # The epoch of each look, and what each layer's worse side would have kept.
         self.looks: list[tuple[float, dict[str, float]]] = []
 
@@ -110,24 +119,27 @@ class QuantizationMonitor(Callback):
 
     @override
     def state_dict(self) -> dict[str, Any]:
-        return {"looks": [[epoch, dict(db)] for epoch, db in self.looks]}
+        ranges = {name: list(ends) for name, ends in self._ranges.items()}
+        return {"looks": [[epoch, dict(db)] for epoch, db in self.looks], "ranges": ranges, "bad": dict(self.bad)}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.looks = [(epoch, dict(db)) for epoch, db in state_dict.get("looks", [])]
+        self._ranges = {name: (low, high) for name, (low, high) in state_dict.get("ranges", {}).items()}
+        self.bad = dict(state_dict.get("bad", {}))
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called before a checkpoint is read: what an earlier fit saw is none of this one."""
-        self.looks = [] if stage == "fit" else self.looks
+        if stage == "fit":
+            self.looks, self.bad, self._ranges = [], {}, {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_hooks": ExitStack(), "_seen": None, "_integers": {}}
+        return {**self.__dict__, "_hooks": ExitStack(), "_seen": None, "_reads": {}, "_integers": {}}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Called when fit begins: make sure that there is something to look at."""
-        self.bad, self._ranges = {}, {}
         if not dict(self._layers(pl_module)):
             raise MisconfigurationException(
                 f"Expected layers to look at, but {type(pl_module).__name__} has no linear layer and no convolution "
@@ -142,10 +154,13 @@ class QuantizationMonitor(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Called before a training batch: look at this one, if it is its turn."""
-        is_last = batch_idx + 1 == trainer.num_training_batches and not self._has_looked
-        if trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_steps and not is_last:
+        is_endless = math.isinf(trainer.num_training_batches) and not self._has_looked
+        self._is_due |= is_endless or trainer.fit_loop.epoch_loop.total_batch_idx % self.every_n_steps == 0
+        is_last = batch_idx + 1 == trainer.num_training_batches
+        moves = is_last or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if not (moves and self._is_due) and not (is_last and not self._has_looked):
             return
-        self._seen, self._has_looked = {}, True
+        self._seen, self._has_looked, self._is_due, self._has_moved = {}, True, False, False
         for name, layer in self._layers(pl_module):
             self._seen[name] = {}
             self._integers[name] = self._followed(layer)
@@ -156,6 +171,7 @@ class QuantizationMonitor(Callback):
     @override
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Called before weights are moved: add the gradient of the penalty, where there is one."""
+        self._has_moved = True
         if self.regularize:
             owned = {id(p) for group in optimizer.param_groups for p in group["params"]}
             weights = [layer._parameters.get("weight") for _, layer in self._layers(pl_module)]
@@ -171,14 +187,15 @@ class QuantizationMonitor(Callback):
         self._hooks.close()
         for name, layer in self._layers(pl_module):
             numbers, seen = self._weight(layer), self._seen.setdefault(name, {})
+            seen |= self._read(trainer, name)
             seen |= {"weight_db": numbers.db, "weight_spread": numbers.spread, "kurtosis": numbers.kurtosis}
-            if name in self._integers:
+            if name in self._integers and self._has_moved:
                 seen["flips"] = float((self._integers[name] != self._followed(layer)).float().mean())
             self._judge(trainer, name, "its weight", numbers)
         self._log(trainer, pl_module, self._seen)
         done = (batch_idx + 1) / max(trainer.num_training_batches, batch_idx + 1)
         self._keep(trainer.current_epoch + done, self._seen)
-        self._seen, self._integers = None, {}
+        self._forget()
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -190,7 +207,10 @@ class QuantizationMonitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Called when fit ends, however it ends: look no longer."""
         self._hooks.close()
-        self._seen, self._integers = None, {}
+        self._forget()
+
+    def _forget(self) -> None:
+        self._seen, self._reads, self._integers = None, {}, {}
 
     def _layers(self, pl_module: LightningModule) -> Iterator[tuple[str, Any]]:
         for name, layer in pl_module.named_modules():
@@ -199,14 +219,10 @@ class QuantizationMonitor(Callback):
                 yield name, layer
 
     def _weight(self, layer: Any) -> Numbers:
-        return weight_numbers(_weight_of(layer), int(isinstance(layer, _TRANSPOSED)), self.bits)
+        return weight_numbers(weight_of(layer), int(isinstance(layer, _TRANSPOSED)), self.bits)
 
     def _followed(self, layer: Any) -> Tensor:
-        """Return integers of some of a weight's values, on the grid of their channel."""
-        rows = _weight_of(layer).detach().float().movedim(int(isinstance(layer, _TRANSPOSED)), 0).flatten(1)
-        rows = rows[: max(1, _FOLLOWED // rows.shape[1])]
-        scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (self.bits - 1) - 1)
-        return torch.round(rows / scale)
+        return first_integers(weight_of(layer), int(isinstance(layer, _TRANSPOSED)), self.bits)
 
     def _look(self, trainer: Trainer, name: str, layer: Any, args: tuple[Any, ...]) -> None:
         x = args[0] if args else None
@@ -216,15 +232,23 @@ class QuantizationMonitor(Callback):
         is_batched = x.dim() == (2 if is_linear else 2 + len(layer.kernel_size))
         x = (x.detach()[:_SAMPLES] if is_batched or (is_linear and x.dim() > 1) else x.detach()).float()
         numbers = input_numbers(x, -1 if is_linear else int(is_batched), self.bits)
+        clipped = clipped_share(x, *self._ranges.get(name, (numbers.low, numbers.high)))
+        self._reads.setdefault(name, []).append((numbers, clipped))
+
+    def _read(self, trainer: Trainer, name: str) -> dict[str, float]:
+        """Return what was seen of what a layer read, in all its calls, and let the range follow these."""
+        if not (calls := self._reads.get(name)):
+            return {}
+        numbers = worst_of([numbers for numbers, _ in calls])
         low, high = self._ranges.get(name, (numbers.low, numbers.high))
-        self._seen[name] |= {
-            "input_db": numbers.db,
-            "input_spread": numbers.spread,
-            "clipped": clipped_share(x, low, high),
-            "drift": (numbers.high - numbers.low) / max(high - low, 1e-12),
-        }
         self._ranges[name] = (low + _MOMENTUM * (numbers.low - low), high + _MOMENTUM * (numbers.high - high))
         self._judge(trainer, name, "what it reads", numbers)
+        return {
+            "input_db": numbers.db,
+            "input_spread": numbers.spread,
+            "clipped": sum(clipped for _, clipped in calls) / len(calls),
+            "drift": (numbers.high - numbers.low) / max(high - low, 1e-12),
+        }
 
     def _judge(self, trainer: Trainer, name: str, what: str, numbers: Numbers) -> None:
         """Warn of a layer that has gone bad, once until it has recovered."""
@@ -264,15 +288,6 @@ _WORST: tuple[tuple[str, tuple[str, ...], Any], ...] = (
     ("quant/worst_spread", ("input_spread", "weight_spread"), max),
     ("quant/worst_flips", ("flips",), max),
 )
-
-
-def _weight_of(layer: Any) -> Tensor:
-    """Return a weight as evaluation has it: some parametrizations change, or draw, at every look in training."""
-    own = layer._parameters.get("weight")
-    if own is not None:
-        return cast(Tensor, own)
-    with torch.no_grad(), isolated_rng(), evaluation_mode(layer):
-        return cast(Tensor, layer.weight)
 
 
 def _is_lazy(layer: Any) -> bool:

@@ -4,14 +4,20 @@ Signal-to-noise of a whole tensor says little here: an outlier is most of the si
 median channel, which is what an outlier takes the steps from.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from lightning_quant.capture.capture import isolated_rng
+from lightning_quant.surgery.routing import evaluation_mode
+
 # The median of the squares of normally distributed values over their mean.
 _MEDIAN_SQUARE = 0.4549
 _SMALLEST = 1e-30
+# Values of a weight whose integers are followed.
+_FOLLOWED = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -68,9 +74,40 @@ def input_numbers(x: Tensor, axis: int, bits: int = 8) -> Numbers:
     return _numbers(reach, alive.median().view(1) if len(alive) else alive, step.square().view(1) / 12, rows)
 
 
+@torch.no_grad()
+def first_integers(weight: Tensor, axis: int = 0, bits: int = 8) -> Tensor:
+    """Return the integers of a weight's first output channels, of 2^14 values or one channel.
+
+    Args:
+        weight: of any shape.
+        axis: of the output channels.
+        bits: of the grid, symmetric and with a scale for each of them.
+    """
+    rows = weight.detach().float().movedim(axis, 0).flatten(1)
+    rows = rows[: max(1, _FOLLOWED // rows.shape[1])]
+    scale = rows.abs().amax(1, keepdim=True).clamp(min=1e-12) / (2 ** (bits - 1) - 1)
+    return torch.round(rows / scale)
+
+
+def worst_of(calls: list[Numbers]) -> Numbers:
+    """Return the numbers of several tensors as if of one: the worst of each, over the range of all."""
+    widest = max(calls, key=lambda numbers: numbers.spread)
+    low, high = min(numbers.low for numbers in calls), max(numbers.high for numbers in calls)
+    return replace(widest, db=min(numbers.db for numbers in calls), low=low, high=high)
+
+
 def clipped_share(x: Tensor, low: float, high: float) -> float:
     """Return which share of values lies outside a range, in [0, 1]."""
     return float(((x < low) | (x > high)).float().mean())
+
+
+def weight_of(layer: Any) -> Tensor:
+    """Return a weight as evaluation has it: some parametrizations change, or draw, at every look in training."""
+    own = layer._parameters.get("weight")
+    if own is not None:
+        return cast(Tensor, own)
+    with torch.no_grad(), isolated_rng(), evaluation_mode(layer):
+        return cast(Tensor, layer.weight)
 
 
 def _numbers(reach: Tensor, signal: Tensor, noise: Tensor, rows: Tensor) -> Numbers:

@@ -1,11 +1,14 @@
 """QuantizationMonitor names the layer that goes bad in the epoch in which it does, and leaves the run as it is."""
 
+import csv
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning_models import (
@@ -102,6 +105,74 @@ def test_looks_are_rare() -> None:
     fit(seeded(Mlp), monitor, max_epochs=4)
     # Of 16 batches the first, the ninth, and the last of each other epoch; and once more at the end of every epoch.
     assert monitor.counted == 2 * (2 + 2 + 4)
+
+
+@pytest.mark.parametrize("accumulate", [1, 4])
+def test_flips_are_those_of_a_batch_that_moves_weights(accumulate: int, tmp_path: Path) -> None:
+    class ByHand(Callback):
+        """Rounds a weight before and after each step of the optimizer."""
+
+        def __init__(self) -> None:
+            self.integers, self.flips = torch.empty(0), list[float]()
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            self.integers = self.rounded(pl_module.net[3].weight.detach())
+
+        def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+            changed = self.integers != self.rounded(pl_module.net[3].weight.detach())
+            self.flips.append(changed.float().mean().item())
+
+        @staticmethod
+        def rounded(weight: torch.Tensor) -> torch.Tensor:
+            return (weight / (weight.abs().amax(1, keepdim=True) / 127)).round()
+
+    # 4 batches in each epoch: looks at the first batch, or at the last, which is the one that moves weights.
+    logger, by_hand = CSVLogger(tmp_path), ByHand()
+    options = {"max_epochs": 2, "logger": logger, "accumulate_grad_batches": accumulate}
+    fit(seeded(Mlp), QuantizationMonitor(4), by_hand, **options)
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        logged = [row["quant/monitor/net.3/flips"] for row in csv.DictReader(file)]
+    flips = [float(value) for value in logged if value]
+    assert flips == pytest.approx(by_hand.flips[accumulate - 1 :: 4])
+    assert min(flips) > 0
+
+
+def test_a_resumed_run_knows_ranges_and_what_has_gone_bad(tmp_path: Path) -> None:
+    """A layer goes bad once, however often its run was interrupted."""
+    first, saving = QuantizationMonitor(alarm_db=100), ModelCheckpoint(tmp_path)
+    with pytest.warns(NoEffectWarning, match="went bad in epoch 0"):
+        fit(seeded(Mlp), first, saving, enable_checkpointing=True, max_epochs=1)
+    second = QuantizationMonitor(alarm_db=100)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", NoEffectWarning)
+        resumed = make_trainer(second, ModelCheckpoint(tmp_path), enable_checkpointing=True, max_epochs=2)
+        resumed.fit(seeded(Mlp), ckpt_path=saving.best_model_path)
+    assert second.bad.keys() == first.bad.keys()
+    assert len(second.looks) == 2
+    # Of the second epoch's look alone, its range would be that of what was read there.
+    (name, (low, high)), *_ = first._ranges.items()
+    assert second._ranges[name] != (low, high)
+    assert abs(second._ranges[name][1] - high) < 0.2 * (high - low)
+
+
+class CalledTwice(Classifier):
+    """Has a layer that reads what it has answered, a hundred times as large."""
+
+    def __init__(self) -> None:
+        super().__init__(nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.Linear(64, 4)), lr=1e-4)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = self.net[0](batch[0])
+        return nn.functional.cross_entropy(self.net[2](self.net[1](100 * self.net[1](x))), batch[1])
+
+
+def test_calls_of_one_layer_in_a_batch_are_one_look(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    fit(seeded(CalledTwice), QuantizationMonitor(1), logger=logger)
+    with Path(logger.log_dir, "metrics.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["quant/monitor/net.1/drift"]]
+    assert all(0.5 < float(row["quant/monitor/net.1/drift"]) < 2 for row in rows)
+    assert all(float(row["quant/monitor/net.1/clipped"]) < 0.1 for row in rows)
 
 
 def test_penalty_flattens_weights() -> None:
