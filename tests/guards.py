@@ -34,6 +34,13 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "recurrences that stay float take any length",
+        "runtimes/_onnx_export.py",
+        " as fixed, recurrences_whole(), SpelledOut():",
+        " as fixed, SpelledOut():",
+        "layers/test_recurrent.py -k any_length and dynamic",
+    ),
+    Guard(
         "files of stored layers keep no state that a forward changes",
         "planned/layerwise.py",
         "            check_call(quantized.root, call)\n",
@@ -78,8 +85,8 @@ GUARDS = (
     Guard(
         "determinants and products so far are exported to ONNX",
         "runtimes/_onnx_export.py",
-        "projections_whole(module), SpelledOut():",
-        "projections_whole(module):",
+        "recurrences_whole(), SpelledOut():",
+        "recurrences_whole():",
         "runtimes/test_spelled_out.py -k flow",
     ),
     Guard(

@@ -3,7 +3,7 @@
 import functools
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 from unittest import mock
 
@@ -48,17 +48,35 @@ class _Padding:
 @contextmanager
 def kept_padded() -> Iterator[None]:
     """Let sequences be packed in name only, and float recurrences take them so."""
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(torch.nn.utils.rnn, "_VF", _Padding))
-        for kind in (nn.LSTM, nn.GRU, nn.RNN):
-            stack.enter_context(mock.patch.object(kind, "forward", _forward(kind.forward)))
+    with mock.patch.object(torch.nn.utils.rnn, "_VF", _Padding), _run_by_operator(_is_packed_in_name):
         yield
 
 
-def _forward(original: Callable[..., Any]) -> Callable[..., Any]:
+def recurrences_whole() -> AbstractContextManager[None]:
+    """Let float recurrences over sequences run by one operator, as those whose weights are stored do.
+
+    PyTorch's exporters write out the steps of an LSTM, GRU or RNN one by one, for the captured length and no other, and
+    the one to ONNX drops projections.
+    """
+    return _run_by_operator(lambda input: isinstance(input, Tensor) and input.dim() == 3)
+
+
+def _is_packed_in_name(input: Any) -> bool:
+    return isinstance(input, PackedSequence) and is_padded(input)
+
+
+@contextmanager
+def _run_by_operator(takes: Callable[[Any], bool]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for kind in (nn.LSTM, nn.GRU, nn.RNN):
+            stack.enter_context(mock.patch.object(kind, "forward", _forward(kind.forward, takes)))
+        yield
+
+
+def _forward(original: Callable[..., Any], takes: Callable[[Any], bool]) -> Callable[..., Any]:
     @functools.wraps(original)
     def forward(layer: nn.RNNBase, input: Any, hx: Any = None) -> Any:
-        if isinstance(input, PackedSequence) and is_padded(input):
+        if takes(input):
             return run(layer, [getattr(layer, name) for name in layer._flat_weights_names], input, hx)
         return original(layer, input, hx)
 

@@ -9,8 +9,6 @@ input projection out and quantizing its rows leaves a loop in Python: 79 to 90 w
 """
 
 import functools
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -21,7 +19,6 @@ from lightning_quant.layers.derived import call_derived, is_derived
 from lightning_quant.layers.layer import StoredLayer
 from lightning_quant.layers.linear import linear
 from lightning_quant.layers.storage import Scheme, dequantize
-from lightning_quant.surgery.routing import shadowed
 
 _LIBRARY = torch.library.Library("lightning_quant", "FRAGMENT")
 _LIBRARY.define(
@@ -97,22 +94,6 @@ def run(layer: nn.RNNBase, flat: list[Tensor], x: Any, state: Any) -> Any:
             after = [tensor.index_select(1, packed.unsorted_indices) for tensor in after]
         output = PackedSequence(output, packed.batch_sizes, packed.sorted_indices, packed.unsorted_indices)
     return output, tuple(after) if layer.mode == "LSTM" else after[0]
-
-
-@contextmanager
-def projections_whole(module: nn.Module) -> Iterator[None]:
-    """Let the float LSTMs with a projection in a module run by that operator: PyTorch's exporter to ONNX drops it."""
-    with ExitStack() as stack:
-        for layer in module.modules():
-            if type(layer) is nn.LSTM and layer.proj_size:
-                stack.enter_context(shadowed(layer, {"forward": functools.partial(_run_float, layer)}))
-        yield
-
-
-def _run_float(layer: nn.LSTM, input: Any, hx: Any = None) -> Any:
-    if isinstance(input, Tensor) and input.dim() == 3:
-        return run(layer, [weight for weight in layer._flat_weights if weight is not None], input, hx)
-    return type(layer).forward(layer, input, hx)
 
 
 class StoredCell(StoredLayer):

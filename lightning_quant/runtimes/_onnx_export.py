@@ -14,7 +14,7 @@ from torch import nn
 from lightning_quant.calls.calls import CapturedCall
 from lightning_quant.calls.signature import output_names
 from lightning_quant.graph.named_edges import PREFIX, EdgeNames, EdgeQuantizer
-from lightning_quant.layers.recurrent import projections_whole
+from lightning_quant.layers.packed import recurrences_whole
 from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors, exporting, refused
 from lightning_quant.runtimes._onnx_four_bits import has_four_bits, store_in_four_bits
 from lightning_quant.runtimes._onnx_layers import translations
@@ -44,7 +44,7 @@ def export_onnx(
     """
     examples = example_tensors(call)
     flat = Flat(module, call).eval()
-    with exporting(_ENGINE, call.names) as fixed, projections_whole(module), SpelledOut():
+    with exporting(_ENGINE, call.names) as fixed, recurrences_whole(), SpelledOut():
         args, kwargs = call.bind(examples)
         names = output_names(module(*args, **kwargs), call.names)
         program = torch.onnx.export(

@@ -38,7 +38,9 @@ def reason(error: BaseException, names: tuple[str, ...], fixed: list[str]) -> st
     hints = re.search(r"Suggested fixes:\n((?:[ \t]+\S[^\n]*\n?)+)", text)
     if hints:
         said += f" (PyTorch suggests {', '.join(line.strip() for line in hints[1].splitlines() if line.strip())})"
-    said = _INPUT.sub(lambda match: _named(match, names), said).rstrip(".")
+    said = _INPUT.sub(lambda match: _named(match, names), said).rstrip(".!")
+    # PyTorch closes some messages twice.
+    said = said[:-1] if said.endswith(")") and said.count(")") > said.count("(") else said
     called = _CALL.search(text)
     places = [f"{called[1]}:{called[2]} `{called[3].strip()}`"] if called else _raised_at(error) or fixed
     return f"{said}, at {places[-1]}" if places else said

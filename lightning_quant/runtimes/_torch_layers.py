@@ -27,6 +27,7 @@ from lightning_quant.calls.loaded import LoadedModule, beside
 from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError
 from lightning_quant.layers import StoredLayer
+from lightning_quant.layers.packed import recurrences_whole
 from lightning_quant.runtimes import _torch_steps as steps
 from lightning_quant.runtimes._fill import CONSTANT, STRUCTURE
 from lightning_quant.runtimes._flat import Flat, check_forms, example_tensors, exporting, forms_of_call, tensors_in
@@ -97,7 +98,7 @@ def export(module: nn.Module, call: CapturedCall, path: Path) -> None:
     open_dimension = torch.export.Dim.DYNAMIC
     shapes = [dict.fromkeys(call.dynamic.get(name, {}), open_dimension) for name in call.names]
     examples = example_tensors(call)
-    with exporting("PyTorch's exporter", call.names):
+    with exporting("PyTorch's exporter", call.names), recurrences_whole():
         program = torch.export.export(
             _Functional(Flat(module, call).eval()),
             (state, examples),

@@ -17,6 +17,7 @@ from lightning_quant.calls.loaded import LoadedModule, beside
 from lightning_quant.calls.signature import Signature
 from lightning_quant.errors import ArtifactError, ExportError, QuantizationError
 from lightning_quant.graph.named_edges import EdgeNames, check_common
+from lightning_quant.layers.packed import recurrences_whole
 from lightning_quant.runtimes import _torch_steps as steps
 from lightning_quant.runtimes._flat import (
     Flat,
@@ -87,7 +88,7 @@ def export(module: nn.Module, call: CapturedCall, path: Path) -> None:
 
     examples = tuple(example_tensors(call))
     flat = Flat(module, call).eval()
-    with exporting("PyTorch's exporter", call.names):
+    with exporting("PyTorch's exporter", call.names), recurrences_whole():
         program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(call))
         lowered = lower(program.run_decompositions({}).module(check_guards=False), EdgeNames(flat))
     inputs, outputs = forms_of_call(flat, examples)
@@ -123,7 +124,7 @@ def check(path: Path) -> None:
 
 
 def standalone(files: dict[str, str], signature: Signature) -> str:
-    """Return lines that run an artifact in its folder with PyTorch and safetensors alone, but for stored layers."""
+    """Return lines that run an artifact with PyTorch and safetensors alone, but for stored layers and recurrences."""
     names = [info.name for info in signature.outputs]
     return f"""import gzip
 import json
@@ -135,7 +136,7 @@ from safetensors.torch import load_file
 
 program = json.loads(gzip.open({files[steps.FILE]!r}).read())
 if any(step["call"].startswith("lightning_quant.") for step in program["steps"]):
-    # Operators of layers whose weights are stored.
+    # Operators of stored layers, and of recurrences.
     import lightning_quant.layers
 roots = {{"operator": operator, "math": math, "torch": torch}}
 torch.backends.quantized.engine = program["engine"]

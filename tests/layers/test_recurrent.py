@@ -79,7 +79,6 @@ def test_recurrence_keeps_no_float_weights() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 def test_projected_state() -> None:
     check(nn.LSTM(16, 8, 2, proj_size=4, bidirectional=True), torch.randn(4, 3, 16), scheme=WEIGHT_ONLY)
 
@@ -110,6 +109,45 @@ def test_a_projected_state_that_is_passed_in_is_exported(tmp_path: Path) -> None
     fewer = call[0][:2], call[1][:, :2], call[2][:, :2], call[3][:2]
     with torch.no_grad():
         assert all(decibels(a, b) > 35 for c in (call, fewer) for a, b in zip(model(*c), loaded(*c), strict=True))
+
+
+class Captions(nn.Module):
+    """A bidirectional recurrence over sequences of any length, with layers before and behind it."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv1d(16, 48, 3, padding=1), nn.Linear(48, 6)
+        self.rnn = getattr(nn, kind)(48, 24, 2, batch_first=True, bidirectional=True)
+        parametrizations.weight_norm(self.rnn, "weight_hh_l0")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, _ = self.rnn(self.conv(x).transpose(1, 2))
+        return self.head(h.mean(1))
+
+
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+@pytest.mark.parametrize(
+    ("recipe", "runtime", "kind"),
+    [
+        ("int8_dynamic", "onnxruntime", "GRU"),
+        *(
+            pytest.param(recipe, runtime, kind, marks=pytest.mark.slow)
+            for recipe, runtime in (
+                ("int8", "onnxruntime"), ("float16", "onnxruntime"), ("int8", "torch"), ("int8_weight_only", "torch"),
+                ("int8", "openvino"), ("int8_weight_only", "openvino"),
+            )
+            for kind in ("LSTM", "GRU", "RNN")
+        ),
+    ],
+)  # fmt: skip
+def test_recurrences_that_stay_float_take_any_length(recipe: str, runtime: str, kind: str, tmp_path: Path) -> None:
+    model = Captions(kind).eval()
+    calls = [torch.randn(4, 16, 30), torch.randn(6, 16, 41)]
+    artifact = lq.quantize(model, recipe, runtime, calibration_data=calls, exclude=["rnn"], output_dir=tmp_path)
+    longer = torch.randn(3, 16, 77)
+    with torch.no_grad():
+        assert decibels(model(longer), lq.load(artifact, threads=1)(longer)) > 30
+    assert not [note for note in artifact.report["notes"] if "peer" in note]
 
 
 class Loop(nn.Module):
@@ -157,6 +195,7 @@ class Projected(nn.Module):
         return self.lstm(self.first(x))[0]
 
 
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN:UserWarning")
 def test_a_float_projection_is_kept_by_files(tmp_path: Path) -> None:
     """PyTorch's exporter to ONNX writes an LSTM without its projection, whose states do not fit then."""
     torch.manual_seed(0)

@@ -28,6 +28,17 @@ def test_inputs_are_called_by_the_users_names_and_hints_are_kept() -> None:
     assert "read" not in said
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("Constraints violated (x)! For more information, read", "Constraints violated (x)"),
+        ("sizes differ at dimension 2)", "sizes differ at dimension 2"),
+    ],
+)
+def test_sentences_go_on_behind_what_is_said(text: str, said: str) -> None:
+    assert reason(ValueError(text), (), []) == said
+
+
 def test_the_place_of_a_call_that_raised_is_said() -> None:
     text = 'no\n\nThe following call raised this error:\n  File "/home/me/net.py", line 12, in forward\n'
     text += "    y = x.view(3)\n"
