@@ -176,6 +176,20 @@ def measure_noise(root: nn.Module, artifact: Any, held: HeldOut) -> Noise:
     return Noise(tuple(outputs), held.base)
 
 
+@torch.no_grad()
+def drawn_outputs(root: nn.Module, call: Call) -> list[str]:
+    """Return the names of the outputs that differ between two calls in evaluation, as a module draws random numbers."""
+    answers: list[list[Tensor]] = []
+    result: Any = None
+    for seed in (0, 1):
+        with torch.random.fork_rng(devices=[]), evaluation_mode(root), without_fast_path():
+            torch.manual_seed(seed)
+            result = root(*call.args, **call.kwargs)
+            answers.append([tensor.nan_to_num() for tensor in tensor_leaves(result)])
+    named = zip(output_names(result, ()), *answers, strict=True)
+    return [name for name, first, second in named if first.shape != second.shape or not torch.equal(first, second)]
+
+
 def _of_output(name: str, floating: list[Tensor], here: list[Tensor]) -> OutputNoise:
     kept = [(a.cpu(), b.cpu()) for a, b in zip(floating, here, strict=True) if a.shape == b.shape and a.numel()]
     if not kept:

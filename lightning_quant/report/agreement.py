@@ -13,9 +13,11 @@ class Agreement(Section):
 
     Attributes:
         parity: None when it was not checked.
+        remark: what explains that it failed; empty for nothing.
     """
 
     parity: Compared | None
+    remark: str = ""
 
     def text(self) -> str:
         """Return parity in one line."""
@@ -23,7 +25,8 @@ class Agreement(Section):
 
     def failures(self) -> list[str]:
         """Say where the artifact is not what was simulated."""
-        return [] if self.parity is None else [f"parity FAILED: {failure}" for failure in self.parity.failures]
+        failures = [] if self.parity is None else self.parity.failures
+        return [f"parity FAILED: {failure}{self.remark and f'. {self.remark}'}" for failure in failures]
 
     def scalars(self) -> dict[str, float | None]:
         """Return whether it failed, and the worst operator's share of values within one step."""

@@ -19,7 +19,7 @@ from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.bench import peak_of
 from lightning_quant.measure.changed_predictions import Predictions
 from lightning_quant.measure.float_memory import float_peak_of
-from lightning_quant.measure.output_noise import FLOOR_DB, HeldOut, Noise, measure_noise
+from lightning_quant.measure.output_noise import FLOOR_DB, HeldOut, Noise, drawn_outputs, measure_noise
 from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.planned.inside import Answers, load_inside
 from lightning_quant.planned.planned_model import Compared, PlannedModel
@@ -87,21 +87,25 @@ def make_report(
     with timed(seconds, "parity"):
         parity = _parity(model, asked, artifact.model_path, lacking)
         noise, unfit = _noise(model, root, asked, held, lacking)
+        agreement, drawn = _agreement(model, parity, noise)
     with timed(seconds, "latency"):
         latency, remarks = _latency(model, loaded, threads, peers, lacking, elsewhere=not chosen)
     with timed(seconds, "closer look"):
         look = closer_look(model, (root, asked), artifact.model_path, threads, held=held, predictions=predictions)
     sections: tuple[Section, ...] = (
         Metrics(metrics, trained),
-        NoiseSection(noise, _way_out(model, sensitivity), FLOOR_DB if metrics or trained else model.recipe.usual_db),
+        _noise_section(model, noise, drawn or _way_out(model, sensitivity), judged=bool(metrics) or trained),
         Size(tensor_bytes(model.root), checkpoint_bytes, artifact.size_bytes),
         Speed(latency, model.plan.runtime, threads, cpu_name(), chosen),
-        *(*_memory(model, artifact, threads, limits, lacking), Agreement(parity), look.changed),
+        *(*_memory(model, artifact, threads, limits, lacking), agreement, look.changed),
         Notes((*notes, *_engine(artifact), *remarks, *unfit), tuple(lacking)),
         *(Ranking(sensitivity), _coverage(model, artifact, step_share), look.numbers, Seconds(seconds)),
     )
-    head = model.recipe.name, model.plan.runtime, artifact.manifest["versions"]
-    return with_limits(Report(*head, sections), limits or NO_LIMITS)
+    return with_limits(_report(model, artifact, sections), limits or NO_LIMITS)
+
+
+def _report(model: PlannedModel, artifact: Artifact, sections: tuple[Section, ...]) -> Report:
+    return Report(model.recipe.name, model.plan.runtime, artifact.manifest["versions"], sections)
 
 
 def with_limits(report: Report, limits: Limits) -> Report:
@@ -165,6 +169,26 @@ def _measured_noise(
             unfit = (f"{held.base} does not fit the artifact, so noise was measured on the captured call: {error}",)
     captured = HeldOut((model.call(),), "the captured call, which took part in the choice of ranges")
     return measure_noise(root, loaded, captured), unfit
+
+
+def _agreement(model: PlannedModel, parity: Compared | None, noise: Noise | None) -> tuple[Agreement, str]:
+    """Return the section of parity; say that a module draws random numbers where that may be why they differ."""
+    names: list[str] = []
+    if (parity and parity.failures) or (noise and noise.warnings()):
+        names = drawn_outputs(model.root, model.call())
+    if not names:
+        return Agreement(parity), ""
+    which = ", ".join(f"`{name}`" for name in names)
+    drawn = (
+        f"In evaluation the float model draws random numbers, so that {which} is another each time: no comparison says "
+        "anything of that. Draw in training alone, or take random numbers as an input"
+    )
+    return Agreement(parity, drawn), drawn
+
+
+def _noise_section(model: PlannedModel, noise: Noise | None, way_out: str, *, judged: bool) -> NoiseSection:
+    """Return the section of noise, held against what is usual where no metric judges the artifact."""
+    return NoiseSection(noise, way_out, FLOOR_DB if judged else model.recipe.usual_db)
 
 
 def _way_out(model: PlannedModel, sensitivity: Sensitivity | None) -> str:

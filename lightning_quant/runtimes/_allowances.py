@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode
 @contextlib.contextmanager
 def allowances() -> Iterator[None]:
     """Let an exporter follow the code of a forward that it would refuse for what changes no result."""
-    with _masks_as_given(), _Copies(), _Respelled():
+    with _masks_as_given(), _distributions_unchecked(), _Copies(), _Respelled():
         yield
 
 
@@ -40,6 +40,19 @@ def _masks_as_given() -> Iterator[None]:
         yield
     finally:
         transformer._detect_is_causal_mask = before
+
+
+@contextlib.contextmanager
+def _distributions_unchecked() -> Iterator[None]:
+    """Let PyTorch's distributions take parameters without looking whether they are valid, in values."""
+    from torch.distributions import Distribution
+
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
+    try:
+        yield
+    finally:
+        Distribution.set_default_validate_args(before)
 
 
 class _Copies(TorchFunctionMode):

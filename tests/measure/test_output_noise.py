@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_quant import load, quantize, verify
+from lightning_quant.calls.calls import Call
 from lightning_quant.errors import NoEffectWarning
-from lightning_quant.measure.output_noise import HeldOut, Noise, channel_axis, held_back, measure_noise
+from lightning_quant.measure.output_noise import HeldOut, Noise, channel_axis, drawn_outputs, held_back, measure_noise
 
 pytestmark = pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
 
@@ -184,3 +185,13 @@ def test_rows_that_depend_on_values_are_exported_and_compared_where_they_can_be(
     assert report["scalars"]["quant/parity_failed"] == 0
     assert report["noise"]["outputs"][0]["name"] == "output"
     assert verify(artifact.path).failures == []
+
+
+def test_outputs_of_random_numbers_are_named() -> None:
+    def sampled(x: Tensor) -> dict[str, Tensor]:
+        return {"mean": x, "sample": x + torch.randn_like(x)}
+
+    before = torch.random.get_rng_state()
+    assert drawn_outputs(Answering(sampled), Call((X,))) == ["sample"]
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert drawn_outputs(Answering(lambda x: torch.where(x > 0, x, torch.nan)), Call((X,))) == []

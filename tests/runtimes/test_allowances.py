@@ -146,3 +146,28 @@ def test_operators_of_another_form_are_exported(
     assert prepared.parity(loaded, artifact.model_path).failures == []
     with torch.no_grad():
         assert signal_to_noise([model(x)], [loaded(x)]) > 25
+
+
+class _Distributed(_Copying):
+    """Answers with a distribution's parameters, as forecasters do, or with a sample of it."""
+
+    def __init__(self, *, samples: bool) -> None:
+        super().__init__()
+        self.samples = samples
+
+    def forward(self, x: Tensor) -> Tensor:
+        normal = torch.distributions.Normal(self.second(torch.relu(self.first(x))), 1 + x[:, :2].abs())
+        return normal.rsample() if self.samples else normal.stddev + normal.mean
+
+
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+@pytest.mark.parametrize("samples", [False, True])
+def test_distributions_are_exported_and_samples_told(samples: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = _Distributed(samples=samples).eval(), torch.randn(16, 3)
+    artifact = lq.quantize(model, "int8_weight_only", "torch", calibration_data=[x], output_dir=tmp_path / "artifact")
+    assert torch.distributions.Distribution._validate_args
+    told = [text for text in artifact.report["warnings"] if "draws random numbers, so that `output` is another" in text]
+    assert bool(told) is samples
+    if not samples:
+        torch.testing.assert_close(lq.load(artifact.path)(x), model(x), atol=0.1, rtol=0.1)
