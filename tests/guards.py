@@ -239,7 +239,7 @@ GUARDS = (
     Guard(
         "what an artifact is timed beside is decided by no order",
         "machine/latency.py",
-        "                if elapsed < _QUICK_S:\n                    elapsed = _seconds(contestants[name])\n",
+        "                if elapsed < _QUICK_S:\n                    elapsed = _seconds(contestants[name], clock)\n",
         "",
         "machine/test_latency.py -k came_before",
     ),

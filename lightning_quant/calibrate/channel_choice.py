@@ -15,35 +15,19 @@ import torch
 from torch import Tensor
 
 from lightning_quant.calibrate.absorption import center_channels
-from lightning_quant.calibrate.groups import ScalingGroup
+from lightning_quant.calibrate.edge_samples import Sample, sample_edges
+from lightning_quant.calibrate.groups import ScalingGroup, worth_scaling
 from lightning_quant.calibrate.rescale import along_columns, folded_layer, rescale
 from lightning_quant.calibrate.smoothing import column_maximum, smoothing_factor, within_clip
 from lightning_quant.calls.calls import Call
 from lightning_quant.numerics.fake_quantize import affine_parameters, channel_maximum, fake_quantize, weight_scale
 from lightning_quant.simulate.prepared import Prepared
-from lightning_quant.surgery.routing import evaluation_mode
 
 STRENGTHS = (0.5, 0.75, 1.0)
 # Shares of its range that a tensor may be clipped to.
 SHARES = (1.0, 0.9, 0.8, 0.65)
 # Share of its error that a group must lose for factors to be worth it.
 _LEAST_GAIN = 0.02
-_NUM_ROWS = 512
-
-
-@dataclass
-class Sample:
-    """What a tensor holds over all calls, on its present grid.
-
-    Attributes:
-        rows: `(rows, channels)`, some of its places.
-        low: `(channels,)`, least values of all places.
-        high: `(channels,)`, highest values.
-    """
-
-    rows: Tensor
-    low: Tensor
-    high: Tensor
 
 
 @dataclass
@@ -98,7 +82,9 @@ def _power(errors: Tensor, gains: _Gains) -> Tensor:
 
 
 @torch.no_grad()
-def choose_channels(prepared: Prepared, every: list[ScalingGroup], calls: list[Call]) -> int:
+def choose_channels(
+    prepared: Prepared, every: list[ScalingGroup], calls: list[Call], samples: dict[str, Sample] | None = None
+) -> int:
     """Center what can be, and rescale every group by the factors of least error; return how many times that gains.
 
     Groups that a float operator writes are left, for which every factor is a multiplication more: but for those of
@@ -108,43 +94,18 @@ def choose_channels(prepared: Prepared, every: list[ScalingGroup], calls: list[C
         prepared: detached and calibrated.
         every: from `scaling_groups`.
         calls: of the module; they give the activations.
+        samples: what an earlier run of all calls has shown of them; they are run once more by default.
     """
-    has_norm = any(group.normalized for group in every)
-    groups = [g for g in every if not g.from_float or (has_norm and not g.links and is_linear(prepared, g))]
+    groups = worth_scaling(prepared, every)
     changed = center_channels(prepared, groups, calls)
-    samples = sample_edges(prepared, groups, calls)
+    samples = sample_edges(prepared, groups, calls) if samples is None else samples
+    samples = {edge: samples[edge].on_grid(prepared, edge) for g in groups for edge in g.edges if edge in samples}
     for group in groups:
         factor = best_factor(prepared, group, samples)
         if factor is not None:
             rescale(prepared, group, factor)
             changed += 1
     return changed
-
-
-def sample_edges(prepared: Prepared, groups: list[ScalingGroup], calls: list[Call]) -> dict[str, Sample]:
-    """Return a sample of every edge of the groups that the float model reaches, places evenly spaced in each call."""
-    owners = {edge: group for group in groups for edge in group.edges}
-    number = -(-_NUM_ROWS // len(calls))
-    seen: dict[str, Sample] = {}
-
-    def watch(identity: str, x: Tensor) -> None:
-        if identity not in owners or not x.numel():
-            return
-        group = owners[identity]
-        rows = x.float().movedim(group.axis, -1).reshape(-1, group.channels)
-        chosen = rows[:: max(1, len(rows) // number)][:number]
-        # Grids are in the order of values: no more of these than what is returned has to be mapped.
-        taken = torch.cat([chosen, rows.amin(0, keepdim=True), rows.amax(0, keepdim=True)])
-        places = taken.view(len(taken), *[1] * (x.dim() - 2), group.channels).movedim(-1, group.axis)
-        on_grid = prepared.on_grid(identity, places, clipped=True).movedim(group.axis, -1).view_as(taken)
-        new = Sample(on_grid[:-2], on_grid[-2], on_grid[-1])
-        old = seen.get(identity)
-        seen[identity] = new if old is None else _joined(old, new)
-
-    with evaluation_mode(prepared.root), prepared.simulation.watching(watch), prepared.attached("off"):
-        for args, kwargs in calls:
-            prepared.root(*args, **kwargs)
-    return seen
 
 
 def best_factor(prepared: Prepared, group: ScalingGroup, samples: dict[str, Sample]) -> Tensor | None:
@@ -215,13 +176,3 @@ def _rounding_errors(prepared: Prepared, group: ScalingGroup, sample: Sample, fa
         errors.append((fake_quantize(rows, *parameters, grid) - rows) * factor)
     stacked = torch.stack(errors)
     return stacked - stacked.mean(1, keepdim=True)
-
-
-def _joined(one: Sample, other: Sample) -> Sample:
-    rows = torch.cat([one.rows, other.rows])
-    return Sample(rows, torch.minimum(one.low, other.low), torch.maximum(one.high, other.high))
-
-
-def is_linear(prepared: Prepared, group: ScalingGroup) -> bool:
-    """Tell whether only linear operators read a group."""
-    return all(prepared.operators[identity].kind == "linear" for identity in group.consumers)

@@ -1,5 +1,6 @@
 """What a step for accuracy is fitted to, and the state that it changes: taken, put back, judged."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from lightning_quant.calibrate.edge_samples import Sample, sampling
+from lightning_quant.calibrate.groups import scaling_groups, worth_scaling
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calls.calls import Call
@@ -28,15 +31,26 @@ class Fit:
         calls: calls of the module to fit to.
         corrects_outputs: whether biases are corrected by the outputs of the quantized model; a step that changes
             anything has to do that again.
+        samples: of what the tensors hold in the float model, by which factors of channels are chosen; None until a
+            run of all calls has shown them.
     """
 
     calls: list[Call]
     corrects_outputs: bool = False
+    samples: dict[str, Sample] | None = None
 
     def refresh(self, prepared: Prepared) -> None:
         """Learn ranges and bias corrections again, after layers or channel scales have changed."""
-        recalibrate(prepared, self.calls)
+        self.recalibrate(prepared)
         self.correct(prepared)
+
+    def recalibrate(self, prepared: Prepared, beside: Sequence[Prepared] = ()) -> None:
+        """Learn ranges again, and those of other bindings; where factors of channels are chosen, sample meanwhile."""
+        if self.samples is not None or "scale_channels" not in prepared.recipe.accuracy_steps:
+            recalibrate(prepared, self.calls, beside)
+            return
+        with sampling(prepared, worth_scaling(prepared, scaling_groups(prepared)), len(self.calls)) as self.samples:
+            recalibrate(prepared, self.calls, beside)
 
     def correct(self, prepared: Prepared) -> None:
         """Correct biases again, if they are by outputs, after integers or ranges have changed."""

@@ -64,6 +64,17 @@ def is_depthwise(prepared: Prepared, group: ScalingGroup) -> bool:
     return all(prepared.weight(identity).shape[1] == 1 for identity in group.consumers) and group.channels > 1
 
 
+def is_linear(prepared: Prepared, group: ScalingGroup) -> bool:
+    """Tell whether only linear operators read a group."""
+    return all(prepared.operators[identity].kind == "linear" for identity in group.consumers)
+
+
+def worth_scaling(prepared: Prepared, every: list[ScalingGroup]) -> list[ScalingGroup]:
+    """Return the groups that factors cost nothing at run time, and those of linear layers in nets with LayerNorm."""
+    has_norm = any(group.normalized for group in every)
+    return [g for g in every if not g.from_float or (has_norm and not g.links and is_linear(prepared, g))]
+
+
 def scaling_groups(prepared: Prepared) -> list[ScalingGroup]:
     """Return the groups of a prepared model that at least one weighted operator reads; finding them traces it once."""
     if prepared.scaling_groups is None:

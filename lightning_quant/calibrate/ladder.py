@@ -6,8 +6,7 @@ from statistics import mean
 from typing import Any
 
 from lightning_quant.arguments.choice import did_you_mean
-from lightning_quant.calibrate.fit import Fit, output_snr, output_snrs, restore, snapshot
-from lightning_quant.calibrate.recalibrate import recalibrate
+from lightning_quant.calibrate.fit import Fit, output_snrs, restore, snapshot
 from lightning_quant.calibrate.steps import STEPS
 from lightning_quant.calls.calls import Call
 from lightning_quant.errors import CalibrationError, QuantizationError
@@ -52,7 +51,7 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
 
     Every step is fitted to most of the calls and judged on the others, twice; no call judges what was fitted to it.
     Those that are kept are then fitted to all calls, from the ranges that the model came with; should that raise the
-    error, all of them are undone.
+    error of the calls that were judged on, all of them are undone.
 
     Args:
         prepared: detached and calibrated; keeps what the kept steps changed.
@@ -80,7 +79,7 @@ def climb(prepared: Prepared, calls: list[Call]) -> tuple[AccuracyStep, ...]:
             results.append(_try(prepared, name, folds))
     restore(prepared, plain)
     kept = [step.name for step in results if step.kept]
-    if kept and not _fit_to_all(prepared, kept, Fit(calls)):
+    if kept and not _fit_to_all(prepared, kept, Fit(calls), folds):
         results = [replace(step, kept=False) for step in results]
     return tuple(results)
 
@@ -109,8 +108,9 @@ def _folds(prepared: Prepared, calls: list[Call]) -> list[_Fold]:
     for number in range(_NUM_FOLDS):
         judged = calls[number::parts]
         others = [call for place, call in enumerate(calls) if place % parts != number]
-        recalibrate(prepared, others)
-        folds.append(_Fold(Fit(others), judged, snapshot(prepared)))
+        fit = Fit(others)
+        fit.recalibrate(prepared)
+        folds.append(_Fold(fit, judged, snapshot(prepared)))
         folds[-1].reached = _judge(prepared, folds[-1], folds[-1].state)
     return folds
 
@@ -160,14 +160,18 @@ def helps(before: list[float], after: list[float]) -> bool:
     return sum(gains) > 0 and 2 * sum(gain < 0 for gain in gains) <= len(gains)
 
 
-def _fit_to_all(prepared: Prepared, kept: list[str], fit: Fit) -> bool:
-    """Fit the kept steps to all calls; undo them and return False where they raise the error there."""
-    exact: list[Any] = []
-    plain, before = snapshot(prepared), output_snr(prepared, fit.calls, exact)
+def _fit_to_all(prepared: Prepared, kept: list[str], fit: Fit, folds: list[_Fold]) -> bool:
+    """Fit the kept steps to all calls; undo them and return False where they raise the error of those judged on.
+
+    What the float module answers to these is known.
+    """
+    plain = snapshot(prepared)
+    before = [ratio for fold in folds for ratio in _judge(prepared, fold, plain)]
     for place, name in enumerate(kept):
         if not any(name in STEPS[later].includes for later in kept[place:]):
             STEPS[name].run(prepared, fit)
-    is_better = output_snr(prepared, fit.calls, exact) > before
+    reached = snapshot(prepared)
+    is_better = mean(ratio for fold in folds for ratio in _judge(prepared, fold, reached)) > mean(before)
     if not is_better:
         restore(prepared, plain)
     return is_better

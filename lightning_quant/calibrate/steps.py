@@ -6,14 +6,13 @@ from typing import Any
 
 from lightning_quant.calibrate.absorption import absorb
 from lightning_quant.calibrate.adaround import adaround
-from lightning_quant.calibrate.channel_choice import choose_channels, is_linear
+from lightning_quant.calibrate.channel_choice import choose_channels
 from lightning_quant.calibrate.channels_read import activation_maxima
 from lightning_quant.calibrate.equalization import equalize
 from lightning_quant.calibrate.fit import Fit, output_snr, restore, snapshot
-from lightning_quant.calibrate.groups import is_depthwise, scaling_groups
+from lightning_quant.calibrate.groups import is_depthwise, is_linear, scaling_groups
 from lightning_quant.calibrate.output_correction import correct_outputs
 from lightning_quant.calibrate.range_choice import choose_ranges
-from lightning_quant.calibrate.recalibrate import recalibrate
 from lightning_quant.calibrate.smoothing import smooth, smooth_by
 from lightning_quant.calibrate.weight_rounding import gptq_layers, shrink_scales
 from lightning_quant.ranges.observers import Histogram
@@ -49,9 +48,9 @@ def _scale_channels(prepared: Prepared, fit: Fit) -> int:
     On a pretrained MobileNetV2 the factors alone cost 0.5 to 1.8 dB on held-back calls. All of it together, fitted to
     128 images, gains 2 to 4 dB over GPTQ on others; fitted to 64, some of that or nothing.
     """
-    number = choose_channels(prepared, scaling_groups(prepared), fit.calls)
+    number = choose_channels(prepared, scaling_groups(prepared), fit.calls, fit.samples)
     if number:
-        recalibrate(prepared, fit.calls)
+        fit.recalibrate(prepared)
         if all(isinstance(observer, Histogram) for observer in prepared.ranges.observers.values()):
             choose_ranges(prepared, fit.calls[:2])
         _gptq(prepared, fit)
@@ -80,7 +79,7 @@ def _migrate(prepared: Prepared, fit: Fit) -> int:
     ways = [_bound(prepared, before) for _ in ALPHAS]
     for way, alpha in zip(ways, ALPHAS, strict=True):
         smooth_by(way, maxima, alpha)
-    recalibrate(ways[0], fit.calls, ways[1:])
+    fit.recalibrate(ways[0], ways[1:])
     for way in ways:
         restore(prepared, snapshot(way))
         fit.correct(prepared)

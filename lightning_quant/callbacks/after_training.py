@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_quant.calibrate.batch_norm import reestimate_batch_norm
 from lightning_quant.callbacks.deployment import Deployment, write_buffers
@@ -86,9 +86,15 @@ def rank(trainer: Trainer, deployment: Deployment, path: str) -> Sensitivity:
 
 def training_calls(trainer: Trainer, deployment: Deployment, path: str, number: int) -> tuple[Prepared, list[Call]]:
     """Return calls that training batches make of the module, and the model over the copy that they are of."""
+    root, calls = calls_of_copy(trainer, deployment, path, number)
+    return Prepared.of(deployment.model).bound_to(root), calls
+
+
+def calls_of_copy(trainer: Trainer, deployment: Deployment, path: str, number: int) -> tuple[nn.Module, list[Call]]:
+    """Return a copy of the module, and calls that training batches make of it."""
     duplicate = working_copy(trainer, deployment.pl_module)
     root = resolve(duplicate, path)
     with recorded_calls(root, number) as calls, evaluation_mode(root), torch.no_grad():
         for step in calibration_steps(trainer, duplicate, number, 0, "train"):
             step()
-    return Prepared.of(deployment.model).bound_to(root), calls
+    return root, calls

@@ -13,6 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lightning_quant.artifact.artifact import Artifact
 from lightning_quant.calibrate.calibrate import calibrate
+from lightning_quant.callbacks.after_training import calls_of_copy
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.deployment import Deployment, Known
 from lightning_quant.callbacks.directions import watched
@@ -33,6 +34,7 @@ from lightning_quant.search.judge import Judge
 from lightning_quant.search.objective import LATENCY
 from lightning_quant.search.progress import Budget, SearchRecord
 from lightning_quant.search.record import find_on_record, fingerprint
+from lightning_quant.search.relaxations import Relaxations
 from lightning_quant.search.section import SearchSection
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
@@ -81,7 +83,7 @@ def searched(
         callback: whose settings say what is searched.
         trainer: whose validation counts.
         deployment: with the whole recipe.
-        recorded: None where nothing was calibrated: layers are tried and ranked on the captured call.
+        recorded: None where nothing was calibrated: layers are tried on the captured call.
     """
     started, settings = time.perf_counter(), callback.settings
     known = float_metrics(callback, trainer, deployment)
@@ -112,7 +114,7 @@ def _files(
 ) -> Files:
     settings, root = callback.settings, deployment.model.root
     captured = Call(*deployment.model.call())
-    recorded = recorded or Recorded(deployment.model, [captured], [captured])
+    whole, calls = (deployment.model, [captured]) if recorded is None else (recorded.whole, recorded.calls)
     order = functools.cache(functools.partial(_order, callback, trainer, deployment, known.floating, names))
 
     def validate(model: PlannedModel, artifact: Artifact, decides: Decides | None) -> Metrics:
@@ -130,9 +132,25 @@ def _files(
 
     how: dict[str, Any] = {"dynamic_shapes": settings.dynamic_shapes, "engine": settings.engine}
     how["threads"] = settings.threads
-    makes = candidates(recorded.whole, recorded.calls, settings.selection, trained=callback.trains_rounded)
-    rank = functools.partial(makes.ranked, recorded.to_rank, by_time=settings.objective == LATENCY)
+    makes = candidates(whole, calls, settings.selection, trained=callback.trains_rounded)
+
+    def rank() -> Relaxations:
+        few = _calls_beside(callback, trainer, deployment) if recorded is None else recorded.to_rank
+        return makes.ranked(few or [captured], by_time=settings.objective == LATENCY)
+
     return Files(known.floating, validate, on_host, deployment.model, makes, rank, **how)
+
+
+def _calls_beside(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment) -> list[Call]:
+    """Return a few calls of training batches, without labels, to rank layers on; none where that fails."""
+    calls: list[Call] = []
+    # Whatever the user's own step raises.
+    with noting(callback.missing, "calls of more than one batch to rank layers on are"):
+        _, calls = calls_of_copy(trainer, deployment, callback.path, NUM_CALLS)
+    if callback.loss_inputs is None:
+        return calls
+    bound = [callback.loss_inputs.split(*call)[0] for call in calls]
+    return [Call(one.args, one.kwargs) for one in bound]
 
 
 def _order(

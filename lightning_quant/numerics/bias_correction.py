@@ -31,7 +31,10 @@ class InputMeans:
         if x.numel() == 0:
             return
         # Not row by row: channels would have to be moved to the end first, which takes longer than the mean.
-        mean, count = x.double().mean([d for d in range(x.dim()) if d != 1]), x.numel() // x.shape[1]
+        self.join(identity, x.double().mean([d for d in range(x.dim()) if d != 1]), x.numel() // x.shape[1])
+
+    def join(self, identity: str, mean: Tensor, count: int) -> None:
+        """Take in the mean of some values of each channel."""
         seen = self.counts.get(identity, 0)
         previous = self.means.get(identity, torch.zeros_like(mean))
         self.means[identity] = previous + (mean - previous) * (count / (seen + count))

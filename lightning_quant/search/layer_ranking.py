@@ -13,14 +13,13 @@ from torch import nn
 from lightning_quant.calls.calls import Call
 from lightning_quant.errors import QuantizationError
 from lightning_quant.graph.plan import Row
-from lightning_quant.graph.table import matches
 from lightning_quant.layers.layer import StoredLayer
-from lightning_quant.layers.parameters import CHILD
 from lightning_quant.layers.placement import placed
 from lightning_quant.measure.own_statistics import error_of
 from lightning_quant.planned.layerwise import Layerwise, quantize_layers
 from lightning_quant.search.cheapest import Part
 from lightning_quant.search.choice import FLOAT, HALF, STORED
+from lightning_quant.search.places import owner_of, places_of
 from lightning_quant.search.relaxations import Relaxations
 from lightning_quant.surgery.host import moved_call
 from lightning_quant.surgery.routing import evaluation_mode, without_fast_path
@@ -38,7 +37,10 @@ def rank_layers(whole: Layerwise, calls: list[Call], *, by_time: bool = False) -
         calls: of the module, best such as no layer was tried on.
         by_time: whether what computes in float costs time, by its multiply-adds, and not bytes.
     """
-    own = {name: {place: whole.layers[place] for place in places} for name, places in places_of(whole).items()}
+    own = {
+        name: {place: whole.layers[place] for place in places}
+        for name, places in places_of(whole.root, whole.layers, whole.plan, whole.recipe.overrides).items()
+    }
     eights = {n: layers for n, layers in _in_scheme(whole, STORED, own).items() if bytes_of(layers) >= bytes_of(own[n])}
     # In half the bytes, and converted for every call. Of those that share a weight, not all would follow.
     halves = (
@@ -74,36 +76,10 @@ def rank_layers(whole: Layerwise, calls: list[Call], *, by_time: bool = False) -
     return Relaxations(tuple(parts), tuple(own), prices, halves)
 
 
-def places_of(whole: Layerwise) -> dict[str, list[str]]:
-    """Return the layers that nobody spoke for, by the names that overrides know, with all places of each.
-
-    Layers that share a weight are one: what one of them becomes the others follow.
-    """
-    rows = {row.name: row for row in whole.plan.rows}
-    names: dict[int, str] = {}
-    groups: dict[str, list[str]] = {}
-    for place, layer in whole.layers.items():
-        weights = [layer.stored(name)[0].data_ptr() for name in layer.names]
-        name = next((names[weight] for weight in weights if weight in names), _owner(whole, place))
-        names.update(dict.fromkeys(weights, name))
-        groups.setdefault(name, []).append(place)
-    said = whole.recipe.overrides
-    return {
-        name: places
-        for name, places in groups.items()
-        if name in rows and not any(matches(pattern, name, rows[name].kind) for pattern in said)
-    }
-
-
 def bytes_of(layers: Mapping[str, StoredLayer]) -> int:
     """Return the bytes of the weights and scales of layers, shared ones once."""
     stored = [tensor for layer in layers.values() for name in layer.names for tensor in layer.stored(name)]
     return sum({t.data_ptr(): t.numel() * t.element_size() for t in stored if t is not None}.values())
-
-
-def _owner(whole: Layerwise, place: str) -> str:
-    """Return the name of the module whose weights stand in a place, as overrides know it."""
-    return place.removesuffix(CHILD).removesuffix(".") or type(whole.root).__name__
 
 
 def _in_scheme(
@@ -111,7 +87,7 @@ def _in_scheme(
 ) -> dict[str, dict[str, StoredLayer]]:
     """Return the layers by name, and by place, in another scheme: those that it is near enough to float for."""
     args, kwargs = whole.call()
-    names = frozenset(_owner(whole, place) for places in own.values() for place in places)
+    names = frozenset(owner_of(whole.root, place) for places in own.values() for place in places)
     try:
         made = quantize_layers(whole.root, args, kwargs, recipe=scheme, runtime=whole.plan.runtime, only=names).layers
     except QuantizationError:  # The runtime has none, or no layer is near enough.

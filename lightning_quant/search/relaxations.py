@@ -16,7 +16,7 @@ from torch import nn
 
 from lightning_quant.calls.calls import Call
 from lightning_quant.errors import QuantizationError
-from lightning_quant.graph.table import Selection, matches
+from lightning_quant.graph.table import Selection
 from lightning_quant.layers import class_for
 from lightning_quant.layers.placement import placed
 from lightning_quant.measure.own_statistics import error_of
@@ -25,6 +25,7 @@ from lightning_quant.numerics.exact import exact_arithmetic
 from lightning_quant.planned.layerwise import quantize_layers
 from lightning_quant.search.cheapest import Part, cheapest
 from lightning_quant.search.choice import FLOAT, HALF, OUT, STORED, WIDE, Choice
+from lightning_quant.search.places import places_of
 from lightning_quant.search.wide_weights import bytes_of_value, in_eight_bits
 from lightning_quant.simulate.prepared import Prepared
 from lightning_quant.surgery.routing import evaluation_mode
@@ -177,8 +178,8 @@ def relaxations(prepared: Prepared, calls: list[Call], *, by_time: bool = False)
             Part(users, is_weight, error(identities), left(identities) if is_weight else {})
             for identities, users, is_weight in tracked(rounded, "Ranking", "part")
         )
-        for name, layer in layers_beside(prepared).items():
-            with placed(prepared.root, {name: layer}):
+        for name, layers in layers_beside(prepared).items():
+            with placed(prepared.root, layers):
                 noise = error_of(exact, [prepared.root(*args, **kwargs) for args, kwargs in calls])
             parts += (Part(frozenset({name}), True, noise),)
     # In half the bytes, and converted for every call.
@@ -189,14 +190,15 @@ def relaxations(prepared: Prepared, calls: list[Call], *, by_time: bool = False)
     return Relaxations(parts, operators, _prices(prepared, able, halves, by_time=by_time), halves)
 
 
-def layers_beside(prepared: Prepared) -> dict[str, nn.Module]:
-    """Return the layers that have no integer form in graphs and are stored in integers, unless the user says so."""
-    said, modules = prepared.recipe.overrides, dict(prepared.root.named_modules())
-    return {
-        name: layer
-        for name, layer in prepared.stored_layers().items()
-        if not any(matches(pattern, name, type(modules.get(name)).__name__) for pattern in said)
-    }
+def layers_beside(prepared: Prepared) -> dict[str, dict[str, nn.Module]]:
+    """Return the layers without an integer form in graphs that are stored in integers, by name and then by place.
+
+    Those that the user spoke for are left out, and weights of the module itself, which no override of a plan names.
+    """
+    layers: dict[str, Any] = prepared.stored_layers()
+    places = places_of(prepared.root, layers, prepared.stored_plan(), prepared.recipe.overrides)
+    named = dict(prepared.root.named_modules())
+    return {name: {place: layers[place] for place in own} for name, own in places.items() if name in named}
 
 
 def names_in_integers(prepared: Prepared) -> tuple[str, ...]:

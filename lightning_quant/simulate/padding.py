@@ -85,16 +85,16 @@ class _Masks:
         )
 
     def _run(self, spec: CallSpec, tensors: list[Tensor]) -> Any:
-        """Run the module in float, past its hooks and unobserved."""
+        """Run the module in float, past its hooks, unobserved and unwatched."""
         prepared, simulation = self.prepared, self.prepared.simulation
-        control, means = prepared.control, simulation.input_means
-        prepared.control, simulation.input_means = Control(), None
+        control, means, watcher = prepared.control, simulation.input_means, simulation.watcher
+        prepared.control, simulation.input_means, simulation.watcher = Control(), None, None
         try:
             args, kwargs = rebuild_call(prepared.signature, spec.arguments(tensors))
             with torch.random.fork_rng(devices=[]):
                 return prepared.root.forward(*args, **kwargs)
         finally:
-            prepared.control, simulation.input_means = control, means
+            prepared.control, simulation.input_means, simulation.watcher = control, means, watcher
 
 
 def _has_both(tensor: Tensor) -> bool:

@@ -169,6 +169,51 @@ def test_training_through_rounding_is_searched_with_its_own_ranges(tmp_path: Pat
     assert len(search["trials"][-1]["kept"]) == max(len(trial["kept"]) for trial in search["trials"])
 
 
+class TakesLabels(nn.Module):
+    """Computes its loss itself, as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = ConvNet()
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        logits = self.net(x)
+        return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+class WrapsLabels(Spoiled):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = TakesLabels()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return self.net(batch[0], labels=batch[1])["loss"]
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.net(batch[0], labels=batch[1])["loss"])
+
+    def on_train_end(self) -> None:
+        """Stay as it is."""
+
+
+def test_layers_are_ranked_on_several_calls_of_training_without_labels(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+
+    def noted(whole: Any, calls: Any, **_: Any) -> None:
+        seen.extend(calls)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lightning_quant.search.candidates.rank_layers", noted)
+    monkeypatch.setattr("lightning_quant.search.choice.Trial.keeps", lambda *_, **__: False)
+    callback = ptq(tmp_path, recipe="int8_weight_only", limits={"val_loss": 0.1})
+    run(callback, WrapsLabels(), limit_val_batches=2)
+    assert [args[0].shape[0] for args, _ in seen] == [8, 8]
+    assert not seen[0][0][0].equal(seen[1][0][0])
+    assert not any(isinstance(value, Tensor) for _, kwargs in seen for value in kwargs.values())
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -1,4 +1,5 @@
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -6,7 +7,7 @@ import pytest
 import torch
 
 from lightning_quant.machine import latency
-from lightning_quant.machine.latency import Timing, measure
+from lightning_quant.machine.latency import ONE_THREAD, Timing, measure
 from lightning_quant.surgery.process import torch_threads
 
 
@@ -123,3 +124,8 @@ def test_threads_are_given_back_also_after_an_error() -> None:
 
 def test_timing_reads_well() -> None:
     assert str(Timing(12.3456, 11.9, 13.04, 9)) == "12.3 (11.9 to 13)"
+
+
+def test_what_a_call_waits_for_is_no_time_of_the_process() -> None:
+    timings = measure({"waits": lambda: time.sleep(0.01)}, min_rounds=2, max_rounds=2, clock=ONE_THREAD)
+    assert timings["waits"].median_ms < 5

@@ -64,7 +64,9 @@ def test_a_process_that_does_not_run_is_told(monkeypatch: pytest.MonkeyPatch) ->
     assert files._memory(nothing, nothing) == {"peak_memory_mb": None, "no_peak": "it does not run by itself"}
 
 
-def test_everything_in_float_is_a_file_that_computes_what_the_module_does(unmeasured: Any) -> None:
+def test_everything_in_float_is_a_file_that_computes_what_the_module_does(
+    unmeasured: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = [Call((torch.randn(8, 1, 8, 8),)) for _ in range(2)]
     whole = prepare(ConvNet().eval(), calls[0].args, trains=False)
     calibrate(whole, steps_of(whole, calls))
@@ -82,4 +84,10 @@ def test_everything_in_float_is_a_file_that_computes_what_the_module_does(unmeas
     assert made == [[]]
     assert files.measure(Choice()).transitions == 2
     # Two files are timed in turn.
-    assert 0 < files._time_ratio(choice, Choice()) < 100
+    first, second = files.times((choice, Choice()))
+    assert 0 < first / second < 100
+    with module._Opened(files) as opened:
+        opened.time_ratio(choice, Choice())
+        monkeypatch.setattr(module, "export", None)
+        # Both are there already.
+        assert 0 < opened.time_ratio(choice, Choice()) < 100

@@ -16,7 +16,8 @@ from lightning_quant.graph.table import Selection
 from lightning_quant.planned.layerwise import Layerwise, quantize_layers
 from lightning_quant.search.candidates import candidates
 from lightning_quant.search.choice import FLOAT, HALF, STORED, Choice
-from lightning_quant.search.layer_ranking import bytes_of, places_of, rank_layers
+from lightning_quant.search.layer_ranking import bytes_of, rank_layers
+from lightning_quant.search.places import places_of
 
 # Takes four bits wherever there is a form.
 FOUR_BITS = {"name": "int4_weight_only", "floor_db": -50.0}
@@ -62,7 +63,10 @@ def test_layers_that_share_a_weight_are_one_and_what_the_user_says_is_no_matter_
     model = Coarse(32)
     model.layers[1].weight = model.layers[0].weight
     whole = layerwise(model, {**FOUR_BITS, "overrides": {"layers.3": "int8_weight_only"}})
-    assert places_of(whole) == {"layers.0": ["layers.0", "layers.1"], "layers.2": ["layers.2"]}
+    assert places_of(whole.root, whole.layers, whole.plan, whole.recipe.overrides) == {
+        "layers.0": ["layers.0", "layers.1"],
+        "layers.2": ["layers.2"],
+    }
     found = rank_layers(whole, [Call((torch.randn(4, 32),))])
     # Not all of them would follow into float16.
     assert found.halves == {"layers.2"}
