@@ -288,4 +288,4 @@ def evaluate_artifact(
     if without_loss:
         for name in [name for name, value in values.items() if math.isnan(value)]:
             del values[name]
-    return values, counted.num_samples
+    return values, sum(callback.group.gather(counted.num_samples))

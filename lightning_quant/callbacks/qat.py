@@ -185,7 +185,8 @@ class QuantizationAwareTraining(QuantizationCallback):
         else:
             deployment = untrained(self, trainer, pl_module)
         if self.trains_rounded and self.settings.recipe.batch_norm_batches > 0:
-            deployment = reestimate(trainer, deployment, self.path, self.settings.recipe.batch_norm_batches)
+            number = self.settings.recipe.batch_norm_batches
+            deployment = reestimate(self.group, trainer, deployment, self.path, number)
         if self.settings.sensitivity:
             with noting(self.missing, "sensitivities are"):
                 deployment = replace(deployment, sensitivity=rank(trainer, deployment, self.path))

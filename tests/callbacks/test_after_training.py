@@ -8,6 +8,7 @@ import torch
 from lightning_models import equal_tensors, fit, seeded, tensors_of, validate_by_hand
 
 import lightning_quant as lq
+from lightning_quant.calibrate.distributed import Group
 from lightning_quant.callbacks import after_training
 
 
@@ -39,6 +40,23 @@ def test_an_artifact_with_other_statistics_is_compared_with_the_users_module(tmp
     assert "which are kept" not in note
     by_hand = validate_by_hand(lq.load(tmp_path / "a", threads=1), module.val_dataloader())
     assert rows["val_loss"]["artifact"] == pytest.approx(by_hand["val_loss"], abs=1e-5)
+
+
+def test_processes_have_the_mean_of_their_statistics_and_losses(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Any] = []
+    original = after_training.write_buffers
+    monkeypatch.setattr(after_training, "write_buffers", lambda root, new: (written.append(new), original(root, new)))
+    # As if the others had answered so that the mean is 7.
+    monkeypatch.setattr(Group, "mean", lambda self, tensor: torch.full_like(tensor, 7))
+    callback = lq.QuantizationAwareTraining({"batch_norm_batches": 2}, output_dir=tmp_path, evaluate=False, threads=1)
+    fit(seeded(), callback, max_epochs=1, default_root_dir=tmp_path)
+    assert callback.artifact is not None
+    (note,) = [note for note in callback.artifact.report["notes"] if "measured anew" in note]
+    assert "loss on others 7, with those of training 7" in note
+    assert all(bool((written[-1][name] == 7).all()) for name in written[-1])
+    assert written[-1]["bn1.running_var"].shape == (4,)
 
 
 @pytest.mark.parametrize(("worse", "number"), [(False, 2), (True, 16)])

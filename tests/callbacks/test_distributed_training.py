@@ -210,6 +210,7 @@ def test_metrics_are_those_of_all_validation_data_seen_once(name: str, callback:
     assert first["metrics"] == second["metrics"]
     assert first["metrics"]["val_accuracy"]["artifact"] == pytest.approx(by_hand["val_accuracy"], abs=1e-6)
     assert first["metrics"]["val_loss"]["artifact"] == pytest.approx(by_hand["val_loss"], abs=1e-5)
+    assert first["metrics"]["val_loss"]["num_samples"] == NUM_VALIDATION
     float_net = seeded(Uneven)
     float_net.load_state_dict(first["tensors"])
     float_values = validate_by_hand(float_net.net.eval(), loader)
