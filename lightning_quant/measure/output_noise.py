@@ -160,6 +160,7 @@ def measure_noise(root: nn.Module, artifact: Any, held: HeldOut) -> Noise:
     """
     pairs: list[tuple[list[Tensor], list[Tensor]]] = []
     names: list[str] = []
+    read: set[torch.Size] = set()
     for args, kwargs in held.calls:
         here = artifact(*args, **kwargs)
         with torch.random.fork_rng(devices=[]), evaluation_mode(root), without_fast_path():
@@ -169,8 +170,9 @@ def measure_noise(root: nn.Module, artifact: Any, held: HeldOut) -> Noise:
         if len(leaves[0]) != len(leaves[1]):
             raise QuantizationError(f"Expected {len(leaves[0])} tensors as of float, but got {len(leaves[1])}.")
         pairs.append(leaves)
+        read |= {tensor.shape for tensor in tensor_leaves((args, kwargs)) if tensor.is_floating_point()}
     outputs = [
-        _of_output(name, [floating[i] for floating, _ in pairs], [here[i] for _, here in pairs])
+        _of_output(name, [floating[i] for floating, _ in pairs], [here[i] for _, here in pairs], read)
         for i, name in enumerate(names)
     ]
     return Noise(tuple(outputs), held.base)
@@ -190,7 +192,7 @@ def drawn_outputs(root: nn.Module, call: Call) -> list[str]:
     return [name for name, first, second in named if first.shape != second.shape or not torch.equal(first, second)]
 
 
-def _of_output(name: str, floating: list[Tensor], here: list[Tensor]) -> OutputNoise:
+def _of_output(name: str, floating: list[Tensor], here: list[Tensor], read: set[torch.Size]) -> OutputNoise:
     kept = [(a.cpu(), b.cpu()) for a, b in zip(floating, here, strict=True) if a.shape == b.shape and a.numel()]
     if not kept:
         sizes = f"{tuple(floating[0].shape)} and {tuple(here[0].shape)}"
@@ -207,7 +209,10 @@ def _of_output(name: str, floating: list[Tensor], here: list[Tensor]) -> OutputN
     if axis is None or any(a.shape[axis] != kept[0][0].shape[axis] for a, _ in kept):
         return OutputNoise(name, db, remark=remark)
     channel, channel_db = _worst_channel(kept, axis)
-    return OutputNoise(name, db, axis, channel, channel_db, _equal_predictions(kept, axis), remark)
+    # An image or a series of an input's sizes is that input again, changed or cleaned, and holds no scores.
+    is_image = floating[0].dim() > 2 and floating[0].shape in read
+    equal = None if is_image else _equal_predictions(kept, axis)
+    return OutputNoise(name, db, axis, channel, channel_db, equal, remark)
 
 
 def channel_axis(output: Tensor) -> int | None:

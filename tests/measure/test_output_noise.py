@@ -195,3 +195,11 @@ def test_outputs_of_random_numbers_are_named() -> None:
     assert drawn_outputs(Answering(sampled), Call((X,))) == ["sample"]
     assert torch.equal(torch.random.get_rng_state(), before)
     assert drawn_outputs(Answering(lambda x: torch.where(x > 0, x, torch.nan)), Call((X,))) == []
+
+
+def test_images_of_the_sizes_of_an_input_are_no_predictions() -> None:
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    (again,) = noise(lambda x: 2 * x, lambda x: 2 * x + 0.5, images).outputs
+    (scores,) = noise(lambda x: x[..., 1:], lambda x: x[..., 1:], images).outputs
+    assert again.equal is None
+    assert scores.equal == 1.0
