@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lightning_quant.calls.signature import tensor_leaves
 from lightning_quant.graph.named_edges import EdgeQuantizer, edge_of
 from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.surgery.process import graphs_unprinted
 from lightning_quant.surgery.routing import as_exported
 
 
@@ -44,7 +45,7 @@ def _show(model: PlannedModel, converted: nn.Module, identities: set[str], expec
 def _results(model: PlannedModel, converted: nn.Module) -> list[Tensor] | None:
     args, kwargs = model.call()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported(), graphs_unprinted():
             return tensor_leaves(converted(*args, **kwargs))
     except Exception:  # whatever a user's forward raises on values that it did not expect
         return None

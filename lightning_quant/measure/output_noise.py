@@ -211,8 +211,8 @@ def _of_output(name: str, floating: list[Tensor], here: list[Tensor], read: set[
     channel, channel_db = _worst_channel(kept, axis)
     # An image or a series of an input's sizes is that input again, changed or cleaned, and holds no scores.
     is_image = floating[0].dim() > 2 and floating[0].shape in read
-    equal = None if is_image else _equal_predictions(kept, axis)
-    return OutputNoise(name, db, axis, channel, channel_db, equal, remark)
+    predicted = None if is_image else _equal_predictions(kept, axis)
+    return OutputNoise(name, db, axis, channel, channel_db, predicted, remark)
 
 
 def channel_axis(output: Tensor) -> int | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_quant.errors import ExportError
 from lightning_quant.planned.planned_model import PlannedModel
+from lightning_quant.surgery.process import graphs_unprinted
 from lightning_quant.surgery.routing import as_exported
 
 # Where a module has what it shows as an attribute beside the plain ones.
@@ -54,7 +55,7 @@ def _following(module: nn.Module, captured: PlannedModel) -> dict[tuple[str, str
 
     def after(number: int) -> dict[tuple[str, str], Any]:
         args, kwargs = captured.call(batch.cut(captured.spec.names, captured.tensors, 0, number))
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported():
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), as_exported(), graphs_unprinted():
             try:
                 module(*args, **kwargs)
             # Whatever a graph raises that is right for the captured number of samples alone.

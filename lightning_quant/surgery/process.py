@@ -4,9 +4,10 @@ Several threads may be inside at once. Each that saved what another had set, and
 ours behind; so the first to come remembers the process's own, and the last to go restores it.
 """
 
+import io
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -94,3 +95,10 @@ def _leave(setting: str) -> Any:
         _HELD[setting] = holders - 1, before
         return None
     return before
+
+
+@contextmanager
+def graphs_unprinted() -> Iterator[None]:
+    """Keep graphs of `torch.fx` from printing the errors that they raise, where these are handled."""
+    with alone(), redirect_stderr(io.StringIO()):
+        yield
