@@ -5,8 +5,11 @@ estimated by leaving one block of batches out after the other, which holds for m
 means, F1 or an area under a curve say.
 
 Source: B. Efron and C. Stein, "The jackknife estimate of variance", Annals of Statistics 9 (1981), equation 1.1, on
-differences of the same statistic. Where few samples differ that spread says too little, and the interval is at least as
-wide as that of the share of samples that do: C. J. Clopper and E. S. Pearson, "The use of confidence or fiducial limits
+differences of the same statistic. Where all blocks differ, but a few much more than others, the interval is that of a
+gamma distribution with one such block more, exact for a count of equal ones: M. P. Fay and E. J. Feuer, "Confidence
+intervals for directly standardized rates", Statistics in Medicine 16 (1997), with a block of the size that the third
+moment tells for the largest. Where few samples differ the spread says too little, and the interval is at least as wide
+as that of the share of samples that do: C. J. Clopper and E. S. Pearson, "The use of confidence or fiducial limits
 illustrated in the case of the binomial", Biometrika 26 (1934). Where none does, that is about 3 by their number.
 """
 
@@ -18,6 +21,8 @@ from statistics import fmean
 CONFIDENCE = 0.95
 # Fewer blocks than these say little of their spread; more than the others cost time and add nothing.
 MIN_BLOCKS, MAX_BLOCKS = 5, 64
+# Degrees of freedom with which Student's distribution is the normal one, and skewness with which a gamma one is.
+_MANY, _NO_SKEWNESS = 10**6, 1e-3
 # Share of a sample that a value may be off for what floats round.
 _TOLERANCE = 1e-4
 
@@ -79,7 +84,7 @@ class Difference:
         return (-self.value if higher_is_better else self.value) + self._margin(confidence)
 
     def _margin(self, confidence: float) -> float:
-        degrees = self.degrees or 10**6
+        degrees = self.degrees or _MANY
         wider = student_quantile(confidence, degrees) / student_quantile(CONFIDENCE, degrees)
         return max((self.margin or 0.0) * wider, unseen(self.differing, self.samples, confidence) * self.span)
 
@@ -150,7 +155,8 @@ def difference(
     if not all(map(math.isfinite, left_out)):
         return Difference(value, why="the metric is not defined without some of the batches")
     mean = fmean(left_out)
-    variance = (number - 1) / number * math.fsum((x - mean) ** 2 for x in left_out)
+    influences = [(number - 1) / number * (mean - x) for x in left_out]
+    variance = number / (number - 1) * math.fsum(x**2 for x in influences)
     margin = student_quantile(CONFIDENCE, number - 1) * math.sqrt(variance)
     pairs = [(parts.of(block), float_parts.of(block)) for block in blocks]
     # Of a block in which it is not defined, one without a positive sample say, nothing is known to differ.
@@ -160,11 +166,30 @@ def difference(
     steps = [samples * one.step() for one in (parts, float_parts) if one.step is not None]
     span = max([1.0, abs(quantized), abs(floating), *steps])
     if 2 * differing > number:
+        margin = max(margin, skewed_margin(influences)) if variance else margin
         return Difference(value, margin, "", number - 1, samples, samples, span)
     # Several of a block may differ.
     differing = max(differing, math.ceil(abs(value) / span * samples - _TOLERANCE))
     margin = max(margin, unseen(differing, samples) * span)
     return Difference(value, margin, "", number - 1, samples, differing, span)
+
+
+def skewed_margin(influences: Sequence[float]) -> float:
+    """Return how far a statistic may be off by chance, with `CONFIDENCE` to one side, where a few blocks decide.
+
+    Without skewness it is that of Student's distribution.
+
+    Args:
+        influences: of each block on it, less their mean, not all zero; three at least.
+    """
+    number = len(influences)
+    variance = number / (number - 1) * math.fsum(x**2 for x in influences)
+    third = number**2 / ((number - 1) * (number - 2)) * abs(math.fsum(x**3 for x in influences))
+    # Of a count of equal ones, one of them.
+    jump = third / variance
+    spread = math.sqrt(variance + jump**2)
+    of_few = student_quantile(CONFIDENCE, number - 1) / student_quantile(CONFIDENCE, _MANY)
+    return jump + of_few * gamma_quantile(CONFIDENCE, 2 * (third + jump**3) / spread**3) * spread
 
 
 def differences(quantized: Metrics, floating: Metrics) -> dict[str, Difference]:
@@ -182,3 +207,13 @@ def student_quantile(share: float, degrees: int) -> float:
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, share))
+
+
+def gamma_quantile(share: float, skewness: float) -> float:
+    """Return the quantile of a gamma distribution of mean 0 and variance 1; with little skewness it is normal's."""
+    from scipy.special import gammaincinv, ndtri
+
+    if skewness < _NO_SKEWNESS:
+        return float(ndtri(share))
+    shape = 4 / skewness**2
+    return float(gammaincinv(shape, share) - shape) / math.sqrt(shape)

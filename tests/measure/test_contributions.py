@@ -3,7 +3,14 @@ import math
 import pytest
 import torch
 
-from lightning_quant.measure.contributions import difference, of_means, of_samples, student_quantile
+from lightning_quant.measure.contributions import (
+    difference,
+    gamma_quantile,
+    of_means,
+    of_samples,
+    skewed_margin,
+    student_quantile,
+)
 
 
 @pytest.mark.parametrize(
@@ -15,7 +22,8 @@ def test_quantiles_are_those_of_tables(degrees: int, expected: float) -> None:
 
 def test_the_margin_of_a_mean_is_that_of_the_paired_test() -> None:
     torch.manual_seed(0)
-    x, noise = torch.randn(40).double(), 0.1 * torch.randn(40).double()
+    x, half = torch.randn(40).double(), 0.1 * torch.randn(20).double()
+    noise = torch.cat([half, -half]) + 0.01
     found = difference(
         float((x + noise).mean()), float(x.mean()), of_samples((x + noise).tolist()), of_samples(x.tolist())
     )
@@ -70,3 +78,30 @@ def test_files_that_would_be_worse_are_seldom_taken_for_good_when_few_samples_di
         )
         wrong += found.worst(higher_is_better=True) <= allowed
     assert wrong / 400 <= 0.05
+
+
+def test_quantiles_of_gamma_distributions_are_those_of_tables() -> None:
+    # Of two times the sum of four exponentials, chi squared with eight degrees: 15.507.
+    assert gamma_quantile(0.95, 2 / math.sqrt(4)) == pytest.approx((15.507 / 2 - 4) / 2, abs=1e-3)
+    assert gamma_quantile(0.95, 0.0) == pytest.approx(1.6449, abs=1e-4)
+    assert gamma_quantile(0.95, 2e-3) == pytest.approx(gamma_quantile(0.95, 0.0), abs=1e-3)
+
+
+@pytest.mark.parametrize(("counted", "bound"), [(1, 4.744), (3, 7.754), (10, 16.962)])
+def test_where_a_few_blocks_decide_the_bound_is_that_of_their_count(counted: int, bound: float) -> None:
+    # Of very many blocks; bounds of Poisson's distribution by tables.
+    blocks = [1.0] * counted + [0.0] * (20_000 - counted)
+    mean = counted / 20_000
+    assert counted + skewed_margin([x - mean for x in blocks]) == pytest.approx(bound, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_sums_that_few_samples_make_worse_are_seldom_taken_for_good() -> None:
+    generator, wrong, share, number = torch.Generator().manual_seed(0), 0, 0.005, 400
+    for _ in range(number):
+        # A large error of one sample in two hundred, and another small one in all.
+        lost = (torch.rand(2048, generator=generator) < share).double() + 1e-3 * torch.rand(2048, generator=generator)
+        blocks = of_means(lost.view(64, 32).mean(1).tolist(), [32.0] * 64)
+        found = difference(float(lost.mean()), 0.0, blocks, of_means([0.0] * 64, [32.0] * 64))
+        wrong += found.worst(higher_is_better=False) <= 0.98 * (share + 5e-4)
+    assert wrong / number <= 0.05
