@@ -1,5 +1,6 @@
 """What quantization-aware training takes."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -58,8 +59,8 @@ def needed_limits(given: Any, evaluate: bool) -> Limits:
     Raises:
         QuantizationError: they are not on metrics, or there is nothing to measure metrics by.
     """
-    limits = limits_from(given)
-    if limits != Limits(
+    limits = limits_from(given) if given is None or isinstance(given, Limits | Mapping) else None
+    if limits is None or limits != Limits(
         limits.max_drop, higher_is_better=limits.higher_is_better, lower_is_better=limits.lower_is_better
     ):
         raise QuantizationError(

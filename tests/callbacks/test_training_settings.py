@@ -13,7 +13,8 @@ from lightning_quant.report.limits import NO_LIMITS
         ({"only_if_needed": {"size_ratio": 0.5}}, "limits on metrics alone"),
         ({"only_if_needed": {"max_accuracy_drop": 0.1}}, "limits on metrics alone"),
         ({"only_if_needed": {"val_acc": -0.1}, "evaluate": False}, "evaluate=False"),
-        ({"only_if_needed": -0.1}, "`limits` to be a dict"),
+        ({"only_if_needed": -0.1}, "`only_if_needed` to be limits on metrics alone"),
+        ({"only_if_needed": True}, "`only_if_needed` to be limits on metrics alone"),
         ({"recipe": "int8_dynamic"}, "one for training"),
     ],
 )
