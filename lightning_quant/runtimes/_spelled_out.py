@@ -28,7 +28,7 @@ class SpelledOut(TorchFunctionMode):
 
 
 class BagsSpelledOut(TorchFunctionMode):
-    """Writes sums and means of bags of flat indices without the loop that PyTorch's exporter writes for them."""
+    """Reduces bags of flat indices without the loop that PyTorch's exporter writes for them."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -50,8 +50,8 @@ def _embedding_bag(
     padding_idx: int | None = None,
     **kwargs: Any,
 ) -> Tensor | None:
-    """Reduce bags of flat indices as `F.embedding_bag` does; None for maxima and indices in two dimensions."""
-    if args or offsets is None or input.dim() != 1 or mode == "max" or kwargs.get("max_norm") is not None:
+    """Reduce bags of flat indices as `F.embedding_bag` does; None for indices in two dimensions."""
+    if args or offsets is None or input.dim() != 1 or kwargs.get("max_norm") is not None:
         return None
     starts = offsets[:-1] if include_last_offset else offsets
     begun = starts.new_zeros(input.shape[0] + 1).index_add(0, starts, torch.ones_like(starts))
@@ -60,6 +60,12 @@ def _embedding_bag(
     counted = torch.ones_like(rows[:, 0])
     if padding_idx is not None:
         counted = (input != padding_idx % weight.shape[0]).to(rows.dtype)
+    if mode == "max":
+        lowest = torch.finfo(rows.dtype).min
+        rows = torch.where(counted.unsqueeze(1) > 0, rows, lowest)
+        most = rows.new_full((starts.shape[0], rows.shape[1]), lowest)
+        most = most.scatter_reduce(0, bag.unsqueeze(1).expand_as(rows), rows, "amax")
+        return torch.where(most == lowest, 0, most)
     factors = counted if per_sample_weights is None else counted * per_sample_weights
     total = rows.new_zeros(starts.shape[0], rows.shape[1]).index_add(0, bag, rows * factors.unsqueeze(1))
     if mode == "sum":

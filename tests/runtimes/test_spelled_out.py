@@ -109,7 +109,10 @@ def test_graph_networks_are_exported(tmp_path: Path) -> None:
         torch.testing.assert_close(lq.load(artifact.path)(*call), model(*call), atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("options", [{}, {"padding_idx": -3}, {"include_last_offset": True}, {"mode": "max"}])
+MOST = {"mode": "max", "padding_idx": 3}
+
+
+@pytest.mark.parametrize("options", [{}, {"padding_idx": -3}, {"include_last_offset": True}, {"mode": "max"}, MOST])
 @pytest.mark.parametrize("mode", ["sum", "mean"])
 def test_bags_of_flat_indices(mode: str, options: dict[str, Any]) -> None:
     table, indices, offsets = torch.randn(20, 6).double(), torch.randint(0, 20, (15,)), torch.tensor([0, 3, 3, 9, 15])
@@ -119,12 +122,19 @@ def test_bags_of_flat_indices(mode: str, options: dict[str, Any]) -> None:
     torch.testing.assert_close(actual, F.embedding_bag(indices, table, offsets, **how))
 
 
-@pytest.mark.parametrize("recipe", ["int8_weight_only", pytest.param("int8", marks=pytest.mark.slow)])
-def test_openvino_takes_bags_of_flat_indices(recipe: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("recipe", "mode"),
+    [
+        ("int8_weight_only", "sum"),
+        pytest.param("int8_weight_only", "max", marks=pytest.mark.slow),
+        pytest.param("int8", "sum", marks=pytest.mark.slow),
+    ],
+)
+def test_openvino_takes_bags_of_flat_indices(recipe: str, mode: str, tmp_path: Path) -> None:
     class Bags(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.bag, self.head = nn.EmbeddingBag(100, 16, mode="sum", padding_idx=0), nn.Linear(16, 8)
+            self.bag, self.head = nn.EmbeddingBag(100, 16, mode=mode, padding_idx=0), nn.Linear(16, 8)
 
         def forward(self, indices: Tensor, offsets: Tensor) -> Tensor:
             return self.head(self.bag(indices, offsets))
