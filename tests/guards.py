@@ -678,6 +678,13 @@ GUARDS = (
         "callbacks/test_after_training.py -k compared_with_the_users_module",
     ),
     Guard(
+        "statistics measured anew are the mean over processes",
+        "callbacks/after_training.py",
+        "    measured = {name: group.mean(value.float()).to(value.dtype) for name, value in measured.items()}\n",
+        "",
+        "callbacks/test_after_training.py -k mean_of_their",
+    ),
+    Guard(
         "what ends before rounding is calibrated",
         "callbacks/untrained.py",
         "    if callback.group.size == 1:\n",
