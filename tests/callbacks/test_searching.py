@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_quant import PostTrainingQuantization, QuantizationAwareTraining
 from lightning_quant.callbacks import searching
+from lightning_quant.callbacks.deployment import Deployment
 from lightning_quant.measure.evaluate import evaluate
 
 pytestmark = [
@@ -152,7 +153,8 @@ def test_a_validation_that_depends_on_its_order_is_not_cut_short(metric: str) ->
     floating = evaluate(trainer, model, "net", contributions=True)
     settings = SimpleNamespace(limit_eval_batches=None)
     callback: Any = SimpleNamespace(group=SimpleNamespace(size=1), settings=settings, path="net")
-    order = searching._order(callback, trainer, SimpleNamespace(pl_module=model), floating, [metric])  # type: ignore[arg-type]
+    planned: Any = SimpleNamespace(root=model.net)
+    order = searching._order(callback, trainer, Deployment(model, planned, None, ()), floating, [metric])
     assert bool(order) == (metric == "val_accuracy")
 
 
