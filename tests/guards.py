@@ -34,6 +34,27 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "what training and validation both call is quantized",
+        "callbacks/captured.py",
+        "            captured, exported = part, exported_call(trainer, pl_module, settings, part, fills=together)\n",
+        "            pass\n",
+        "callbacks/test_captured.py -k part_that_validation_calls",
+    ),
+    Guard(
+        "files that cannot be tried against limits cost no artifact",
+        "callbacks/only_if_needed.py",
+        "    except Exception as error:\n        warn(",
+        "    except ZeroDivisionError as error:\n        warn(",
+        "callbacks/test_only_if_needed.py -k past_the_network",
+    ),
+    Guard(
+        "validation past the module says nothing of its simulation",
+        "callbacks/finish.py",
+        "    if not bypassed:\n",
+        "    if True:\n",
+        "callbacks/test_only_if_needed.py -k past_the_network",
+    ),
+    Guard(
         "recurrences that stay float take any length",
         "runtimes/_onnx_export.py",
         " as fixed, recurrences_whole(), SpelledOut():",

@@ -1,16 +1,21 @@
 """What fit start sees of the module: the call that training makes, what is beside it, and what is exported."""
 
-from dataclasses import dataclass
+import contextlib
+from dataclasses import dataclass, replace
 
 from lightning.pytorch import LightningModule, Trainer
 
+from lightning_quant.callbacks.evaluation_call import part_that_validation_calls
 from lightning_quant.callbacks.exported_call import ExportedCall, exported_call
 from lightning_quant.callbacks.observe_step import Step, observe_step
 from lightning_quant.callbacks.training_data import capture_call
 from lightning_quant.capture.capture import Capture
 from lightning_quant.doors.settings import CallbackSettings
+from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import has_weights
 from lightning_quant.layers import may_have_layers
+
+_FINDING = "`training_step` calls {0!r}, and `validation_step` goes past that: {1!r}, which both reach, is quantized"
 
 
 @dataclass(frozen=True)
@@ -40,8 +45,17 @@ def look_at_module(
         together: whether several independent modules are parts of one, inside the user's own.
     """
     is_wanted = has_weights if settings.recipe.needs_calibration else may_have_layers(pl_module)
-    captured = capture_call(trainer, pl_module, settings.module, settings.example, is_wanted, together=together)
+    path, findings = settings.module, tuple[str, ...]()
+    captured = capture_call(trainer, pl_module, path, settings.example, is_wanted, together=together)
+    exported = exported_call(trainer, pl_module, settings, captured, fills=together)
+    if path is None and settings.example != "example_input_array" and not captured.parts and exported.evaluated is None:
+        path = part_that_validation_calls(trainer, pl_module, captured.path, is_wanted)
+    if path != settings.module:
+        with contextlib.suppress(CaptureError):
+            part = capture_call(trainer, pl_module, path, settings.example, is_wanted)
+            findings = (_FINDING.format(captured.path or "its own forward", part.path),)
+            captured, exported = part, exported_call(trainer, pl_module, settings, part, fills=together)
     step = None
     if settings.example != "example_input_array" and captured.path:
         step = observe_step(trainer, pl_module, captured.path)
-    return Captured(captured, step, exported_call(trainer, pl_module, settings, captured, fills=together))
+    return Captured(captured, step, replace(exported, findings=(*findings, *exported.findings)))

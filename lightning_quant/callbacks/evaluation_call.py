@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -39,6 +39,36 @@ def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> 
             # A validation that does not run here, on a copy and before its time, tells nothing; the loop itself will.
             except Exception:
                 return None
+    return None
+
+
+def part_that_validation_calls(
+    trainer: Trainer, pl_module: LightningModule, path: str, is_wanted: Callable[[nn.Module], bool]
+) -> str | None:
+    """Return the name of the module inside another, with all its weights, that `validation_step` calls past that.
+
+    Args:
+        trainer: at fit start.
+        pl_module: its module.
+        path: of the module that training calls.
+        is_wanted: tells whether there are layers to quantize at or under a module.
+
+    Returns:
+        None where there is no validation, none that can be rehearsed, or none that calls one such module.
+    """
+    if not trainer.enable_validation:
+        return None
+    with rehearsed(trainer, pl_module, "validation") as duplicate:
+        for batch in batches(trainer, pl_module, 1, "validation"):
+            try:
+                with trainer.precision_plugin.val_step_context():
+                    step = functools.partial(run_validation, duplicate, batch)
+                    name = capture(duplicate, step, is_wanted=is_wanted).path
+            # As above.
+            except Exception:
+                return None
+            outer = {id(p) for p in resolve(pl_module, path).parameters() if p.dim() > 1}
+            return name if outer == {id(p) for p in resolve(pl_module, name).parameters() if p.dim() > 1} else None
     return None
 
 

@@ -24,7 +24,7 @@ from lightning_quant.callbacks.held_out import held_out
 from lightning_quant.callbacks.monitor import QuantizationMonitor
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.calls.calls import Call
-from lightning_quant.errors import DiskError
+from lightning_quant.errors import DiskError, EvaluationError
 from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
 from lightning_quant.machine.timed import timed
@@ -78,7 +78,7 @@ def _measure(
         with timed(callback.seconds, "evaluate"):
             metrics, by_chance = _metrics(callback, trainer, deployment, own, calls, predictions)
             notes += by_chance
-            if metrics and deployment.sensitivity is not None:
+            if any(row.artifact is not None for row in metrics) and deployment.sensitivity is not None:
                 gains: dict[str, float] = {}
                 with noting(callback.missing, "what metrics gain by sensitivity's advice is"):
                     gains = _gains(callback, trainer, deployment, deployment.sensitivity)
@@ -194,14 +194,20 @@ def _metrics(
         predictions.take_float(known.predictions)
     if not float_values:
         return (), ()
-    with attempt("the metrics of the simulation are"), model.attached("frozen"):
-        simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
-    exported, number = Metrics(), None
+    exported, number, bypassed = Metrics(), None, False
     with attempt("the metrics of the artifact are"):
         files = {} if known is None else known.files
         how = {"predictions": predictions, "contributions": known is not None}
-        measured = files.get(own.model_digest) or evaluate_artifact(callback, trainer, deployment, own, **how)
+        try:
+            measured = files.get(own.model_digest) or evaluate_artifact(callback, trainer, deployment, own, **how)
+        except EvaluationError:
+            # Past the module, and so past the simulation.
+            bypassed = True
+            raise
         exported, number = files[own.model_digest] = measured
+    if not bypassed:
+        with attempt("the metrics of the simulation are"), model.attached("frozen"):
+            simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
     before = callback.metrics_before
     margins: dict[str, float | None] = {}
     with attempt("the intervals of metrics are"):

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -124,8 +125,8 @@ class Need:
         rank_zero_info(f"QuantizationAwareTraining: {forecast(self.gaps)}.")
         if self.gaps[-1] > 0:
             return
-        tried = tried_with_ranges(callback, trainer, pl_module, self)
-        if tried.keeps:
+        tried = _attempted("the file", tried_with_ranges, callback, trainer, pl_module, self)
+        if tried is not None and tried.keeps:
             rank_zero_info(f"QuantizationAwareTraining: the file keeps the limits ({tried}), so training ends.")
             trainer.should_stop = True
 
@@ -139,11 +140,8 @@ class Need:
         self.looks, self.gaps = state["looks"], list(state["gaps"])
 
     def _try(self, callback: "QuantizationAwareTraining", trainer: Trainer, pl_module: LightningModule) -> None:
-        try:
-            tried = tried_after_training(callback, trainer, pl_module, self)
-        # Whatever fails in a trial costs no training: it goes on as if the limits were missed.
-        except Exception as error:
-            warn(f"QuantizationAwareTraining: quantization without training could not be tried: {error!r}")
+        tried = _attempted("quantization without training", tried_after_training, callback, trainer, pl_module, self)
+        if tried is None:
             self.needed = True
             self.before = Metrics({name: float(value) for name, value in trainer.callback_metrics.items()})
             return
@@ -194,10 +192,14 @@ def without_rounding(
     """Return the weights at the end, quantized without training; those of the earlier trial where they miss a limit."""
     chosen = choose_weights(callback, trainer, pl_module, with_ranges=False)
     model = calibrated(callback, trainer, chosen.pl_module)
-    last = _measure(callback, trainer, dataclasses.replace(chosen, model=model), need)
-    kept, note = last, f"nothing was trained through rounding, since it is not needed: {last}"
-    if not last.keeps and need.tried is not None:
-        kept = need.tried
+    chosen = dataclasses.replace(chosen, model=model)
+    last = _attempted("the file of the last weights", _measure, callback, trainer, chosen, need)
+    tried = [one for one in (last, need.tried) if one is not None]
+    if not tried:
+        return chosen
+    kept = next((one for one in tried if one.keeps), tried[0])
+    note = f"nothing was trained through rounding, since it is not needed: {kept}"
+    if kept is not last:
         note = f"weights are those of an earlier step, whose file keeps the limits: {kept}; of the last: {last}"
     return dataclasses.replace(kept.deployment, notes=(*kept.deployment.notes, note))
 
@@ -206,12 +208,16 @@ def better_weights(
     callback: "QuantizationAwareTraining", trainer: Trainer, pl_module: LightningModule, last: Deployment, need: Need
 ) -> Deployment:
     """Return the last weights, the best, or those of before rounding, whichever file keeps the limits better."""
-    tried = [_measure(callback, trainer, last, need)]
+    of_last = _attempted("the file of the last weights", _measure, callback, trainer, last, need)
+    if of_last is None:
+        return last
+    tried = [of_last]
     prepared = callback.require_prepared()
     state = copy.deepcopy(prepared.state_dict())
     best = choose_weights(callback, trainer, pl_module, with_ranges=True, weights="best")
     if any(note.startswith("weights are the best ones") for note in best.notes):
-        tried.append(_measure(callback, trainer, best, need))
+        of_best = _attempted("the file of the best weights", _measure, callback, trainer, best, need)
+        tried += [] if of_best is None else [of_best]
     if (first := need.tried) is not None:
         untrained = dataclasses.replace(first.deployment, notes=(WITHOUT_TRAINING,))
         tried.append(dataclasses.replace(first, deployment=untrained))
@@ -224,6 +230,15 @@ def better_weights(
     )
     save_beside(callback.last_folder, scored.to_dict(), anew=not callback.settings.searches)
     return dataclasses.replace(kept.deployment, scored=scored)
+
+
+def _attempted(what: str, measure: Callable[..., Tried], *args: Any) -> Tried | None:
+    """Return what comes of a trial; None where it fails, whatever that is: it costs neither training nor artifact."""
+    try:
+        return measure(*args)
+    except Exception as error:
+        warn(f"QuantizationAwareTraining: {what} could not be tried: {error!r}")
+        return None
 
 
 def _measure(callback: "QuantizationAwareTraining", trainer: Trainer, deployment: Deployment, need: Need) -> Tried:

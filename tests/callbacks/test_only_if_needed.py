@@ -171,6 +171,23 @@ def test_a_trial_that_fails_costs_nothing(tmp_path: Path, monkeypatch: pytest.Mo
     assert callback.artifact is not None
 
 
+class PastTheNetwork(Linears):
+    """Validates layers of the network, and not the network."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        output = self.net[3](self.net[1](batch[0].flatten(1)).relu())
+        self.log("val_loss", torch.nn.functional.cross_entropy(output, batch[1]))
+
+
+def test_validation_past_the_network_costs_metrics_and_no_artifact(tmp_path: Path) -> None:
+    callback, _ = training(tmp_path, 10.0)
+    with pytest.warns(Warning, match="the file of the last weights could not be tried"):
+        fit(seeded(PastTheNetwork), callback, max_epochs=3)
+    (row,) = callback.artifact.report["metrics"]
+    assert row["float_value"] is not None
+    assert (row["simulated"], row["artifact"]) == (None, None)
+
+
 def test_a_resumed_run_knows_what_was_decided(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     callback, _ = training(tmp_path / "1", 10.0)
     trainer = fit(seeded(Linears), callback, max_epochs=3)
