@@ -15,7 +15,7 @@ from lightning_quant.errors import CaptureError
 from lightning_quant.graph.analyze import has_weights
 from lightning_quant.layers import may_have_layers
 
-_FINDING = "`training_step` calls {0!r}, and `validation_step` goes past that: {1!r}, which both reach, is quantized"
+_FINDING = "`training_step` calls {}, and `validation_step` goes past that: {!r}, which both reach, is quantized"
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def look_at_module(
     if path != settings.module:
         with contextlib.suppress(CaptureError):
             part = capture_call(trainer, pl_module, path, settings.example, is_wanted)
-            findings = (_FINDING.format(captured.path or "its own forward", part.path),)
+            findings = (_FINDING.format(repr(captured.path) if captured.path else "its own forward", part.path),)
             captured, exported = part, exported_call(trainer, pl_module, settings, part, fills=together)
     step = None
     if settings.example != "example_input_array" and captured.path:
