@@ -49,10 +49,10 @@ GUARDS = (
     ),
     Guard(
         "validation past the module says nothing of its simulation",
-        "callbacks/finish.py",
+        "callbacks/file_metrics.py",
         "    if not bypassed:\n",
         "    if True:\n",
-        "callbacks/test_only_if_needed.py -k past_the_network",
+        "callbacks/test_file_metrics.py",
     ),
     Guard(
         "recurrences that stay float take any length",

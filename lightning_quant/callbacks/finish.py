@@ -2,8 +2,6 @@
 
 import contextlib
 import functools
-import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,23 +18,22 @@ from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.by_chance import in_words
 from lightning_quant.callbacks.deployment import Deployment
 from lightning_quant.callbacks.directions import watched
+from lightning_quant.callbacks.file_metrics import metrics_of_file
 from lightning_quant.callbacks.held_out import held_out
 from lightning_quant.callbacks.monitor import QuantizationMonitor
 from lightning_quant.callbacks.publish import publish
 from lightning_quant.calls.calls import Call
-from lightning_quant.errors import DiskError, EvaluationError
+from lightning_quant.errors import DiskError
 from lightning_quant.export.engines import AUTO
 from lightning_quant.export.export import export
 from lightning_quant.machine.timed import timed
 from lightning_quant.measure.attempts import noting
 from lightning_quant.measure.changed_predictions import Predictions, alone
 from lightning_quant.measure.contributions import Metrics, differences
-from lightning_quant.measure.evaluate import CountedCalls, evaluate, weighted_layers, why_no_metrics
-from lightning_quant.measure.interim import Interim
+from lightning_quant.measure.evaluate import evaluate, why_no_metrics
 from lightning_quant.measure.rounded_parts import all_but
 from lightning_quant.measure.sensitivity import Sensitivity
 from lightning_quant.measure.thumbnails import tokenizer_of
-from lightning_quant.planned.parts import in_parts
 from lightning_quant.planned.planned_model import PlannedModel
 from lightning_quant.planned.sizes import notes_of_sizes
 from lightning_quant.report.make_report import make_report, with_section
@@ -44,7 +41,6 @@ from lightning_quant.report.metrics import MetricRow
 from lightning_quant.report.page import to_html
 from lightning_quant.report.report import Report
 from lightning_quant.simulate.prepared import Prepared
-from lightning_quant.surgery.routing import clone, resolve
 
 
 def finish(callback: QuantizationCallback, trainer: Trainer, deployment: Deployment) -> Artifact:
@@ -181,33 +177,19 @@ def _metrics(
     predictions: Predictions,
 ) -> tuple[tuple[MetricRow, ...], tuple[str, ...]]:
     """Return metrics and what to know of them; append a call of validation to `calls`, and note what is predicted."""
-    pl_module, model, path = deployment.pl_module, deployment.model, callback.path
-    limit = callback.settings.limit_eval_batches
-    group, known, float_values, simulated = callback.group, deployment.known, Metrics(), Metrics()
+    group, known, float_values = callback.group, deployment.known, Metrics()
     attempt = functools.partial(noting, callback.missing, alone=group.size == 1)
     if known is None:
-        how: dict[str, Any] = {"limit_batches": limit, "group": group, "watch": predictions.of_float}
+        how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "group": group}
+        how |= {"watch": predictions.of_float, "recorded": calls}
         with attempt("the metrics of validation are"), deployment.as_trained():
-            float_values = evaluate(trainer, pl_module, path, recorded=calls, **how)
+            float_values = evaluate(trainer, deployment.pl_module, callback.path, **how)
     else:
         float_values, calls[:] = known.floating, known.calls
         predictions.take_float(known.predictions)
     if not float_values:
         return (), ()
-    exported, number, bypassed = Metrics(), None, False
-    with attempt("the metrics of the artifact are"):
-        files = {} if known is None else known.files
-        how = {"predictions": predictions, "contributions": known is not None}
-        try:
-            measured = files.get(own.model_digest) or evaluate_artifact(callback, trainer, deployment, own, **how)
-        except EvaluationError:
-            # Past the module, and so past the simulation.
-            bypassed = True
-            raise
-        exported, number = files[own.model_digest] = measured
-    if not bypassed:
-        with attempt("the metrics of the simulation are"), model.attached("frozen"):
-            simulated = evaluate(trainer, pl_module, path, limit_batches=limit, group=group)
+    exported, number, simulated = metrics_of_file(callback, trainer, deployment, own, predictions)
     before = callback.metrics_before
     margins: dict[str, float | None] = {}
     with attempt("the intervals of metrics are"):
@@ -247,51 +229,3 @@ def _gains(
         with prepared.simulation.quantizing_only(all_but(prepared, left_out)), prepared.attached("frozen"):
             values.append(evaluate(trainer, deployment.pl_module, callback.path, limit_batches=limit))
     return {name: values[1][name] - value for name, value in values[0].items()}
-
-
-def evaluate_artifact(
-    callback: QuantizationCallback,
-    trainer: Trainer,
-    deployment: Deployment,
-    own: Artifact,
-    *,
-    contributions: bool = False,
-    predictions: Predictions | None = None,
-    interim: Interim | None = None,
-) -> tuple[Metrics, int | None]:
-    """Return the metrics of the file, and the number of samples that it saw where that is known.
-
-    Args:
-        callback: whose module and settings are meant.
-        trainer: whose validation runs.
-        deployment: the weights and the model.
-        own: the artifact.
-        contributions: as for `evaluate`, and so is `interim`.
-        predictions: are noted where one process sees all data.
-        interim: see there.
-    """
-    pl_module, model, path = deployment.pl_module, deployment.model, callback.path
-    how: dict[str, Any] = {"limit_batches": callback.settings.limit_eval_batches, "group": callback.group}
-    how |= {"contributions": contributions, "interim": interim}
-    # Processes see shares of the data each.
-    how["watch"] = (
-        predictions.of_artifact if predictions is not None and callback.group.size == 1 else contextlib.nullcontext
-    )
-    if model.runs_inside:
-        # The user's own code runs with the artifact's layers: with every call that it makes, not the captured one only.
-        filled = clone(pl_module)
-        artifacts.open_model(own, into=resolve(filled, path))
-        # Its layers are the CPU's: another device would run them with kernels of its own.
-        return evaluate(trainer, filled, path, on_cpu=True, **how), None
-    target: Callable[..., Any] = in_parts(artifacts.open_model(own), model)
-    without_loss = False
-    if callback.loss_inputs is not None:
-        target = callback.loss_inputs.outside(target)
-        without_loss = callback.loss_inputs.formula is None
-    counted = CountedCalls(target)
-    layers = weighted_layers(model.root, model.evaluated_layers)
-    values = evaluate(trainer, pl_module, path, counted, quantized_layers=layers, **how)
-    if without_loss:
-        for name in [name for name, value in values.items() if math.isnan(value)]:
-            del values[name]
-    return values, sum(callback.group.gather(counted.num_samples))

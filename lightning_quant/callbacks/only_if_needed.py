@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_quant.callbacks.announce import warn
 from lightning_quant.callbacks.deployment import Deployment, Known, choose_weights
 from lightning_quant.callbacks.directions import watched
-from lightning_quant.callbacks.finish import evaluate_artifact
+from lightning_quant.callbacks.file_metrics import evaluate_artifact
 from lightning_quant.callbacks.forecast import forecast
 from lightning_quant.callbacks.search_checks import first_metrics
 from lightning_quant.callbacks.training_data import borrowed_loaders

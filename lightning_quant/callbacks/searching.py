@@ -17,7 +17,7 @@ from lightning_quant.callbacks.after_training import calls_of_copy
 from lightning_quant.callbacks.base import QuantizationCallback
 from lightning_quant.callbacks.deployment import Deployment, Known
 from lightning_quant.callbacks.directions import watched
-from lightning_quant.callbacks.finish import evaluate_artifact
+from lightning_quant.callbacks.file_metrics import evaluate_artifact
 from lightning_quant.callbacks.float_metrics import float_metrics
 from lightning_quant.calls.calls import Call
 from lightning_quant.calls.recorded_calls import recorded_calls
