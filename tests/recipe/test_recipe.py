@@ -101,7 +101,7 @@ def answers(recipe: Recipe) -> torch.Tensor:
         nn.Conv2d(3, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=6), nn.ReLU(), nn.Flatten(), nn.Linear(96, 4)
     )
     net[0].weight.data[0] *= 9
-    batches = [(torch.randn(32, 3, 8, 8),) for _ in range(6)]
+    batches = [(torch.randn(32, 3, 8, 8),) for _ in range(8)]
     prepared = prepare(net.eval(), batches[0], recipe=recipe, observer=recipe.calibration_observer)
     calibrate(prepared, steps_of(prepared, batches))
     with torch.no_grad(), prepared.attached("frozen"):
