@@ -34,6 +34,13 @@ class Guard:
 
 GUARDS = (
     Guard(
+        "bins of pools are those of the size that comes",
+        "runtimes/_spelled_out.py",
+        "    **dict.fromkeys(_POOLED_DIMENSIONS, _adaptive_pool),\n",
+        "",
+        "runtimes/test_spelled_out.py -k bins_are_cut",
+    ),
+    Guard(
         "what training and validation both call is quantized",
         "callbacks/captured.py",
         "            captured, exported = part, exported_call(trainer, pl_module, settings, part, fills=together)\n",

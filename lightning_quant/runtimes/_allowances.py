@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -83,10 +84,20 @@ class _Respelled(TorchFunctionMode):
     ) -> Any:
         if function is F.scaled_dot_product_attention and args and args[0].dim() == 3:
             return _attention_of_one_head(*args, **(kwargs or {}))
+        if function is torch.linspace:
+            return _linspace(*args, **(kwargs or {}))
         if function == _DATA:
             # PyTorch's exporters take it for a constant without values, and end the process where they look into it.
             return args[0].detach()
         return function(*args, **(kwargs or {}))
+
+
+def _linspace(start: Any, end: Any, steps: Any, **kwargs: Any) -> Tensor:
+    """Count the steps where their number may vary, of which PyTorch's exporters make a constant."""
+    if isinstance(steps, int) or not all(isinstance(limit, int | float) for limit in (start, end)):
+        return torch.linspace(start, end, steps, **kwargs)
+    kwargs["dtype"] = kwargs.get("dtype") or torch.get_default_dtype()
+    return start + torch.arange(steps, **kwargs) * ((end - start) / torch.sym_max(steps - 1, 1))
 
 
 def _attention_of_one_head(

@@ -15,7 +15,7 @@ _MOST_ROWS = 64
 
 
 class SpelledOut(TorchFunctionMode):
-    """Writes products so far, determinants, inverses, distances and scattered values in operators of ONNX."""
+    """Writes products so far, determinants, inverses, distances, scattered values and pools in operators of ONNX."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -24,6 +24,8 @@ class SpelledOut(TorchFunctionMode):
         written = _WRITTEN.get(function)
         if written is None or (written in _OF_MATRICES and not _is_small(*args, **kwargs)):
             return function(*args, **kwargs)
+        if written in (_adaptive_pool, _average_pool):
+            return written(function, *args, **kwargs)
         return written(*args, **kwargs)
 
 
@@ -188,6 +190,71 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:  # noqa: N803
     return (inverse @ B.unsqueeze(-1)).squeeze(-1) if is_vector else inverse @ B
 
 
+def _adaptive_pool(function: Callable[..., Any], input: Tensor, output_size: Any, *args: Any, **kwargs: Any) -> Any:
+    """Pool the bins of each dimension in turn, where its size may vary: the exporter writes those of the captured size.
+
+    Bin `i` of `n` begins at `floor(i * length / n)` and ends before `ceil((i + 1) * length / n)`, as PyTorch has it.
+    """
+    dimensions = _POOLED_DIMENSIONS[function]
+    sizes = output_size if isinstance(output_size, tuple | list) else (output_size,) * dimensions
+    if all(n == 1 for n in sizes) or all(isinstance(length, int) for length in input.shape[-dimensions:]):
+        return function(input, output_size, *args, **kwargs)
+    bins = {axis: n for axis, n in zip(range(-dimensions, 0), sizes, strict=True) if n is not None}
+    if function in _WITH_PLACES or any(args) or kwargs.get("return_indices"):
+        raise ValueError("places of maxima in bins depend on a size that may vary")
+    if not all(isinstance(n, int) for n in bins.values()):
+        raise ValueError("the number of bins of a pool depends on a size that may vary")
+    reduce = torch.mean if "avg" in function.__name__ else torch.amax
+    for axis, n in bins.items():
+        x = input.movedim(axis, -1)
+        length = x.shape[-1]
+        parts = [reduce(x[..., i * length // n : ((i + 1) * length + n - 1) // n], -1) for i in range(n)]
+        input = torch.stack(parts, axis)
+    return input
+
+
+def _average_pool(
+    function: Callable[..., Tensor],
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    ceil_mode: bool = False,
+    count_include_pad: bool = True,
+    *args: Any,
+    **kwargs: Any,
+) -> Tensor:
+    """Count no padding where there is none: ONNX Runtime 1.31 divides last windows by all places with `ceil_mode`."""
+    paddings = padding if isinstance(padding, tuple | list) else (padding,)
+    counts = count_include_pad and not (ceil_mode and not any(paddings))
+    return function(input, kernel_size, stride, padding, ceil_mode, counts, *args, **kwargs)
+
+
+def _interpolate(input: Tensor, size: Any = None, scale_factor: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Pool areas by bins, which `F.interpolate` does in the mode "area"."""
+    mode = args[0] if args else kwargs.get("mode", "nearest")
+    if mode != "area":
+        return F.interpolate(input, size, scale_factor, *args, **kwargs)
+    dimensions = input.dim() - 2
+    if size is None:
+        factors = scale_factor if isinstance(scale_factor, tuple | list) else (scale_factor,) * dimensions
+        size = [int(n * f) if isinstance(n, int) else n for n, f in zip(input.shape[2:], factors, strict=True)]
+    return _adaptive_pool(_AVERAGES[dimensions - 1], input, size)
+
+
+_AVERAGES = F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d
+_WITH_PLACES = (
+    torch.adaptive_max_pool1d,
+    F.adaptive_max_pool1d_with_indices,
+    F.adaptive_max_pool2d_with_indices,
+    F.adaptive_max_pool3d_with_indices,
+)
+_POOLED_DIMENSIONS: dict[Any, int] = {
+    **{function: dimensions + 1 for dimensions, function in enumerate(_AVERAGES)},
+    **dict.fromkeys((F.adaptive_max_pool1d, F.adaptive_max_pool1d_with_indices, torch.adaptive_max_pool1d), 1),
+    **dict.fromkeys((F.adaptive_max_pool2d, F.adaptive_max_pool2d_with_indices), 2),
+    **dict.fromkeys((F.adaptive_max_pool3d, F.adaptive_max_pool3d_with_indices), 3),
+}
 _OF_MATRICES = (_slogdet, _logdet, _det, _inv, _solve)
 _WRITTEN: dict[Any, Any] = {
     **dict.fromkeys((torch.cumprod, Tensor.cumprod), _cumprod),
@@ -201,4 +268,7 @@ _WRITTEN: dict[Any, Any] = {
     **dict.fromkeys((torch.inverse, Tensor.inverse, torch.linalg.inv), _inv),
     torch.linalg.solve: _solve,
     **dict.fromkeys((torch.det, Tensor.det, torch.linalg.det), _det),
+    **dict.fromkeys(_POOLED_DIMENSIONS, _adaptive_pool),
+    **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), _average_pool),
+    F.interpolate: _interpolate,
 }

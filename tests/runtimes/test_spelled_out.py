@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import lightning_quant as lq
 from lightning_quant.errors import ExportError
+from lightning_quant.runtimes._allowances import allowances
 from lightning_quant.runtimes._spelled_out import BagsSpelledOut, SpelledOut
 
 
@@ -181,3 +182,66 @@ def test_an_operator_without_a_form_is_refused_with_its_place(tmp_path: Path) ->
     x = torch.randn(2, 4, 4)
     with pytest.raises(ExportError, match=r"eigh.*test_spelled_out.py:\d+ `return torch.linalg.eigh"):
         lq.quantize(Decomposing().eval(), "int8_weight_only", calibration_data=[x], output_dir=tmp_path)
+
+
+class OfAnySize(nn.Module):
+    """Pools images of any size into bins, and adds where each column lies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 5, 1)
+        self.rows, self.highest = nn.AdaptiveAvgPool2d((None, 1)), nn.AdaptiveMaxPool2d(4)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        h = self.conv(x) + torch.linspace(-1, 1, x.shape[-1])
+        pooled = [
+            F.adaptive_avg_pool2d(h, (7, 5)),
+            self.rows(h),
+            self.highest(h),
+            F.interpolate(h, (6, 6), mode="area"),
+        ]
+        return [self.head(part) for part in (*pooled, F.avg_pool2d(h, 3, 2, ceil_mode=True), h)]
+
+
+def test_bins_are_cut_as_pytorch_cuts_them() -> None:
+    model, x = OfAnySize().eval(), torch.randn(2, 3, 29, 17)
+    dynamic = ({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
+    with torch.no_grad(), allowances(), SpelledOut():
+        program = torch.export.export(model, (torch.randn(2, 3, 16, 20),), dynamic_shapes=dynamic, strict=False)
+    with torch.no_grad():
+        torch.testing.assert_close(program.module()(x), model(x))
+    called = {str(node.target) for node in program.graph.nodes}
+    assert not any("adaptive" in name or "linspace" in name for name in called)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+@pytest.mark.usefixtures("unmeasured")
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino", "torch"])
+def test_bins_of_pools_are_those_of_the_size_that_comes(runtime: str, tmp_path: Path) -> None:
+    model = OfAnySize().eval()
+    calls = [torch.randn(4, 3, 16, 20), torch.randn(6, 3, 24, 28)]
+    loaded = lq.load(lq.quantize(model, "int8_weight_only", runtime, calibration_data=calls, output_dir=tmp_path))
+    with torch.no_grad():
+        for x in (calls[0], torch.randn(3, 3, 32, 44), torch.randn(2, 3, 29, 17)):
+            for got, wanted in zip(loaded(x), model(x), strict=True):
+                torch.testing.assert_close(got, wanted, atol=0.1, rtol=0.1)
+
+
+def test_places_of_maxima_in_bins_and_numbers_of_bins_that_vary_are_refused() -> None:
+    class Strange(nn.Module):
+        def __init__(self, function: Any) -> None:
+            super().__init__()
+            self.function = function
+
+        def forward(self, x: Tensor) -> Any:
+            return self.function(x)
+
+    dynamic = ({2: torch.export.Dim.DYNAMIC},)
+    for function in (
+        lambda x: F.adaptive_max_pool1d(x, 3, return_indices=True),
+        lambda x: F.adaptive_avg_pool1d(x, x.shape[-1] // 2),
+        lambda x: F.interpolate(x, scale_factor=0.5, mode="area"),
+    ):
+        with SpelledOut(), pytest.raises(ValueError, match="size that may vary"):
+            torch.export.export(Strange(function), (torch.randn(2, 3, 8),), dynamic_shapes=dynamic, strict=False)
