@@ -108,6 +108,8 @@ SLOW_CASES = (
     "test_cli.py::test_bench",
     "test_forged_files.py::test_some_forged_manifests_and_golden_batches[[]onnxruntime]",
     "test_random_nets.py::test_random_nets_on_other_runtimes[[]openvino]",
+    "test_float_weights.py::test_all_of_them_run_in_integers[[]torch]",
+    "test_layer_recipes.py::test_contract[[]int8_weight_only-torch]",
 )
 
 
