@@ -4,7 +4,8 @@ import collections
 import dataclasses
 import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -124,8 +125,21 @@ def _fields_of(value: tuple[Any, ...]) -> tuple[str, ...]:
 
 @functools.cache
 def _named_tuple(names: tuple[str, ...]) -> type[tuple[Any, ...]]:
-    """Return a class of tuples with these fields, as results of one structure share it."""
-    return collections.namedtuple("Result", names)
+    """Return a class of tuples with these fields, as results of one structure share it.
+
+    They are read by key, too, as results of PyTorch Forecasting are.
+    """
+    made = cast(Any, collections.namedtuple)("Result", names)
+    of_mappings: dict[str, Callable[..., Any]] = {
+        "__getitem__": lambda self, key: getattr(self, key) if key in names else tuple.__getitem__(self, key),
+        "keys": lambda self: self._fields,
+        "items": lambda self: self._asdict().items(),
+        "get": lambda self, key, default=None: getattr(self, key) if key in names else default,
+    }
+    for name, method in of_mappings.items():
+        if name not in names:
+            setattr(made, name, method)
+    return made
 
 
 def text(value: Any) -> str:

@@ -51,6 +51,8 @@ def test_named_tuples_are_unpacked_and_answer_to_names(result: Any) -> None:
     assert repr(second) == repr(result[1])
     names = getattr(result, "_fields", None) or type(result).__match_args__
     assert again._fields == tuple(names)
+    assert again[names[0]] is again[0] is again.get(names[0]) is dict(again.items())[names[0]]
+    assert (*again.keys(), again.get("missing", 3)) == (*names, 3)
     assert type(again) is type(build(structure, leaves))
     assert indices(structure) == [0, 1]
 
