@@ -36,8 +36,8 @@ GUARDS = (
     Guard(
         "bins of pools are those of the size that comes",
         "runtimes/_spelled_out.py",
-        "    **dict.fromkeys(_POOLED_DIMENSIONS, _adaptive_pool),\n",
-        "",
+        "        if function in _POOLED_DIMENSIONS:\n",
+        "        if False:\n",
         "runtimes/test_spelled_out.py -k bins_are_cut",
     ),
     Guard(
@@ -64,8 +64,8 @@ GUARDS = (
     Guard(
         "recurrences that stay float take any length",
         "runtimes/_onnx_export.py",
-        " as fixed, recurrences_whole(), SpelledOut():",
-        " as fixed, SpelledOut():",
+        " as fixed, recurrences_whole(), BinsSpelledOut(),",
+        " as fixed, BinsSpelledOut(),",
         "layers/test_recurrent.py -k any_length and dynamic",
     ),
     Guard(
@@ -113,8 +113,8 @@ GUARDS = (
     Guard(
         "determinants and products so far are exported to ONNX",
         "runtimes/_onnx_export.py",
-        "recurrences_whole(), SpelledOut():",
-        "recurrences_whole():",
+        "BinsSpelledOut(), SpelledOut():",
+        "BinsSpelledOut():",
         "runtimes/test_spelled_out.py -k flow",
     ),
     Guard(

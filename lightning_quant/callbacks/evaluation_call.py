@@ -13,13 +13,20 @@ from torch import Tensor, nn
 from lightning_quant.callbacks.training_data import _combined_loader, batches, independent_copy
 from lightning_quant.calls.calls import flatten_call
 from lightning_quant.capture.capture import Capture, capture, isolated_rng, unchanged
-from lightning_quant.errors import CaptureError
-from lightning_quant.graph.analyze import own_signature
+from lightning_quant.graph.analyze import has_weights, own_signature
 from lightning_quant.surgery.routing import evaluation_mode, resolve
 
 
-def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> Capture | None:
-    """Record the first call that `validation_step` makes of the module at a path.
+def evaluation_call(
+    trainer: Trainer, pl_module: LightningModule, path: str | None, is_wanted: Callable[[nn.Module], bool] = has_weights
+) -> Capture | None:
+    """Record the first call that `validation_step` makes of a module, or of the one that it is found to call.
+
+    Args:
+        trainer: at fit start.
+        pl_module: its module.
+        path: as for `capture`, and so is `is_wanted`.
+        is_wanted: see there.
 
     Returns:
         None where there is no validation, or none that calls the module.
@@ -30,13 +37,12 @@ def evaluation_call(trainer: Trainer, pl_module: LightningModule, path: str) -> 
         for batch in batches(trainer, pl_module, 1, "validation"):
             try:
                 with trainer.precision_plugin.val_step_context():
-                    captured = capture(duplicate, functools.partial(run_validation, duplicate, batch), path)
+                    captured = capture(duplicate, functools.partial(run_validation, duplicate, batch), path, is_wanted)
                 # A call with what no file can take, keys and values of a generation say, is not the one to export.
                 flatten_call(own_signature(resolve(duplicate, captured.path)), captured.args, captured.kwargs)
                 return captured
-            except CaptureError:
-                return None
-            # A validation that does not run here, on a copy and before its time, tells nothing; the loop itself will.
+            # It calls no such module. Or it does not run here, on a copy and before its time, which tells nothing; the
+            # loop itself will.
             except Exception:
                 return None
     return None
@@ -54,22 +60,15 @@ def part_that_validation_calls(
         is_wanted: tells whether there are layers to quantize at or under a module.
 
     Returns:
-        None where there is no validation, none that can be rehearsed, or none that calls one such module.
+        None where validation calls no such module, or none is known.
     """
-    if not trainer.enable_validation:
+    captured = evaluation_call(trainer, pl_module, None, is_wanted)
+    if captured is None:
         return None
-    with rehearsed(trainer, pl_module, "validation") as duplicate:
-        for batch in batches(trainer, pl_module, 1, "validation"):
-            try:
-                with trainer.precision_plugin.val_step_context():
-                    step = functools.partial(run_validation, duplicate, batch)
-                    name = capture(duplicate, step, is_wanted=is_wanted).path
-            # As above.
-            except Exception:
-                return None
-            outer = {id(p) for p in resolve(pl_module, path).parameters() if p.dim() > 1}
-            return name if outer == {id(p) for p in resolve(pl_module, name).parameters() if p.dim() > 1} else None
-    return None
+    outer, inner = (
+        {id(p) for p in resolve(pl_module, name).parameters() if p.dim() > 1} for name in (path, captured.path)
+    )
+    return captured.path if inner == outer else None
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from lightning_quant.runtimes._flat import Flat, dynamic_shapes, example_tensors
 from lightning_quant.runtimes._onnx_four_bits import has_four_bits, store_in_four_bits
 from lightning_quant.runtimes._onnx_layers import translations
 from lightning_quant.runtimes._onnx_moves import for_onnxruntime
-from lightning_quant.runtimes._spelled_out import SpelledOut
+from lightning_quant.runtimes._spelled_out import BinsSpelledOut, SpelledOut
 
 _ENGINE = "PyTorch's exporter to ONNX"
 
@@ -44,7 +44,7 @@ def export_onnx(
     """
     examples = example_tensors(call)
     flat = Flat(module, call).eval()
-    with exporting(_ENGINE, call.names) as fixed, recurrences_whole(), SpelledOut():
+    with exporting(_ENGINE, call.names) as fixed, recurrences_whole(), BinsSpelledOut(), SpelledOut():
         args, kwargs = call.bind(examples)
         names = output_names(module(*args, **kwargs), call.names)
         program = torch.onnx.export(

@@ -1,5 +1,6 @@
 """Operators that ONNX does not have, written in those it has, while a module is exported to it."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +16,7 @@ _MOST_ROWS = 64
 
 
 class SpelledOut(TorchFunctionMode):
-    """Writes products so far, determinants, inverses, distances, scattered values and pools in operators of ONNX."""
+    """Writes products so far, determinants, inverses, distances, scattered values and averages in operators of ONNX."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -24,9 +25,19 @@ class SpelledOut(TorchFunctionMode):
         written = _WRITTEN.get(function)
         if written is None or (written in _OF_MATRICES and not _is_small(*args, **kwargs)):
             return function(*args, **kwargs)
-        if written in (_adaptive_pool, _average_pool):
-            return written(function, *args, **kwargs)
         return written(*args, **kwargs)
+
+
+class BinsSpelledOut(TorchFunctionMode):
+    """Cuts the bins of adaptive pools out of sizes that may vary: exporters write those of the captured size."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if function in _POOLED_DIMENSIONS:
+            return _adaptive_pool(function, *args, **kwargs)
+        return (_interpolate if function is F.interpolate else function)(*args, **kwargs)
 
 
 class BagsSpelledOut(TorchFunctionMode):
@@ -191,7 +202,7 @@ def _solve(A: Tensor, B: Tensor, *, left: bool = True) -> Tensor:  # noqa: N803
 
 
 def _adaptive_pool(function: Callable[..., Any], input: Tensor, output_size: Any, *args: Any, **kwargs: Any) -> Any:
-    """Pool the bins of each dimension in turn, where its size may vary: the exporter writes those of the captured size.
+    """Pool the bins of each dimension in turn, where the size of one may vary.
 
     Bin `i` of `n` begins at `floor(i * length / n)` and ends before `ceil((i + 1) * length / n)`, as PyTorch has it.
     """
@@ -268,7 +279,5 @@ _WRITTEN: dict[Any, Any] = {
     **dict.fromkeys((torch.inverse, Tensor.inverse, torch.linalg.inv), _inv),
     torch.linalg.solve: _solve,
     **dict.fromkeys((torch.det, Tensor.det, torch.linalg.det), _det),
-    **dict.fromkeys(_POOLED_DIMENSIONS, _adaptive_pool),
-    **dict.fromkeys((F.avg_pool1d, F.avg_pool2d, F.avg_pool3d), _average_pool),
-    F.interpolate: _interpolate,
+    **{pool: functools.partial(_average_pool, pool) for pool in (F.avg_pool1d, F.avg_pool2d, F.avg_pool3d)},
 }

@@ -40,6 +40,7 @@ from lightning_quant.runtimes._flat import (
 )
 from lightning_quant.runtimes._reasons import first_line
 from lightning_quant.runtimes._runtime import Runtime
+from lightning_quant.runtimes._spelled_out import BinsSpelledOut
 from lightning_quant.runtimes._standalone import torch_inputs
 from lightning_quant.surgery.process import torch_threads
 
@@ -128,7 +129,7 @@ class Inductor(Runtime):
         examples = tuple(t.contiguous() for t in example_tensors(call))
         flat = Flat(module, call).eval()
         options = {**_OPTIONS, "aot_inductor.metadata": _as_metadata(forms_of_call(flat, examples))}
-        with exporting("Inductor", call.names):
+        with exporting("Inductor", call.names), BinsSpelledOut():
             program = torch.export.export(flat, examples, dynamic_shapes=dynamic_shapes(call))
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=options)
         _make_reproducible(path)

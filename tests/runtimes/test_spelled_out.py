@@ -9,9 +9,9 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 import lightning_quant as lq
-from lightning_quant.errors import ExportError
+from lightning_quant.errors import ExportError, QuantizationError
 from lightning_quant.runtimes._allowances import allowances
-from lightning_quant.runtimes._spelled_out import BagsSpelledOut, SpelledOut
+from lightning_quant.runtimes._spelled_out import BagsSpelledOut, BinsSpelledOut, SpelledOut
 
 
 @pytest.mark.parametrize("function", [torch.slogdet, torch.linalg.slogdet, torch.logdet, torch.det, Tensor.det])
@@ -206,7 +206,7 @@ class OfAnySize(nn.Module):
 def test_bins_are_cut_as_pytorch_cuts_them() -> None:
     model, x = OfAnySize().eval(), torch.randn(2, 3, 29, 17)
     dynamic = ({2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC},)
-    with torch.no_grad(), allowances(), SpelledOut():
+    with torch.no_grad(), allowances(), BinsSpelledOut():
         program = torch.export.export(model, (torch.randn(2, 3, 16, 20),), dynamic_shapes=dynamic, strict=False)
     with torch.no_grad():
         torch.testing.assert_close(program.module()(x), model(x))
@@ -228,6 +228,19 @@ def test_bins_of_pools_are_those_of_the_size_that_comes(runtime: str, tmp_path: 
                 torch.testing.assert_close(got, wanted, atol=0.1, rtol=0.1)
 
 
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::lightning_quant.errors.NoEffectWarning")
+@pytest.mark.usefixtures("unmeasured")
+def test_inductor_takes_no_other_size_where_it_fixes_bins(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d((3, 2)), nn.Conv2d(8, 5, 1)).eval()
+    calls = [torch.randn(4, 3, 16, 20), torch.randn(6, 3, 24, 28)]
+    loaded = lq.load(lq.quantize(model, "int8", "inductor", calibration_data=calls, output_dir=tmp_path))
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(calls[0]), model(calls[0]), atol=0.1, rtol=0.1)
+    with pytest.raises(QuantizationError, match="to have shape"):
+        loaded(calls[1])
+
+
 def test_places_of_maxima_in_bins_and_numbers_of_bins_that_vary_are_refused() -> None:
     class Strange(nn.Module):
         def __init__(self, function: Any) -> None:
@@ -243,5 +256,5 @@ def test_places_of_maxima_in_bins_and_numbers_of_bins_that_vary_are_refused() ->
         lambda x: F.adaptive_avg_pool1d(x, x.shape[-1] // 2),
         lambda x: F.interpolate(x, scale_factor=0.5, mode="area"),
     ):
-        with SpelledOut(), pytest.raises(ValueError, match="size that may vary"):
+        with BinsSpelledOut(), pytest.raises(ValueError, match="size that may vary"):
             torch.export.export(Strange(function), (torch.randn(2, 3, 8),), dynamic_shapes=dynamic, strict=False)
